@@ -1,0 +1,537 @@
+//! What the user wants, checked: the environment in, a configuration that cannot be wrong out.
+//!
+//! Every variable is checked before anything is refused, so that the user sees all mistakes of
+//! one boot together, each by name and rule.
+//!
+//! Refuses: to guess (a half-given S3 bucket is a mistake, not a local volume), to say a value
+//! of a secret, to touch the machine: whether a user or a file exists is not known here.
+//!
+//! May import: `env`, `secret`, and its own rooms `values`, `initial`, `authorized`.
+
+mod authorized;
+mod initial;
+mod values;
+
+use base64::Engine as _;
+use base64::alphabet::URL_SAFE;
+use base64::engine::{GeneralPurpose, general_purpose::NO_PAD};
+
+pub use authorized::AuthorizedKey;
+pub(crate) use authorized::key_lines;
+pub use initial::{InitialConfig, WorkspaceFiles};
+pub use values::{
+    BucketName, Endpoint, Fault, HttpUrl, InboundUrl, LogFormat, LogLevel, Port, Prefix, Provider, Region,
+    Seconds, UserName,
+};
+
+use crate::env::{Environment, Given, SET_BY_SUPERVISOR, file_twin, variable};
+pub use crate::env::{Problem, Warning};
+use crate::secret::Secret;
+
+/// Where the mux client listens for the mux-server.
+pub const MUX_INBOUND_PORT: u16 = 18790;
+
+/// Below this a `MASTER_KEY` can be guessed by trying: keys, names and the SSH host key, which
+/// everyone can see, all follow from it.
+const MASTER_KEY_BYTES_ADVISED: usize = 16;
+
+/// rclone puts 16 bytes of initialisation vector before the text it obscures.
+const OBSCURED_IV_LEN: usize = 16;
+
+/// Everything the user decides. Only [`Config::parse`] makes one outside of this crate.
+///
+/// It holds secrets, so it cannot be printed.
+#[non_exhaustive]
+pub struct Config {
+    pub storage: Storage,
+    /// Always there in S3 mode.
+    pub master_key: Option<MasterKey>,
+    pub first_boot: FirstBoot,
+    pub gateway: Gateway,
+    pub mux: Option<Mux>,
+    pub ssh: Ssh,
+    pub docker: bool,
+    pub log: Log,
+}
+
+/// The one secret: the bytes exactly as given, neither decoded nor trimmed, because a bucket
+/// hangs on every one of them.
+pub struct MasterKey(Secret);
+
+impl MasterKey {
+    /// `None` for no bytes at all, which would give everyone the same keys.
+    pub fn new(bytes: Secret) -> Option<Self> {
+        (!bytes.is_empty()).then_some(Self(bytes))
+    }
+
+    pub fn expose(&self) -> &[u8] {
+        self.0.expose()
+    }
+}
+
+/// Where the state lives.
+pub enum Storage {
+    /// On the volume only: it is lost with the machine.
+    Local,
+    /// On the volume, and encrypted in a bucket.
+    S3(Box<S3>),
+}
+
+/// The bucket and how to get at it.
+pub struct S3 {
+    pub bucket: BucketName,
+    pub prefix: Prefix,
+    pub region: Region,
+    pub provider: Provider,
+    /// Only AWS may go without.
+    pub endpoint: Option<Endpoint>,
+    pub access_key_id: Secret,
+    pub secret_access_key: Secret,
+    pub session_token: Option<Secret>,
+    /// In place of the derived password and salt.
+    pub crypt_override: Option<CryptOverride>,
+}
+
+/// Password and salt of the crypt remote in rclone's obscured form, for a bucket that was not
+/// made with keys derived from `MASTER_KEY`.
+pub struct CryptOverride {
+    pub password: Secret,
+    pub salt: Secret,
+}
+
+/// What an instance without state is given.
+pub struct FirstBoot {
+    pub config: Option<InitialConfig>,
+    pub workspace: Option<WorkspaceFiles>,
+}
+
+/// How the gateway is run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Gateway {
+    pub port: Port,
+    pub user: UserName,
+    pub restart: Restart,
+    pub start_timeout_s: Seconds,
+    pub liveness_timeout_s: Seconds,
+    pub stop_timeout_s: Seconds,
+    /// Whether `REDPILL_API_KEY` is there. The key itself goes to the gateway unseen.
+    pub redpill: bool,
+}
+
+/// Waits between restarts; `delay_s` is at most `max_delay_s`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Restart {
+    pub delay_s: u32,
+    pub max_delay_s: u32,
+    pub reset_after_s: u32,
+}
+
+/// The mux client's settings.
+pub struct Mux {
+    pub base_url: HttpUrl,
+    pub register_key: Secret,
+    pub inbound_url: InboundUrl,
+}
+
+/// How operators come in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ssh {
+    pub port: Port,
+    pub authorized_keys: Vec<AuthorizedKey>,
+}
+
+/// What is written to the container's log.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Log {
+    pub format: LogFormat,
+    pub level: LogLevel,
+    pub services: bool,
+}
+
+impl Config {
+    /// All of it, or all that is wrong with it.
+    pub fn parse(env: &Environment) -> Result<(Self, Vec<Warning>), Vec<Problem>> {
+        let mut reader = Reader { env, problems: env.problems(), warnings: env.warnings().to_vec() };
+        let config = reader.config();
+        match config {
+            Some(config) if reader.problems.is_empty() => Ok((config, reader.warnings)),
+            _ => Err(reader.problems),
+        }
+    }
+}
+
+/// Reads variables and collects what is wrong with them. Its methods return `None` only when
+/// the value is absent or a problem has been noted.
+struct Reader<'e> {
+    env: &'e Environment,
+    problems: Vec<Problem>,
+    warnings: Vec<Warning>,
+}
+
+impl<'e> Reader<'e> {
+    /// Every part is read before any is given up, so the order of the two halves matters.
+    fn config(&mut self) -> Option<Config> {
+        let storage = self.storage();
+        let master_key = self.master_key();
+        let first_boot = self.first_boot();
+        let gateway = self.gateway();
+        let mux = self.mux();
+        let ssh = self.ssh();
+        let docker = self.with_default("ENABLE_DOCKER", values::switch);
+        let log = self.log();
+        self.check_ports();
+        self.check_supervisors_own();
+        Some(Config {
+            storage: storage?,
+            master_key,
+            first_boot,
+            gateway: gateway?,
+            mux,
+            ssh: ssh?,
+            docker: docker?,
+            log: log?,
+        })
+    }
+
+    fn storage(&mut self) -> Option<Storage> {
+        if !self.env.is_given("S3_BUCKET") {
+            self.check_left_over_s3();
+            return Some(Storage::Local);
+        }
+        for name in ["MASTER_KEY"].into_iter().chain(S3_CREDENTIALS) {
+            self.require(name, "is needed in S3 mode", "set it, or unset S3_BUCKET to keep the state local");
+        }
+        let bucket = self.text("S3_BUCKET").and_then(|text| self.check("S3_BUCKET", BucketName::parse(text)));
+        let prefix = self.with_default("S3_PREFIX", Prefix::parse);
+        let region = self.with_default("S3_REGION", Region::parse);
+        let provider = self.with_default("S3_PROVIDER", Provider::parse);
+        let endpoint =
+            self.text("S3_ENDPOINT").and_then(|text| self.check("S3_ENDPOINT", Endpoint::parse(text)));
+        if provider.as_ref().is_some_and(|provider| !provider.is_aws()) {
+            let hint = "set the URL of the S3 service, or S3_PROVIDER=AWS";
+            self.require("S3_ENDPOINT", "is needed unless S3_PROVIDER is AWS", hint);
+        }
+        let access_key_id = self.word("AWS_ACCESS_KEY_ID");
+        let secret_access_key = self.word("AWS_SECRET_ACCESS_KEY");
+        let session_token = self.word("AWS_SESSION_TOKEN");
+        let crypt_override = self.crypt_override();
+        if self.env.is_given("AWS_CA_BUNDLE") {
+            let says = "does not reach the storage worker: rclone's S3 backend refuses to start with it. \
+                        Add the certificate to the image's certificates instead";
+            self.warn("AWS_CA_BUNDLE", says);
+        }
+        Some(Storage::S3(Box::new(S3 {
+            bucket: bucket?,
+            prefix: prefix?,
+            region: region?,
+            provider: provider?,
+            endpoint,
+            access_key_id: access_key_id?,
+            secret_access_key: secret_access_key?,
+            session_token,
+            crypt_override,
+        })))
+    }
+
+    /// Variables of S3 mode without the one that turns it on.
+    fn check_left_over_s3(&mut self) {
+        for name in ["S3_ENDPOINT", "S3_PREFIX"] {
+            if self.env.is_given(name) {
+                // Going on would put the state of someone who meant S3 on a volume that dies.
+                let hint = "set S3_BUCKET, or unset this to keep the state on the local volume";
+                self.problems.push(Problem::new(name, "is set, but S3_BUCKET is not", hint));
+            }
+        }
+        for name in ["S3_REGION", "S3_PROVIDER", "RCLONE_CRYPT_PASSWORD", "RCLONE_CRYPT_PASSWORD2"] {
+            if self.env.is_given(name) {
+                self.warn(name, "has no effect without S3_BUCKET");
+            }
+        }
+        for name in S3_CREDENTIALS.into_iter().chain(["AWS_SESSION_TOKEN"]) {
+            if self.env.is_given(name) {
+                self.warn(name, "has no effect without S3_BUCKET, and is not passed to the gateway");
+            }
+        }
+    }
+
+    fn crypt_override(&mut self) -> Option<CryptOverride> {
+        let names = ["RCLONE_CRYPT_PASSWORD", "RCLONE_CRYPT_PASSWORD2"];
+        self.all_or_none(&names, "a salt belongs to a password; take both from the same rclone.conf");
+        let [password, salt] = names.map(|name| {
+            let value = self.bytes(name)?;
+            if is_obscured(value.expose()) {
+                return Some(value.duplicate());
+            }
+            let hint = "make it with: rclone obscure, or take it from rclone.conf";
+            self.problems.push(Problem::new(name, "must be in rclone's obscured form", hint));
+            None
+        });
+        Some(CryptOverride { password: password?, salt: salt? })
+    }
+
+    fn master_key(&mut self) -> Option<MasterKey> {
+        if !self.env.is_given("MASTER_KEY") {
+            if !self.env.is_given("S3_BUCKET") {
+                let says = "is not set: token, device identity and SSH host key are random, and live and die with \
+                            the volume";
+                self.warn("MASTER_KEY", says);
+            }
+            return None;
+        }
+        let key = self.bytes("MASTER_KEY")?;
+        // Warnings only: an old bucket may hang on exactly this key.
+        if key.len() < MASTER_KEY_BYTES_ADVISED {
+            let says = format!(
+                "is shorter than {MASTER_KEY_BYTES_ADVISED} bytes and can be guessed; for a new instance take: \
+                 openssl rand -base64 32"
+            );
+            self.warn("MASTER_KEY", &says);
+        }
+        let bytes = key.expose();
+        let is_blank = |byte: Option<&u8>| byte.is_some_and(u8::is_ascii_whitespace);
+        if is_blank(bytes.first()) || is_blank(bytes.last()) {
+            self.warn("MASTER_KEY", "begins or ends with white space, which counts as part of the key");
+        }
+        MasterKey::new(key.duplicate())
+    }
+
+    fn first_boot(&mut self) -> FirstBoot {
+        let config = self.bytes("OPENCLAW_CONFIG_B64").map(|value| InitialConfig::parse(value.expose()));
+        let config = config.and_then(|parsed| self.check("OPENCLAW_CONFIG_B64", parsed));
+        let name = "OPENCLAW_WORKSPACE_FILES_B64";
+        let workspace = self.bytes(name).map(|value| WorkspaceFiles::parse(value.expose()));
+        let workspace = workspace.and_then(|parsed| match parsed {
+            Ok(files) => Some(files),
+            Err(faults) => {
+                self.problems
+                    .extend(faults.into_iter().map(|fault| Problem::new(name, fault.rule, fault.hint)));
+                None
+            }
+        });
+        FirstBoot { config, workspace }
+    }
+
+    fn gateway(&mut self) -> Option<Gateway> {
+        let port = self.with_default("OPENCLAW_GATEWAY_PORT", Port::parse);
+        let user = self.with_default("OPENCLAW_GATEWAY_USER", UserName::parse);
+        let restart = self.restart();
+        // 0 would kill a gateway that has done nothing wrong, or lose what it is doing.
+        let mut timeout = |name| self.with_default(name, |text| Seconds::parse(text, 1));
+        let start_timeout = timeout("OPENCLAW_GATEWAY_START_TIMEOUT");
+        let liveness_timeout = timeout("OPENCLAW_GATEWAY_LIVENESS_TIMEOUT");
+        let stop_timeout = timeout("OPENCLAW_GATEWAY_STOP_TIMEOUT");
+        let redpill = self.word("REDPILL_API_KEY").is_some();
+        Some(Gateway {
+            port: port?,
+            user: user?,
+            restart: restart?,
+            start_timeout_s: start_timeout?,
+            liveness_timeout_s: liveness_timeout?,
+            stop_timeout_s: stop_timeout?,
+            redpill,
+        })
+    }
+
+    fn restart(&mut self) -> Option<Restart> {
+        let mut seconds = |name| self.with_default(name, |text| Seconds::parse(text, 0)).map(Seconds::get);
+        let delay = seconds("OPENCLAW_GATEWAY_RESTART_DELAY");
+        let max_delay = seconds("OPENCLAW_GATEWAY_RESTART_MAX_DELAY");
+        let reset_after = seconds("OPENCLAW_GATEWAY_RESTART_RESET_AFTER");
+        let (delay_s, max_delay_s) = (delay?, max_delay?);
+        if delay_s > max_delay_s {
+            let rule =
+                format!("is {delay_s} s, more than OPENCLAW_GATEWAY_RESTART_MAX_DELAY ({max_delay_s} s)");
+            let hint = "lower it, or raise the other";
+            self.problems.push(Problem::new("OPENCLAW_GATEWAY_RESTART_DELAY", rule, hint));
+            return None;
+        }
+        Some(Restart { delay_s, max_delay_s, reset_after_s: reset_after? })
+    }
+
+    fn mux(&mut self) -> Option<Mux> {
+        let names = ["MUX_BASE_URL", "MUX_REGISTER_KEY"];
+        self.all_or_none(&names, "the mux client needs both; unset both to leave it out");
+        let base_url =
+            self.text("MUX_BASE_URL").and_then(|text| self.check("MUX_BASE_URL", HttpUrl::parse(text)));
+        let register_key = self.word("MUX_REGISTER_KEY");
+        let wanted = names.iter().all(|name| self.env.is_given(name));
+        let inbound_url = match self.text("MUX_INBOUND_URL") {
+            Some(text) => self.check("MUX_INBOUND_URL", InboundUrl::parse(text)),
+            None if wanted && !self.env.is_given("MUX_INBOUND_URL") => self.dstack_inbound_url(),
+            None => None,
+        };
+        if self.env.is_given("MUX_INBOUND_URL") && !names.iter().any(|name| self.env.is_given(name)) {
+            self.warn("MUX_INBOUND_URL", "has no effect without MUX_BASE_URL and MUX_REGISTER_KEY");
+        }
+        Some(Mux { base_url: base_url?, register_key: register_key?, inbound_url: inbound_url? })
+    }
+
+    /// The address that dstack's gateway gives to a port of an app.
+    fn dstack_inbound_url(&mut self) -> Option<InboundUrl> {
+        let (id, domain) = (self.text("DSTACK_APP_ID"), self.text("DSTACK_GATEWAY_DOMAIN"));
+        let (Some(id), Some(domain)) = (id, domain) else {
+            let rule =
+                "is needed for the mux client where DSTACK_APP_ID and DSTACK_GATEWAY_DOMAIN are not both set";
+            let hint = "set the public URL of port 18790, ending in /v1/mux/inbound";
+            self.problems.push(Problem::new("MUX_INBOUND_URL", rule, hint));
+            return None;
+        };
+        let url = format!("https://{id}-{MUX_INBOUND_PORT}.{domain}{}", InboundUrl::PATH);
+        // A slash in either part would move the host; only the parser's view of it counts.
+        if id.contains('/') || domain.contains('/') {
+            let rule =
+                "cannot be built from DSTACK_APP_ID and DSTACK_GATEWAY_DOMAIN, which are no parts of a host";
+            self.problems.push(Problem::new("MUX_INBOUND_URL", rule, "set it, or correct those two"));
+            return None;
+        }
+        self.check("MUX_INBOUND_URL", InboundUrl::parse(&url))
+    }
+
+    fn ssh(&mut self) -> Option<Ssh> {
+        let authorized_keys = self.authorized_keys();
+        Some(Ssh { port: self.with_default("SSH_PORT", Port::parse)?, authorized_keys })
+    }
+
+    fn authorized_keys(&mut self) -> Vec<AuthorizedKey> {
+        const NAME: &str = "SSH_AUTHORIZED_KEYS";
+        let mut keys = Vec::new();
+        for (number, line) in self.text(NAME).into_iter().flat_map(key_lines) {
+            match AuthorizedKey::parse(line) {
+                Ok(key) => keys.push(key),
+                Err(fault) => {
+                    let rule = format!("line {number} {}", fault.rule);
+                    self.problems.push(Problem::new(NAME, rule, fault.hint));
+                }
+            }
+        }
+        keys
+    }
+
+    fn log(&mut self) -> Option<Log> {
+        let format = self.with_default("LOG_FORMAT", LogFormat::parse);
+        let level = self.with_default("LOG_LEVEL", LogLevel::parse);
+        let services = self.with_default("LOG_SERVICES", values::switch);
+        Some(Log { format: format?, level: level?, services: services? })
+    }
+
+    fn check_ports(&mut self) {
+        let port = |name: &str| {
+            let given = match self.env.given(name) {
+                Given::As(value) => value.expose_str(),
+                Given::Not => variable(name).and_then(|variable| variable.default),
+                Given::Unusable => None,
+            };
+            Port::parse(given?).ok().map(Port::get)
+        };
+        let (gateway, ssh) = (port("OPENCLAW_GATEWAY_PORT"), port("SSH_PORT"));
+        let mut taken = |name, rule: String| {
+            self.problems.push(Problem::new(name, rule, "choose another port"));
+        };
+        for (name, port) in [("OPENCLAW_GATEWAY_PORT", gateway), ("SSH_PORT", ssh)] {
+            if port == Some(MUX_INBOUND_PORT) {
+                taken(name, format!("is {MUX_INBOUND_PORT}, the port of the mux client"));
+            }
+        }
+        if let (Some(gateway), Some(ssh)) = (gateway, ssh)
+            && gateway == ssh
+        {
+            taken("SSH_PORT", format!("is {ssh}, the same as OPENCLAW_GATEWAY_PORT"));
+        }
+    }
+
+    /// Names that the supervisor sets for the gateway. A token from outside would be a second
+    /// truth beside the one that every client derives, so it is refused; the others are not
+    /// worth a stopped boot.
+    fn check_supervisors_own(&mut self) {
+        const TOKEN: &str = "OPENCLAW_GATEWAY_TOKEN";
+        for name in [TOKEN.to_owned(), file_twin(TOKEN)] {
+            if self.env.is_given(&name) {
+                let rule = "cannot be set: the token is derived from MASTER_KEY, or generated without one";
+                self.problems.push(Problem::new(
+                    &name,
+                    rule,
+                    "unset it, and give clients the token derived from MASTER_KEY",
+                ));
+            }
+        }
+        for name in SET_BY_SUPERVISOR.iter().filter(|name| **name != TOKEN) {
+            if self.env.is_given(name) {
+                self.warn(name, "is set by openclaw-cvm for the gateway; your value is not used");
+            }
+        }
+    }
+
+    fn bytes(&self, name: &str) -> Option<&'e Secret> {
+        match self.env.given(name) {
+            Given::As(value) => Some(value),
+            Given::Not | Given::Unusable => None,
+        }
+    }
+
+    fn text(&mut self, name: &str) -> Option<&'e str> {
+        let value = self.bytes(name)?;
+        let text = value.expose_str();
+        if text.is_none() {
+            self.problems.push(Problem::new(name, "must be UTF-8 text", "type the value again"));
+        }
+        text
+    }
+
+    /// A key as HTTP headers carry it. White space is what a careless paste adds.
+    fn word(&mut self, name: &str) -> Option<Secret> {
+        let value = self.bytes(name)?;
+        if value.expose().iter().all(u8::is_ascii_graphic) {
+            return Some(value.duplicate());
+        }
+        let rule = "must be visible ASCII without white space";
+        self.problems.push(Problem::new(name, rule, "look for a space or line break at its ends"));
+        None
+    }
+
+    fn check<T>(&mut self, name: &str, parsed: Result<T, Fault>) -> Option<T> {
+        parsed.map_err(|fault| self.problems.push(Problem::new(name, fault.rule, fault.hint))).ok()
+    }
+
+    fn with_default<T>(&mut self, name: &str, parse: impl Fn(&str) -> Result<T, Fault>) -> Option<T> {
+        let text = if self.env.is_given(name) { self.text(name)? } else { variable(name)?.default? };
+        self.check(name, parse(text))
+    }
+
+    fn require(&mut self, name: &str, rule: &str, hint: &str) {
+        if !self.env.is_given(name) {
+            self.problems.push(Problem::new(name, rule, hint));
+        }
+    }
+
+    fn all_or_none(&mut self, names: &[&str], hint: &str) {
+        let (given, missing): (Vec<&str>, Vec<&str>) = names.iter().partition(|name| self.env.is_given(name));
+        if given.is_empty() {
+            return;
+        }
+        for name in missing {
+            let rule = format!("is needed together with {}", given.join(", "));
+            self.problems.push(Problem::new(name, rule, hint));
+        }
+    }
+
+    fn warn(&mut self, name: &str, says: &str) {
+        self.warnings.push(Warning::new(name, says));
+    }
+}
+
+const S3_CREDENTIALS: [&str; 2] = ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"];
+
+/// base64url without padding, longer than its initialisation vector. Which key it is obscured
+/// with is public, so this is a shape and no proof; an empty password has exactly 16 bytes.
+fn is_obscured(text: &[u8]) -> bool {
+    // As lenient about the unused bits of the last character as Go's decoder.
+    const RCLONE: GeneralPurpose =
+        GeneralPurpose::new(&URL_SAFE, NO_PAD.with_decode_allow_trailing_bits(true));
+    let room_len = text.len().div_ceil(4) * 3;
+    let mut decoded = None;
+    drop(Secret::filled(room_len, |room| decoded = RCLONE.decode_slice(text, room).ok()));
+    decoded.is_some_and(|len| len > OBSCURED_IV_LEN)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,214 @@
+//! The services, as data. Adding one is adding an entry to [`services`].
+//!
+//! Refuses to start anything. What differs between services is written here and nowhere
+//! else; what is the same for all of them is in `supervise`.
+//! May import: `config`, `plan`, `backoff`, `supervise`, `paths`.
+
+use crate::backoff::Backoff;
+use crate::config::{Config, Seconds};
+use crate::paths;
+use crate::plan::StepName;
+use crate::supervise::{Liveness, Rules};
+use serde::{Deserialize, Serialize};
+use std::time::Duration;
+
+#[derive(Debug, Clone)]
+pub struct Service {
+    pub name: &'static str,
+    /// One line for people.
+    pub what: &'static str,
+    pub argv: Vec<String>,
+    /// The account it runs as.
+    pub user: String,
+    pub environment: Environment,
+    pub directory: &'static str,
+    /// Boot steps without which it cannot run.
+    pub needs: &'static [StepName],
+    /// A task that runs before each start.
+    pub prepare: Option<Prepare>,
+    /// What to run once when it exits with 78.
+    pub repair: Option<Vec<String>>,
+    pub backoff: Backoff,
+    /// Services of a lower number are stopped first.
+    pub stop_order: u8,
+    pub grace: Duration,
+    pub leftovers: Leftovers,
+    pub liveness: Option<(Liveness, Probe)>,
+    pub readiness: Option<Probe>,
+    /// Higher is killed earlier when memory runs out. PID 1 and sshd stay at 0.
+    pub oom_score_adj: i16,
+    /// Lines of the boot log that operators look for.
+    pub says_started: Option<&'static str>,
+    pub says_ready: Option<&'static str>,
+    /// Whether the machine counts as healthy without it.
+    pub required: bool,
+}
+
+/// Which variables a service gets. None gets the supervisor's own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Environment {
+    /// PATH, HOME and LANG.
+    Plain,
+    /// Plain, with the iptables that works first in PATH.
+    Dockerd,
+    /// Plain, what the user passes through, and the gateway's own switches.
+    Gateway,
+}
+
+/// Work before each start, done by `cvm-step`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Prepare {
+    /// Remove stale pid files; find an iptables backend and a storage driver that work.
+    Dockerd,
+    /// End whoever holds the gateway's port.
+    GatewayPort,
+}
+
+/// What happens to processes that the main process leaves behind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Leftovers {
+    /// They are part of the service and end with it.
+    Kill,
+    /// They are somebody's work (a login session, a tmux) and stay.
+    Leave,
+}
+
+/// A question to a service that costs it nothing and needs no words from its log.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Probe {
+    /// 2xx to GET on loopback.
+    Http { port: u16, path: String },
+    /// 2xx to GET on a unix socket.
+    UnixHttp { socket: String, path: String },
+    /// Something listens on loopback.
+    Listens { port: u16 },
+}
+
+/// Repairing a configuration may migrate databases.
+const REPAIR_DEADLINE: Duration = Duration::from_mins(5);
+/// Trying iptables and mounting a test overlay takes a fraction of this.
+const PREPARE_DEADLINE: Duration = Duration::from_mins(1);
+
+impl Service {
+    /// What the state machine needs to know of it.
+    pub fn rules(&self) -> Rules {
+        Rules {
+            backoff: self.backoff,
+            grace: self.grace,
+            prepare: self.prepare.map(|_| PREPARE_DEADLINE),
+            repair: self.repair.as_ref().map(|_| REPAIR_DEADLINE),
+            liveness: self.liveness.as_ref().map(|(limits, _)| *limits),
+            has_readiness: self.readiness.is_some(),
+        }
+    }
+}
+
+/// All services of this configuration, in the order in which `status` shows them.
+pub fn services(config: &Config) -> Vec<Service> {
+    let mut all = vec![sshd()];
+    if config.docker {
+        all.push(dockerd());
+    }
+    all.push(gateway(config));
+    all
+}
+
+fn sshd() -> Service {
+    Service {
+        name: "sshd",
+        what: "SSH for operators",
+        argv: words(&["/usr/sbin/sshd", "-D", "-e", "-f", paths::SSHD_CONFIG]),
+        user: "root".into(),
+        environment: Environment::Plain,
+        directory: "/",
+        needs: &[StepName::Ssh],
+        prepare: None,
+        repair: None,
+        // Operators wait for this one: it comes back fast, and never gives up.
+        backoff: Backoff::seconds(1, 30, 60),
+        // Last: whoever watches a shutdown watches it through this.
+        stop_order: 9,
+        grace: Duration::from_secs(5),
+        leftovers: Leftovers::Leave,
+        liveness: None,
+        readiness: None,
+        oom_score_adj: 0,
+        says_started: Some("SSH daemon started."),
+        says_ready: None,
+        required: true,
+    }
+}
+
+fn dockerd() -> Service {
+    Service {
+        name: "dockerd",
+        what: "containers for the agent",
+        argv: words(&["/usr/sbin/dockerd", "--config-file", paths::DOCKERD_CONFIG]),
+        user: "root".into(),
+        environment: Environment::Dockerd,
+        directory: "/",
+        // After sshd, because everything is; it needs nothing.
+        needs: &[],
+        prepare: Some(Prepare::Dockerd),
+        repair: None,
+        backoff: Backoff::seconds(5, 300, 600),
+        stop_order: 5,
+        // dockerd gives its containers 10 s and itself 15.
+        grace: Duration::from_secs(30),
+        leftovers: Leftovers::Kill,
+        liveness: None,
+        readiness: Some(Probe::UnixHttp { socket: paths::DOCKER_SOCKET.into(), path: "/_ping".into() }),
+        oom_score_adj: 100,
+        says_started: None,
+        says_ready: Some("Docker daemon ready."),
+        required: false,
+    }
+}
+
+fn gateway(config: &Config) -> Service {
+    let settings = &config.gateway;
+    let (port, restart) = (settings.port.get(), settings.restart);
+    let seconds = |s: Seconds| Duration::from_secs(u64::from(s.get()));
+    let http = |path: &str| Probe::Http { port, path: path.into() };
+    let openclaw = [paths::NODE, paths::OPENCLAW];
+    let run = ["gateway", "run", "--bind", "lan", "--port", &port.to_string(), "--force"];
+    let repair = ["doctor", "--fix", "--yes", "--non-interactive"];
+    Service {
+        name: "gateway",
+        what: "the OpenClaw gateway",
+        argv: words(&[&openclaw[..], &run[..]].concat()),
+        user: settings.user.as_str().into(),
+        environment: Environment::Gateway,
+        directory: paths::STATE,
+        needs: &[StepName::State],
+        prepare: Some(Prepare::GatewayPort),
+        repair: Some(words(&[&openclaw[..], &repair[..]].concat())),
+        backoff: Backoff::seconds(
+            u64::from(restart.delay_s),
+            u64::from(restart.max_delay_s),
+            u64::from(restart.reset_after_s),
+        ),
+        stop_order: 1,
+        grace: seconds(settings.stop_timeout_s),
+        leftovers: Leftovers::Kill,
+        liveness: Some((
+            Liveness {
+                start: seconds(settings.start_timeout_s),
+                silence: seconds(settings.liveness_timeout_s),
+            },
+            http("/healthz"),
+        )),
+        readiness: Some(http("/readyz")),
+        // The largest process by far, and the one that comes back without loss.
+        oom_score_adj: 300,
+        says_started: None,
+        says_ready: None,
+        required: true,
+    }
+}
+
+fn words(words: &[&str]) -> Vec<String> {
+    words.iter().map(|w| (*w).to_owned()).collect()
+}

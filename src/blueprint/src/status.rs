@@ -1,0 +1,324 @@
+//! What the supervisor says of itself: a snapshot that `cvm status` shows and machines read.
+//!
+//! Reads everything, and nobody reads it back. Holds names, times and fingerprints, never
+//! a secret and never a word of the gateway's: it is safe to be pasted in public.
+//! May import: `conduct` and everything before it.
+
+use crate::conduct::{self, Machine, ServiceRecord, StepRecord, StepState};
+use crate::plan::Weight;
+use crate::supervise::State;
+use crate::time::{Moment, words};
+use crate::wire::Remark;
+use serde::{Deserialize, Serialize};
+use std::time::Duration;
+
+/// The whole snapshot. Field names are an interface: add, do not rename.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Status {
+    /// Version of the supervisor.
+    pub version: String,
+    pub phase: Phase,
+    pub uptime_ms: u64,
+    pub storage: Storage,
+    pub keys: Vec<Fingerprint>,
+    /// What an operator should know as long as it is true.
+    pub remarks: Vec<Remark>,
+    pub boot: Vec<Step>,
+    pub services: Vec<Service>,
+    pub healthy: bool,
+    /// Why not, one line each.
+    pub unhealthy: Vec<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Phase {
+    /// Required steps are still to come.
+    Booting,
+    Running,
+    /// A required step failed; it is tried again, or waits for an operator.
+    Degraded,
+    Stopping,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Storage {
+    /// `local` or `s3`.
+    pub mode: String,
+    /// What that means for the data, in words.
+    pub meaning: String,
+}
+
+/// Something two machines with the same key have in common.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Fingerprint {
+    pub name: String,
+    pub fingerprint: String,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Step {
+    pub name: String,
+    /// `waiting`, `running`, `done`, `failed`, `refused`.
+    pub state: String,
+    pub required: bool,
+    /// Since PID 1 started.
+    pub began_ms: Option<u64>,
+    pub took_ms: Option<u64>,
+    pub tries: u32,
+    pub why: Option<String>,
+    pub next_try_in_ms: Option<u64>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Service {
+    pub name: String,
+    pub what: String,
+    /// `blocked`, `preparing`, `starting`, `up`, `ready`, `repairing`, `stopping`, `waiting`,
+    /// `parked`, `stopped`, `stuck`.
+    pub state: String,
+    pub why: Option<String>,
+    pub pid: Option<i32>,
+    pub up_ms: Option<u64>,
+    /// First exec and first readiness, since PID 1 started.
+    pub first_exec_ms: Option<u64>,
+    pub first_ready_ms: Option<u64>,
+    pub restarts: u64,
+    pub failures_in_a_row: u32,
+    pub crash_loop: bool,
+    pub last_end: Option<String>,
+    pub last_end_ago_ms: Option<u64>,
+    pub next_start_in_ms: Option<u64>,
+    pub next_action: String,
+    pub required: bool,
+    pub dropped_lines: u64,
+}
+
+/// What the machine cannot know of itself.
+#[derive(Debug, Clone)]
+pub struct About {
+    pub version: String,
+    pub storage: Storage,
+    pub keys: Vec<Fingerprint>,
+    pub remarks: Vec<Remark>,
+    /// Log lines dropped, for each service.
+    pub dropped_lines: Vec<u64>,
+}
+
+/// The snapshot of this moment.
+pub fn snapshot(machine: &Machine, about: &About, now: Moment) -> Status {
+    let boot: Vec<Step> = machine.steps().iter().map(|r| step(r, now)).collect();
+    let dropped = about.dropped_lines.iter().copied().chain(std::iter::repeat(0));
+    let services: Vec<Service> =
+        machine.services().iter().zip(dropped).map(|(r, lost)| service(machine, r, lost, now)).collect();
+    let unhealthy = complaints(machine, &boot, &services);
+    Status {
+        version: about.version.clone(),
+        phase: phase(machine),
+        uptime_ms: now.as_millis(),
+        storage: about.storage.clone(),
+        keys: about.keys.clone(),
+        remarks: about.remarks.clone(),
+        boot,
+        services,
+        healthy: unhealthy.is_empty(),
+        unhealthy,
+    }
+}
+
+fn phase(machine: &Machine) -> Phase {
+    if machine.phase() != conduct::Phase::Up {
+        return Phase::Stopping;
+    }
+    let required = || machine.steps().iter().filter(|r| r.step.weight == Weight::Required);
+    if required().any(|r| matches!(r.state, StepState::Failed { .. } | StepState::Refused { .. })) {
+        Phase::Degraded
+    } else if required().all(|r| matches!(r.state, StepState::Done { .. })) {
+        Phase::Running
+    } else {
+        Phase::Booting
+    }
+}
+
+fn complaints(machine: &Machine, boot: &[Step], services: &[Service]) -> Vec<String> {
+    let mut all = Vec::new();
+    if machine.phase() != conduct::Phase::Up {
+        all.push("the machine is stopping".to_owned());
+    }
+    for step in boot.iter().filter(|s| s.required) {
+        if let Some(why) = &step.why {
+            all.push(format!("boot step {}: {why}", step.name));
+        }
+    }
+    for service in services.iter().filter(|s| s.required && !matches!(s.state.as_str(), "up" | "ready")) {
+        let why = service.why.as_ref().map(|w| format!(": {w}")).unwrap_or_default();
+        all.push(format!("{} is {}{why}", service.name, service.state));
+    }
+    for service in services.iter().filter(|s| s.required && s.state == "up" && s.next_action != NOTHING) {
+        all.push(format!("{} runs but is not ready", service.name));
+    }
+    for service in services.iter().filter(|s| s.crash_loop) {
+        all.push(format!(
+            "{} is in a crash loop: {} failures in a row",
+            service.name, service.failures_in_a_row
+        ));
+    }
+    all
+}
+
+fn millis(span: Duration) -> u64 {
+    u64::try_from(span.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn step(record: &StepRecord, now: Moment) -> Step {
+    let mut shown = Step {
+        name: record.step.name.as_str().to_owned(),
+        state: String::new(),
+        required: record.step.weight == Weight::Required,
+        began_ms: None,
+        took_ms: None,
+        tries: record.tries,
+        why: None,
+        next_try_in_ms: None,
+    };
+    let state = match &record.state {
+        StepState::Pending => "waiting",
+        StepState::Running { since } | StepState::Killing { since, .. } => {
+            shown.began_ms = Some(since.as_millis());
+            "running"
+        }
+        StepState::Done { began, took } => {
+            shown.began_ms = Some(began.as_millis());
+            shown.took_ms = Some(millis(*took));
+            "done"
+        }
+        StepState::Failed { began, took, why, retry_at } => {
+            shown.began_ms = Some(began.as_millis());
+            shown.took_ms = Some(millis(*took));
+            shown.why = Some(why.clone());
+            shown.next_try_in_ms = retry_at.map(|at| millis(at.since(now)));
+            "failed"
+        }
+        StepState::Refused { why } => {
+            shown.why = Some(why.clone());
+            "refused"
+        }
+    };
+    state.clone_into(&mut shown.state);
+    shown
+}
+
+/// What `next_action` says when nothing is due.
+const NOTHING: &str = "-";
+
+fn service(machine: &Machine, record: &ServiceRecord, dropped_lines: u64, now: Moment) -> Service {
+    let unit = &record.unit;
+    let name = record.service.name;
+    let mut shown = Service {
+        name: name.to_owned(),
+        what: record.service.what.to_owned(),
+        state: String::new(),
+        why: None,
+        pid: None,
+        up_ms: None,
+        first_exec_ms: record.first_exec.map(Moment::as_millis),
+        first_ready_ms: record.first_ready.map(Moment::as_millis),
+        restarts: unit.restarts(),
+        failures_in_a_row: unit.failures(),
+        crash_loop: unit.in_crash_loop(),
+        last_end: None,
+        last_end_ago_ms: None,
+        next_start_in_ms: None,
+        next_action: NOTHING.to_owned(),
+        required: record.service.required,
+        dropped_lines,
+    };
+    if let Some(past) = unit.last() {
+        let text = match (&past.why, &past.end) {
+            (Some(why), _) => why.clone(),
+            (None, Some(end)) => end.to_string(),
+            (None, None) => "ended".to_owned(),
+        };
+        shown.last_end = Some(format!("{text}, after {}", words(past.ran)));
+        shown.last_end_ago_ms = Some(millis(now.since(past.at)));
+    }
+    let (state, next) = match unit.state() {
+        State::Idle => blocked(machine, record, &mut shown),
+        State::Preparing { .. } => ("preparing", "starts when its preparation is done".to_owned()),
+        State::Starting { .. } => ("starting", NOTHING.to_owned()),
+        State::Running { pid, since, ready, heard, .. } => {
+            shown.pid = Some(*pid);
+            shown.up_ms = Some(millis(now.since(*since)));
+            running(record, *ready, *since, *heard)
+        }
+        State::Repairing { .. } => {
+            ("repairing", "starts once more when its repair command is done".to_owned())
+        }
+        State::Ending { pid, phase: crate::supervise::Phase::Stuck, .. } => {
+            shown.pid = *pid;
+            shown.why = Some("a process of it does not die of SIGKILL: the kernel holds it".to_owned());
+            ("stuck", "look at `dmesg` and the disk; restart the container".to_owned())
+        }
+        State::Ending { pid, until, .. } => {
+            shown.pid = *pid;
+            ("stopping", format!("next measure in {}", words(until.since(now))))
+        }
+        State::Waiting { until } => {
+            shown.why = unit.last().and_then(|p| p.why.clone());
+            shown.next_start_in_ms = Some(millis(until.since(now)));
+            ("waiting", format!("starts in {}", words(until.since(now))))
+        }
+        State::Parked { why } => {
+            shown.why = Some(why.clone());
+            ("parked", format!("mend it, then `cvm start {name}`"))
+        }
+        State::Down => ("stopped", format!("`cvm start {name}`")),
+    };
+    state.clone_into(&mut shown.state);
+    shown.next_action = next;
+    shown
+}
+
+fn blocked(machine: &Machine, record: &ServiceRecord, shown: &mut Service) -> (&'static str, String) {
+    match machine.missing_for(&record.service) {
+        Some(missing) => {
+            let name = missing.step.name.as_str();
+            shown.why = match &missing.state {
+                StepState::Failed { why, .. } | StepState::Refused { why } => {
+                    Some(format!("boot step {name}: {why}"))
+                }
+                _ => Some(format!("boot step {name} is not done yet")),
+            };
+            let next = match &missing.state {
+                StepState::Refused { .. } | StepState::Failed { retry_at: None, .. } => {
+                    format!("mend it, then `cvm start {}`", record.service.name)
+                }
+                _ => format!("starts when boot step {name} is done"),
+            };
+            ("blocked", next)
+        }
+        None => ("blocked", "starts when boot step ssh has ended".to_owned()),
+    }
+}
+
+fn running(
+    record: &ServiceRecord,
+    ready: bool,
+    since: Moment,
+    heard: Option<Moment>,
+) -> (&'static str, String) {
+    let Some((limits, _)) = &record.service.liveness else {
+        let next = if ready { NOTHING } else { "becomes ready" };
+        return if ready && record.service.readiness.is_some() {
+            ("ready", next.into())
+        } else {
+            ("up", next.into())
+        };
+    };
+    if ready {
+        return ("ready", NOTHING.to_owned());
+    }
+    let limit = heard.map_or(since + limits.start, |h| h + limits.silence);
+    let at = words(Duration::from_millis(limit.as_millis()));
+    ("up", format!("becomes ready; ended if it stays silent until uptime {at}"))
+}

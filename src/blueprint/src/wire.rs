@@ -1,0 +1,370 @@
+//! The words between processes, all of them: one JSON object a line, with a size limit.
+//!
+//! * PID 1 to a keeper: [`KeeperSpec`], in a sealed memfd on standard input.
+//! * a keeper to PID 1: [`KeeperReport`] lines on an inherited pipe.
+//! * PID 1 to `cvm-step`: [`Task`], in a sealed memfd on standard input.
+//! * `cvm-step` to PID 1: [`TaskReport`], on the same pipe as its keeper.
+//! * operator to PID 1: [`Request`] on the control socket, answered by [`Response`].
+//!
+//! The first four stay inside one build, since one image carries all the binaries; the last
+//! is versioned.
+//!
+//! Refuses lines over their limit and anything it does not know, with words for the sender.
+//! May import: `ending`, `service`, `status`, `supervise`.
+
+use crate::ending::End;
+use crate::service::{Leftovers, Probe};
+use crate::status::Status;
+use crate::supervise::Level;
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use zeroize::Zeroizing;
+
+/// Version of the control protocol. It grows when an old `cvm` could misread an answer.
+pub const VERSION: u32 = 1;
+/// A request is a verb and a name.
+pub const REQUEST_MAX: usize = 4 * 1024;
+/// A report of a keeper or a step; a step may carry notes for the boot log.
+pub const REPORT_MAX: usize = 64 * 1024;
+
+/// What a keeper has to keep.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KeeperSpec {
+    /// Name in logs and in the keeper's own command line.
+    pub name: String,
+    /// Tells the processes of one run from all others; in their environment as `CVM_RUN`.
+    pub run: String,
+    pub argv: Vec<String>,
+    pub environment: PackedEnvironment,
+    pub user: String,
+    pub directory: String,
+    pub leftovers: Leftovers,
+    pub oom_score_adj: i16,
+    /// What the main process reads on standard input.
+    pub input: Option<PackedBytes>,
+    /// Whether the main process gets the report pipe as file descriptor 3.
+    pub passes_report: bool,
+    pub log: Log,
+    pub liveness: Option<ProbeSpec>,
+    pub readiness: Option<ProbeSpec>,
+}
+
+/// Where output goes.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Log {
+    /// A file that rotates at `rotate_bytes` and keeps one old one.
+    pub file: String,
+    pub rotate_bytes: u64,
+    /// Whether lines go to the container's standard output too.
+    pub copy_to_stdout: bool,
+    /// Whether those lines are JSON objects.
+    pub json: bool,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ProbeSpec {
+    pub probe: Probe,
+    /// While the answer is no.
+    pub eager_ms: u64,
+    /// While the answer is yes.
+    pub calm_ms: u64,
+    pub timeout_ms: u64,
+}
+
+/// An environment of arbitrary bytes, as text.
+#[derive(Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct PackedEnvironment(PackedBytes);
+
+impl PackedEnvironment {
+    pub fn pack<'a>(pairs: impl Iterator<Item = (&'a [u8], &'a [u8])>) -> Self {
+        let mut bytes = Zeroizing::new(Vec::new());
+        for (name, value) in pairs {
+            bytes.extend_from_slice(name);
+            bytes.push(b'=');
+            bytes.extend_from_slice(value);
+            bytes.push(0);
+        }
+        Self(PackedBytes::pack(&bytes))
+    }
+
+    /// `NAME=VALUE` entries, as `execve` takes them.
+    pub fn unpack(&self) -> Option<Vec<Zeroizing<Vec<u8>>>> {
+        let bytes = self.0.unpack()?;
+        Some(
+            bytes
+                .split(|b| *b == 0)
+                .filter(|entry| !entry.is_empty())
+                .map(|e| Zeroizing::new(e.to_vec()))
+                .collect(),
+        )
+    }
+}
+
+/// Bytes as base64, wiped when dropped.
+#[derive(Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct PackedBytes(Zeroizing<String>);
+
+impl PackedBytes {
+    pub fn pack(bytes: &[u8]) -> Self {
+        Self(Zeroizing::new(BASE64_STANDARD.encode(bytes)))
+    }
+
+    pub fn unpack(&self) -> Option<Zeroizing<Vec<u8>>> {
+        BASE64_STANDARD.decode(self.0.as_bytes()).ok().map(Zeroizing::new)
+    }
+}
+
+/// What a keeper tells PID 1.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "report", rename_all = "kebab-case")]
+pub enum KeeperReport {
+    /// The program executes.
+    Started {
+        pid: i32,
+    },
+    /// The main process ended, or never started.
+    MainEnded {
+        end: End,
+    },
+    /// The whole tree is gone; the last words of a keeper.
+    TreeGone {
+        end: End,
+        killed: u32,
+    },
+    /// An answer to the liveness probe, or none.
+    Liveness {
+        ok: bool,
+    },
+    Readiness {
+        ok: bool,
+    },
+    /// Lines that had to be dropped, said once for each burst.
+    Dropped {
+        lines: u64,
+    },
+    /// Trouble of the keeper's own.
+    Trouble {
+        text: String,
+    },
+}
+
+/// One step's work, with all it needs to know.
+#[derive(Serialize, Deserialize)]
+#[serde(tag = "task", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Task {
+    Ssh {
+        port: u16,
+        /// None: keep a random one on the volume.
+        seed: Option<PackedBytes>,
+        extra_keys: String,
+    },
+    Home {
+        user: String,
+    },
+    State(StateTask),
+    DockerPrepare,
+    FreePort {
+        port: u16,
+    },
+    /// End what a killed keeper left behind.
+    Sweep {
+        run: String,
+    },
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StateTask {
+    pub user: String,
+    pub port: u16,
+    pub redpill: bool,
+    /// The user's own openclaw.json.
+    pub config: Option<PackedBytes>,
+    /// Path to text, as JSON.
+    pub workspace: Option<PackedBytes>,
+    pub device_seed: Option<PackedBytes>,
+    /// None: keep a random one on the volume and report it.
+    pub token: Option<PackedBytes>,
+}
+
+/// What a step tells PID 1. No line, or a broken one, is a failure.
+#[derive(Serialize, Deserialize)]
+#[serde(tag = "report", rename_all = "kebab-case")]
+pub enum TaskReport {
+    Done {
+        notes: Vec<Note>,
+        facts: Facts,
+    },
+    Failed {
+        notes: Vec<Note>,
+        why: String,
+        /// Whether trying again can help.
+        retry: bool,
+    },
+}
+
+/// A line for the boot log. Safe to be public.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Note {
+    pub level: Level,
+    pub text: String,
+}
+
+/// What a step found out that others need.
+#[derive(Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Facts {
+    /// The random gateway token, when there is no `MASTER_KEY`.
+    pub token: Option<PackedBytes>,
+    /// Fingerprint of the SSH host key.
+    pub host_key: Option<String>,
+    /// A standing remark for `status`, by topic.
+    pub remarks: Vec<Remark>,
+}
+
+/// Something an operator should know as long as it is true.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Remark {
+    pub topic: String,
+    pub text: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Request {
+    pub v: u32,
+    #[serde(flatten)]
+    pub verb: Verb,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "verb", rename_all = "kebab-case")]
+pub enum Verb {
+    Status,
+    Start {
+        service: String,
+    },
+    Stop {
+        service: String,
+    },
+    Restart {
+        service: String,
+    },
+    /// What `openclaw` needs to talk to the gateway as the gateway's own user.
+    GatewayAccess,
+}
+
+#[derive(Serialize, Deserialize)]
+pub struct Response {
+    pub v: u32,
+    #[serde(flatten)]
+    pub body: Body,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(tag = "answer", rename_all = "kebab-case")]
+pub enum Body {
+    Status(Box<Status>),
+    /// The order was taken; `status` shows what comes of it.
+    Taken,
+    GatewayAccess {
+        user: String,
+        environment: PackedEnvironment,
+    },
+    Refused {
+        why: String,
+    },
+}
+
+/// Why a request was not understood.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum BadRequest {
+    TooLong,
+    NotUnderstood,
+    Version(u32),
+}
+
+impl fmt::Display for BadRequest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::TooLong => write!(f, "a request has at most {REQUEST_MAX} bytes and ends with a newline"),
+            Self::NotUnderstood => f.write_str("this is not a request; `cvm --help` lists what can be asked"),
+            Self::Version(theirs) => write!(
+                f,
+                "this supervisor speaks version {VERSION} of the control protocol, not {theirs}; use the `cvm` of the same image"
+            ),
+        }
+    }
+}
+
+impl Request {
+    /// Reads one line, without its newline.
+    pub fn parse(line: &[u8]) -> Result<Self, BadRequest> {
+        #[derive(Deserialize)]
+        struct Head {
+            v: u32,
+        }
+        if line.len() > REQUEST_MAX {
+            return Err(BadRequest::TooLong);
+        }
+        // The version first: a newer request is told so, whatever else it says.
+        let head: Head = serde_json::from_slice(line).map_err(|_| BadRequest::NotUnderstood)?;
+        if head.v != VERSION {
+            return Err(BadRequest::Version(head.v));
+        }
+        serde_json::from_slice(line).map_err(|_| BadRequest::NotUnderstood)
+    }
+}
+
+/// One message as a line. Wiped by the caller when it carries secrets.
+pub fn line<T: Serialize>(message: &T) -> Zeroizing<Vec<u8>> {
+    // Nothing here has a map with keys that are not strings, the only thing serde_json refuses.
+    let mut bytes = Zeroizing::new(serde_json::to_vec(message).unwrap_or_default());
+    bytes.push(b'\n');
+    bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn an_environment_of_any_bytes_survives_packing() {
+        let pairs: [(&[u8], &[u8]); 3] = [(b"A", b"1"), (b"\xff\xfe", b"\x80=\n"), (b"EMPTY", b"")];
+        let packed = PackedEnvironment::pack(pairs.into_iter());
+        let entries: Vec<Vec<u8>> = packed.unpack().unwrap().iter().map(|e| e.to_vec()).collect();
+        assert_eq!(entries, [b"A=1".to_vec(), b"\xff\xfe=\x80=\n".to_vec(), b"EMPTY=".to_vec()]);
+    }
+
+    #[test]
+    fn a_newer_request_is_told_the_version_and_not_that_it_is_garbage() {
+        let line = br#"{"v":2,"verb":"levitate","how":"high"}"#;
+        assert_eq!(Request::parse(line), Err(BadRequest::Version(2)));
+    }
+
+    #[test]
+    fn a_request_reads_back_as_it_was_written() {
+        let request = Request { v: VERSION, verb: Verb::Restart { service: "gateway".into() } };
+        let bytes = line(&request);
+        assert_eq!(Request::parse(bytes.trim_ascii_end()), Ok(request));
+    }
+
+    #[test]
+    fn a_request_over_the_limit_is_refused_before_it_is_read() {
+        assert_eq!(Request::parse(&vec![b' '; REQUEST_MAX + 1]), Err(BadRequest::TooLong));
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_the_request_reader_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+            let _ = Request::parse(&bytes);
+        }
+    }
+}
