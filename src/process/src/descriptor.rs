@@ -1,0 +1,97 @@
+//! Descriptors: sealed memory files for secrets, pipes, and non-blocking standard output.
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl, open};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::stat::Mode;
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use zeroize::Zeroizing;
+
+/// A file that exists only in memory, cannot be changed any more, and starts at its beginning.
+/// Close-on-exec, like every descriptor here.
+pub fn sealed(name: &std::ffi::CStr, bytes: &[u8]) -> std::io::Result<OwnedFd> {
+    let fd = memfd_create(name, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?;
+    let mut file = File::from(fd);
+    file.write_all(bytes)?;
+    file.seek(SeekFrom::Start(0))?;
+    let seals =
+        SealFlag::F_SEAL_SEAL | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_WRITE;
+    fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
+    Ok(file.into())
+}
+
+/// Everything from `fd`, if it is at most `limit` bytes. Wiped by the caller's drop.
+pub fn read_all(fd: OwnedFd, limit: usize) -> std::io::Result<Zeroizing<Vec<u8>>> {
+    let file = File::from(fd);
+    // Sized beforehand, so that growing leaves no copies behind.
+    let size = usize::try_from(file.metadata()?.len()).unwrap_or(usize::MAX);
+    if size > limit {
+        return Err(std::io::Error::other(format!("larger than {limit} bytes")));
+    }
+    let mut bytes = Zeroizing::new(Vec::with_capacity(size + 1));
+    file.take(limit as u64 + 1).read_to_end(&mut bytes)?;
+    if bytes.len() > limit {
+        return Err(std::io::Error::other(format!("larger than {limit} bytes")));
+    }
+    Ok(bytes)
+}
+
+/// A pipe whose two ends close on exec.
+pub fn pipe() -> nix::Result<(OwnedFd, OwnedFd)> {
+    nix::unistd::pipe2(OFlag::O_CLOEXEC)
+}
+
+pub fn set_nonblocking<F: AsFd>(fd: F) -> nix::Result<()> {
+    let flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);
+    fcntl(&fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).map(drop)
+}
+
+/// A descriptor of our own for what `fd` leads to, that never blocks.
+///
+/// `O_NONBLOCK` belongs to the open file, which we share with whoever started us and with every
+/// child: setting it on the inherited descriptor would change theirs too. Opening the same pipe
+/// or terminal anew through /proc gives a file of our own. What cannot be opened anew (a socket)
+/// is duplicated, and then written with `MSG_DONTWAIT` by [`write_some`].
+#[allow(unsafe_code)]
+pub fn own_nonblocking(fd: RawFd) -> nix::Result<OwnedFd> {
+    let path = format!("/proc/self/fd/{fd}");
+    let flags = OFlag::O_WRONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC | OFlag::O_APPEND | OFlag::O_NOCTTY;
+    open(path.as_str(), flags, Mode::empty()).or_else(|_| {
+        let copy = fcntl(borrow(fd)?, FcntlArg::F_DUPFD_CLOEXEC(3))?;
+        // SAFETY: F_DUPFD_CLOEXEC has just returned this descriptor, and nobody else knows it.
+        Ok(unsafe { OwnedFd::from_raw_fd(copy) })
+    })
+}
+
+/// Writes what fits without waiting.
+pub fn write_some(fd: &OwnedFd, bytes: &[u8]) -> nix::Result<usize> {
+    use nix::sys::socket::{MsgFlags, send};
+    match send(fd.as_raw_fd(), bytes, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL) {
+        Err(Errno::ENOTSOCK) => nix::unistd::write(fd, bytes),
+        other => other,
+    }
+}
+
+/// A borrowed view of a raw descriptor, if it is open.
+#[allow(unsafe_code)]
+fn borrow(fd: RawFd) -> nix::Result<std::os::fd::BorrowedFd<'static>> {
+    if fd < 0 {
+        return Err(Errno::EBADF);
+    }
+    // SAFETY: the descriptor is not -1; the borrow is used for one fcntl call, which reports
+    // EBADF if it is not open.
+    Ok(unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) })
+}
+
+/// Takes over a descriptor that was inherited at exec.
+///
+/// Call it once for each number, at the start of the program: that is what makes it sound.
+#[allow(unsafe_code)]
+pub fn inherited(fd: RawFd) -> nix::Result<OwnedFd> {
+    fcntl(borrow(fd)?, FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))?;
+    // SAFETY: it is open, as the call above has shown, and by this function's contract nobody
+    // else in this program owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}

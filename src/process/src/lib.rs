@@ -1,0 +1,14 @@
+//! What PID 1, the keepers and plain mode have in common: forking, reaping, signals, and
+//! descriptors that cannot block.
+//!
+//! The only crate of the supervisor with `unsafe` in it; each use says why it is sound.
+//! `std::process` is not used: `Command::spawn` waits until the child has exec'd, which on a
+//! dead mount is for ever, and its `Child` does not live beside `waitpid(-1)`.
+//!
+//! Refuses to decide anything, to allocate threads, and to read configuration.
+
+pub mod descriptor;
+pub mod reap;
+pub mod signals;
+pub mod spawn;
+pub mod tree;

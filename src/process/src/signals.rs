@@ -1,0 +1,98 @@
+//! Signals as data: blocked from the first instruction, then delivered into a pipe that the
+//! one wait point of the program reads.
+//!
+//! As PID 1 a signal without a handler is thrown away by the kernel unless it is blocked, so
+//! a SIGTERM that comes before the handlers stand would be lost. [`block_all`] first, then
+//! [`Signals::take`].
+
+use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
+use signal_hook::consts::{FORBIDDEN, SIGKILL, SIGSTOP};
+use std::io::Read;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Signals that say something about the program itself and are never blocked or forwarded.
+const FAULTS: [i32; 6] =
+    [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP, libc::SIGABRT];
+
+/// Highest signal number of Linux on the architectures we build for.
+const SIGNAL_MAX: i32 = 64;
+
+/// Blocks everything but faults. The first call of every program here.
+pub fn block_all() {
+    let mut all = SigSet::all();
+    for fault in FAULTS {
+        if let Ok(signal) = nix::sys::signal::Signal::try_from(fault) {
+            all.remove(signal);
+        }
+    }
+    // It fails only for an unknown `how`.
+    let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&all), None);
+}
+
+/// Signals that have arrived, as a descriptor to poll and a set to take.
+pub struct Signals {
+    pipe: UnixStream,
+    pending: Arc<AtomicU64>,
+}
+
+impl Signals {
+    /// Installs handlers for `wanted` and unblocks. What is not wanted has its default action.
+    pub fn take(wanted: &[i32]) -> std::io::Result<Self> {
+        let (reader, writer) = UnixStream::pair()?;
+        reader.set_nonblocking(true)?;
+        writer.set_nonblocking(true)?;
+        let writer = Arc::new(writer);
+        let pending = Arc::new(AtomicU64::new(0));
+        for &signal in wanted {
+            install(signal, Arc::clone(&pending), Arc::clone(&writer))?;
+        }
+        let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None);
+        Ok(Self { pipe: reader, pending })
+    }
+
+    /// What has arrived since the last call, each number once.
+    pub fn drain(&mut self) -> Vec<i32> {
+        let mut scrap = [0u8; 64];
+        while matches!(self.pipe.read(&mut scrap), Ok(n) if n > 0) {}
+        let set = self.pending.swap(0, Ordering::AcqRel);
+        (1..=SIGNAL_MAX).filter(|n| set & (1 << (n - 1)) != 0).collect()
+    }
+}
+
+impl AsFd for Signals {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.pipe.as_fd()
+    }
+}
+
+#[allow(unsafe_code)]
+fn install(signal: i32, pending: Arc<AtomicU64>, writer: Arc<UnixStream>) -> std::io::Result<()> {
+    let act = move || {
+        pending.fetch_or(1 << (signal - 1), Ordering::AcqRel);
+        // A full pipe is a pipe that wakes the reader already.
+        let _ = nix::unistd::write(&*writer, b"!");
+    };
+    // SAFETY: the action is one atomic operation and one write(2) to a non-blocking
+    // descriptor, both async-signal-safe; nothing is allocated or dropped in it.
+    unsafe { signal_hook::low_level::register(signal, act) }.map(drop)
+}
+
+/// Everything that can be handled: for an init that forwards whatever it is sent.
+pub fn forwardable() -> Vec<i32> {
+    (1..=SIGNAL_MAX)
+        .filter(|n| *n != SIGKILL && *n != SIGSTOP)
+        .filter(|n| !FORBIDDEN.contains(n) && !FAULTS.contains(n))
+        // 32 and 33 belong to the C library's threads.
+        .filter(|n| *n != 32 && *n != 33)
+        .collect()
+}
+
+/// Sends a signal of any number, real-time ones included, which have no name in `nix`.
+#[allow(unsafe_code)]
+pub fn send(to: nix::unistd::Pid, signal: i32) {
+    // SAFETY: no memory is involved. A process that is gone is no failure.
+    let _ = unsafe { libc::kill(to.as_raw(), signal) };
+}

@@ -1,0 +1,198 @@
+//! Fork and exec by hand, without ever waiting for the child.
+//!
+//! All signals are blocked around the fork, so that no handler of ours runs in the child and
+//! writes into a pipe it shares with us. The child then has default handlers, an empty mask,
+//! a session of its own, exactly the descriptors it was given, and exactly its environment.
+
+use cvm_blueprint::ending::Stage;
+use nix::errno::Errno;
+use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
+use nix::unistd::{ForkResult, Pid, fork};
+use std::ffi::{CStr, CString};
+use std::os::fd::{BorrowedFd, RawFd};
+
+/// Everything about a child, made ready before the fork: after it nothing is allocated.
+pub struct Program<'a> {
+    pub path: &'a CStr,
+    pub argv: &'a [CString],
+    pub environment: &'a [CString],
+    pub directory: &'a CStr,
+    /// Descriptors for 0, 1, 2, 3 … in the child. The rest is close-on-exec.
+    pub descriptors: &'a [BorrowedFd<'a>],
+    pub identity: Option<&'a Identity>,
+    pub oom_score_adj: Option<i16>,
+    pub session: Session,
+    /// Die when the parent does.
+    pub dies_with_parent: bool,
+}
+
+/// Whose terminal and process group the child has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Session {
+    /// A session of its own, without a terminal.
+    Own,
+    /// A process group of its own, in the foreground of our terminal if there is one.
+    Foreground,
+}
+
+pub struct Identity {
+    pub uid: u32,
+    pub gid: u32,
+    pub groups: Vec<u32>,
+}
+
+/// Starts `program`. `on_failure` runs in the child when a stage before or at exec fails, and
+/// has to carry the news and yields the child's exit status; it may only write to a descriptor.
+///
+/// The program has one thread here, or the child must not allocate: both hold.
+#[allow(unsafe_code)]
+pub fn spawn(program: &Program<'_>, on_failure: impl FnOnce(Stage, Errno) -> u8) -> nix::Result<Pid> {
+    let argv = pointers(program.argv);
+    let environment = pointers(program.environment);
+    let mut old = SigSet::empty();
+    sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), Some(&mut old))?;
+    // SAFETY: between fork and exec the child makes system calls on memory that was prepared
+    // before, and nothing else.
+    let forked = unsafe { fork() };
+    if let Ok(ForkResult::Child) = forked {
+        let (stage, errno) = become_program(program, &argv, &environment);
+        let status = on_failure(stage, errno);
+        // SAFETY: _exit runs no handlers and flushes nothing of the parent's.
+        unsafe { libc::_exit(i32::from(status)) }
+    }
+    let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&old), None);
+    match forked? {
+        ForkResult::Parent { child } => Ok(child),
+        ForkResult::Child => unreachable!("the child has become the program or has ended"),
+    }
+}
+
+fn pointers(strings: &[CString]) -> Vec<*const libc::c_char> {
+    strings.iter().map(|s| s.as_ptr()).chain([std::ptr::null()]).collect()
+}
+
+/// The child's way to exec. Returns only when a stage failed.
+#[allow(unsafe_code)]
+fn become_program(
+    program: &Program<'_>,
+    argv: &[*const libc::c_char],
+    environment: &[*const libc::c_char],
+) -> (Stage, Errno) {
+    if let Err(failure) = prepare(program) {
+        return failure;
+    }
+    // SAFETY: both arrays end with a null pointer and outlive the call, as do the strings.
+    unsafe {
+        let empty = SigSet::empty();
+        let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&empty), None);
+        libc::execve(program.path.as_ptr(), argv.as_ptr(), environment.as_ptr());
+    }
+    (Stage::Exec, Errno::last())
+}
+
+fn prepare(program: &Program<'_>) -> Result<(), (Stage, Errno)> {
+    let at = |stage: Stage| move |errno: Errno| (stage, errno);
+    match program.session {
+        Session::Own => drop(nix::unistd::setsid().map_err(at(Stage::Session))?),
+        Session::Foreground => take_foreground().map_err(at(Stage::Session))?,
+    }
+    reset_handlers();
+    place_descriptors(program.descriptors).map_err(at(Stage::Files))?;
+    if let Some(score) = program.oom_score_adj {
+        set_oom_score(score).map_err(at(Stage::Priority))?;
+    }
+    if let Some(identity) = program.identity {
+        become_user(identity)?;
+    }
+    if program.dies_with_parent {
+        // After the user id: changing it clears the request.
+        nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL).map_err(at(Stage::User))?;
+    }
+    nix::unistd::chdir(program.directory).map_err(at(Stage::Directory))
+}
+
+/// All signals are blocked here, so the SIGTTOU of a background process stays pending and is
+/// thrown away when its action becomes the default and it was for us alone.
+fn take_foreground() -> Result<(), Errno> {
+    nix::unistd::setpgid(Pid::from_raw(0), Pid::from_raw(0))?;
+    // No terminal is no failure: most containers have none.
+    let _ = nix::unistd::tcsetpgrp(std::io::stdin(), nix::unistd::getpgrp());
+    Ok(())
+}
+
+/// Exec resets handlers but keeps what is ignored, and Rust ignores SIGPIPE. By system call,
+/// since the C library leaves out the two signals it keeps for its threads, which a parent may
+/// have ignored all the same.
+#[allow(unsafe_code)]
+pub fn reset_handlers() {
+    // struct sigaction of the kernel: handler, flags, restorer, mask. All zero is the default.
+    let default = [0u64; 4];
+    for signal in 1..=64 {
+        // SAFETY: sets default actions from a structure of the right size; fails harmlessly
+        // for the two signals that cannot be set.
+        unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), 0, size_of::<u64>()) };
+    }
+}
+
+/// Puts each descriptor at its place without treading on another that is still to be moved.
+#[allow(unsafe_code)]
+fn place_descriptors(wanted: &[BorrowedFd<'_>]) -> Result<(), Errno> {
+    let count = RawFd::try_from(wanted.len()).unwrap_or(RawFd::MAX);
+    let mut above = [-1; 8];
+    if wanted.len() > above.len() {
+        return Err(Errno::EINVAL);
+    }
+    for (copy, fd) in above.iter_mut().zip(wanted) {
+        // First out of the way, close-on-exec.
+        *copy = nix::fcntl::fcntl(*fd, nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(count))?;
+    }
+    for (place, copy) in (0..count).zip(above) {
+        // SAFETY: dup2 onto a number that this child owns; the copies made above lie beyond
+        // all of them.
+        Errno::result(unsafe { libc::dup2(copy, place) })?;
+    }
+    Ok(())
+}
+
+#[allow(unsafe_code)]
+fn set_oom_score(score: i16) -> Result<(), Errno> {
+    // Formatted by hand: nothing may be allocated here.
+    let mut text = [0u8; 6];
+    let mut at = text.len();
+    let mut rest = score.unsigned_abs();
+    loop {
+        at -= 1;
+        // A digit fits a byte.
+        text[at] = b'0' + u8::try_from(rest % 10).unwrap_or(0);
+        rest /= 10;
+        if rest == 0 {
+            break;
+        }
+    }
+    if score < 0 {
+        at -= 1;
+        text[at] = b'-';
+    }
+    // SAFETY: a constant path and a buffer of this frame; the descriptor is closed here.
+    unsafe {
+        let fd = libc::open(c"/proc/self/oom_score_adj".as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
+        Errno::result(fd)?;
+        let written = libc::write(fd, text[at..].as_ptr().cast(), text.len() - at);
+        let outcome = Errno::result(written).map(drop);
+        libc::close(fd);
+        outcome
+    }
+}
+
+fn become_user(identity: &Identity) -> Result<(), (Stage, Errno)> {
+    set_groups(&identity.groups).map_err(|e| (Stage::Groups, e))?;
+    nix::unistd::setgid(identity.gid.into()).map_err(|e| (Stage::Groups, e))?;
+    nix::unistd::setuid(identity.uid.into()).map_err(|e| (Stage::User, e))
+}
+
+#[allow(unsafe_code)]
+fn set_groups(groups: &[u32]) -> Result<(), Errno> {
+    // SAFETY: pointer and length of one slice. The raw call, because the C library's wrapper
+    // talks to threads that a child does not have.
+    Errno::result(unsafe { libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()) }).map(drop)
+}

@@ -1,0 +1,76 @@
+//! The processes below one process, from /proc.
+//!
+//! A process that reaps orphans (PID 1, or a subreaper) is the ancestor of everything that
+//! descends from it, whatever session, group or environment a descendant gave itself. So
+//! killing children until there are none is the whole of ending a tree.
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use std::fs;
+
+/// From now on orphans below us become our children.
+pub fn adopt_orphans() -> nix::Result<()> {
+    nix::sys::prctl::set_child_subreaper(true)
+}
+
+/// The children of this process.
+pub fn children() -> Vec<Pid> {
+    let me = nix::unistd::getpid();
+    // One line that the kernel keeps, where it is configured to.
+    if let Ok(text) = fs::read_to_string(format!("/proc/self/task/{me}/children")) {
+        return text.split_ascii_whitespace().filter_map(|w| w.parse().ok()).map(Pid::from_raw).collect();
+    }
+    scan().filter(|(_, parent)| *parent == me).map(|(pid, _)| pid).collect()
+}
+
+/// Every process below this one, nearest first.
+pub fn descendants() -> Vec<Pid> {
+    let all: Vec<(Pid, Pid)> = scan().collect();
+    let mut found = vec![nix::unistd::getpid()];
+    let mut next = 0;
+    while let Some(&parent) = found.get(next) {
+        next += 1;
+        let below = all.iter().filter(|(pid, above)| *above == parent && *pid != parent);
+        found.extend(below.map(|(pid, _)| *pid));
+    }
+    found.split_off(1)
+}
+
+/// Sends `signal` to every process below this one, and says to how many.
+pub fn signal_descendants(signal: Signal) -> u32 {
+    let reached = descendants().into_iter().filter(|pid| kill(*pid, signal).is_ok());
+    u32::try_from(reached.count()).unwrap_or(u32::MAX)
+}
+
+/// Every process of this pid namespace but the caller, descendant or not: a `docker exec` is
+/// nobody's child in here.
+pub fn everyone_else() -> Vec<Pid> {
+    let me = nix::unistd::getpid();
+    scan().map(|(pid, _)| pid).filter(|pid| *pid != me).collect()
+}
+
+/// All processes with their parents.
+fn scan() -> impl Iterator<Item = (Pid, Pid)> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|entry| {
+        let pid: i32 = entry.file_name().to_str()?.parse().ok()?;
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        Some((Pid::from_raw(pid), Pid::from_raw(parent_in(&stat)?)))
+    })
+}
+
+/// The parent in a line of /proc/PID/stat. The name before it may hold spaces and brackets.
+fn parent_in(stat: &str) -> Option<i32> {
+    stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(1)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_full_of_brackets_does_not_hide_the_parent() {
+        assert_eq!(parent_in("12 (a) b) (c) S 7 12 12 0"), Some(7));
+        assert_eq!(parent_in("12 nonsense"), None);
+    }
+}
