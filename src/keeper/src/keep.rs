@@ -1,0 +1,341 @@
+//! The keeper's loop: one wait point over signals, the program's output, its exec, and probes.
+
+use crate::lines::Lines;
+use crate::logbook::Logbook;
+use crate::probe::Prober;
+use crate::report::Reporter;
+use cvm_blueprint::accounts::Account;
+use cvm_blueprint::ending::{End, Stage};
+use cvm_blueprint::service::Leftovers;
+use cvm_blueprint::wire::{KeeperReport, KeeperSpec, Log};
+use cvm_process::signals::Signals;
+use cvm_process::spawn::{Identity, Program, Session, spawn};
+use cvm_process::{descriptor, reap, tree};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use std::ffi::CString;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+/// Output is read in pieces of a quarter of a pipe's usual capacity.
+const READ_SIZE: usize = 16 * 1024;
+/// The supervisor's own log is small; see `rotate_bytes` of the services for theirs.
+const OWN_LOG_BYTES: u64 = 10 * 1024 * 1024;
+
+/// The end of one whole turn of the loop.
+enum Turn {
+    Go,
+    Over,
+}
+
+struct Keeper {
+    spec_leftovers: Leftovers,
+    reporter: Reporter,
+    signals: Signals,
+    main: Pid,
+    /// Yields the failed stage, or end of file when the program executes.
+    exec: Option<OwnedFd>,
+    failed: Option<(Stage, i32)>,
+    /// How the main process ended, once it has.
+    end: Option<End>,
+    output: Option<OwnedFd>,
+    lines: Lines,
+    log: Logbook,
+    probers: [Option<Prober>; 2],
+    /// What readiness was last reported as.
+    ready: bool,
+    /// SIGKILLs that were ours do not count as the kernel's.
+    killed_by_us: bool,
+    killed: u32,
+    oom_kills: Option<u64>,
+    dropped_said: u64,
+}
+
+/// Keeps one program until nothing of it is left.
+pub(crate) fn keep(spec: KeeperSpec) -> Result<(), String> {
+    let pipe = descriptor::inherited(3).map_err(|e| format!("the report pipe: {e}"))?;
+    let reporter = Reporter::new(pipe);
+    if spec.leftovers == Leftovers::Kill {
+        tree::adopt_orphans().map_err(|e| format!("becoming the one who adopts orphans: {e}"))?;
+    }
+    let signals = Signals::take(&[libc::SIGCHLD, libc::SIGTERM, libc::SIGQUIT])
+        .map_err(|e| format!("taking signals: {e}"))?;
+    let oom_kills = oom_kills();
+    let started = match start(&spec, &reporter) {
+        Ok(started) => started,
+        Err((stage, errno)) => {
+            let end = End::NotStarted { stage, errno: errno as i32 };
+            reporter.send(&KeeperReport::MainEnded { end: end.clone() });
+            reporter.send(&KeeperReport::TreeGone { end, killed: 0 });
+            return Ok(());
+        }
+    };
+    let now = Instant::now();
+    let prober = |probe: &Option<_>| probe.clone().map(|p| Prober::new(p, now));
+    let mut keeper = Keeper {
+        spec_leftovers: spec.leftovers,
+        signals,
+        main: started.pid,
+        exec: Some(started.exec),
+        failed: None,
+        end: None,
+        output: Some(started.output),
+        lines: Lines::default(),
+        log: Logbook::open(&spec.name, &spec.log, false),
+        probers: [prober(&spec.liveness), prober(&spec.readiness)],
+        ready: false,
+        killed_by_us: false,
+        killed: 0,
+        oom_kills,
+        dropped_said: 0,
+        reporter,
+    };
+    // The program has its copy of what the description held.
+    drop(spec);
+    while matches!(keeper.turn(), Turn::Go) {}
+    Ok(())
+}
+
+struct Started {
+    pid: Pid,
+    exec: OwnedFd,
+    output: OwnedFd,
+}
+
+fn start(spec: &KeeperSpec, reporter: &Reporter) -> Result<Started, (Stage, Errno)> {
+    let files = |_: std::io::Error| (Stage::Files, Errno::EIO);
+    let at_files = |errno: Errno| (Stage::Files, errno);
+    let (output, output_theirs) = descriptor::pipe().map_err(at_files)?;
+    let (exec, exec_theirs) = descriptor::pipe().map_err(at_files)?;
+    descriptor::set_nonblocking(&output).map_err(at_files)?;
+    descriptor::set_nonblocking(&exec).map_err(at_files)?;
+    let input = spec.input.as_ref().and_then(cvm_blueprint::wire::PackedBytes::unpack).unwrap_or_default();
+    let input = descriptor::sealed(c"input", &input).map_err(files)?;
+    let identity = identity_of(&spec.user)?;
+    let words = |e| (Stage::Exec, e);
+    let argv = c_strings(spec.argv.iter().map(|a| a.clone().into_bytes())).map_err(words)?;
+    let environment = spec.environment.unpack().ok_or((Stage::Exec, Errno::EINVAL))?;
+    let run = format!("CVM_RUN={}", spec.run);
+    let environment =
+        c_strings(environment.iter().map(|e| e.to_vec()).chain([run.into_bytes()])).map_err(words)?;
+    let directory = CString::new(spec.directory.as_str()).map_err(|_| (Stage::Directory, Errno::EINVAL))?;
+    let out = output_theirs.as_fd();
+    let mut descriptors = vec![input.as_fd(), out, out];
+    if spec.passes_report {
+        descriptors.push(reporter.pipe().as_fd());
+    }
+    let program = Program {
+        path: argv.first().ok_or((Stage::Exec, Errno::EINVAL))?,
+        argv: &argv,
+        environment: &environment,
+        directory: &directory,
+        descriptors: &descriptors,
+        identity: identity.as_ref(),
+        oom_score_adj: (spec.oom_score_adj != 0).then_some(spec.oom_score_adj),
+        session: Session::Own,
+        dies_with_parent: true,
+    };
+    let pid = spawn(&program, |stage, errno| {
+        let mut news = [stage.to_byte(), 0, 0, 0, 0];
+        news[1..].copy_from_slice(&(errno as i32).to_ne_bytes());
+        let _ = nix::unistd::write(&exec_theirs, &news);
+        127
+    })
+    .map_err(|errno| (Stage::Fork, errno))?;
+    Ok(Started { pid, exec, output })
+}
+
+/// Root needs no change of identity, and works without a readable /etc/passwd.
+fn identity_of(user: &str) -> Result<Option<Identity>, (Stage, Errno)> {
+    if user == "root" {
+        return Ok(None);
+    }
+    let read = |path: &str| std::fs::read_to_string(path).map_err(|_| (Stage::Account, Errno::ENOENT));
+    let account = Account::find(&read("/etc/passwd")?, &read("/etc/group")?, user)
+        .ok_or((Stage::Account, Errno::ESRCH))?;
+    Ok(Some(Identity { uid: account.uid, gid: account.gid, groups: account.groups }))
+}
+
+fn c_strings(words: impl Iterator<Item = Vec<u8>>) -> Result<Vec<CString>, Errno> {
+    words.map(|w| CString::new(w).map_err(|_| Errno::EINVAL)).collect()
+}
+
+impl Keeper {
+    fn turn(&mut self) -> Turn {
+        self.wait();
+        for signal in self.signals.drain() {
+            match signal {
+                libc::SIGTERM => self.end_main(),
+                libc::SIGQUIT => self.kill_tree(),
+                // SIGCHLD: looked after in every turn.
+                _ => {}
+            }
+        }
+        self.read_exec();
+        self.read_output();
+        self.ask_probes();
+        let childless = self.reap();
+        if self.end.is_some() && (childless || self.spec_leftovers == Leftovers::Leave) {
+            self.farewell();
+            return Turn::Over;
+        }
+        Turn::Go
+    }
+
+    fn wait(&self) {
+        let mut fds = vec![PollFd::new(self.signals.as_fd(), PollFlags::POLLIN)];
+        fds.extend(self.exec.iter().map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)));
+        fds.extend(self.output.iter().map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)));
+        let probing = self.end.is_none();
+        let probers = || self.probers.iter().flatten().filter(|_| probing);
+        fds.extend(probers().filter_map(|p| {
+            let (fd, writes) = p.interest()?;
+            Some(PollFd::new(fd, if writes { PollFlags::POLLOUT } else { PollFlags::POLLIN }))
+        }));
+        let timeout = probers().map(Prober::deadline).min().map_or(PollTimeout::NONE, |due| {
+            // A millisecond late rather than spinning until it is due.
+            let wait = due.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
+            PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX)
+        });
+        // An interrupted or failed wait is a short one.
+        let _ = poll(&mut fds, timeout);
+    }
+
+    fn end_main(&mut self) {
+        if self.end.is_none() {
+            let _ = kill(self.main, Signal::SIGTERM);
+        }
+    }
+
+    /// Kills everything below. What is orphaned by that comes to us, and is killed in turn
+    /// when its arrival wakes the loop: see `reap`.
+    fn kill_tree(&mut self) {
+        self.killed_by_us = true;
+        let killed = tree::signal_descendants(Signal::SIGKILL);
+        if self.end.is_some() {
+            self.killed += killed;
+        }
+    }
+
+    fn read_exec(&mut self) {
+        let Some(pipe) = &self.exec else { return };
+        let mut news = [0u8; 5];
+        match nix::unistd::read(pipe, &mut news) {
+            Ok(5) => {
+                let [stage, errno @ ..] = news;
+                let stage = Stage::from_byte(stage).unwrap_or(Stage::Exec);
+                self.failed = Some((stage, i32::from_ne_bytes(errno)));
+            }
+            Err(Errno::EAGAIN | Errno::EINTR) => return,
+            // End of file: exec closed it.
+            Ok(_) | Err(_) => self.reporter.send(&KeeperReport::Started { pid: self.main.as_raw() }),
+        }
+        self.exec = None;
+    }
+
+    fn read_output(&mut self) {
+        let Some(pipe) = &self.output else { return };
+        let mut bytes = [0u8; READ_SIZE];
+        // Bounded, so that a program that never stops talking cannot keep the loop from signals.
+        for _ in 0..64 {
+            match nix::unistd::read(pipe, &mut bytes) {
+                Ok(0) => {
+                    self.output = None;
+                    break;
+                }
+                Ok(n) => self.lines.feed(bytes.get(..n).unwrap_or_default(), |line| self.log.put(line)),
+                Err(_) => break,
+            }
+        }
+        let dropped = self.log.dropped();
+        // Said once for each thousand, not for each line.
+        if dropped > 0 && (self.dropped_said == 0 || dropped >= self.dropped_said + 1000) {
+            self.reporter.send(&KeeperReport::Dropped { lines: dropped - self.dropped_said });
+            self.dropped_said = dropped;
+        }
+    }
+
+    fn ask_probes(&mut self) {
+        if self.end.is_some() || self.exec.is_some() {
+            return;
+        }
+        let now = Instant::now();
+        let [liveness, readiness] = &mut self.probers;
+        if let Some(ok) = liveness.as_mut().and_then(|p| p.turn(now)) {
+            self.reporter.send(&KeeperReport::Liveness { ok });
+        }
+        if let Some(ok) = readiness.as_mut().and_then(|p| p.turn(now))
+            && ok != self.ready
+        {
+            self.ready = ok;
+            self.reporter.send(&KeeperReport::Readiness { ok });
+        }
+    }
+
+    /// Whether there are no children left.
+    fn reap(&mut self) -> bool {
+        let childless = loop {
+            match reap::next() {
+                reap::Reaped::One(pid, end) if pid == self.main => self.main_ended(end),
+                reap::Reaped::One(..) => {}
+                reap::Reaped::Later => break false,
+                reap::Reaped::Childless => break true,
+            }
+        };
+        if !childless && self.end.is_some() && self.spec_leftovers == Leftovers::Kill {
+            self.kill_tree();
+        }
+        childless
+    }
+
+    fn main_ended(&mut self, end: End) {
+        // The exec pipe first: it says why a process that never ran ended with 127.
+        self.read_exec();
+        let end = match (self.failed, end) {
+            (Some((stage, errno)), _) => End::NotStarted { stage, errno },
+            (None, End::Signal(libc::SIGKILL)) if !self.killed_by_us && oom_kills() > self.oom_kills => {
+                End::OutOfMemory
+            }
+            (None, end) => end,
+        };
+        self.reporter.send(&KeeperReport::MainEnded { end: end.clone() });
+        self.end = Some(end);
+    }
+
+    fn farewell(&mut self) {
+        self.read_output();
+        self.lines.finish(|line| self.log.put(line));
+        self.log.close();
+        let end = self.end.clone().unwrap_or(End::Unseen);
+        self.reporter.send(&KeeperReport::TreeGone { end, killed: self.killed });
+    }
+}
+
+/// How often this kernel has killed for want of memory; in a confidential VM it is ours alone.
+fn oom_kills() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/vmstat").ok()?;
+    text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.parse().ok())
+}
+
+/// Writes standard input into a rotating file, until nobody writes to it any more.
+pub(crate) fn log_only(file: &str) -> Result<(), String> {
+    let input = descriptor::inherited(0).map_err(|e| format!("standard input: {e}"))?;
+    // Only the end of its input ends it: it has to hear the last words of a shutdown.
+    let log = Log { file: file.to_owned(), rotate_bytes: OWN_LOG_BYTES, copy_to_stdout: false, json: false };
+    let book = Logbook::open("", &log, true);
+    let mut lines = Lines::default();
+    let mut bytes = vec![0u8; READ_SIZE];
+    loop {
+        match nix::unistd::read(&input, &mut bytes) {
+            Ok(0) => break,
+            Ok(n) => lines.feed(bytes.get(..n).unwrap_or_default(), |line| book.put(line)),
+            Err(Errno::EINTR) => {}
+            Err(error) => return Err(format!("reading its input: {error}")),
+        }
+    }
+    lines.finish(|line| book.put(line));
+    book.close();
+    Ok(())
+}
