@@ -1,0 +1,213 @@
+//! The keepers: started here, listened to here, and gone from here when they are reaped.
+//!
+//! May import: `cvm-process`, `cvm-blueprint::{conduct, supervise, wire}`.
+
+use cvm_blueprint::conduct::{ServiceId, Try};
+use cvm_blueprint::ending::End;
+use cvm_blueprint::supervise::Run;
+use cvm_blueprint::wire::{self, KeeperReport, KeeperSpec, REPORT_MAX, TaskReport};
+use cvm_process::descriptor;
+use cvm_process::spawn::{Program, Session, spawn};
+use nix::errno::Errno;
+use nix::unistd::Pid;
+use serde::Deserialize;
+use std::ffi::CString;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+/// Whom a child belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Owner {
+    Step(Try),
+    Service {
+        id: ServiceId,
+        run: Run,
+        part: Part,
+    },
+    /// Writes the supervisor's own log.
+    Logger,
+}
+
+/// Which part of a run a child plays.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Part {
+    Prepare,
+    Main,
+    Repair,
+    Sweep,
+}
+
+/// A line on a report pipe. A step shares the pipe of its keeper.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Line {
+    Keeper(KeeperReport),
+    Task(TaskReport),
+}
+
+pub(crate) struct Child {
+    pub(crate) pid: Pid,
+    pub(crate) owner: Owner,
+    reports: Option<OwnedFd>,
+    partial: Vec<u8>,
+    /// The keeper's last word, if it came to say it.
+    gone: Option<End>,
+    /// What a step reported.
+    pub(crate) task: Option<TaskReport>,
+}
+
+impl Child {
+    /// How it ended, once its keeper has been reaped.
+    pub(crate) fn end(&self) -> End {
+        self.gone.clone().unwrap_or(End::Unseen)
+    }
+}
+
+/// Something a keeper said.
+pub(crate) struct Said {
+    pub(crate) owner: Owner,
+    pub(crate) report: KeeperReport,
+}
+
+pub(crate) struct Children {
+    all: Vec<Child>,
+    /// Where the binaries of this build lie: beside our own.
+    home: PathBuf,
+}
+
+impl Children {
+    pub(crate) fn new() -> Self {
+        let exe = std::fs::read_link("/proc/self/exe").unwrap_or_default();
+        let home = exe.parent().unwrap_or(Path::new("/usr/local/lib/openclaw-cvm")).to_owned();
+        Self { all: Vec::new(), home }
+    }
+
+    pub(crate) fn binary(&self, name: &str) -> String {
+        self.home.join(name).to_string_lossy().into_owned()
+    }
+
+    /// Starts a keeper for `spec`.
+    pub(crate) fn keep(&mut self, owner: Owner, spec: &KeeperSpec) -> Result<(), String> {
+        let words = |e: Errno| e.desc().to_owned();
+        let input = descriptor::sealed(c"spec", &wire::line(spec)).map_err(|e| e.to_string())?;
+        let (reports, theirs) = descriptor::pipe().map_err(words)?;
+        descriptor::set_nonblocking(&reports).map_err(words)?;
+        let (out, errors) = (std::io::stdout(), std::io::stderr());
+        let descriptors = [input.as_fd(), out.as_fd(), errors.as_fd(), theirs.as_fd()];
+        let pid = self.start(&["cvm-keeper", &spec.name], &descriptors).map_err(words)?;
+        self.all.push(Child {
+            pid,
+            owner,
+            reports: Some(reports),
+            partial: Vec::new(),
+            gone: None,
+            task: None,
+        });
+        Ok(())
+    }
+
+    /// Starts the process that writes our own log, and yields the pipe to write into.
+    pub(crate) fn keep_log(&mut self, file: &str) -> Result<OwnedFd, String> {
+        let words = |e: Errno| e.desc().to_owned();
+        let (theirs, ours) = descriptor::pipe().map_err(words)?;
+        descriptor::set_nonblocking(&ours).map_err(words)?;
+        let (out, errors) = (std::io::stdout(), std::io::stderr());
+        let descriptors = [theirs.as_fd(), out.as_fd(), errors.as_fd()];
+        let pid = self.start(&["cvm-keeper", "--log", file], &descriptors).map_err(words)?;
+        let owner = Owner::Logger;
+        self.all.push(Child { pid, owner, reports: None, partial: Vec::new(), gone: None, task: None });
+        Ok(ours)
+    }
+
+    fn start(&self, words: &[&str], descriptors: &[BorrowedFd<'_>]) -> Result<Pid, Errno> {
+        let path = CString::new(self.binary("cvm-keeper")).map_err(|_| Errno::EINVAL)?;
+        let argv: Vec<CString> = words.iter().filter_map(|w| CString::new(*w).ok()).collect();
+        let program = Program {
+            path: &path,
+            argv: &argv,
+            environment: &[],
+            directory: c"/",
+            descriptors,
+            identity: None,
+            oom_score_adj: None,
+            session: Session::Own,
+            dies_with_parent: false,
+        };
+        spawn(&program, |stage, errno| {
+            // Standard error here is the container's: this is a broken installation.
+            let end = End::NotStarted { stage, errno: errno as i32 };
+            let line = wire::line(&KeeperReport::TreeGone { end, killed: 0 });
+            if let Some(pipe) = descriptors.get(3) {
+                let _ = nix::unistd::write(pipe, &line);
+            }
+            127
+        })
+    }
+
+    pub(crate) fn with_reports<T>(&self, look: impl FnOnce(&[BorrowedFd<'_>]) -> T) -> T {
+        let fds: Vec<BorrowedFd<'_>> =
+            self.all.iter().filter_map(|c| c.reports.as_ref()).map(AsFd::as_fd).collect();
+        look(&fds)
+    }
+
+    /// Reads what keepers have said.
+    pub(crate) fn listen(&mut self) -> Vec<Said> {
+        let mut said = Vec::new();
+        for child in &mut self.all {
+            child.listen(&mut said);
+        }
+        said
+    }
+
+    /// The child that was reaped, with its last words read.
+    pub(crate) fn take(&mut self, pid: Pid, said: &mut Vec<Said>) -> Option<Child> {
+        let index = self.all.iter().position(|c| c.pid == pid)?;
+        let mut child = self.all.swap_remove(index);
+        child.listen(said);
+        Some(child)
+    }
+
+    pub(crate) fn find(&self, owner: Owner) -> Option<Pid> {
+        self.all.iter().find(|c| c.owner == owner).map(|c| c.pid)
+    }
+
+    /// The keeper that is alive for a run, whichever part of it that is.
+    pub(crate) fn of_run(&self, wanted: ServiceId, of: Run) -> Option<Pid> {
+        let owned =
+            |c: &&Child| matches!(c.owner, Owner::Service { id, run, .. } if id == wanted && run == of);
+        self.all.iter().find(owned).map(|c| c.pid)
+    }
+}
+
+impl Child {
+    fn listen(&mut self, said: &mut Vec<Said>) {
+        let Some(pipe) = &self.reports else { return };
+        let mut bytes = [0u8; 4096];
+        loop {
+            match nix::unistd::read(pipe, &mut bytes) {
+                Ok(n) if n > 0 => self.partial.extend(bytes.iter().take(n)),
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => break,
+                // The other end is closed; how it ended is said when it is reaped.
+                Ok(_) | Err(_) => {
+                    self.reports = None;
+                    break;
+                }
+            }
+            // Only our own binaries write here, but a limit is a limit.
+            if self.partial.len() > 2 * REPORT_MAX {
+                self.partial.clear();
+                break;
+            }
+        }
+        while let Some(end) = self.partial.iter().position(|b| *b == b'\n') {
+            let line: Vec<u8> = self.partial.drain(..=end).collect();
+            match serde_json::from_slice(&line) {
+                Ok(Line::Keeper(KeeperReport::TreeGone { end, .. })) => self.gone = Some(end),
+                Ok(Line::Keeper(report)) => said.push(Said { owner: self.owner, report }),
+                Ok(Line::Task(report)) => self.task = Some(report),
+                Err(_) => {}
+            }
+        }
+    }
+}

@@ -1,0 +1,215 @@
+//! What PID 1 keeps after the boot border: how to describe each service and each step to a
+//! keeper, with the secrets that this one needs and no others.
+//!
+//! `MASTER_KEY` and the bucket's passwords are not among them: they are wiped with the
+//! environment. May import: `cvm-blueprint`.
+
+use cvm_blueprint::config::{AuthorizedKey, Config, LogFormat, WorkspaceFiles};
+use cvm_blueprint::env::Environment;
+use cvm_blueprint::keys::{DeviceSeed, GatewayToken, HostKeySeed, KeyRing};
+use cvm_blueprint::paths;
+use cvm_blueprint::plan::StepName;
+use cvm_blueprint::secret::Secret;
+use cvm_blueprint::service::{self, Leftovers, Prepare, Probe, Service};
+use cvm_blueprint::wire::{
+    KeeperSpec, Log, PackedBytes, PackedEnvironment, ProbeSpec, StateTask, Task, line,
+};
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+/// The contract's size of a log file; one old one is kept.
+const LOG_BYTES: u64 = 10 * 1024 * 1024;
+/// One probe's answer. A gateway that is busy for this long is asked again.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Between questions while the answer is no: what "ready" may be late by.
+const PROBE_EAGER: Duration = Duration::from_millis(250);
+/// Between questions while the answer is yes.
+const PROBE_CALM: Duration = Duration::from_secs(15);
+
+pub(crate) struct Kit {
+    config: Config,
+    passthrough: Vec<(Vec<u8>, Secret)>,
+    token: Option<GatewayToken>,
+    device_seed: Option<DeviceSeed>,
+    host_key_seed: Option<HostKeySeed>,
+    step_binary: String,
+}
+
+impl Kit {
+    pub(crate) fn new(
+        config: Config,
+        environment: &Environment,
+        keys: Option<KeyRing>,
+        step_binary: String,
+    ) -> Self {
+        let passthrough = environment.passthrough().map(|(n, v)| (n.to_vec(), v.duplicate())).collect();
+        let (token, device_seed, host_key_seed) = match keys {
+            Some(keys) => (Some(keys.gateway_token), Some(keys.device_seed), Some(keys.host_key_seed)),
+            None => (None, None, None),
+        };
+        Self { config, passthrough, token, device_seed, host_key_seed, step_binary }
+    }
+
+    /// The random token of a machine without `MASTER_KEY`, as the state step found it.
+    pub(crate) fn learn_token(&mut self, token: &PackedBytes) {
+        self.token = token.unpack().and_then(|bytes| GatewayToken::parse(&bytes));
+    }
+
+    pub(crate) fn service(&self, service: &Service, run: &str) -> KeeperSpec {
+        let liveness = service.liveness.as_ref().map(|(limits, probe)| {
+            // Often enough to notice four times within the silence that is allowed.
+            let calm = PROBE_CALM.min(limits.silence / 4);
+            spec_of(probe, PROBE_EAGER.min(calm), calm)
+        });
+        KeeperSpec {
+            name: service.name.into(),
+            run: run.into(),
+            argv: service.argv.clone(),
+            environment: self.environment(service.environment, &service.user),
+            user: service.user.clone(),
+            directory: service.directory.into(),
+            leftovers: service.leftovers,
+            oom_score_adj: service.oom_score_adj,
+            input: None,
+            passes_report: false,
+            log: self.log(service.name),
+            liveness,
+            readiness: service.readiness.as_ref().map(|p| spec_of(p, PROBE_EAGER, PROBE_CALM)),
+        }
+    }
+
+    /// The same surroundings as the service, for its repair command.
+    pub(crate) fn repair(&self, service: &Service, run: &str) -> KeeperSpec {
+        let argv = service.repair.clone().unwrap_or_default();
+        KeeperSpec { argv, liveness: None, readiness: None, ..self.service(service, run) }
+    }
+
+    pub(crate) fn step(&self, step: StepName, run: &str) -> KeeperSpec {
+        self.task(step.as_str(), run, &self.task_of(step))
+    }
+
+    pub(crate) fn prepare(&self, prepare: Prepare, service: &str, run: &str) -> KeeperSpec {
+        let task = match prepare {
+            Prepare::Dockerd => Task::DockerPrepare,
+            Prepare::GatewayPort => Task::FreePort { port: self.config.gateway.port.get() },
+        };
+        self.task(&format!("{service}-prepare"), run, &task)
+    }
+
+    pub(crate) fn sweep(&self, service: &str, run: &str) -> KeeperSpec {
+        let task = Task::Sweep { run: run.to_owned() };
+        // A name of its own: what it looks for must not find itself.
+        self.task(&format!("{service}-sweep"), &format!("{run}-sweep"), &task)
+    }
+
+    fn task_of(&self, step: StepName) -> Task {
+        let config = &self.config;
+        match step {
+            StepName::Ssh => Task::Ssh {
+                port: config.ssh.port.get(),
+                seed: self.host_key_seed.as_ref().map(|s| PackedBytes::pack(s.expose())),
+                extra_keys: lines(config.ssh.authorized_keys.iter().map(AuthorizedKey::line)),
+            },
+            StepName::Home | StepName::Storage => Task::Home { user: config.gateway.user.as_str().into() },
+            StepName::State => Task::State(StateTask {
+                user: config.gateway.user.as_str().into(),
+                port: config.gateway.port.get(),
+                redpill: config.gateway.redpill,
+                config: config.first_boot.config.as_ref().map(|c| PackedBytes::pack(c.expose())),
+                workspace: config.first_boot.workspace.as_ref().map(packed_files),
+                device_seed: self.device_seed.as_ref().map(|s| PackedBytes::pack(s.expose())),
+                token: self.token.as_ref().map(|t| PackedBytes::pack(t.expose().as_bytes())),
+            }),
+        }
+    }
+
+    fn task(&self, name: &str, run: &str, task: &Task) -> KeeperSpec {
+        KeeperSpec {
+            name: name.into(),
+            run: run.into(),
+            argv: vec![self.step_binary.clone(), name.into()],
+            environment: self.environment(service::Environment::Plain, "root"),
+            user: "root".into(),
+            directory: "/".into(),
+            leftovers: Leftovers::Kill,
+            oom_score_adj: 0,
+            input: Some(PackedBytes::pack(&line(task))),
+            passes_report: true,
+            // A step's own words go into one file for all of them.
+            log: Log { copy_to_stdout: false, ..self.log("steps") },
+            liveness: None,
+            readiness: None,
+        }
+    }
+
+    fn log(&self, name: &str) -> Log {
+        Log {
+            file: format!("{}/{name}.log", paths::LOGS),
+            rotate_bytes: LOG_BYTES,
+            copy_to_stdout: self.config.log.services,
+            json: matches!(self.config.log.format, LogFormat::Json),
+        }
+    }
+
+    fn environment(&self, kind: service::Environment, user: &str) -> PackedEnvironment {
+        let path = match kind {
+            service::Environment::Dockerd => format!("{}:{}", paths::DOCKERD_BIN, paths::PATH),
+            service::Environment::Plain | service::Environment::Gateway => paths::PATH.to_owned(),
+        };
+        let home = home_of(user);
+        let mut pairs: Vec<(&[u8], &[u8])> = Vec::new();
+        if kind == service::Environment::Gateway {
+            pairs.extend(self.gateway_pairs());
+        }
+        // A user's LANG is passed through; a service without one still speaks UTF-8.
+        let has_lang = pairs.iter().any(|(name, _)| *name == b"LANG");
+        let own = [("PATH", path.as_str()), ("HOME", &home), ("USER", user), ("LOGNAME", user)];
+        pairs.extend(own.iter().map(|(n, v)| (n.as_bytes(), v.as_bytes())));
+        if !has_lang {
+            pairs.push((b"LANG", b"C.UTF-8"));
+        }
+        PackedEnvironment::pack(pairs.into_iter())
+    }
+
+    fn gateway_pairs(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
+        const SWITCHES: [(&str, &str); 5] = [
+            // Restarts stay in the process that is supervised.
+            ("OPENCLAW_NO_RESPAWN", "1"),
+            // Its doctor leaves service files alone.
+            ("OPENCLAW_SERVICE_REPAIR_POLICY", "external"),
+            ("OPENCLAW_DISABLE_BONJOUR", "1"),
+            ("OPENCLAW_STATE_DIR", paths::STATE),
+            ("OPENCLAW_CONFIG_PATH", "/data/openclaw/openclaw.json"),
+        ];
+        let passed = self.passthrough.iter().map(|(n, v)| (n.as_slice(), v.expose()));
+        let token = self.token.iter().map(|t| (&b"OPENCLAW_GATEWAY_TOKEN"[..], t.expose().as_bytes()));
+        passed.chain(SWITCHES.iter().map(|(n, v)| (n.as_bytes(), v.as_bytes()))).chain(token)
+    }
+
+    /// For the operator's `openclaw`: as whom, and with what, the gateway runs.
+    pub(crate) fn gateway_access(&self) -> (String, PackedEnvironment) {
+        let user = self.config.gateway.user.as_str();
+        (user.to_owned(), self.environment(service::Environment::Gateway, user))
+    }
+}
+
+fn spec_of(probe: &Probe, eager: Duration, calm: Duration) -> ProbeSpec {
+    let ms = |d: Duration| u64::try_from(d.as_millis()).unwrap_or(u64::MAX);
+    ProbeSpec { probe: probe.clone(), eager_ms: ms(eager), calm_ms: ms(calm), timeout_ms: ms(PROBE_TIMEOUT) }
+}
+
+/// By convention; the step that makes the account uses the same.
+fn home_of(user: &str) -> String {
+    if user == "root" { "/root".to_owned() } else { format!("/home/{user}") }
+}
+
+fn lines<'a>(lines: impl Iterator<Item = &'a str>) -> String {
+    lines.collect::<Vec<_>>().join("\n")
+}
+
+/// Path to text as a JSON object. The text was UTF-8 when the configuration was checked.
+fn packed_files(files: &WorkspaceFiles) -> PackedBytes {
+    let map: BTreeMap<&str, &str> =
+        files.iter().map(|(path, text)| (path, text.expose_str().unwrap_or_default())).collect();
+    PackedBytes::pack(&line(&map))
+}

@@ -1,0 +1,212 @@
+//! PID 1: hands and ears of the blueprint.
+//!
+//! It reads the environment once, derives the keys, and from then on does what the pure state
+//! machine of `cvm-blueprint` says: start keepers, signal them, listen to them, reap them, and
+//! answer operators on a unix socket. One thread, one wait point.
+//!
+//! Refuses to block, to panic, to touch `/data`, to use the network, and to leave because
+//! something around it failed.
+
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+#![deny(clippy::unreachable, clippy::todo, clippy::unimplemented)]
+
+mod children;
+mod control;
+mod exit;
+mod handover;
+mod kit;
+mod plain;
+mod turn;
+mod voice;
+
+use cvm_blueprint::conduct::Machine;
+use cvm_blueprint::config::{Config, Storage};
+use cvm_blueprint::env::{Environment, Problem, Warning};
+use cvm_blueprint::keys::KeyRing;
+use cvm_blueprint::status::{self, About, Fingerprint};
+use cvm_blueprint::{paths, plan, service};
+use cvm_process::signals::{self, Signals};
+use std::ffi::OsString;
+use std::process::ExitCode;
+use std::time::Instant;
+
+const HELP: &str = "\
+cvm-init: PID 1 of a confidential VM that runs an OpenClaw gateway
+
+    cvm-init                    boot and supervise everything; configured by environment variables
+    cvm-init -- CMD ARG...      run one command as a small container init would
+    cvm-init --check            check the environment, report every mistake, start nothing
+    cvm-init --help | --version
+
+Exit status:  0  stopped in order          64  wrong command line     70  defect or missing right
+             71  processes left that the kernel holds    78  wrong configuration, nothing was started
+With `-- CMD` the status is the command's own, 128 + N if signal N ended it,
+127 if it does not exist and 126 if it cannot be run.
+
+Examples:
+    docker run -e MASTER_KEY=... -v data:/data IMAGE
+    docker run --entrypoint cvm-init IMAGE -- sleep 60
+";
+
+fn main() -> ExitCode {
+    let began = Instant::now();
+    signals::block_all();
+    let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
+    let words: Vec<&str> = arguments.iter().map(|a| a.to_str().unwrap_or_default()).collect();
+    ExitCode::from(match words.as_slice() {
+        [] => supervise(began),
+        ["--", ..] => plain::run(arguments.get(1..).unwrap_or_default()),
+        ["--check"] => check(),
+        ["--help" | "-h"] => {
+            print!("{HELP}");
+            exit::CLEAN
+        }
+        ["--version" | "-V"] => {
+            println!("cvm-init {}", env!("CARGO_PKG_VERSION"));
+            exit::CLEAN
+        }
+        _ => {
+            eprint!("cvm-init: unknown arguments; a command comes after `--`\n\n{HELP}");
+            exit::USAGE
+        }
+    })
+}
+
+fn check() -> u8 {
+    let mut environment = handover::current();
+    handover::read_files(&mut environment);
+    match Config::parse(&environment) {
+        Ok((_, warnings)) => {
+            for warning in warnings {
+                println!("warning: {warning}");
+            }
+            println!("The configuration is complete and correct.");
+            exit::CLEAN
+        }
+        Err(problems) => refuse(&problems),
+    }
+}
+
+/// The boot, up to the border.
+fn supervise(began: Instant) -> u8 {
+    if std::process::id() != 1 {
+        eprintln!(
+            "cvm-init: without arguments it has to be process 1: start it as the entrypoint of a container, \
+             or under `unshare --pid --fork --mount-proc`. `cvm-init -- CMD` works anywhere."
+        );
+        return exit::USAGE;
+    }
+    let mut hidden = Ok(());
+    let mut environment = match handover::life() {
+        handover::Life::Second(fd) => match handover::receive(fd) {
+            Ok(environment) => environment,
+            Err(error) => {
+                eprintln!("cvm-init: the environment was lost on the way: {error}");
+                return exit::INTERNAL;
+            }
+        },
+        handover::Life::First => {
+            hidden = Err(handover::begin_second_life());
+            handover::current()
+        }
+    };
+    // Neither a core dump nor a process of the gateway's user may read this memory.
+    let _ = nix::sys::prctl::set_dumpable(false);
+    let Ok(signals) = Signals::take(&turn::HANDLED) else {
+        eprintln!("cvm-init: no descriptors left for signals");
+        return exit::INTERNAL;
+    };
+    handover::read_files(&mut environment);
+    let (config, warnings) = match Config::parse(&environment) {
+        Ok(parsed) => parsed,
+        Err(problems) => return refuse(&problems),
+    };
+    let world = prepare(config, &warnings, environment, signals, began);
+    if let Err(why) = hidden {
+        tracing::warn!("The environment stays visible in /proc/1/environ: {why}");
+    }
+    // ------------------------------------------------------------------------------------
+    // The border. Before it, a mistake of the user's may end the process with a numbered
+    // status, since nothing runs yet. After it, only an ordered shutdown does.
+    // ------------------------------------------------------------------------------------
+    world.run()
+}
+
+/// Everything the loop needs. What is secret and not needed any more is wiped on the way.
+fn prepare(
+    config: Config,
+    warnings: &[Warning],
+    environment: Environment,
+    signals: Signals,
+    began: Instant,
+) -> turn::World {
+    let voice = voice::Voice::raise(config.log.level, config.log.format);
+    tracing::info!("openclaw-cvm {} starting", env!("CARGO_PKG_VERSION"));
+    tracing::info!("{}", environment.inventory());
+    for warning in warnings {
+        tracing::warn!("{warning}");
+    }
+    let keys = config.master_key.as_ref().map(|master| {
+        tracing::info!("Deriving keys from MASTER_KEY...");
+        let keys = KeyRing::derive(master);
+        tracing::info!("Keys derived (crypt password, crypt salt, gateway token).");
+        keys
+    });
+    let services = service::services(&config);
+    let about = About {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        storage: storage(&config),
+        keys: keys.as_ref().map(fingerprints).unwrap_or_default(),
+        remarks: Vec::new(),
+        dropped_lines: vec![0; services.len()],
+    };
+    let machine = Machine::new(plan::steps(&config), services);
+    let children = children::Children::new();
+    let kit = kit::Kit::new(config, &environment, keys, children.binary("cvm-step"));
+    drop(environment);
+    let mut world = turn::World::new(machine, kit, children, signals, voice, about, began);
+    world.start_logger();
+    match control::Control::open(paths::CONTROL_SOCKET) {
+        Ok(control) => world.control = Some(control),
+        Err(why) => tracing::error!("`cvm` will not find this supervisor: {why}"),
+    }
+    world
+}
+
+fn storage(config: &Config) -> status::Storage {
+    match &config.storage {
+        Storage::Local => status::Storage {
+            mode: "local".to_owned(),
+            meaning: "state lives on the volume at /data; it does not survive the loss of this machine"
+                .to_owned(),
+        },
+        Storage::S3(s3) => status::Storage {
+            mode: "s3".to_owned(),
+            meaning: format!(
+                "bucket {}: this build has no storage worker, so nothing runs on it",
+                s3.bucket.as_str()
+            ),
+        },
+    }
+}
+
+fn fingerprints(keys: &KeyRing) -> Vec<Fingerprint> {
+    let named = [
+        ("crypt password", keys.crypt_password.fingerprint()),
+        ("crypt salt", keys.crypt_salt.fingerprint()),
+        ("gateway token", keys.gateway_token.fingerprint()),
+        ("device id", keys.device_seed.device_id()),
+    ];
+    named.map(|(name, fingerprint)| Fingerprint { name: name.to_owned(), fingerprint }).into()
+}
+
+/// Says every mistake at once. Nothing was started, so leaving is safe.
+fn refuse(problems: &[Problem]) -> u8 {
+    let count = problems.len();
+    let noun = if count == 1 { "mistake" } else { "mistakes" };
+    println!("ERROR The configuration has {count} {noun}; nothing was started.");
+    for problem in problems {
+        println!("ERROR   {problem}");
+    }
+    exit::CONFIG
+}
