@@ -1,0 +1,150 @@
+//! Makes ready for dockerd: what an earlier one left behind goes, and what it needs from this
+//! kernel is tried out, so that it is told what works instead of failing on what does not.
+//!
+//! Refuses to start dockerd, to touch a dockerd that runs, and to overrule `/etc/docker/daemon.json`:
+//! what the user says there counts. May import: `blueprint::paths`, `files`, `places`,
+//! `processes`, `programs`, `report`.
+
+mod cgroups;
+mod iptables;
+mod stale;
+mod storage;
+
+use crate::files::{self, Dir, Kind};
+use crate::places::Places;
+use crate::programs;
+use crate::report::{Failure, Outcome, Report};
+use cvm_blueprint::paths;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use serde_json::{Map, Value};
+use std::path::PathBuf;
+
+const DOCKERD: &str = "/usr/sbin/dockerd";
+const USERS_CONFIG: &str = "/etc/docker/daemon.json";
+const USERS_CONFIG_MAX: usize = 1024 * 1024;
+const DATA_ROOT: &str = "/var/lib/docker";
+
+pub(crate) fn prepare(places: &Places, report: &mut Report) -> Outcome<()> {
+    if !programs::is_executable(&places.at(DOCKERD)) {
+        return Err(Failure::for_good(format!(
+            "there is no {DOCKERD} in this image; add Docker to it, or set ENABLE_DOCKER=0"
+        )));
+    }
+    privileges(places)?;
+    let users = users_config(places, report);
+    stale::remove(places, report);
+    cgroups::prepare(places, report);
+    let mut config = users.clone();
+    firewall(places, &mut config, report)?;
+    let data_root = users.get("data-root").and_then(Value::as_str).unwrap_or(DATA_ROOT);
+    storage(&places.at(data_root), &mut config, report)?;
+    if !users.is_empty() {
+        let names: Vec<&str> = users.keys().map(String::as_str).collect();
+        report.info(format!("dockerd keeps what {USERS_CONFIG} says ({})", names.join(", ")));
+    }
+    write_config(places, &config)
+}
+
+/// Capabilities by number, with what dockerd does with them.
+const NEEDED: [(u32, &str); 2] = [(12, "CAP_NET_ADMIN"), (21, "CAP_SYS_ADMIN")];
+
+fn privileges(places: &Places) -> Outcome<()> {
+    let status = std::fs::read_to_string(places.at("/proc/self/status")).unwrap_or_default();
+    let effective = status
+        .lines()
+        .find_map(|line| u64::from_str_radix(line.strip_prefix("CapEff:")?.trim(), 16).ok())
+        .unwrap_or(u64::MAX);
+    let missing: Vec<&str> =
+        NEEDED.iter().filter(|(bit, _)| effective & (1 << bit) == 0).map(|(_, name)| *name).collect();
+    if !missing.is_empty() {
+        return Err(not_allowed(&format!("{} is missing", missing.join(" and "))));
+    }
+    may_mount(places)
+}
+
+/// A capability can be there and its use still be forbidden, by a seccomp or `AppArmor` profile.
+fn may_mount(places: &Places) -> Outcome<()> {
+    let trial = Dir::ensure(&places.at(paths::RUN).join("mount-trial"), 0o700, None)?;
+    let mounted = mount(Some("tmpfs"), trial.path(), Some("tmpfs"), MsFlags::empty(), Some("size=4k"));
+    let _ = umount2(trial.path(), MntFlags::MNT_DETACH);
+    let _ = std::fs::remove_dir(trial.path());
+    mounted.map_err(|errno| not_allowed(&format!("mounting is forbidden ({})", errno.desc())))
+}
+
+fn not_allowed(what: &str) -> Failure {
+    Failure::for_good(format!(
+        "dockerd cannot run in this container: {what}. Set `privileged: true` for it in docker-compose.yml, or set \
+         ENABLE_DOCKER=0"
+    ))
+}
+
+/// The user's own configuration. One that is not understood is left to the user to repair: dockerd
+/// would not start with it, so it starts without.
+fn users_config(places: &Places, report: &mut Report) -> Map<String, Value> {
+    let bytes = match files::read_following(&places.at(USERS_CONFIG), USERS_CONFIG_MAX) {
+        Ok(None) => return Map::new(),
+        Ok(Some(bytes)) => bytes,
+        Err(error) => {
+            report.warn(format!("{error}; dockerd starts without it"));
+            return Map::new();
+        }
+    };
+    if let Ok(Value::Object(config)) = serde_json::from_slice(&bytes) {
+        return config;
+    }
+    report.warn(format!("{USERS_CONFIG} is not a JSON object; dockerd starts without it"));
+    Map::new()
+}
+
+/// The iptables that works on this kernel comes first in dockerd's PATH.
+fn firewall(places: &Places, config: &mut Map<String, Value>, report: &mut Report) -> Outcome<()> {
+    let bin = Dir::ensure(&places.at(paths::DOCKERD_BIN), 0o755, None)?;
+    if config.get("iptables") == Some(&Value::Bool(false)) {
+        return Ok(());
+    }
+    let choice = iptables::choose(places);
+    iptables::link(&bin, &choice)?;
+    if let Err(reasons) = &choice.v4 {
+        report.warn(format!(
+            "no iptables works on this kernel ({reasons}); dockerd runs without. Containers reach each other, but \
+             neither do they reach the outside nor are their ports published, unless they use the host's network"
+        ));
+        config.entry("iptables").or_insert(Value::Bool(false));
+    }
+    if choice.v6.is_err() {
+        config.entry("ip6tables").or_insert(Value::Bool(false));
+    }
+    Ok(())
+}
+
+/// A storage driver that works, unless the user chose. Naming one also keeps Docker 29 and later
+/// from its other image store, so nothing needs to be said about that.
+fn storage(data_root: &std::path::Path, config: &mut Map<String, Value>, report: &mut Report) -> Outcome<()> {
+    let containerd_store =
+        config.get("features").and_then(|f| f.get("containerd-snapshotter")) == Some(&Value::Bool(true));
+    if config.contains_key("storage-driver") || containerd_store {
+        return Ok(());
+    }
+    std::fs::create_dir_all(data_root).map_err(files::trouble("make", data_root))?;
+    let choice = storage::choose(data_root)?;
+    if let Some(why) = choice.remark {
+        report.warn(why);
+    }
+    config.insert("storage-driver".into(), Value::from(choice.driver));
+    Ok(())
+}
+
+fn write_config(places: &Places, config: &Map<String, Value>) -> Outcome<()> {
+    let path: PathBuf = places.at(paths::DOCKERD_CONFIG);
+    let (Some(dir), Some(name)) = (path.parent(), path.file_name().and_then(|n| n.to_str())) else {
+        return Ok(());
+    };
+    // serde_json refuses only maps whose keys are no strings.
+    let text = serde_json::to_vec_pretty(config).unwrap_or_default();
+    // The user's file may hold the password of a proxy.
+    Dir::ensure(dir, 0o700, None)?.write(name, &text, Kind::OF_THIS_BOOT)?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

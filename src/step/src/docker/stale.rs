@@ -1,0 +1,142 @@
+//! Removes what a dockerd or containerd of an earlier boot left behind: a pid file makes the
+//! next one believe that it runs already.
+//!
+//! Refuses to remove the pid file of a process that lives and has that name, and a socket that
+//! somebody answers on. May import: `places`, `processes`, `report`.
+
+use crate::places::Places;
+use crate::processes;
+use crate::report::{Report, shown};
+use std::fs;
+use std::io::ErrorKind;
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+/// Docker's paths; `/var/run` may be a directory of its own.
+const PID_FILES: [&str; 4] = [
+    "/run/docker.pid",
+    "/var/run/docker.pid",
+    "/run/docker/containerd/containerd.pid",
+    "/run/containerd/containerd.pid",
+];
+const SOCKETS: [&str; 8] = [
+    "/run/docker.sock",
+    "/var/run/docker.sock",
+    "/run/docker/metrics.sock",
+    "/run/docker/containerd/containerd.sock",
+    "/run/docker/containerd/containerd.sock.ttrpc",
+    "/run/docker/containerd/containerd-debug.sock",
+    "/run/containerd/containerd.sock",
+    "/run/containerd/containerd.sock.ttrpc",
+];
+
+pub(crate) fn remove(places: &Places, report: &mut Report) {
+    for path in PID_FILES {
+        pid_file(places, path, report);
+    }
+    for path in SOCKETS {
+        socket(&places.at(path), report);
+    }
+}
+
+fn pid_file(places: &Places, path: &str, report: &mut Report) {
+    let at = places.at(path);
+    let Ok(text) = fs::read_to_string(&at) else {
+        // Not there, or not readable as text: in that case as stale as can be.
+        if at.is_file() {
+            discard(&at, report);
+        }
+        return;
+    };
+    let running = text.trim().parse().ok().and_then(|pid| processes::look_up(places, pid));
+    match running {
+        // A low pid is soon somebody else's, hence the name.
+        Some(p) if !p.is_dead() && ["dockerd", "containerd"].iter().any(|n| p.name.contains(n)) => {
+            report.warn(format!("{path} names pid {} ({}), which runs; left alone", p.pid, p.name));
+        }
+        _ => discard(&at, report),
+    }
+}
+
+fn socket(path: &Path, report: &mut Report) {
+    if !fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket()) {
+        return;
+    }
+    match UnixStream::connect(path) {
+        Ok(_) => report.warn(format!("something answers on {}; left alone", shown(path))),
+        Err(error) if error.kind() == ErrorKind::ConnectionRefused => discard(path, report),
+        // Its queue is full, or it is none of ours to open: somebody is there.
+        Err(_) => {}
+    }
+}
+
+fn discard(path: &Path, report: &mut Report) {
+    match fs::remove_file(path) {
+        Ok(()) => report.info(format!("removed {}, left by an earlier boot", shown(path))),
+        Err(error) if error.kind() == ErrorKind::NotFound => {}
+        Err(error) => report.warn(format!("cannot remove the stale {}: {error}", shown(path))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixListener;
+
+    fn room() -> (tempfile::TempDir, Places) {
+        let temp = tempfile::tempdir().unwrap();
+        fs::create_dir_all(temp.path().join("run/docker/containerd")).unwrap();
+        let places = Places::below(temp.path());
+        (temp, places)
+    }
+
+    fn fake_process(root: &Path, pid: i32, name: &str) {
+        let dir = root.join(format!("proc/{pid}"));
+        fs::create_dir_all(&dir).unwrap();
+        let line = format!("{pid} ({name}) S 1 1 1 0 -1 0 0 0 0 0 0 0 0 0 20 0 1 0 99 0 0");
+        fs::write(dir.join("stat"), line).unwrap();
+    }
+
+    #[test]
+    fn stale_pid_files_go_whether_the_number_is_free_or_somebody_elses() {
+        let (temp, places) = room();
+        fake_process(temp.path(), 7, "bash");
+        fs::write(temp.path().join("run/docker.pid"), "7").unwrap();
+        fs::write(temp.path().join("run/docker/containerd/containerd.pid"), "4711").unwrap();
+        let mut report = Report::default();
+        remove(&places, &mut report);
+        remove(&places, &mut report);
+        assert_eq!(report.notes.len(), 2);
+        assert!(!temp.path().join("run/docker.pid").exists());
+        assert!(!temp.path().join("run/docker/containerd/containerd.pid").exists());
+    }
+
+    #[test]
+    fn a_pid_file_full_of_nothing_goes() {
+        let (temp, places) = room();
+        fs::write(temp.path().join("run/docker.pid"), [0xff, 0xfe]).unwrap();
+        remove(&places, &mut Report::default());
+        assert!(!temp.path().join("run/docker.pid").exists());
+    }
+
+    #[test]
+    fn a_dockerd_that_runs_keeps_its_pid_file_and_its_socket() {
+        let (temp, places) = room();
+        fake_process(temp.path(), 8, "dockerd");
+        fs::write(temp.path().join("run/docker.pid"), "8\n").unwrap();
+        let _listener = UnixListener::bind(temp.path().join("run/docker.sock")).unwrap();
+        remove(&places, &mut Report::default());
+        assert!(temp.path().join("run/docker.pid").exists());
+        assert!(temp.path().join("run/docker.sock").exists());
+    }
+
+    #[test]
+    fn a_socket_that_nobody_answers_on_goes() {
+        let (temp, places) = room();
+        let path = temp.path().join("run/docker/containerd/containerd.sock");
+        drop(UnixListener::bind(&path).unwrap());
+        remove(&places, &mut Report::default());
+        assert!(!path.exists());
+    }
+}

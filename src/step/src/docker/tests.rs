@@ -1,0 +1,89 @@
+use super::*;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+/// Roots with a dockerd and with the capabilities given, as /proc shows them.
+fn image(capabilities: &str) -> (tempfile::TempDir, Places) {
+    let temp = tempfile::tempdir().unwrap();
+    for dir in ["usr/sbin", "etc/docker", "run", "proc/self", "var/lib"] {
+        fs::create_dir_all(temp.path().join(dir)).unwrap();
+    }
+    // A hierarchy of control groups, or the step would mount a real one into our tree.
+    fs::create_dir_all(temp.path().join("sys/fs/cgroup/cpu")).unwrap();
+    fs::write(temp.path().join("sys/fs/cgroup/cpu/cgroup.procs"), "").unwrap();
+    let dockerd = temp.path().join("usr/sbin/dockerd");
+    fs::write(&dockerd, "").unwrap();
+    fs::set_permissions(&dockerd, fs::Permissions::from_mode(0o755)).unwrap();
+    fs::write(temp.path().join("proc/self/status"), format!("Name:\tx\nCapEff:\t{capabilities}\n")).unwrap();
+    let places = Places::below(temp.path());
+    (temp, places)
+}
+
+const ALL: &str = "000001ffffffffff";
+/// What a container has without `privileged`.
+const DEFAULT: &str = "00000000a80425fb";
+
+fn config(root: &Path) -> Value {
+    serde_json::from_slice(&fs::read(root.join("run/openclaw-cvm/dockerd.json")).unwrap()).unwrap()
+}
+
+#[test]
+fn an_image_without_docker_says_how_to_do_without() {
+    let (temp, places) = image(ALL);
+    fs::remove_file(temp.path().join("usr/sbin/dockerd")).unwrap();
+    let failure = prepare(&places, &mut Report::default()).unwrap_err();
+    assert!(!failure.retry && failure.why.contains("ENABLE_DOCKER=0"), "{}", failure.why);
+}
+
+#[test]
+fn missing_privileges_are_named_with_the_line_that_grants_them() {
+    let (_temp, places) = image(DEFAULT);
+    let failure = prepare(&places, &mut Report::default()).unwrap_err();
+    assert!(!failure.retry);
+    for words in ["CAP_NET_ADMIN and CAP_SYS_ADMIN", "privileged: true"] {
+        assert!(failure.why.contains(words), "{}", failure.why);
+    }
+}
+
+#[test]
+fn what_the_user_configured_counts() {
+    let (temp, places) = image(ALL);
+    let own = r#"{"storage-driver":"btrfs","iptables":false,"ip6tables":true,"dns":["9.9.9.9"]}"#;
+    fs::write(temp.path().join("etc/docker/daemon.json"), own).unwrap();
+    prepare(&places, &mut Report::default()).unwrap();
+    let expected: Value = serde_json::from_str(own).unwrap();
+    assert_eq!(config(temp.path()), expected);
+}
+
+#[test]
+fn a_broken_file_of_the_users_is_said_and_gone_round() {
+    let (temp, places) = image(ALL);
+    fs::write(temp.path().join("etc/docker/daemon.json"), "[1,").unwrap();
+    let mut report = Report::default();
+    prepare(&places, &mut report).unwrap();
+    assert!(report.notes.iter().any(|n| n.text.contains("not a JSON object")));
+    // There is no iptables in this image.
+    assert_eq!(config(temp.path())["iptables"], Value::Bool(false));
+    assert!(report.notes.iter().any(|n| n.text.contains("neither do they reach the outside")));
+}
+
+#[test]
+fn dockers_newer_image_store_is_the_users_to_choose() {
+    let (temp, places) = image(ALL);
+    let own = r#"{"features":{"containerd-snapshotter":true}}"#;
+    fs::write(temp.path().join("etc/docker/daemon.json"), own).unwrap();
+    prepare(&places, &mut Report::default()).unwrap();
+    assert_eq!(config(temp.path()).get("storage-driver"), None);
+}
+
+#[test]
+fn twice_is_as_good_as_once() {
+    let (temp, places) = image(ALL);
+    prepare(&places, &mut Report::default()).unwrap();
+    let first = config(temp.path());
+    prepare(&places, &mut Report::default()).unwrap();
+    assert_eq!(config(temp.path()), first);
+    assert!(first.get("storage-driver").is_some());
+    assert!(!temp.path().join("var/lib/docker/.cvm-trial").exists());
+}

@@ -1,0 +1,203 @@
+//! The homes lead to the volume: `~/.openclaw` to `/data/openclaw` and `~/.config` to
+//! `/data/.config`, for root and for the gateway's user, who is made if the image lacks one.
+//!
+//! Refuses to lose anything: what lay in a home moves to the volume or stays beside what is
+//! there, under a name that says so. Refuses to start over what cannot be linked, when it is the
+//! gateway's state. May import: `blueprint::{accounts, paths}`, `files`, `places`, `report`.
+
+mod merge;
+mod mounts;
+mod own;
+mod user;
+
+use crate::files::{Dir, Owner, is_kind};
+use crate::places::Places;
+use crate::report::{self, Failure, Outcome, Report, shown};
+use cvm_blueprint::paths;
+use mounts::Mounts;
+use nix::sys::stat::SFlag;
+use std::ffi::OsStr;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+
+const ROOT_HOME: &str = "/root";
+/// Suffix of what had to make room; a number follows.
+const ASIDE: &str = "before-openclaw-cvm";
+
+pub(crate) fn prepare(places: &Places, user: &str, report: &mut Report) -> Outcome<()> {
+    let account = user::ensure(places, user, report)?;
+    let owner = Owner { uid: account.uid, gid: account.gid };
+    let mounts = Mounts::read(places);
+    volume(places, &mounts, report)?;
+    for path in [paths::STATE, paths::CONFIG_HOME] {
+        claim(places, path, owner, report)?;
+    }
+    for home in homes(places, &account.home) {
+        for (name, target) in [(".openclaw", paths::STATE), (".config", paths::CONFIG_HOME)] {
+            let link = Link { path: home.join(name), target, owner };
+            let vital = home == places.at(&account.home) && target == paths::STATE;
+            lead(places, &link, &mounts, report).or_else(|obstacle| obstacle.judge(vital, report))?;
+        }
+    }
+    Ok(())
+}
+
+/// Both homes, once each, those that exist.
+fn homes(places: &Places, own: &str) -> Vec<PathBuf> {
+    let mut homes = vec![places.at(own)];
+    let root = places.at(ROOT_HOME);
+    if !homes.contains(&root) && root.is_dir() {
+        homes.push(root);
+    }
+    homes
+}
+
+/// `/data` itself: there, and passable for the gateway's user.
+fn volume(places: &Places, mounts: &Mounts, report: &mut Report) -> Outcome<()> {
+    use std::os::unix::fs::PermissionsExt as _;
+    let path = places.at(paths::DATA);
+    if !path.is_dir() {
+        Dir::ensure(&path, 0o755, None)?;
+    }
+    if !mounts.is_mount_point(&path) {
+        report.remark(
+            "storage",
+            "/data is not a volume: the agent's state does not survive this container. Mount one there \
+             (in docker-compose.yml: `volumes: [data:/data]`)",
+        );
+    }
+    let mode = std::fs::metadata(&path).map_or(0o755, |m| m.permissions().mode() & 0o7777);
+    if mode & 0o011 != 0o011 {
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode | 0o011))
+            .map_err(crate::files::trouble("change the mode of", &path))?;
+        report.info("/data could not be entered by the gateway's user; its mode is corrected");
+    }
+    Ok(())
+}
+
+/// The directory `path` on the volume is the gateway's user's, with all that is in it.
+fn claim(places: &Places, path: &str, owner: Owner, report: &mut Report) -> Outcome<()> {
+    use std::os::unix::fs::MetadataExt as _;
+    let at = places.at(path);
+    let stranger = match std::fs::symlink_metadata(&at) {
+        Ok(there) if there.is_dir() => there.uid() != owner.uid,
+        Ok(_) => {
+            return Err(Failure::for_good(format!(
+                "{path} is not a directory; move it away, so that the agent's state can lie there"
+            )));
+        }
+        Err(_) => false,
+    };
+    if stranger {
+        let given = own::give(&at, owner)?;
+        report.info(format!("{path} belonged to another user; {given}"));
+    }
+    Dir::ensure(&at, 0o700, Some(owner))?;
+    Ok(())
+}
+
+struct Link {
+    path: PathBuf,
+    target: &'static str,
+    owner: Owner,
+}
+
+/// Why a home does not lead to the volume.
+enum Obstacle {
+    /// Something is mounted there: an operator's decision, which we cannot undo.
+    Mounted(PathBuf),
+    Other(Failure),
+}
+
+impl<E: Into<Failure>> From<E> for Obstacle {
+    fn from(error: E) -> Self {
+        Self::Other(error.into())
+    }
+}
+
+impl Obstacle {
+    fn judge(self, vital: bool, report: &mut Report) -> Outcome<()> {
+        match self {
+            Self::Other(failure) => Err(failure),
+            Self::Mounted(at) if vital => Err(Failure::for_good(format!(
+                "something is mounted at {}, where a link to the volume belongs; mount it at {} instead",
+                shown(&at),
+                paths::STATE
+            ))),
+            Self::Mounted(at) => {
+                let at = shown(&at);
+                report.warn(format!("something is mounted at {at}; that directory stays as it is and is not kept on the volume"));
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Makes `link` lead to its target, and moves there what lies in its place.
+fn lead(places: &Places, link: &Link, mounts: &Mounts, report: &mut Report) -> Result<(), Obstacle> {
+    let target = places.at(link.target);
+    let (Some(home), Some(name)) = (link.path.parent(), link.path.file_name()) else { return Ok(()) };
+    // A home on the volume: the directory is there already, and cannot lead to itself.
+    if link.path == target {
+        return Ok(());
+    }
+    let dir = Dir::open(home)?;
+    match dir.stat(name)? {
+        None => {}
+        Some(stat) if is_kind(&stat, SFlag::S_IFLNK) => {
+            if leads_to(&link.path, link.target, &target) {
+                return Ok(());
+            }
+            set_aside(&dir, name, "a link to somewhere else", report)?;
+        }
+        Some(stat) if is_kind(&stat, SFlag::S_IFDIR) => {
+            if let Some(mount) = mounts.at_or_below(&link.path) {
+                return Err(Obstacle::Mounted(mount));
+            }
+            move_in(&link.path, &target, link, report)?;
+        }
+        Some(_) => set_aside(&dir, name, "a file", report)?,
+    }
+    symlink(link.target, &link.path).map_err(crate::files::trouble("make the link", &link.path))?;
+    Ok(())
+}
+
+/// Whether the link says so, or comes there by another way.
+fn leads_to(link: &Path, said: &str, target: &Path) -> bool {
+    let words = std::fs::read_link(link).unwrap_or_default();
+    words == Path::new(said) || std::fs::canonicalize(link).is_ok_and(|real| real == target)
+}
+
+/// A link or file of somebody's keeps its content and gets another name: wherever it led, what
+/// is there was never ours to move.
+fn set_aside(dir: &Dir, name: &OsStr, what: &str, report: &mut Report) -> Result<(), Obstacle> {
+    let aside = dir.set_aside(name, ASIDE)?;
+    let (old, new) = (shown(&dir.path().join(name)), aside.to_string_lossy().into_owned());
+    report.warn(format!("{old} was {what}; it is now called {new}, and {old} leads to the volume"));
+    Ok(())
+}
+
+fn move_in(from: &Path, to: &Path, link: &Link, report: &mut Report) -> Result<(), Obstacle> {
+    // First the owner: what is moved by a try that is killed half-way must be the agent's too.
+    own::give(from, link.owner)?;
+    let moved = merge::into(from, to)?;
+    if moved.entries > 0 {
+        report.info(format!("{} entries of {} moved to {}", moved.entries, shown(from), link.target));
+    }
+    if moved.kept_beside > 0 {
+        report.warn(format!(
+            "{} entries of {} were on the volume already with another content; those on the volume count, the others \
+             lie beside them as NAME.{}-N (the log of this step lists them)",
+            moved.kept_beside,
+            shown(from),
+            merge::SUFFIX
+        ));
+    }
+    if moved.dropped > 0 {
+        report::detail(format!("{} sockets or devices of {} were not moved", moved.dropped, shown(from)));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,186 @@
+use super::*;
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
+/// An image with root's home, a user of our own number, and a volume.
+fn image() -> (tempfile::TempDir, Places) {
+    let temp = tempfile::tempdir().unwrap();
+    for dir in ["etc", "root", "home/agent", "data", "proc/self"] {
+        fs::create_dir_all(temp.path().join(dir)).unwrap();
+    }
+    let (uid, gid) = (nix::unistd::geteuid(), nix::unistd::getegid());
+    fs::write(temp.path().join("etc/passwd"), format!("agent:x:{uid}:{gid}::/home/agent:/bin/sh\n")).unwrap();
+    fs::write(temp.path().join("etc/group"), format!("agent:x:{gid}:\n")).unwrap();
+    mounted(temp.path(), &["/data"]);
+    let places = Places::below(temp.path());
+    (temp, places)
+}
+
+fn mounted(root: &Path, points: &[&str]) {
+    let lines: Vec<String> =
+        points.iter().map(|p| format!("36 35 98:0 / {p} rw - ext4 /dev/vda rw\n")).collect();
+    fs::write(root.join("proc/self/mountinfo"), lines.concat()).unwrap();
+}
+
+fn run(places: &Places) -> Report {
+    let mut report = Report::default();
+    prepare(places, "agent", &mut report).unwrap();
+    report
+}
+
+fn said(report: &Report, words: &str) -> bool {
+    report.notes.iter().any(|n| n.text.contains(words))
+}
+
+const LINKS: [(&str, &str); 4] = [
+    ("root/.openclaw", "/data/openclaw"),
+    ("root/.config", "/data/.config"),
+    ("home/agent/.openclaw", "/data/openclaw"),
+    ("home/agent/.config", "/data/.config"),
+];
+
+fn assert_linked(root: &Path) {
+    for (link, target) in LINKS {
+        assert_eq!(fs::read_link(root.join(link)).unwrap(), Path::new(target), "{link}");
+    }
+}
+
+#[test]
+fn a_fresh_machine_is_linked_without_a_word_and_twice_changes_nothing() {
+    let (temp, places) = image();
+    for _ in 0..2 {
+        let report = run(&places);
+        assert!(report.notes.is_empty(), "{:?}", report.notes);
+        assert_linked(temp.path());
+    }
+    for dir in ["data/openclaw", "data/.config"] {
+        assert_eq!(fs::metadata(temp.path().join(dir)).unwrap().mode() & 0o7777, 0o700);
+    }
+}
+
+#[test]
+fn what_lay_in_both_homes_moves_in() {
+    let (temp, places) = image();
+    for (home, text) in [("root", "root's"), ("home/agent", "agent's")] {
+        let dir = temp.path().join(home).join(".openclaw");
+        fs::create_dir_all(dir.join("agents")).unwrap();
+        fs::write(dir.join("openclaw.json"), text).unwrap();
+        fs::write(dir.join("agents").join(home.replace('/', "-")), text).unwrap();
+    }
+    let report = run(&places);
+    assert_linked(temp.path());
+    let state = temp.path().join("data/openclaw");
+    // The gateway's user comes first, and what it had is what counts.
+    assert_eq!(fs::read_to_string(state.join("openclaw.json")).unwrap(), "agent's");
+    assert_eq!(fs::read_to_string(state.join("openclaw.json.from-home-1")).unwrap(), "root's");
+    assert_eq!(fs::read_dir(state.join("agents")).unwrap().count(), 2);
+    assert!(said(&report, "1 entries") && said(&report, "NAME.from-home-N"));
+    // The names of the agent's files are not for the public log.
+    assert!(!said(&report, "openclaw.json"));
+}
+
+#[test]
+fn a_link_of_somebodys_is_kept_under_another_name() {
+    let (temp, places) = image();
+    symlink("/mnt/elsewhere", temp.path().join("root/.openclaw")).unwrap();
+    fs::write(temp.path().join("root/.config"), "a file").unwrap();
+    let report = run(&places);
+    assert_linked(temp.path());
+    let aside = |name: &str| temp.path().join("root").join(name);
+    assert_eq!(fs::read_link(aside(".openclaw.before-openclaw-cvm-1")).unwrap(), Path::new("/mnt/elsewhere"));
+    assert_eq!(fs::read_to_string(aside(".config.before-openclaw-cvm-1")).unwrap(), "a file");
+    assert!(said(&report, "a link to somewhere else") && said(&report, "was a file"));
+}
+
+#[test]
+fn a_link_that_comes_there_by_another_way_is_fine() {
+    let (temp, places) = image();
+    run(&places);
+    fs::remove_file(temp.path().join("root/.openclaw")).unwrap();
+    symlink("../data/openclaw", temp.path().join("root/.openclaw")).unwrap();
+    assert!(run(&places).notes.is_empty());
+    assert_eq!(fs::read_link(temp.path().join("root/.openclaw")).unwrap(), Path::new("../data/openclaw"));
+}
+
+#[test]
+fn a_mount_in_a_home_stays_and_stops_the_boot_only_where_the_state_belongs() {
+    let (temp, places) = image();
+    fs::create_dir_all(temp.path().join("root/.config/gcloud")).unwrap();
+    mounted(temp.path(), &["/data", "/root/.config/gcloud"]);
+    let report = run(&places);
+    assert!(said(&report, "stays as it is"));
+    assert!(temp.path().join("root/.config/gcloud").is_dir());
+
+    fs::remove_file(temp.path().join("home/agent/.openclaw")).unwrap();
+    fs::create_dir_all(temp.path().join("home/agent/.openclaw")).unwrap();
+    mounted(temp.path(), &["/data", "/home/agent/.openclaw"]);
+    let failure = prepare(&places, "agent", &mut Report::default()).unwrap_err();
+    assert!(!failure.retry && failure.why.contains("mount it at /data/openclaw"), "{}", failure.why);
+}
+
+#[test]
+fn data_that_is_no_volume_is_a_standing_remark() {
+    let (temp, places) = image();
+    mounted(temp.path(), &["/"]);
+    let report = run(&places);
+    assert_eq!(report.facts.remarks[0].topic, "storage");
+    assert!(said(&report, "does not survive this container"));
+}
+
+#[test]
+fn a_volume_of_the_old_product_changes_hands_once() {
+    if !nix::unistd::geteuid().is_root() {
+        return;
+    }
+    let (temp, places) = image();
+    fs::write(temp.path().join("etc/passwd"), "agent:x:4242:4243::/home/agent:/bin/sh\n").unwrap();
+    fs::create_dir_all(temp.path().join("data/openclaw/agents")).unwrap();
+    fs::write(temp.path().join("data/openclaw/agents/f"), "x").unwrap();
+    assert!(said(&run(&places), "3 entries now belong"));
+    let given = fs::metadata(temp.path().join("data/openclaw/agents/f")).unwrap();
+    assert_eq!((given.uid(), given.gid()), (4242, 4243));
+    assert!(run(&places).notes.is_empty());
+}
+
+#[test]
+fn what_moves_in_belongs_to_the_agent() {
+    if !nix::unistd::geteuid().is_root() {
+        return;
+    }
+    let (temp, places) = image();
+    fs::write(temp.path().join("etc/passwd"), "agent:x:4242:4243::/home/agent:/bin/sh\n").unwrap();
+    fs::create_dir_all(temp.path().join("root/.openclaw/d")).unwrap();
+    fs::write(temp.path().join("root/.openclaw/d/f"), "x").unwrap();
+    run(&places);
+    for name in ["d", "d/f"] {
+        assert_eq!(fs::metadata(temp.path().join("data/openclaw").join(name)).unwrap().uid(), 4242);
+    }
+}
+
+#[test]
+fn a_volume_that_only_root_may_enter_is_opened_for_passing() {
+    let (temp, places) = image();
+    fs::set_permissions(temp.path().join("data"), fs::Permissions::from_mode(0o700)).unwrap();
+    assert!(said(&run(&places), "its mode is corrected"));
+    assert_eq!(fs::metadata(temp.path().join("data")).unwrap().mode() & 0o7777, 0o711);
+    assert!(run(&places).notes.is_empty());
+}
+
+#[test]
+fn a_home_on_the_volume_does_not_lead_to_itself() {
+    let (temp, places) = image();
+    let (uid, gid) = (nix::unistd::geteuid(), nix::unistd::getegid());
+    fs::write(temp.path().join("etc/passwd"), format!("agent:x:{uid}:{gid}::/data:/bin/sh\n")).unwrap();
+    run(&places);
+    run(&places);
+    assert!(fs::symlink_metadata(temp.path().join("data/.config")).unwrap().is_dir());
+    assert_eq!(fs::read_link(temp.path().join("data/.openclaw")).unwrap(), Path::new("/data/openclaw"));
+}
+
+#[test]
+fn a_state_directory_that_is_a_file_is_named() {
+    let (temp, places) = image();
+    fs::write(temp.path().join("data/openclaw"), "x").unwrap();
+    let failure = prepare(&places, "agent", &mut Report::default()).unwrap_err();
+    assert!(!failure.retry && failure.why.contains("/data/openclaw is not a directory"));
+}

@@ -1,0 +1,296 @@
+//! Looks into the gateway's database for its device, and leaves no trace there.
+//!
+//! The database is in WAL mode: what was committed last may be in its `-wal` only, and nobody but
+//! `SQLite` may put the two together. `SQLite` in turn would make an index beside the log, owned by
+//! us. So it is shown the database under a second name, in a directory of our own, with a copy of
+//! the log: it reads everything and can change nothing.
+//!
+//! Refuses to open the database for writing. May import: `files`, `identity::Found`, `SQLite`.
+
+use super::identity::Found;
+use crate::files::{Dir, FileResult, is_kind, trouble};
+use nix::errno::Errno;
+use nix::sys::stat::{FileStat, SFlag};
+use rusqlite::config::DbConfig;
+use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension};
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+const DIRECTORY: &str = "state";
+const DATABASE: &str = "openclaw.sqlite";
+const LOG: &str = "openclaw.sqlite-wal";
+const JOURNAL: &str = "openclaw.sqlite-journal";
+/// One row by its key takes a few dozen steps of `SQLite`'s machine. A program that takes more is not
+/// the gateway's, and is broken off.
+const STEPS_MAX: i32 = 100_000;
+/// The gateway's schema: one row for each identity, the device's own is `primary`.
+const QUERY: &str = "SELECT device_id FROM device_identities WHERE identity_key = 'primary'";
+/// Where the second name is: below our own state, which the agent cannot enter.
+const SIDE_ROOM: &str = "look";
+/// What may be copied where no second name can be given. The gateway's own file is some MB.
+const COPY_MAX: i64 = 512 * 1024 * 1024;
+
+pub(crate) fn device(own: &Dir, state: &Dir) -> FileResult<Found> {
+    if !state.has(DIRECTORY)? {
+        return Ok(Found::None);
+    }
+    let unclear = |why: &str| Ok(Found::Unclear(why.to_owned()));
+    let Ok(directory) = state.sub(OsStr::new(DIRECTORY)) else { return unclear("state/ is not a directory") };
+    let Some(database) = directory.stat(OsStr::new(DATABASE))? else { return Ok(Found::None) };
+    if !is_kind(&database, SFlag::S_IFREG) {
+        return unclear("state/openclaw.sqlite is not a file");
+    }
+    if has_content(directory.stat(OsStr::new(JOURNAL))?) {
+        return unclear(
+            "state/openclaw.sqlite was not closed in order and waits for the gateway to repair it",
+        );
+    }
+    if !has_content(directory.stat(OsStr::new(LOG))?) {
+        // Nothing is anywhere but in the file: SQLite may take it for unchangeable, and then
+        // it opens nothing else.
+        return Ok(ask(&directory.path().join(DATABASE), "immutable=1"));
+    }
+    let room = SideRoom::fill(own, &directory, &database);
+    Ok(match room {
+        Ok(room) => ask(&room.path.join(DATABASE), "mode=ro"),
+        Err(why) => Found::Unclear(why),
+    })
+}
+
+fn has_content(stat: Option<FileStat>) -> bool {
+    stat.is_some_and(|s| s.st_size > 0)
+}
+
+fn ask(path: &Path, how: &str) -> Found {
+    let read = || -> rusqlite::Result<Option<String>> {
+        let flags =
+            OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_URI | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let connection = Connection::open_with_flags(uri(path, how), flags)?;
+        // The file is the agent's: what it calls a table may be a view, and that any program.
+        connection.set_db_config(DbConfig::SQLITE_DBCONFIG_TRUSTED_SCHEMA, false)?;
+        connection.set_db_config(DbConfig::SQLITE_DBCONFIG_DEFENSIVE, true)?;
+        connection.progress_handler(STEPS_MAX, Some(|| true))?;
+        connection.query_row(QUERY, [], |row| row.get(0)).optional()
+    };
+    match read() {
+        Ok(Some(id)) => Found::Id(id),
+        Ok(None) => Found::None,
+        Err(error) if has_no_such_table(&error) => Found::None,
+        // Its text may quote the file's content; its code does not.
+        Err(error) => {
+            let code = error.sqlite_error_code().map_or("unreadable", words);
+            Found::Unclear(format!("state/openclaw.sqlite: {code}"))
+        }
+    }
+}
+
+/// A database without the table was made by a gateway before it had devices, or is brand-new.
+fn has_no_such_table(error: &rusqlite::Error) -> bool {
+    let generic = error.sqlite_error_code() == Some(ErrorCode::Unknown);
+    generic && error.to_string().contains("no such table: device_identities")
+}
+
+fn words(code: ErrorCode) -> &'static str {
+    match code {
+        ErrorCode::NotADatabase => "not a database",
+        ErrorCode::DatabaseCorrupt => "damaged",
+        ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked => "in use",
+        ErrorCode::CannotOpen | ErrorCode::PermissionDenied => "cannot be opened",
+        _ => "unreadable",
+    }
+}
+
+/// `file:/path?mode=ro`; the path is ours, but what is special in a URI is escaped all the same.
+fn uri(path: &Path, how: &str) -> String {
+    let escaped: String = path
+        .to_string_lossy()
+        .chars()
+        .map(|c| match c {
+            '%' => "%25".to_owned(),
+            '?' => "%3f".to_owned(),
+            '#' => "%23".to_owned(),
+            c => c.to_string(),
+        })
+        .collect();
+    format!("file:{escaped}?{how}")
+}
+
+/// A directory with the database under a second name and a copy of its log. Gone when dropped.
+struct SideRoom {
+    path: PathBuf,
+}
+
+impl SideRoom {
+    fn fill(own: &Dir, directory: &Dir, database: &FileStat) -> Result<Self, String> {
+        let room = Self { path: own.path().join(SIDE_ROOM) };
+        room.clear();
+        own.ensure_sub(OsStr::new(SIDE_ROOM), 0o700, None).map_err(|e| e.to_string())?;
+        let from = |name: &str| directory.path().join(name);
+        let to = |name: &str| room.path.join(name);
+        match fs::hard_link(from(DATABASE), to(DATABASE)) {
+            Ok(()) => {}
+            Err(_) if database.st_size > COPY_MAX => {
+                return Err("state/openclaw.sqlite is too large to look into".into());
+            }
+            Err(_) => copy(&from(DATABASE), &to(DATABASE))?,
+        }
+        copy(&from(LOG), &to(LOG))?;
+        Ok(room)
+    }
+
+    fn clear(&self) {
+        let _ = fs::remove_dir_all(&self.path);
+    }
+}
+
+impl Drop for SideRoom {
+    fn drop(&mut self) {
+        self.clear();
+    }
+}
+
+fn copy(from: &Path, to: &Path) -> Result<(), String> {
+    match fs::copy(from, to) {
+        Ok(_) => Ok(()),
+        Err(error) if error.raw_os_error() == Some(Errno::ENOSPC as i32) => {
+            Err("no room to look into it".into())
+        }
+        Err(error) => Err(trouble("copy", from)(error).to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SCHEMA: &str = "CREATE TABLE device_identities (identity_key TEXT NOT NULL PRIMARY KEY, device_id TEXT NOT NULL, \
+        public_key_pem TEXT NOT NULL, private_key_pem TEXT NOT NULL, created_at_ms INTEGER NOT NULL, \
+        updated_at_ms INTEGER NOT NULL) STRICT";
+    const ROW: &str = "INSERT INTO device_identities VALUES ('primary', 'abc123', '', '', 0, 0)";
+
+    struct Room {
+        _temp: tempfile::TempDir,
+        own: Dir,
+        state: Dir,
+        database: PathBuf,
+    }
+
+    fn room() -> Room {
+        let temp = tempfile::tempdir().unwrap();
+        let own = Dir::ensure(&temp.path().join(".cvm"), 0o700, None).unwrap();
+        let state = Dir::ensure(&temp.path().join("openclaw"), 0o700, None).unwrap();
+        fs::create_dir(temp.path().join("openclaw/state")).unwrap();
+        let database = temp.path().join("openclaw/state").join(DATABASE);
+        Room { _temp: temp, own, state, database }
+    }
+
+    impl Room {
+        fn look(&self) -> Found {
+            let before = self.names();
+            let found = device(&self.own, &self.state).unwrap();
+            assert_eq!(self.names(), before, "it left something beside the database");
+            assert_eq!(
+                fs::read_dir(self.own.path()).unwrap().count(),
+                0,
+                "it left something in its side room"
+            );
+            found
+        }
+
+        fn names(&self) -> Vec<PathBuf> {
+            let mut names: Vec<PathBuf> =
+                fs::read_dir(self.database.parent().unwrap()).unwrap().map(|e| e.unwrap().path()).collect();
+            names.sort();
+            names
+        }
+
+        fn open(&self) -> Connection {
+            let connection = Connection::open(&self.database).unwrap();
+            connection.pragma_update(None, "journal_mode", "wal").unwrap();
+            connection
+        }
+    }
+
+    #[test]
+    fn no_database_and_an_empty_one_hold_no_device() {
+        let room = room();
+        assert_eq!(room.look(), Found::None);
+        fs::write(&room.database, "").unwrap();
+        assert_eq!(room.look(), Found::None);
+        room.open().execute_batch("CREATE TABLE other (a)").unwrap();
+        assert_eq!(room.look(), Found::None);
+        room.open().execute_batch(SCHEMA).unwrap();
+        assert_eq!(room.look(), Found::None);
+    }
+
+    #[test]
+    fn a_database_that_was_closed_is_read() {
+        let room = room();
+        room.open().execute_batch(&format!("{SCHEMA}; {ROW}")).unwrap();
+        assert!(!room.database.with_file_name(LOG).exists());
+        assert_eq!(room.look(), Found::Id("abc123".into()));
+    }
+
+    #[test]
+    fn what_is_only_in_the_log_of_a_killed_gateway_is_found() {
+        let room = room();
+        let connection = room.open();
+        connection.execute_batch(SCHEMA).unwrap();
+        connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())).unwrap();
+        connection.execute_batch(ROW).unwrap();
+        // Killed: the connection never closes, its index goes.
+        let (log, database) = (room.database.with_file_name(LOG), &room.database);
+        let (log_bytes, bytes) = (fs::read(&log).unwrap(), fs::read(database).unwrap());
+        drop(connection);
+        fs::write(&log, &log_bytes).unwrap();
+        fs::write(database, &bytes).unwrap();
+        assert!(log.metadata().unwrap().len() > 0);
+        assert_eq!(room.look(), Found::Id("abc123".into()));
+        assert_eq!((fs::read(&log).unwrap(), fs::read(database).unwrap()), (log_bytes, bytes));
+    }
+
+    #[test]
+    fn a_log_that_is_cut_off_is_read_as_far_as_it_is_whole() {
+        let room = room();
+        let connection = room.open();
+        connection.execute_batch(&format!("{SCHEMA}; {ROW}")).unwrap();
+        connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())).unwrap();
+        connection.execute_batch("UPDATE device_identities SET device_id = 'later'").unwrap();
+        let (log, bytes) = (room.database.with_file_name(LOG), fs::read(&room.database).unwrap());
+        let cut = fs::read(&log).unwrap();
+        drop(connection);
+        fs::write(&log, &cut[..cut.len() / 2]).unwrap();
+        fs::write(&room.database, &bytes).unwrap();
+        assert_eq!(room.look(), Found::Id("abc123".into()));
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_unclear_and_not_empty() {
+        let room = room();
+        fs::write(&room.database, "this is no database, it is only text that is long enough".repeat(100))
+            .unwrap();
+        assert_eq!(room.look(), Found::Unclear("state/openclaw.sqlite: not a database".into()));
+        fs::remove_file(&room.database).unwrap();
+        std::os::unix::fs::symlink("/nowhere", &room.database).unwrap();
+        assert!(matches!(room.look(), Found::Unclear(_)));
+        fs::remove_file(&room.database).unwrap();
+        room.open().execute_batch(&format!("{SCHEMA}; {ROW}")).unwrap();
+        fs::write(room.database.with_file_name(JOURNAL), "hot").unwrap();
+        assert!(matches!(room.look(), Found::Unclear(_)));
+    }
+
+    #[test]
+    fn a_view_that_never_ends_is_broken_off() {
+        let room = room();
+        let endless = "CREATE VIEW device_identities AS WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x FROM n) \
+            SELECT x AS device_id, CAST(x AS TEXT) AS identity_key FROM n";
+        room.open().execute_batch(endless).unwrap();
+        assert!(matches!(room.look(), Found::Unclear(_)));
+    }
+
+    #[test]
+    fn a_path_with_what_is_special_in_a_uri_stays_a_path() {
+        assert_eq!(uri(Path::new("/a?b#c%d"), "mode=ro"), "file:/a%3fb%23c%25d?mode=ro");
+    }
+}

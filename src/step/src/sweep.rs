@@ -1,0 +1,196 @@
+//! Ends what a run left behind after its keeper was killed.
+//!
+//! A keeper ends its own tree. When the keeper itself is killed, its processes fall to PID 1 and
+//! nothing ties them together any more but the variable `CVM_RUN` in their environment, their
+//! sessions and groups, and who descends from whom.
+//!
+//! Refuses to end PID 1, this process and its ancestors, and to say that it is done before two
+//! looks in a row have found nobody. May import: `places`, `processes`, `report`.
+
+use crate::places::Places;
+use crate::processes::{self, Process, Table};
+use crate::report::{Failure, Outcome, Report};
+use nix::sys::signal::Signal;
+use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::MetadataExt;
+use std::time::{Duration, Instant};
+use zeroize::Zeroizing;
+
+/// SIGKILL is immediate unless the kernel is stuck; a fork bomb takes some passes.
+const LIMIT: Duration = Duration::from_secs(5);
+const BETWEEN: Duration = Duration::from_millis(5);
+/// The kernel's limit for one environment is below this.
+const ENVIRONMENT_MAX: u64 = 8 * 1024 * 1024;
+
+pub(crate) fn sweep(places: &Places, run: &str, report: &mut Report) -> Outcome<()> {
+    let until = Instant::now() + LIMIT;
+    let mut ended = BTreeSet::new();
+    let mut quiet_looks = 0;
+    while quiet_looks < 2 {
+        let left = of_run(places, run);
+        if left.is_empty() {
+            quiet_looks += 1;
+        } else {
+            quiet_looks = 0;
+            for process in &left {
+                processes::send(places, process, Signal::SIGKILL);
+                ended.insert((process.pid, process.started));
+            }
+            if Instant::now() > until {
+                return Err(survivors(run, &left));
+            }
+            std::thread::sleep(BETWEEN);
+        }
+    }
+    if !ended.is_empty() {
+        report.info(format!("ended {} processes that run {run} had left behind", ended.len()));
+    }
+    Ok(())
+}
+
+fn survivors(run: &str, left: &[Process]) -> Failure {
+    let names: Vec<String> =
+        left.iter().take(5).map(|p| format!("pid {} ({}, state {})", p.pid, p.name, p.state)).collect();
+    Failure::again(format!("{} processes of run {run} do not end: {}", left.len(), names.join(", ")))
+}
+
+/// Every living process that belongs to `run`.
+fn of_run(places: &Places, run: &str) -> Vec<Process> {
+    let table = Table::read(places);
+    let spared = table.lineage(processes::own_pid());
+    let marked: BTreeSet<i32> = table
+        .all()
+        .filter(|p| !spared.contains(&p.pid) && !p.is_dead() && is_marked(places, p.pid, run))
+        .map(|p| p.pid)
+        .collect();
+    members(&table, &marked, &spared).into_iter().filter(|p| !p.is_dead()).cloned().collect()
+}
+
+/// The marked ones, who shares a session or group with them that one of them led, and everything
+/// below: an environment can be cleared, and a leader may have ended before.
+fn members<'a>(table: &'a Table, marked: &BTreeSet<i32>, spared: &[i32]) -> Vec<&'a Process> {
+    let foreign = |leader: i32| leader <= 1 || spared.contains(&leader) || is_unmarked(table, leader, marked);
+    let mine = table.all().filter(|p| marked.contains(&p.pid));
+    let circles: BTreeSet<i32> = mine.flat_map(|p| [p.session, p.group]).filter(|id| !foreign(*id)).collect();
+    let near = table.all().filter(|p| circles.contains(&p.session) || circles.contains(&p.group));
+    let roots: BTreeSet<i32> = near.map(|p| p.pid).chain(marked.iter().copied()).collect();
+    let all = table.with_descendants(roots.into_iter().filter(|pid| !spared.contains(pid)));
+    all.into_iter().filter(|pid| !spared.contains(pid)).filter_map(|pid| table.get(pid)).collect()
+}
+
+/// A leader that lives and is not of this run: its circle is somebody else's.
+fn is_unmarked(table: &Table, leader: i32, marked: &BTreeSet<i32>) -> bool {
+    table.get(leader).is_some_and(|p| !p.is_dead()) && !marked.contains(&leader)
+}
+
+fn is_marked(places: &Places, pid: i32, run: &str) -> bool {
+    let wanted = format!("CVM_RUN={run}");
+    environment(places, pid).is_some_and(|all| all.split(|b| *b == 0).any(|entry| entry == wanted.as_bytes()))
+}
+
+/// The environment of a process. It holds secrets and is wiped.
+fn environment(places: &Places, pid: i32) -> Option<Zeroizing<Vec<u8>>> {
+    let path = processes::proc_file(places, pid, "environ");
+    let file = File::open(&path).or_else(|error| {
+        // Root without CAP_SYS_PTRACE, as in a container without privileges, may not look into a
+        // process of another user's; as that user it may.
+        let owner = std::fs::metadata(path.parent().unwrap_or(&path)).map_err(|_| error)?;
+        as_user(owner.uid(), owner.gid(), || File::open(&path))
+    });
+    let mut bytes = Zeroizing::new(Vec::new());
+    file.ok()?.take(ENVIRONMENT_MAX).read_to_end(&mut bytes).ok()?;
+    Some(bytes)
+}
+
+/// Does `what` with the rights of a user, as far as files are concerned.
+fn as_user<T>(uid: u32, gid: u32, what: impl FnOnce() -> T) -> T {
+    let (own_user, own_group) = (nix::unistd::geteuid(), nix::unistd::getegid());
+    setfsgid(Gid::from_raw(gid));
+    setfsuid(Uid::from_raw(uid));
+    let outcome = what();
+    setfsuid(own_user);
+    setfsgid(own_group);
+    outcome
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::processes::process;
+    use std::process::{Child, Command};
+
+    fn sleeper(run: &str, script: &str) -> Child {
+        Command::new("sh").args(["-c", script]).env("CVM_RUN", run).spawn().unwrap()
+    }
+
+    /// A run that no other test and no supervisor on this machine has.
+    fn own_run(name: &str) -> String {
+        format!("test-{name}/{}", std::process::id())
+    }
+
+    #[test]
+    fn everything_of_the_run_ends_and_nobody_else() {
+        let (mine, other) = (own_run("mine"), own_run("mine") + "-sweep");
+        let mut marked = sleeper(&mine, "sleep 60 & exec setsid sleep 60");
+        let mut spared = sleeper(&other, "exec sleep 60");
+        // Until the shell has started what it is to start.
+        while of_run(&Places::default(), &mine).len() < 2 {
+            std::thread::sleep(BETWEEN);
+        }
+        let mut report = Report::default();
+        sweep(&Places::default(), &mine, &mut report).unwrap();
+        assert!(of_run(&Places::default(), &mine).is_empty());
+        assert!(spared.try_wait().unwrap().is_none());
+        assert!(report.notes[0].text.contains("had left behind"));
+        marked.wait().unwrap();
+        spared.kill().unwrap();
+        spared.wait().unwrap();
+    }
+
+    #[test]
+    fn what_cleared_its_environment_is_found_by_its_parent() {
+        let run = own_run("cleared");
+        let mut shell = sleeper(&run, "env -i sh -c 'sleep 60; true' & sleep 60; true");
+        while of_run(&Places::default(), &run).len() < 4 {
+            std::thread::sleep(BETWEEN);
+        }
+        sweep(&Places::default(), &run, &mut Report::default()).unwrap();
+        shell.wait().unwrap();
+        assert!(of_run(&Places::default(), &run).is_empty());
+    }
+
+    #[test]
+    fn nothing_to_sweep_is_done_without_a_word() {
+        let mut report = Report::default();
+        sweep(&Places::default(), &own_run("nobody"), &mut report).unwrap();
+        assert!(report.notes.is_empty());
+    }
+
+    #[test]
+    fn a_dead_leaders_session_counts_and_a_strangers_does_not() {
+        let table = Table::of([
+            process(1, 0, 1),
+            process(50, 1, 50), // a login of somebody's
+            process(51, 1, 40), // marked, in a session whose leader is gone
+            process(52, 1, 40), // cleared its environment, in the same session
+            process(53, 50, 50),
+            process(54, 1, 50), // marked, in the stranger's session
+            process(55, 54, 50),
+        ]);
+        let found = members(&table, &BTreeSet::from([51, 54]), &[1]);
+        let mut pids: Vec<i32> = found.iter().map(|p| p.pid).collect();
+        pids.sort_unstable();
+        assert_eq!(pids, [51, 52, 54, 55]);
+    }
+
+    #[test]
+    fn the_sweeper_and_its_ancestors_are_spared_whatever_they_are_marked_with() {
+        let table =
+            Table::of([process(1, 0, 1), process(60, 1, 60), process(61, 60, 60), process(62, 60, 60)]);
+        let found = members(&table, &BTreeSet::from([60, 61, 62]), &[1, 60, 61]);
+        assert_eq!(found.iter().map(|p| p.pid).collect::<Vec<_>>(), [62]);
+    }
+}
