@@ -1,0 +1,382 @@
+//! The command line, as data: what can be asked, with examples.
+//!
+//! Refuses to do any of it. May import: `completions`, `look`, `out`, `trouble`.
+
+// The comments below are the text of the help, where backticks would be shown.
+#![allow(clippy::doc_markdown)]
+
+use crate::completions::Shell;
+use crate::look;
+use crate::out;
+use crate::trouble::{Exit, Trouble};
+use clap::{Args, Parser, Subcommand};
+use std::ffi::OsString;
+use std::io::IsTerminal as _;
+use std::path::PathBuf;
+use std::time::Duration;
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done; healthy; no check failed
+  1  done, and the answer is bad: not healthy, a check failed, a service did not start
+  2  the command line is wrong, or the given MASTER_KEY cannot be one
+  3  the supervisor cannot be reached
+  4  the supervisor refused
+
+Environment:
+  NO_COLOR             no colours, also on a terminal
+  CVM_CONTROL_SOCKET   path of the supervisor's control socket, in place of the usual one";
+
+/// The operator's hand of openclaw-cvm: inside the VM over SSH, and on a laptop.
+#[derive(Debug, Parser)]
+#[command(name = "cvm", version, after_help = EXIT_CODES, max_term_width = 100)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Show what runs, what does not and why, and how the boot went
+    ///
+    /// Shows the supervisor's own snapshot: services, boot steps, storage, remarks, and
+    /// fingerprints of the derived keys. It holds no secret and may be pasted in public.
+    #[command(after_help = "\
+Examples:
+  cvm status                       the table
+  cvm status --watch               the same, redrawn every second
+  cvm status --json | jq .services
+
+Exit codes: 0 healthy, 1 not healthy, 3 the supervisor cannot be reached.")]
+    Status(StatusArgs),
+
+    /// Show the log of a service, or which logs there are
+    ///
+    /// Reads the files at /var/log/openclaw-cvm directly, so it works without the supervisor.
+    /// A service's log may hold private content; `supervisor` is the boot log.
+    ///
+    /// On a terminal, control sequences other than colours are shown instead of obeyed.
+    #[command(after_help = "\
+Examples:
+  cvm logs                         which logs there are
+  cvm logs gateway                 the last 100 lines
+  cvm logs gateway -n 1000 | less
+  cvm logs supervisor -n all       everything that is kept
+  cvm logs gateway -f              and go on with what comes")]
+    Logs(LogsArgs),
+
+    /// Start a service that is stopped, parked or waiting, and see whether it comes up
+    #[command(after_help = "\
+Examples:
+  cvm start gateway
+  cvm start gateway --timeout 300  a first start that migrates a large state
+
+Exit codes: 0 it runs and is ready, 1 it is not (and why), 3 no supervisor, 4 refused.")]
+    Start(ServiceArgs),
+
+    /// Stop a service, and wait until nothing of it is left
+    ///
+    /// It stays stopped until `cvm start`. Stopping sshd needs --force: it is the way in.
+    #[command(after_help = "\
+Examples:
+  cvm stop gateway                 lets it drain: up to 330 s
+  cvm stop dockerd --no-wait")]
+    Stop(StopArgs),
+
+    /// Stop a service and start it again
+    #[command(after_help = "\
+Examples:
+  cvm restart gateway
+  cvm restart gateway --no-wait")]
+    Restart(ServiceArgs),
+
+    /// One line and an exit code, for HEALTHCHECK
+    #[command(after_help = "\
+Examples:
+  cvm health                       0 healthy; 1 not healthy, or no supervisor
+  cvm health --verbose
+
+In a Dockerfile:
+  HEALTHCHECK CMD [\"cvm\", \"health\"]")]
+    Health(HealthArgs),
+
+    /// Derive from MASTER_KEY what an operator needs outside of the VM
+    ///
+    /// Works on a laptop: no supervisor, no root, no network. MASTER_KEY is taken from, in this
+    /// order: standard input if the last argument is `-`; the variable MASTER_KEY; the file that
+    /// MASTER_KEY_FILE names; standard input if it is not a terminal; a prompt that does not
+    /// show what is typed.
+    ///
+    /// Every byte counts and nothing is decoded, with one exception: line breaks at the very end
+    /// of a file or of standard input are no part of the key, as in the supervisor.
+    #[command(after_help = "\
+Examples:
+  cvm derive gateway-token                       asks for the key
+  MASTER_KEY_FILE=key.txt cvm derive device-id
+  pass show openclaw/master-key | cvm derive gateway-token -
+  cvm derive ssh-known-hosts --host vm.example.org >> ~/.ssh/known_hosts")]
+    Derive(DeriveArgs),
+
+    /// Look for what is wrong with this machine, and say what to do
+    ///
+    /// Each check says what was found and, unless it is well, what to do. A check that hangs
+    /// (a dead disk, a dead mount) is given up after 5 s. Nothing is changed: the overlay mount
+    /// it tries is made in a mount namespace of its own.
+    #[command(after_help = "\
+Examples:
+  cvm doctor
+  cvm doctor --json | jq '.findings[] | select(.verdict == \"fail\")'
+
+Exit codes: 0 no check failed (warnings allowed), 1 at least one failed.")]
+    Doctor(DoctorArgs),
+
+    /// One family of checks, in a process of its own
+    #[command(hide = true)]
+    DoctorRoom { room: String },
+
+    /// Run the gateway's own command line, as the gateway's user and with its environment
+    ///
+    /// The same as the `openclaw` in the image. All arguments are openclaw's own, and so is the
+    /// exit status.
+    #[command(
+        disable_help_flag = true,
+        after_help = "\
+Examples:
+  cvm openclaw status
+  cvm openclaw config get gateway.port
+  openclaw doctor                  the same program under its other name"
+    )]
+    Openclaw {
+        /// What openclaw is called with
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
+        arguments: Vec<OsString>,
+    },
+
+    /// Print a completion script for a shell
+    #[command(after_help = "\
+Examples:
+  cvm completions bash > /etc/bash_completion.d/cvm
+  cvm completions zsh > \"${fpath[1]}/_cvm\"
+  cvm completions fish > ~/.config/fish/completions/cvm.fish")]
+    Completions { shell: Shell },
+
+    /// Print the version of this program, and of the supervisor where there is one
+    #[command(after_help = "Example:\n  cvm version")]
+    Version,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StatusArgs {
+    /// Print the snapshot as JSON, unchanged; indented on a terminal
+    #[arg(long)]
+    pub json: bool,
+    /// Show it again and again, also while the supervisor is away
+    #[arg(long, short, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "1", value_parser = seconds)]
+    pub watch: Option<Duration>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LogsArgs {
+    /// A service, or `supervisor`
+    pub service: Option<String>,
+    /// Go on with what is written, also into the next file
+    #[arg(long, short, requires = "service")]
+    pub follow: bool,
+    /// How many lines from the end; or `all`
+    #[arg(long, short = 'n', default_value = "100", value_parser = lines)]
+    pub lines: Lines,
+    /// Where the logs are
+    #[arg(long, default_value = cvm_blueprint::paths::LOGS, value_name = "DIR")]
+    pub directory: PathBuf,
+}
+
+/// How many lines from the end of a log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Lines {
+    All,
+    Last(usize),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ServiceArgs {
+    /// Name of the service, as `cvm status` shows it
+    pub service: String,
+    /// Only give the order
+    #[arg(long)]
+    pub no_wait: bool,
+    /// How long to wait for the outcome; 60 to start, 340 to stop, 400 to restart unless given
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    pub timeout: Option<Duration>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StopArgs {
+    #[command(flatten)]
+    pub common: ServiceArgs,
+    /// Stop sshd although nobody can log in then
+    #[arg(long)]
+    pub force: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct HealthArgs {
+    /// One line for each service and complaint as well
+    #[arg(long, short)]
+    pub verbose: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DeriveArgs {
+    #[command(subcommand)]
+    pub what: Derived,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Derived {
+    /// The token with which clients log in to the gateway: a secret
+    #[command(after_help = "Example:\n  cvm derive gateway-token < key.txt")]
+    GatewayToken(KeySource),
+    /// The device id under which the gateway and the mux-server know this instance
+    #[command(after_help = "Example:\n  MASTER_KEY_FILE=key.txt cvm derive device-id")]
+    DeviceId(KeySource),
+    /// The lines that make ssh know the host key before the first connection
+    #[command(after_help = "\
+Examples:
+  cvm derive ssh-known-hosts --host vm.example.org --port 1022 >> ~/.ssh/known_hosts
+  cvm derive ssh-known-hosts --host 203.0.113.7 --host vm.example.org < key.txt")]
+    SshKnownHosts {
+        /// Name or address with which ssh is called; may be given more than once
+        #[arg(long, required = true)]
+        host: Vec<String>,
+        /// The published port of sshd
+        #[arg(long, default_value_t = 1022, value_parser = clap::value_parser!(u16).range(1..))]
+        port: u16,
+        #[command(flatten)]
+        key: KeySource,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct KeySource {
+    /// `-`: take MASTER_KEY from standard input, whatever the environment says
+    #[arg(value_name = "-", value_parser = ["-"], hide_possible_values = true)]
+    pub from_stdin: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DoctorArgs {
+    /// Print the findings as one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    const RULE: &str = "give seconds from 0.1 to 86400";
+    let given: f64 = text.parse().map_err(|_| RULE.to_owned())?;
+    // NaN is in no range.
+    if (0.1..=86_400.0).contains(&given) { Ok(Duration::from_secs_f64(given)) } else { Err(RULE.to_owned()) }
+}
+
+fn lines(text: &str) -> Result<Lines, String> {
+    if text == "all" {
+        return Ok(Lines::All);
+    }
+    text.parse().map(Lines::Last).map_err(|_| "give a number of lines, or: all".to_owned())
+}
+
+/// Help and version go to standard output; a mistake is told in the form of all errors here.
+pub(crate) fn explain(error: &clap::Error) -> Result<Exit, Trouble> {
+    let styled = error.render();
+    if !error.use_stderr() {
+        let colour = std::io::stdout().is_terminal() && look::wants_colour();
+        out::print(&if colour { styled.ansi().to_string() } else { styled.to_string() })?;
+        return Ok(Exit::Good);
+    }
+    let text = styled.to_string();
+    // `cvm` alone shows what it can do.
+    let text = text.strip_prefix("error: ").map_or(text.clone(), |rest| format!("cvm: {rest}"));
+    let _ = std::io::Write::write_all(&mut std::io::stderr().lock(), text.as_bytes());
+    Err(Trouble::silent(Exit::Usage))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory as _;
+
+    fn parse(words: &[&str]) -> Result<Command, clap::Error> {
+        Cli::try_parse_from(std::iter::once(&"cvm").chain(words)).map(|cli| cli.command)
+    }
+
+    #[test]
+    fn the_description_of_the_arguments_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_has_a_help_with_an_example() {
+        fn check(command: &clap::Command) {
+            for sub in command.get_subcommands().filter(|c| !c.is_hide_set() && c.get_name() != "help") {
+                let help = sub.get_after_help().map(ToString::to_string).unwrap_or_default();
+                assert!(help.contains("Example"), "{} has no example", sub.get_name());
+                assert!(
+                    help.contains(sub.get_name()),
+                    "the example of {} is of something else",
+                    sub.get_name()
+                );
+                check(sub);
+            }
+        }
+        check(&Cli::command());
+    }
+
+    #[test]
+    fn watch_takes_a_number_or_none() {
+        let watch = |words: &[&str]| match parse(words) {
+            Ok(Command::Status(args)) => args.watch,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(watch(&["status"]), None);
+        assert_eq!(watch(&["status", "--watch"]), Some(Duration::from_secs(1)));
+        assert_eq!(watch(&["status", "--watch", "2.5"]), Some(Duration::from_millis(2500)));
+        for bad in ["0", "-1", "NaN", "1e9", "soon"] {
+            assert!(parse(&["status", "--watch", bad]).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_number_of_lines_may_be_all() {
+        let of = |n: &str| match parse(&["logs", "gateway", "-n", n]) {
+            Ok(Command::Logs(args)) => args.lines,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!((of("all"), of("0"), of("12")), (Lines::All, Lines::Last(0), Lines::Last(12)));
+        assert!(parse(&["logs", "gateway", "-n", "many"]).is_err());
+        assert!(parse(&["logs", "-f"]).is_err());
+    }
+
+    #[test]
+    fn what_follows_openclaw_is_openclaws_own() {
+        let given = ["openclaw", "--help", "-v", "config", "--", "x", "--watch"];
+        match parse(&given) {
+            Ok(Command::Openclaw { arguments }) => assert_eq!(arguments, given[1..]),
+            other => panic!("{other:?}"),
+        }
+        assert!(matches!(parse(&["openclaw"]), Ok(Command::Openclaw { arguments }) if arguments.is_empty()));
+    }
+
+    #[test]
+    fn derive_takes_the_key_from_standard_input_only_as_a_dash() {
+        assert!(parse(&["derive", "gateway-token"]).is_ok());
+        assert!(parse(&["derive", "gateway-token", "-"]).is_ok());
+        assert!(parse(&["derive", "gateway-token", "the key itself"]).is_err());
+        assert!(parse(&["derive", "ssh-known-hosts"]).is_err());
+        assert!(parse(&["derive", "ssh-known-hosts", "--host", "h", "--port", "0"]).is_err());
+        match parse(&["derive", "ssh-known-hosts", "--host", "a", "--host", "b", "-"]) {
+            Ok(Command::Derive(DeriveArgs { what: Derived::SshKnownHosts { host, port, key } })) => {
+                assert_eq!((host.len(), port, key.from_stdin.as_deref()), (2, 1022, Some("-")));
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+}

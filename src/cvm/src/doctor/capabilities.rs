@@ -1,0 +1,72 @@
+//! Which capabilities there are. The engine gives them to PID 1, and a login has no more.
+//!
+//! May import: `facts`, `finding`.
+
+use super::facts;
+use super::finding::{Notebook, Outcome, fail, ok, warn};
+
+/// Name, number (linux/capability.h), and what needs it. The first group is in what every
+/// engine gives by default.
+const NEEDED: &[(&str, u8, &str)] = &[
+    ("CHOWN", 0, "the gateway's files are given to its user"),
+    ("DAC_OVERRIDE", 1, "root reads the gateway's files"),
+    ("FOWNER", 3, "modes of the gateway's files are set"),
+    ("KILL", 5, "services of other users are stopped"),
+    ("SETGID", 6, "services run as their own users"),
+    ("SETUID", 7, "services run as their own users"),
+    ("NET_BIND_SERVICE", 10, "sshd listens on port 22"),
+    ("SYS_CHROOT", 18, "sshd locks its parser in"),
+];
+const WANTED: &[(&str, u8, &str)] = &[
+    ("SYS_ADMIN", 21, "mounts: dockerd, and the S3 mode with FUSE"),
+    ("NET_ADMIN", 12, "dockerd's bridge and iptables"),
+];
+
+pub(crate) fn check(notebook: &mut Notebook<'_>) {
+    let effective = facts::read("/proc/self/status").and_then(|text| effective(&text));
+    notebook.check("needed by every service", || judge(effective, NEEDED, fail));
+    notebook.check("needed by dockerd and FUSE", || judge(effective, WANTED, warn));
+}
+
+fn effective(status: &str) -> Option<u64> {
+    let hex = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
+    u64::from_str_radix(hex.trim(), 16).ok()
+}
+
+fn judge(
+    effective: Option<u64>,
+    list: &[(&str, u8, &str)],
+    bad: impl FnOnce(String, String) -> Outcome,
+) -> Outcome {
+    let Some(effective) = effective else {
+        return warn("/proc/self/status says nothing of CapEff", "mount /proc in the container");
+    };
+    let missing: Vec<_> = list.iter().filter(|(_, number, _)| effective & (1 << number) == 0).collect();
+    if missing.is_empty() {
+        let names: Vec<&str> = list.iter().map(|(name, ..)| *name).collect();
+        return ok(names.join(", "));
+    }
+    let told: Vec<String> = missing.iter().map(|(name, _, why)| format!("{name} ({why})")).collect();
+    let names: Vec<&str> = missing.iter().map(|(name, ..)| *name).collect();
+    bad(
+        format!("missing: {}", told.join(", ")),
+        format!("in docker-compose.yml: cap_add: [{}]", names.join(", ")),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::finding::Verdict;
+    use super::*;
+
+    #[test]
+    fn a_missing_capability_is_named_with_its_line_for_compose() {
+        // What Docker gives by default.
+        let docker = effective("Name:\tx\nCapEff:\t00000000a80425fb\n");
+        assert_eq!(judge(docker, NEEDED, fail).verdict, Verdict::Ok);
+        let outcome = judge(docker, WANTED, warn);
+        assert_eq!(outcome.verdict, Verdict::Warn);
+        assert_eq!(outcome.remedy.unwrap(), "in docker-compose.yml: cap_add: [SYS_ADMIN, NET_ADMIN]");
+        assert_eq!(judge(Some(u64::MAX), WANTED, warn).verdict, Verdict::Ok);
+    }
+}

@@ -1,0 +1,118 @@
+//! Does the gateway answer its probes, and does it take the derived token?
+//!
+//! Refuses to show what it answers beyond codes and the names of what fails: its words are
+//! private. May import: `facts`, `finding`, `http`, `words`.
+
+use super::facts;
+use super::finding::{Notebook, Outcome, fail, ok, skip, warn};
+use crate::http::{self, Answer};
+use crate::words::clean;
+use std::time::Duration;
+
+const TIME: Duration = Duration::from_secs(4);
+/// How many names of failing parts are shown.
+const FAILING_MAX: usize = 5;
+const NAME_CHARS_MAX: usize = 60;
+
+pub(crate) fn check(notebook: &mut Notebook<'_>) {
+    notebook.about("address");
+    let access = facts::access();
+    let port = access.as_ref().map_or_else(facts::default_gateway_port, |a| a.port);
+    let get = |path: &str, bearer: Option<&str>| http::get(port, path, bearer, TIME);
+    notebook.check("/healthz", || live(get("/healthz", None)));
+    notebook.check("/startupz", || soft(get("/startupz", None), "start-up has not finished, or it drains"));
+    notebook.check("/readyz", || soft(get("/readyz", None), "it is not ready"));
+    notebook.check("token", || match access.and_then(|a| a.token) {
+        Some(token) => takes_token(get("/v1/models", Some(&token))),
+        None => skip("the supervisor holds none yet: the boot step `state` makes it known"),
+    });
+}
+
+fn live(answer: Result<Answer, String>) -> Outcome {
+    match answer {
+        Ok(answer) if answer.code == 200 => ok("200"),
+        Ok(answer) => fail(answer.code.to_string(), "`cvm logs gateway`; `cvm restart gateway`"),
+        Err(why) => {
+            fail(why, "`cvm status` says what the gateway does; `cvm logs gateway` shows its last words")
+        }
+    }
+}
+
+/// The gateway may have good reasons for a 503: a channel account is broken, say.
+fn soft(answer: Result<Answer, String>, meaning: &str) -> Outcome {
+    match answer {
+        Ok(answer) if answer.code == 200 => ok("200"),
+        Ok(answer) => {
+            let failing = failing(&answer.body);
+            let names = if failing.is_empty() { String::new() } else { format!(": {}", failing.join(", ")) };
+            warn(
+                format!("{}, {meaning}{names}", answer.code),
+                "`openclaw status`; `openclaw doctor`; `cvm logs gateway`",
+            )
+        }
+        Err(why) => warn(why, "see /healthz"),
+    }
+}
+
+/// What `/readyz` names in `"failing"`.
+fn failing(body: &[u8]) -> Vec<String> {
+    let body: serde_json::Value = serde_json::from_slice(body).unwrap_or_default();
+    let names = body["failing"].as_array().into_iter().flatten().filter_map(|name| name.as_str());
+    names.take(FAILING_MAX).map(|name| clean(name).chars().take(NAME_CHARS_MAX).collect()).collect()
+}
+
+fn takes_token(answer: Result<Answer, String>) -> Outcome {
+    match answer {
+        Ok(answer) => match answer.code {
+            200 => ok("the gateway takes the supervisor's token"),
+            401 | 403 => fail(
+                format!("the gateway refuses the supervisor's token ({})", answer.code),
+                "its openclaw.json sets another: `openclaw config set gateway.auth.token '${OPENCLAW_GATEWAY_TOKEN}'`, \
+                 then `cvm restart gateway`",
+            ),
+            404 => skip(
+                "its HTTP API is off, so it cannot be asked (gateway.http.endpoints.chatCompletions.enabled)",
+            ),
+            429 => warn(
+                "429: too many wrong tokens came from loopback",
+                "wait some minutes, and find out who tries",
+            ),
+            code => warn(format!("GET /v1/models answers {code}"), "`cvm logs gateway`"),
+        },
+        Err(why) => warn(why, "see /healthz"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::finding::Verdict;
+    use super::*;
+
+    #[allow(clippy::unnecessary_wraps)] // it stands for what a question yields
+    fn answer(code: u16, body: &str) -> Result<Answer, String> {
+        Ok(Answer { code, body: body.into() })
+    }
+
+    #[test]
+    fn a_refused_token_is_a_failure_with_the_command_that_mends_it() {
+        let outcome = takes_token(answer(401, ""));
+        assert_eq!(outcome.verdict, Verdict::Fail);
+        assert!(outcome.remedy.unwrap().contains("${OPENCLAW_GATEWAY_TOKEN}"));
+        assert_eq!(takes_token(answer(200, "")).verdict, Verdict::Ok);
+        assert_eq!(takes_token(answer(404, "")).verdict, Verdict::Skip);
+    }
+
+    #[test]
+    fn of_what_the_gateway_says_only_the_names_of_what_fails_are_shown() {
+        let body = r#"{"ready":false,"failing":["telegram\u001b[2J","discord"],"secret":"words"}"#;
+        let outcome = soft(answer(503, body), "it is not ready");
+        assert_eq!(outcome.verdict, Verdict::Warn);
+        assert_eq!(outcome.found, "503, it is not ready: telegram\u{fffd}[2J, discord");
+    }
+
+    #[test]
+    fn a_silent_gateway_is_a_failure() {
+        assert_eq!(live(Err("nobody listens there".into())).verdict, Verdict::Fail);
+        assert_eq!(live(answer(503, "")).verdict, Verdict::Fail);
+    }
+}

@@ -1,0 +1,131 @@
+//! Does overlayfs work, really? One is mounted and written through, in a mount namespace of
+//! this process alone, so that nothing of it is ever seen elsewhere or left behind.
+//!
+//! May import: `facts`, `finding`.
+
+use super::facts::{self, Mount};
+use super::finding::{Notebook, Outcome, ok, skip, warn};
+use nix::errno::Errno;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
+use std::path::{Path, PathBuf};
+
+/// A directory that is in every image, covered in this namespace only.
+const COVERED: &str = "/mnt";
+/// What is left of a check that was killed is used again by the next.
+const SCRATCH: &str = ".cvm-doctor-scratch";
+const COMPOSE: &str =
+    "in docker-compose.yml: cap_add: [SYS_ADMIN], security_opt: [seccomp=unconfined, apparmor=unconfined]";
+
+pub(crate) fn check(notebook: &mut Notebook<'_>) {
+    notebook.about("mount namespace");
+    if let Err(errno) = enter_own_namespace() {
+        let found = format!("mounting is not allowed: {}; neither dockerd nor FUSE can work", errno.desc());
+        return notebook.note("mount namespace", warn(found, COMPOSE));
+    }
+    notebook.check("on tmpfs", || {
+        let covered = Path::new(COVERED);
+        let options = Some("mode=700,size=1m");
+        match mount(Some("tmpfs"), covered, Some("tmpfs"), MsFlags::empty(), options) {
+            Ok(()) => judge(try_in(&covered.join(SCRATCH)), "tmpfs"),
+            Err(errno) => warn(format!("mounting a tmpfs: {}", errno.desc()), COMPOSE),
+        }
+    });
+    let mounts = facts::mounts(&facts::read("/proc/self/mountinfo").unwrap_or_default());
+    for place in ["/data", "/var/lib/docker"] {
+        notebook.check(&format!("on {place}"), || on_volume(place, &mounts));
+    }
+}
+
+fn enter_own_namespace() -> Result<(), Errno> {
+    unshare(CloneFlags::CLONE_NEWNS)?;
+    // Or what is mounted here would also be mounted where it was copied from.
+    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
+}
+
+fn on_volume(place: &str, mounts: &[Mount]) -> Outcome {
+    match mounts.iter().rev().find(|m| m.point == place) {
+        None => skip("it is no volume of its own"),
+        Some(mount) if mount.kind == "overlay" => skip("it is an overlay already"),
+        Some(mount) => {
+            let scratch = Path::new(place).join(SCRATCH);
+            let outcome = judge(try_in(&scratch), &mount.kind);
+            let _ = std::fs::remove_dir_all(&scratch);
+            outcome
+        }
+    }
+}
+
+/// Why an overlay could not be used, and at which stage.
+type Failure = (&'static str, Errno);
+
+fn try_in(scratch: &Path) -> Result<(), Failure> {
+    let _ = std::fs::remove_dir_all(scratch);
+    let at = |name: &str| scratch.join(name);
+    let io = |stage| move |error: std::io::Error| (stage, Errno::from_raw(error.raw_os_error().unwrap_or(0)));
+    for name in ["lower", "upper", "work", "merged"] {
+        std::fs::create_dir_all(at(name)).map_err(io("making its directories"))?;
+    }
+    std::fs::write(at("lower/file"), "below").map_err(io("writing its lower layer"))?;
+    let options = format!(
+        "lowerdir={},upperdir={},workdir={}",
+        at("lower").display(),
+        at("upper").display(),
+        at("work").display()
+    );
+    let merged: PathBuf = at("merged");
+    mount(Some("overlay"), &merged, Some("overlay"), MsFlags::empty(), Some(options.as_str()))
+        .map_err(|errno| ("mounting it", errno))?;
+    let used = use_it(&merged, scratch).map_err(io("writing through it"));
+    let _ = umount2(&merged, MntFlags::MNT_DETACH);
+    used
+}
+
+/// A change of a file that is only below, and a removal: copy-up and whiteout.
+fn use_it(merged: &Path, scratch: &Path) -> std::io::Result<()> {
+    std::fs::write(merged.join("file"), "above")?;
+    let above = std::fs::read_to_string(scratch.join("upper/file"))?;
+    if above != "above" {
+        return Err(std::io::Error::from_raw_os_error(Errno::EIO as i32));
+    }
+    std::fs::remove_file(merged.join("file"))
+}
+
+fn judge(outcome: Result<(), Failure>, kind: &str) -> Outcome {
+    let Err((stage, errno)) = outcome else { return ok(format!("an overlay on {kind} works")) };
+    let found = format!("{stage}: {}", errno.desc());
+    let remedy = match errno {
+        Errno::EPERM | Errno::EACCES => COMPOSE.to_owned(),
+        Errno::ENODEV => {
+            "this kernel has no overlayfs (modprobe overlay on the host); dockerd uses vfs".to_owned()
+        }
+        Errno::EINVAL => format!(
+            "{kind} cannot be an upper layer here; dockerd uses another driver and the S3 mode falls back to sync"
+        ),
+        Errno::ENOSPC => "make room: see disk".to_owned(),
+        Errno::EROFS => "the volume is read-only: see disk".to_owned(),
+        _ => "`dmesg | tail` says more; dockerd uses another driver and the S3 mode falls back to sync"
+            .to_owned(),
+    };
+    warn(found, remedy)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::finding::Verdict;
+    use super::*;
+
+    #[test]
+    fn a_missing_capability_is_told_with_the_line_for_compose() {
+        let outcome = judge(Err(("mounting it", Errno::EPERM)), "ext4");
+        assert_eq!(outcome.verdict, Verdict::Warn);
+        assert!(outcome.remedy.unwrap().contains("cap_add: [SYS_ADMIN]"));
+    }
+
+    #[test]
+    fn only_a_volume_that_is_no_overlay_is_tried() {
+        let mount = |kind: &str| Mount { point: "/data".into(), kind: kind.into(), read_only: false };
+        assert_eq!(on_volume("/data", &[]).verdict, Verdict::Skip);
+        assert_eq!(on_volume("/data", &[mount("ext4"), mount("overlay")]).verdict, Verdict::Skip);
+    }
+}

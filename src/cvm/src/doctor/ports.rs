@@ -1,0 +1,210 @@
+//! Who listens on the ports of the product, and is it who should?
+//!
+//! The socket's number comes from /proc/net/tcp, its holder from the open files of all
+//! processes. Without `CAP_SYS_PTRACE` root does not see those of other users; then the owner of
+//! the socket, which the table names, has to do.
+//!
+//! May import: `facts`, `finding`.
+
+use super::facts;
+use super::finding::{Notebook, Outcome, fail, ok, skip, warn};
+use crate::words::clean;
+use cvm_blueprint::status::{Service, Status};
+
+/// A process tree is not deeper; a loop in a table that changes while it is read would be.
+const ANCESTORS_MAX: usize = 64;
+
+pub(crate) fn check(notebook: &mut Notebook<'_>) {
+    notebook.about("sockets");
+    let status = facts::status();
+    let access = facts::access();
+    let tables = [facts::read("/proc/net/tcp"), facts::read("/proc/net/tcp6")];
+    let sockets: Vec<Socket> = tables.iter().flatten().flat_map(|table| listening(table)).collect();
+    let gateway_port = access.as_ref().map_or_else(facts::default_gateway_port, |a| a.port);
+    let ssh_port = facts::sshd().map_or(22, |sshd| sshd.port);
+    let uid_of = |user: &str| facts::account(user).map(|a| a.uid);
+    let gateway_uid = access.as_ref().and_then(|a| uid_of(&a.user));
+    for (port, name, uid) in
+        [(ssh_port, "sshd", Some(0)), (gateway_port, "gateway", gateway_uid), (facts::MUX_PORT, "mux", None)]
+    {
+        notebook.check(&format!("{port} ({name})"), || {
+            let mine: Vec<&Socket> = sockets.iter().filter(|s| s.port == port).collect();
+            let holders = holders(&mine);
+            judge(&Wanted { port, name, uid }, &mine, &holders, status.as_ref())
+        });
+    }
+}
+
+#[derive(Debug, PartialEq, Eq)]
+struct Socket {
+    port: u16,
+    uid: u32,
+    inode: u64,
+}
+
+struct Wanted {
+    port: u16,
+    name: &'static str,
+    /// Whose it should be, if the process is not seen.
+    uid: Option<u32>,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+struct Holder {
+    pid: i32,
+    name: String,
+    /// Its parent, the parent's parent, and so on.
+    ancestors: Vec<i32>,
+}
+
+/// The sockets of a table in state LISTEN (0A).
+fn listening(table: &str) -> Vec<Socket> {
+    let socket = |line: &str| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        (*fields.get(3)? == "0A").then_some(())?;
+        Some(Socket {
+            port: u16::from_str_radix(fields.get(1)?.rsplit(':').next()?, 16).ok()?,
+            uid: fields.get(7)?.parse().ok()?,
+            inode: fields.get(9)?.parse().ok()?,
+        })
+    };
+    table.lines().skip(1).filter_map(socket).collect()
+}
+
+fn holders(sockets: &[&Socket]) -> Vec<Holder> {
+    let wanted: Vec<String> = sockets.iter().map(|s| format!("socket:[{}]", s.inode)).collect();
+    if wanted.is_empty() {
+        return Vec::new();
+    }
+    let Ok(processes) = std::fs::read_dir("/proc") else { return Vec::new() };
+    let pids = processes.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    let holds = |pid: &i32| {
+        let Ok(files) = std::fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
+        files.flatten().any(|file| {
+            std::fs::read_link(file.path())
+                .is_ok_and(|to| wanted.iter().any(|w| to.as_os_str() == w.as_str()))
+        })
+    };
+    pids.filter(holds).map(holder).collect()
+}
+
+fn holder(pid: i32) -> Holder {
+    let name = facts::read(&format!("/proc/{pid}/comm")).unwrap_or_default();
+    let mut ancestors = Vec::new();
+    let mut at = pid;
+    while ancestors.len() < ANCESTORS_MAX {
+        let status = facts::read(&format!("/proc/{at}/status")).unwrap_or_default();
+        match facts::number(&status, "PPid").and_then(|ppid| i32::try_from(ppid).ok()) {
+            Some(parent) if parent > 0 => ancestors.push(parent),
+            _ => break,
+        }
+        at = ancestors.last().copied().unwrap_or(0);
+    }
+    Holder { pid, name: clean(name.trim()), ancestors }
+}
+
+fn judge(port: &Wanted, sockets: &[&Socket], holders: &[Holder], status: Option<&Status>) -> Outcome {
+    let service = facts::service(status, port.name);
+    if sockets.is_empty() {
+        return nobody(port, service, status.is_some());
+    }
+    let told: Vec<String> = holders.iter().map(|h| format!("{} (pid {})", h.name, h.pid)).collect();
+    let Some(service) = service else {
+        let found = if told.is_empty() { "somebody listens".to_owned() } else { told.join(", ") };
+        if status.is_none() {
+            return skip(format!("{found}; without the supervisor nobody knows who should"));
+        }
+        return warn(
+            format!("{found}, though there is no service {} here", port.name),
+            format!("`ss -ltnp 'sport = :{}'`; end it if it is not yours", port.port),
+        );
+    };
+    if holders.is_empty() {
+        let right = port.uid.is_none_or(|uid| sockets.iter().all(|s| s.uid == uid));
+        return if right {
+            ok("its owner listens (the process itself is not visible without CAP_SYS_PTRACE)")
+        } else {
+            strangers(port, &format!("a process of user id {}", sockets.first().map_or(0, |s| s.uid)))
+        };
+    }
+    let ours = |h: &Holder| service.pid.is_some_and(|pid| h.pid == pid || h.ancestors.contains(&pid));
+    if holders.iter().any(ours) { ok(told.join(", ")) } else { strangers(port, &told.join(", ")) }
+}
+
+fn nobody(port: &Wanted, service: Option<&Service>, known: bool) -> Outcome {
+    match service {
+        None if known => skip(format!("there is no service {} here", port.name)),
+        None => skip("nobody listens; without the supervisor nobody knows who should"),
+        Some(service) => {
+            let found = format!("nobody listens; {} is {}", port.name, service.state);
+            // While it starts or stops, that is how it should be.
+            if service.state == "up" || service.state == "ready" {
+                return fail(found, format!("`cvm logs {}`; `cvm restart {}`", port.name, port.name));
+            }
+            warn(found, format!("`cvm status` says what {} waits for", port.name))
+        }
+    }
+}
+
+fn strangers(port: &Wanted, who: &str) -> Outcome {
+    fail(
+        format!("{who} listens, which is not the service {}", port.name),
+        format!("end that process, then `cvm restart {}`", port.name),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::finding::Verdict;
+    use super::*;
+    use crate::status::samples::healthy;
+
+    const TABLE: &str = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
+   0: 00000000:0016 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 11111 1 0 100 0 0 10 0
+   1: 0100007F:4965 0100007F:9999 01 00000000:00000000 00:00000000 00000000   990        0 22222 1 0 100 0 0 10 0
+   2: 00000000000000000000000000000000:4965 00000000000000000000000000000000:0000 0A 00000000:00000000 00:00000000 00000000   990        0 33333 1 0 100 0 0 10 0
+";
+
+    #[test]
+    fn only_listening_sockets_count() {
+        let expected =
+            [Socket { port: 22, uid: 0, inode: 11111 }, Socket { port: 18789, uid: 990, inode: 33333 }];
+        assert_eq!(listening(TABLE), expected);
+    }
+
+    #[test]
+    fn the_holder_must_belong_to_the_service() {
+        let (status, socket) = (healthy(), Socket { port: 18789, uid: 990, inode: 1 });
+        let port = Wanted { port: 18789, name: "gateway", uid: Some(990) };
+        let holder =
+            |pid, ancestors: &[i32]| Holder { pid, name: "node".into(), ancestors: ancestors.into() };
+        let verdict = |holders: &[Holder]| judge(&port, &[&socket], holders, Some(&status)).verdict;
+        assert_eq!(verdict(&[holder(131, &[1])]), Verdict::Ok);
+        assert_eq!(verdict(&[holder(500, &[131, 1])]), Verdict::Ok);
+        assert_eq!(verdict(&[holder(500, &[1])]), Verdict::Fail);
+        // Not seen: the socket's owner decides.
+        assert_eq!(verdict(&[]), Verdict::Ok);
+        let strange = Socket { uid: 0, ..socket };
+        assert_eq!(judge(&port, &[&strange], &[], Some(&status)).verdict, Verdict::Fail);
+    }
+
+    #[test]
+    fn a_port_nobody_needs_may_be_free_but_not_taken() {
+        let port = Wanted { port: 18790, name: "mux", uid: None };
+        let socket = Socket { port: 18790, uid: 990, inode: 1 };
+        assert_eq!(judge(&port, &[], &[], Some(&healthy())).verdict, Verdict::Skip);
+        assert_eq!(judge(&port, &[&socket], &[], Some(&healthy())).verdict, Verdict::Warn);
+        let gateway = Wanted { port: 1, name: "gateway", uid: None };
+        assert_eq!(judge(&gateway, &[], &[], Some(&healthy())).verdict, Verdict::Fail);
+    }
+
+    #[test]
+    fn our_own_listener_is_found() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let sockets = listening(&facts::read("/proc/net/tcp").unwrap());
+        let mine: Vec<&Socket> = sockets.iter().filter(|s| s.port == port).collect();
+        let pid = i32::try_from(std::process::id()).unwrap();
+        assert!(holders(&mine).iter().any(|h| h.pid == pid));
+    }
+}

@@ -1,0 +1,87 @@
+//! Can an operator come in? sshd says its banner, and somebody's key is there.
+//!
+//! May import: `facts`, `finding`, `words`.
+
+use super::facts::{self, Sshd};
+use super::finding::{Notebook, Outcome, fail, ok};
+use crate::words;
+use std::io::{BufRead as _, BufReader, Read as _};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::time::Duration;
+
+const TIME: Duration = Duration::from_secs(3);
+/// RFC 4253: at most 255 bytes.
+const BANNER_MAX: u64 = 255;
+
+pub(crate) fn check(notebook: &mut Notebook<'_>) {
+    let sshd = facts::sshd();
+    notebook.check("configuration", || match &sshd {
+        Some(_) => ok(cvm_blueprint::paths::SSHD_CONFIG),
+        None => fail(
+            format!("{} is not there or not whole", cvm_blueprint::paths::SSHD_CONFIG),
+            "the boot step `ssh` writes it: `cvm status` says why it did not",
+        ),
+    });
+    let Some(sshd) = sshd else { return };
+    notebook.check("banner", || banner(sshd.port));
+    notebook.check("authorized keys", || keys(&sshd));
+}
+
+fn banner(port: u16) -> Outcome {
+    let remedy = "`cvm logs sshd` says why; `cvm restart sshd`";
+    let ask = || -> std::io::Result<Vec<u8>> {
+        let stream = TcpStream::connect_timeout(&SocketAddr::from((Ipv4Addr::LOCALHOST, port)), TIME)?;
+        stream.set_read_timeout(Some(TIME))?;
+        let mut line = Vec::new();
+        BufReader::new(stream.take(BANNER_MAX)).read_until(b'\n', &mut line)?;
+        Ok(line)
+    };
+    match ask() {
+        Ok(line) if line.starts_with(b"SSH-2.0-") => ok(words::clean(String::from_utf8_lossy(&line).trim())),
+        Ok(line) if line.is_empty() => fail(format!("port {port}: it hangs up without a word"), remedy),
+        Ok(_) => fail(format!("port {port}: what answers is no SSH"), "see ports"),
+        Err(error) => fail(format!("port {port}: {}", words::of_io(&error)), remedy),
+    }
+}
+
+fn keys(sshd: &Sshd) -> Outcome {
+    // Files relative to a home are root's here: root is who logs in.
+    let path = |name: &String| if name.starts_with('/') { name.clone() } else { format!("/root/{name}") };
+    let number: usize =
+        sshd.authorized_keys.iter().filter_map(|name| facts::read(&path(name))).map(|t| count(&t)).sum();
+    if number == 0 {
+        let remedy = "set SSH_AUTHORIZED_KEYS to your public key, or mount /root/.ssh with authorized_keys, and restart";
+        return fail("none: nobody can log in", remedy);
+    }
+    ok(number.to_string())
+}
+
+fn count(text: &str) -> usize {
+    text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#')).count()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::finding::Verdict;
+    use super::*;
+    use crate::http::tests::serve_at_once;
+
+    #[test]
+    fn only_an_ssh_banner_is_well() {
+        assert_eq!(banner(serve_at_once(b"SSH-2.0-OpenSSH_9.2p1\r\n")).found, "SSH-2.0-OpenSSH_9.2p1");
+        assert_eq!(banner(serve_at_once(b"HTTP/1.1 400\r\n")).verdict, Verdict::Fail);
+        assert!(banner(serve_at_once(b"")).found.contains("hangs up"));
+    }
+
+    #[test]
+    fn no_key_is_a_failure_and_comments_are_no_keys() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("keys");
+        let sshd =
+            Sshd { port: 22, authorized_keys: vec!["/no/such".into(), file.to_string_lossy().into_owned()] };
+        std::fs::write(&file, "# none\n\n").unwrap();
+        assert_eq!(keys(&sshd).verdict, Verdict::Fail);
+        std::fs::write(&file, "# one\nssh-ed25519 AAAA me\n").unwrap();
+        assert_eq!(keys(&sshd).found, "1");
+    }
+}

@@ -1,0 +1,86 @@
+//! How output looks where it goes: width, height, colour.
+//!
+//! Colour only on a terminal, and never when `NO_COLOR` is set (no-color.org) or the terminal
+//! is dumb. Refuses to colour by itself: callers say what a text means, not its colour.
+//! May import: nothing of ours.
+
+use std::io::IsTerminal as _;
+use terminal_size::{Height, Width};
+
+/// Where nobody says how wide: what fits a mail or an issue.
+const WIDTH_ELSEWHERE: usize = 100;
+/// Below this a table is not readable at all.
+const WIDTH_MIN: usize = 30;
+
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Look {
+    pub width: usize,
+    /// None: as much as there is.
+    pub height: Option<usize>,
+    pub colour: bool,
+    pub terminal: bool,
+}
+
+/// What a piece of text means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Tone {
+    Plain,
+    Good,
+    Caution,
+    Bad,
+    Quiet,
+    Strong,
+}
+
+impl Look {
+    pub(crate) fn of_stdout() -> Self {
+        let terminal = std::io::stdout().is_terminal();
+        let size = if terminal { terminal_size::terminal_size_of(std::io::stdout()) } else { None };
+        let (width, height) = match size {
+            // A terminal over a serial line says 0.
+            Some((Width(w), Height(h))) if w > 0 => (usize::from(w), (h > 0).then_some(usize::from(h))),
+            _ => (WIDTH_ELSEWHERE, None),
+        };
+        Self { width: width.max(WIDTH_MIN), height, colour: terminal && wants_colour(), terminal }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn plain(width: usize) -> Self {
+        Self { width, height: None, colour: false, terminal: false }
+    }
+
+    pub(crate) fn paint(self, text: &str, tone: Tone) -> String {
+        let code = match tone {
+            Tone::Plain => "",
+            Tone::Good => "32",
+            Tone::Caution => "33",
+            Tone::Bad => "1;31",
+            Tone::Quiet => "2",
+            Tone::Strong => "1",
+        };
+        if !self.colour || code.is_empty() || text.is_empty() {
+            return text.to_owned();
+        }
+        format!("\x1b[{code}m{text}\x1b[0m")
+    }
+}
+
+/// What the user's environment says about colour on a terminal.
+pub(crate) fn wants_colour() -> bool {
+    let set = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty());
+    set("NO_COLOR").is_none() && set("TERM").is_none_or(|term| term != "dumb")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn colour_is_added_only_where_it_is_wanted() {
+        let plain = Look::plain(80);
+        assert_eq!(plain.paint("x", Tone::Bad), "x");
+        let coloured = Look { colour: true, ..plain };
+        assert_eq!(coloured.paint("x", Tone::Bad), "\x1b[1;31mx\x1b[0m");
+        assert_eq!(coloured.paint("x", Tone::Plain), "x");
+    }
+}

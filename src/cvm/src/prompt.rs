@@ -1,0 +1,86 @@
+//! Asking for a secret on the terminal, without showing what is typed.
+//!
+//! A terminal that is left without echo is a trap, and a signal handler would be needed to
+//! restore it when Ctrl-C ends the program. So Ctrl-C is made an ordinary character that ends
+//! the line, and is recognised here.
+//!
+//! Refuses to ask when standard input is no terminal. May import: `trouble`, `words`.
+
+use crate::trouble::{Exit, Trouble};
+use crate::words;
+use nix::sys::termios::{LocalFlags, SetArg, SpecialCharacterIndices, Termios, tcgetattr, tcsetattr};
+use std::io::{Read, Stdin, Write as _};
+use zeroize::Zeroizing;
+
+const CTRL_C: u8 = 0x03;
+const CTRL_BACKSLASH: u8 = 0x1c;
+/// The kernel's limit for one line.
+const LINE_MAX: usize = 4096;
+
+/// One line, with its line break.
+pub(crate) fn secret(question: &str) -> Result<Zeroizing<Vec<u8>>, Trouble> {
+    let trouble = |cause: String| Trouble::new(Exit::Usage, "asking for the key", cause);
+    let stdin = std::io::stdin();
+    let hidden = Hidden::on(&stdin).map_err(|e| trouble(e.desc().to_owned()))?;
+    // On standard error: standard output may be a file that waits for the answer.
+    let _ = write!(std::io::stderr().lock(), "{question}");
+    let line = read_line(&mut stdin.lock());
+    drop(hidden);
+    let _ = writeln!(std::io::stderr().lock());
+    let line = line.map_err(|e| trouble(words::of_io(&e)))?;
+    match line.last() {
+        Some(&(CTRL_C | CTRL_BACKSLASH)) => Err(Trouble::silent(Exit::Interrupted)),
+        _ => Ok(line),
+    }
+}
+
+fn read_line(from: &mut impl Read) -> std::io::Result<Zeroizing<Vec<u8>>> {
+    let mut line = Zeroizing::new(Vec::with_capacity(LINE_MAX + 1));
+    let mut byte = [0u8];
+    while line.len() < LINE_MAX && from.read(&mut byte)? == 1 {
+        line.push(byte[0]);
+        if matches!(byte[0], b'\n' | CTRL_C | CTRL_BACKSLASH) {
+            break;
+        }
+    }
+    Ok(line)
+}
+
+/// A terminal without echo, until it is dropped.
+struct Hidden<'s> {
+    stdin: &'s Stdin,
+    before: Termios,
+}
+
+impl<'s> Hidden<'s> {
+    fn on(stdin: &'s Stdin) -> nix::Result<Self> {
+        let before = tcgetattr(stdin)?;
+        let mut quiet = before.clone();
+        quiet.local_flags.remove(LocalFlags::ECHO | LocalFlags::ISIG);
+        quiet.control_chars[SpecialCharacterIndices::VEOL as usize] = CTRL_C;
+        quiet.control_chars[SpecialCharacterIndices::VEOL2 as usize] = CTRL_BACKSLASH;
+        tcsetattr(stdin, SetArg::TCSAFLUSH, &quiet)?;
+        Ok(Self { stdin, before })
+    }
+}
+
+impl Drop for Hidden<'_> {
+    fn drop(&mut self) {
+        // A terminal that is gone needs no echo.
+        let _ = tcsetattr(self.stdin, SetArg::TCSAFLUSH, &self.before);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_ends_at_its_break_at_ctrl_c_and_at_the_end_of_input() {
+        let read = |bytes: &[u8]| read_line(&mut &bytes[..]).unwrap().to_vec();
+        assert_eq!(read(b"key\nmore"), b"key\n");
+        assert_eq!(read(b"ke\x03y"), b"ke\x03");
+        assert_eq!(read(b"key"), b"key");
+        assert_eq!(read(&[b'x'; 9999]).len(), LINE_MAX);
+    }
+}

@@ -1,0 +1,92 @@
+//! Whole pages, frozen: what a reader sees is what is promised. After a wanted change,
+//! `CVM_WRITE_PAGES=1 cargo test -p cvm pages` writes them anew; read the difference.
+
+use super::*;
+use crate::status::samples;
+use std::path::PathBuf;
+
+const WIDTHS: [usize; 3] = [120, 80, 40];
+
+#[test]
+fn pages_are_as_they_were_promised() {
+    for (name, status) in [("healthy", samples::healthy()), ("troubled", samples::troubled())] {
+        for width in WIDTHS {
+            let path = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+                .join(format!("src/status/render/pages/{name}-{width}.txt"));
+            let text = page(&status, Look::plain(width));
+            if std::env::var_os("CVM_WRITE_PAGES").is_some() {
+                std::fs::write(&path, &text).unwrap();
+            }
+            let promised = std::fs::read_to_string(&path).unwrap();
+            assert_eq!(text, promised, "{}:\n{text}", path.display());
+        }
+    }
+}
+
+#[test]
+fn no_width_breaks_a_page_or_loses_a_word_of_it() {
+    let squeezed = |text: &str| text.split_whitespace().collect::<String>();
+    for status in [samples::healthy(), samples::troubled()] {
+        for columns in 30..220 {
+            let text = page(&status, Look::plain(columns));
+            let too_wide = text.lines().find(|line| width(line) > columns);
+            assert_eq!(too_wide, None, "at {columns}");
+            let found = squeezed(&text);
+            let words = status.services.iter().flat_map(|s| [&s.name, &s.state, &s.next_action]);
+            for word in words.chain(&status.unhealthy).filter(|w| *w != NONE) {
+                assert!(found.contains(&squeezed(&clean(word))), "{word} is lost at {columns}:\n{text}");
+            }
+        }
+    }
+}
+
+#[test]
+fn every_state_has_its_tone_and_those_in_need_a_remedy() {
+    let states = [
+        ("blocked", Tone::Bad, true),
+        ("preparing", Tone::Caution, false),
+        ("starting", Tone::Caution, false),
+        ("up", Tone::Caution, true),
+        ("ready", Tone::Good, false),
+        ("repairing", Tone::Caution, false),
+        ("stopping", Tone::Caution, false),
+        ("waiting", Tone::Caution, true),
+        ("parked", Tone::Bad, true),
+        ("stopped", Tone::Caution, false),
+        ("stuck", Tone::Bad, false),
+    ];
+    for (state, tone, needs) in states {
+        let service =
+            Service { next_action: "something is due".into(), ..samples::service("gateway", state) };
+        assert_eq!(tone_of(&service), tone, "{state}");
+        assert_eq!(remedy(&service).is_some(), needs, "{state}");
+    }
+    assert_eq!(tone_of(&samples::service("sshd", "up")), Tone::Good);
+    // Whoever does not need a service is not alarmed by its absence.
+    let optional = Service { required: false, ..samples::service("dockerd", "stopped") };
+    assert_eq!(tone_of(&optional), Tone::Quiet);
+}
+
+#[test]
+fn colours_change_nothing_but_colours() {
+    let look = Look { colour: true, ..Look::plain(80) };
+    let painted = page(&samples::troubled(), look);
+    let mut plain = painted.clone();
+    for code in ["0", "1", "2", "32", "33", "1;31"] {
+        plain = plain.replace(&format!("\x1b[{code}m"), "");
+    }
+    assert_ne!(painted, plain);
+    assert_eq!(plain, page(&samples::troubled(), Look::plain(80)));
+    assert!(painted.starts_with("\x1b[1;31mNOT HEALTHY\x1b[0m"));
+}
+
+#[test]
+fn a_phase_and_an_empty_machine_are_shown_too() {
+    let mut status = Status { services: vec![], boot: vec![], keys: vec![], ..samples::healthy() };
+    for (phase, word) in [(Phase::Booting, "booting"), (Phase::Stopping, "stopping")] {
+        status.phase = phase;
+        let text = page(&status, Look::plain(80));
+        assert!(text.starts_with(&format!("HEALTHY  {word}, up 3 h 12 min")), "{text}");
+        assert!(!text.contains("BOOT") && !text.contains("KEY"), "{text}");
+    }
+}

@@ -1,0 +1,148 @@
+//! Snapshots for tests, written by hand.
+
+use cvm_blueprint::status::{Fingerprint, Phase, Service, Status, Step, Storage};
+use cvm_blueprint::wire::Remark;
+
+pub(crate) fn service(name: &str, state: &str) -> Service {
+    Service {
+        name: name.into(),
+        what: "a service".into(),
+        state: state.into(),
+        why: None,
+        pid: None,
+        up_ms: None,
+        first_exec_ms: None,
+        first_ready_ms: None,
+        restarts: 0,
+        failures_in_a_row: 0,
+        crash_loop: false,
+        last_end: None,
+        last_end_ago_ms: None,
+        next_start_in_ms: None,
+        next_action: "-".into(),
+        required: true,
+        dropped_lines: 0,
+    }
+}
+
+pub(crate) fn running(name: &str, state: &str, pid: i32, at: (u64, Option<u64>)) -> Service {
+    Service {
+        pid: Some(pid),
+        up_ms: Some(11_520_000),
+        first_exec_ms: Some(at.0),
+        first_ready_ms: at.1,
+        ..service(name, state)
+    }
+}
+
+pub(crate) fn step(name: &str, state: &str, began: Option<u64>, took: Option<u64>) -> Step {
+    Step {
+        name: name.into(),
+        state: state.into(),
+        required: true,
+        began_ms: began,
+        took_ms: took,
+        tries: 1,
+        why: None,
+        next_try_in_ms: None,
+    }
+}
+
+pub(crate) fn healthy() -> Status {
+    let gateway = Service {
+        restarts: 2,
+        last_end: Some("killed by the kernel: out of memory, after 2 h 2 min".into()),
+        last_end_ago_ms: Some(7_500_000),
+        ..running("gateway", "ready", 131, (420, Some(9_650)))
+    };
+    Status {
+        version: "0.1.0".into(),
+        phase: Phase::Running,
+        uptime_ms: 11_530_000,
+        storage: Storage {
+            mode: "local".into(),
+            meaning: "the state is on the volume at /data, and is lost with it".into(),
+        },
+        keys: vec![
+            Fingerprint { name: "gateway token".into(), fingerprint: "1a2b3c4d".into() },
+            Fingerprint {
+                name: "SSH host key".into(),
+                fingerprint: "SHA256:47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU".into(),
+            },
+        ],
+        remarks: Vec::new(),
+        boot: vec![
+            step("ssh", "done", Some(12), Some(35)),
+            step("home", "done", Some(48), Some(150)),
+            step("state", "done", Some(199), Some(210)),
+        ],
+        services: vec![
+            running("sshd", "up", 71, (50, Some(50))),
+            Service { required: false, ..running("dockerd", "ready", 88, (60, Some(1_240))) },
+            gateway,
+        ],
+        healthy: true,
+        unhealthy: Vec::new(),
+    }
+}
+
+/// A dead bucket, and every state that asks for attention.
+pub(crate) fn troubled() -> Status {
+    let bucket = "the bucket answers 403 to a listing: check AWS_ACCESS_KEY_ID (Schlüssel für „übermorgen“)";
+    let storage = Step {
+        why: Some(bucket.into()),
+        next_try_in_ms: Some(31_000),
+        tries: 4,
+        ..step("storage", "failed", Some(50), Some(2_104))
+    };
+    let ssh =
+        Step { required: false, why: Some("no key".into()), ..step("ssh", "failed", Some(12), Some(9_000)) };
+    Status {
+        phase: Phase::Degraded,
+        uptime_ms: 65_000,
+        keys: Vec::new(),
+        remarks: vec![Remark {
+            topic: "docker".into(),
+            text: "no storage driver but vfs works here: every layer is a whole copy".into(),
+        }],
+        boot: vec![ssh, storage, step("home", "waiting", None, None)],
+        services: troubled_services(bucket),
+        healthy: false,
+        unhealthy: vec![format!("boot step storage: {bucket}"), "mux is parked: exit 78 twice".into()],
+        ..healthy()
+    }
+}
+
+fn troubled_services(bucket: &str) -> Vec<Service> {
+    let waiting = Service {
+        why: Some("/readyz said no for 2 min".into()),
+        restarts: 7,
+        failures_in_a_row: 5,
+        crash_loop: true,
+        last_end: Some("exited with code 1, after 3 s".into()),
+        last_end_ago_ms: Some(12_000),
+        next_start_in_ms: Some(20_000),
+        next_action: "starts in 20 s".into(),
+        dropped_lines: 1,
+        ..service("tunnel", "waiting")
+    };
+    vec![
+        running("sshd", "up", 71, (9_020, None)),
+        Service {
+            why: Some(format!("boot step storage: {bucket}")),
+            next_action: "starts when boot step storage is done".into(),
+            ..service("gateway", "blocked")
+        },
+        waiting,
+        Service {
+            why: Some("exit 78 twice\u{1b}[2J".into()),
+            next_action: "mend it, then `cvm start mux`".into(),
+            ..service("mux", "parked")
+        },
+        Service {
+            pid: Some(4_194_304),
+            next_action: "look at `dmesg`".into(),
+            ..service("dockerd", "stuck")
+        },
+    ]
+}
