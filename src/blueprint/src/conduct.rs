@@ -498,7 +498,6 @@ impl Machine {
     /// On the way down: the next group, once the one before is at rest.
     fn progress(&mut self, now: Moment, out: &mut Vec<Action>) {
         while let Phase::Closing { order } = self.phase {
-            self.close_waiting(now, out);
             if self.services.iter().any(|s| s.service.stop_order == order && !s.unit.is_finished()) {
                 return;
             }

@@ -157,7 +157,7 @@ fn complaints(machine: &Machine, boot: &[Step], services: &[Service]) -> Vec<Str
     for service in services.iter().filter(|s| s.required && s.state == "up" && s.next_action != NOTHING) {
         all.push(format!("{} runs but is not ready", service.name));
     }
-    for service in services.iter().filter(|s| s.crash_loop) {
+    for service in services.iter().filter(|s| s.required && s.crash_loop) {
         all.push(format!(
             "{} is in a crash loop: {} failures in a row",
             service.name, service.failures_in_a_row

@@ -109,9 +109,11 @@ fn checked(environment: &Environment, rule: Option<&str>) -> Result<MasterKey, T
         }
         Err(problems) => {
             let Some(problem) = problems.first() else { return Err(no_key()) };
-            let what = if rule.is_some() { "standard input" } else { &problem.variable };
-            let cause = rule.unwrap_or(&problem.rule);
-            Err(Trouble::new(Exit::Usage, format!("derive: {what}"), cause).hint(&problem.hint))
+            let (what, cause, hint) = match rule {
+                Some(rule) => ("standard input", rule, "give the key as one line of text"),
+                None => (problem.variable.as_str(), problem.rule.as_str(), problem.hint.as_str()),
+            };
+            Err(Trouble::new(Exit::Usage, format!("derive: {what}"), cause).hint(hint))
         }
     }
 }

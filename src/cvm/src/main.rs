@@ -1,10 +1,10 @@
 //! `cvm`, the operator's hand: inside the VM over SSH, and on a laptop.
 //!
 //! ```text
-//! cvm status | health | start | stop | restart | openclaw   ── one line each way ──>  PID 1's control socket
-//! cvm logs                                                  ── reads ──>              /var/log/openclaw-cvm
-//! cvm doctor                                                ── looks at ──>           the kernel, the disk, the services
-//! cvm derive                                                ── needs nothing but ──>  MASTER_KEY
+//! status, health, start, stop, restart, openclaw  ── one line each way ──>  PID 1's control socket
+//! logs                                            ── reads ──>    /var/log/openclaw-cvm
+//! doctor                                          ── looks at ──> kernel, disks, services
+//! derive                                          ── needs ──>    MASTER_KEY, and nothing else
 //! ```
 //!
 //! Linked as `openclaw` it is the gateway's own command line, run as the gateway's user.

@@ -9,7 +9,7 @@ use crate::trouble::{Exit, Trouble};
 use crate::words;
 use cvm_blueprint::paths;
 use cvm_blueprint::status::Status;
-use cvm_blueprint::time;
+use cvm_blueprint::time::words as words_of;
 use cvm_blueprint::wire::{self, Body, Request, Response, VERSION, Verb};
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
@@ -35,9 +35,14 @@ pub(crate) struct Snapshot {
     pub json: String,
 }
 
-/// What is to be told when something goes wrong: "status", "restart gateway".
+/// `what` is told when something goes wrong: "status", "restart gateway".
 pub(crate) fn ask(what: &str, verb: Verb) -> Result<Body, Trouble> {
-    let line = exchange(&path(), TIME, verb).map_err(|failure| failure.into_trouble(what))?;
+    ask_within(TIME, what, verb)
+}
+
+/// With less patience, for those who have little time themselves.
+pub(crate) fn ask_within(time: Duration, what: &str, verb: Verb) -> Result<Body, Trouble> {
+    let line = exchange(&path(), time, verb).map_err(|failure| failure.into_trouble(what))?;
     match parse(&line) {
         Ok(Body::Refused { why }) => {
             let hint = "`cvm status` shows what there is and what it does";
@@ -50,11 +55,17 @@ pub(crate) fn ask(what: &str, verb: Verb) -> Result<Body, Trouble> {
 
 /// The snapshot of this moment.
 pub(crate) fn status() -> Result<Snapshot, Trouble> {
+    status_within(TIME)
+}
+
+pub(crate) fn status_within(time: Duration) -> Result<Snapshot, Trouble> {
     let what = "status";
-    let line = exchange(&path(), TIME, Verb::Status).map_err(|failure| failure.into_trouble(what))?;
+    let line = exchange(&path(), time, Verb::Status).map_err(|failure| failure.into_trouble(what))?;
     match parse(&line) {
         Ok(Body::Status(status)) => Ok(Snapshot { status: *status, json: without_envelope(&line) }),
-        Ok(Body::Refused { why }) => Err(Trouble::new(Exit::Refused, what, why)),
+        Ok(Body::Refused { why }) => {
+            Err(Trouble::new(Exit::Refused, what, format!("the supervisor refused: {why}")))
+        }
         Ok(_) => Err(Failure::Garbage.into_trouble(what)),
         Err(failure) => Err(failure.into_trouble(what)),
     }
@@ -71,8 +82,8 @@ enum Failure {
     /// No socket, or nobody behind it.
     NotRunning(String),
     NotAllowed,
-    /// It took longer than [`TIME`].
-    Busy,
+    /// It took longer than this.
+    Busy(Duration),
     /// The connection ended before the answer did.
     CutOff,
     TooLong,
@@ -91,8 +102,8 @@ impl Failure {
             Self::NotAllowed => {
                 ("only root may speak to the supervisor".to_owned(), "log in as root, or put sudo before it")
             }
-            Self::Busy => (
-                format!("the supervisor did not answer within {}", time::words(TIME)),
+            Self::Busy(time) => (
+                format!("the supervisor did not answer within {}", words_of(time)),
                 "try again; if it stays so, read `cvm logs supervisor` and look at the load with `uptime`",
             ),
             Self::CutOff => (
@@ -121,19 +132,19 @@ impl Failure {
 
 fn exchange(path: &Path, time: Duration, verb: Verb) -> Result<Zeroizing<Vec<u8>>, Failure> {
     let until = Instant::now() + time;
-    let mut stream = open(path, until)?;
+    let mut stream = open(path, time, until)?;
     let request = wire::line(&Request { v: VERSION, verb });
     let left = until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
     stream.set_write_timeout(Some(left)).map_err(|e| Failure::Other(words::of_io(&e)))?;
     match stream.write_all(&request) {
-        Ok(()) => read_line(&mut stream, until),
-        Err(error) => Err(of_transfer(&error)),
+        Ok(()) => read_line(&mut stream, time, until),
+        Err(error) => Err(of_transfer(&error, time)),
     }
 }
 
 /// Connects without ever waiting longer than until `until`: with a full queue a blocking
 /// connect(2) of a unix socket waits for ever.
-fn open(path: &Path, until: Instant) -> Result<UnixStream, Failure> {
+fn open(path: &Path, time: Duration, until: Instant) -> Result<UnixStream, Failure> {
     let other = |errno: Errno| Failure::Other(format!("{}: {}", path.display(), errno.desc()));
     let address = UnixAddr::new(path).map_err(other)?;
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
@@ -146,7 +157,7 @@ fn open(path: &Path, until: Instant) -> Result<UnixStream, Failure> {
                 return Ok(stream);
             }
             Err(Errno::EAGAIN) if Instant::now() < until => std::thread::sleep(RETRY),
-            Err(Errno::EAGAIN) => return Err(Failure::Busy),
+            Err(Errno::EAGAIN) => return Err(Failure::Busy(time)),
             Err(Errno::EACCES | Errno::EPERM) => return Err(Failure::NotAllowed),
             Err(errno @ (Errno::ENOENT | Errno::ENOTDIR)) => {
                 return Err(Failure::NotRunning(format!("{}: {}", path.display(), errno.desc())));
@@ -159,13 +170,13 @@ fn open(path: &Path, until: Instant) -> Result<UnixStream, Failure> {
     }
 }
 
-fn read_line(stream: &mut UnixStream, until: Instant) -> Result<Zeroizing<Vec<u8>>, Failure> {
+fn read_line(stream: &mut UnixStream, time: Duration, until: Instant) -> Result<Zeroizing<Vec<u8>>, Failure> {
     let mut answer = Zeroizing::new(Vec::with_capacity(64 * 1024));
     let mut bytes = Zeroizing::new([0u8; 16 * 1024]);
     loop {
         let left = until.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            return Err(Failure::Busy);
+            return Err(Failure::Busy(time));
         }
         stream.set_read_timeout(Some(left)).map_err(|e| Failure::Other(words::of_io(&e)))?;
         match stream.read(&mut bytes[..]) {
@@ -186,14 +197,14 @@ fn read_line(stream: &mut UnixStream, until: Instant) -> Result<Zeroizing<Vec<u8
                 }
             }
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(error) => return Err(of_transfer(&error)),
+            Err(error) => return Err(of_transfer(&error, time)),
         }
     }
 }
 
-fn of_transfer(error: &std::io::Error) -> Failure {
+fn of_transfer(error: &std::io::Error, time: Duration) -> Failure {
     match error.kind() {
-        ErrorKind::WouldBlock | ErrorKind::TimedOut => Failure::Busy,
+        ErrorKind::WouldBlock | ErrorKind::TimedOut => Failure::Busy(time),
         ErrorKind::BrokenPipe | ErrorKind::ConnectionReset => Failure::CutOff,
         _ => Failure::Other(words::of_io(error)),
     }

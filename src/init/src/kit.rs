@@ -4,7 +4,9 @@
 //! `MASTER_KEY` and the bucket's passwords are not among them: they are wiped with the
 //! environment. May import: `cvm-blueprint`.
 
-use cvm_blueprint::config::{AuthorizedKey, Config, LogFormat, WorkspaceFiles};
+use cvm_blueprint::config::{
+    AuthorizedKey, Config, FirstBoot, Gateway, Log as LogSettings, LogFormat, Ssh, WorkspaceFiles,
+};
 use cvm_blueprint::env::Environment;
 use cvm_blueprint::keys::{DeviceSeed, GatewayToken, HostKeySeed, KeyRing};
 use cvm_blueprint::paths;
@@ -27,7 +29,10 @@ const PROBE_EAGER: Duration = Duration::from_millis(250);
 const PROBE_CALM: Duration = Duration::from_secs(15);
 
 pub(crate) struct Kit {
-    config: Config,
+    gateway: Gateway,
+    first_boot: FirstBoot,
+    ssh: Ssh,
+    log: LogSettings,
     passthrough: Vec<(Vec<u8>, Secret)>,
     token: Option<GatewayToken>,
     device_seed: Option<DeviceSeed>,
@@ -47,7 +52,9 @@ impl Kit {
             Some(keys) => (Some(keys.gateway_token), Some(keys.device_seed), Some(keys.host_key_seed)),
             None => (None, None, None),
         };
-        Self { config, passthrough, token, device_seed, host_key_seed, step_binary }
+        // By name: the master key and the bucket's credentials end here.
+        let Config { gateway, first_boot, ssh, log, .. } = config;
+        Self { gateway, first_boot, ssh, log, passthrough, token, device_seed, host_key_seed, step_binary }
     }
 
     /// The random token of a machine without `MASTER_KEY`, as the state step found it.
@@ -91,7 +98,7 @@ impl Kit {
     pub(crate) fn prepare(&self, prepare: Prepare, service: &str, run: &str) -> KeeperSpec {
         let task = match prepare {
             Prepare::Dockerd => Task::DockerPrepare,
-            Prepare::GatewayPort => Task::FreePort { port: self.config.gateway.port.get() },
+            Prepare::GatewayPort => Task::FreePort { port: self.gateway.port.get() },
         };
         self.task(&format!("{service}-prepare"), run, &task)
     }
@@ -103,20 +110,19 @@ impl Kit {
     }
 
     fn task_of(&self, step: StepName) -> Task {
-        let config = &self.config;
         match step {
             StepName::Ssh => Task::Ssh {
-                port: config.ssh.port.get(),
+                port: self.ssh.port.get(),
                 seed: self.host_key_seed.as_ref().map(|s| PackedBytes::pack(s.expose())),
-                extra_keys: lines(config.ssh.authorized_keys.iter().map(AuthorizedKey::line)),
+                extra_keys: lines(self.ssh.authorized_keys.iter().map(AuthorizedKey::line)),
             },
-            StepName::Home | StepName::Storage => Task::Home { user: config.gateway.user.as_str().into() },
+            StepName::Home | StepName::Storage => Task::Home { user: self.gateway.user.as_str().into() },
             StepName::State => Task::State(StateTask {
-                user: config.gateway.user.as_str().into(),
-                port: config.gateway.port.get(),
-                redpill: config.gateway.redpill,
-                config: config.first_boot.config.as_ref().map(|c| PackedBytes::pack(c.expose())),
-                workspace: config.first_boot.workspace.as_ref().map(packed_files),
+                user: self.gateway.user.as_str().into(),
+                port: self.gateway.port.get(),
+                redpill: self.gateway.redpill,
+                config: self.first_boot.config.as_ref().map(|c| PackedBytes::pack(c.expose())),
+                workspace: self.first_boot.workspace.as_ref().map(packed_files),
                 device_seed: self.device_seed.as_ref().map(|s| PackedBytes::pack(s.expose())),
                 token: self.token.as_ref().map(|t| PackedBytes::pack(t.expose().as_bytes())),
             }),
@@ -146,8 +152,8 @@ impl Kit {
         Log {
             file: format!("{}/{name}.log", paths::LOGS),
             rotate_bytes: LOG_BYTES,
-            copy_to_stdout: self.config.log.services,
-            json: matches!(self.config.log.format, LogFormat::Json),
+            copy_to_stdout: self.log.services,
+            json: matches!(self.log.format, LogFormat::Json),
         }
     }
 
@@ -172,11 +178,13 @@ impl Kit {
     }
 
     fn gateway_pairs(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
-        const SWITCHES: [(&str, &str); 5] = [
+        const SWITCHES: [(&str, &str); 6] = [
             // Restarts stay in the process that is supervised.
             ("OPENCLAW_NO_RESPAWN", "1"),
             // Its doctor leaves service files alone.
             ("OPENCLAW_SERVICE_REPAIR_POLICY", "external"),
+            // Neither updates itself nor manages services: both are the image's business.
+            ("OPENCLAW_SUPERVISOR_MODE", "external"),
             ("OPENCLAW_DISABLE_BONJOUR", "1"),
             ("OPENCLAW_STATE_DIR", paths::STATE),
             ("OPENCLAW_CONFIG_PATH", "/data/openclaw/openclaw.json"),
@@ -188,7 +196,7 @@ impl Kit {
 
     /// For the operator's `openclaw`: as whom, and with what, the gateway runs.
     pub(crate) fn gateway_access(&self) -> (String, PackedEnvironment) {
-        let user = self.config.gateway.user.as_str();
+        let user = self.gateway.user.as_str();
         (user.to_owned(), self.environment(service::Environment::Gateway, user))
     }
 }

@@ -13,6 +13,7 @@ use crate::kit::Kit;
 use crate::voice::Voice;
 use cvm_blueprint::conduct::{self, Action, Event, Machine, Order, ServiceId, Try};
 use cvm_blueprint::ending::End;
+use cvm_blueprint::service::Leftovers;
 use cvm_blueprint::status::{self, About};
 use cvm_blueprint::supervise::{self, Level, Refusal, Run};
 use cvm_blueprint::time::Moment;
@@ -224,7 +225,14 @@ impl World {
                         supervise::Event::Prepared { run, outcome }
                     }
                     Part::Main | Part::Repair => supervise::Event::Gone { run, end },
-                    Part::Sweep => supervise::Event::Swept { run },
+                    Part::Sweep => match self.outcome(child.task.take(), &end) {
+                        Ok(()) => supervise::Event::Swept { run },
+                        // Something of it lives: nothing may be started over it.
+                        Err(Refusal { why, .. }) => {
+                            tracing::error!("{}: {why}", self.name_of(child.owner));
+                            return;
+                        }
+                    },
                 };
                 self.feed(Event::Service { id, event });
             }
@@ -303,7 +311,7 @@ impl World {
             Do::Launch(run) => self.keep(id, run, Part::Main),
             Do::Prepare(run) => self.keep(id, run, Part::Prepare),
             Do::Repair(run) => self.keep(id, run, Part::Repair),
-            Do::Sweep(run) => self.keep(id, run, Part::Sweep),
+            Do::Sweep(run) => self.sweep(id, run),
             Do::Term(run) => self.signal_run(id, run, Signal::SIGTERM),
             Do::KillTree(run) => self.signal_run(id, run, Signal::SIGQUIT),
             Do::KillKeeper(run) => self.signal_run(id, run, Signal::SIGKILL),
@@ -325,7 +333,17 @@ impl World {
             Part::Prepare => self.kit.prepare(service.prepare?, service.name, &name),
         };
         let error = self.children.keep(Owner::Service { id, run, part }, &spec).err()?;
-        Some(Event::Service { id, event: not_kept(run, part, &error) })
+        let event = not_kept(run, part, &error)?;
+        Some(Event::Service { id, event })
+    }
+
+    /// What a killed keeper left behind. A service whose leftovers stay (a login session) has
+    /// none: its main process died with the keeper.
+    fn sweep(&mut self, id: ServiceId, run: Run) -> Option<Event> {
+        match self.machine.service(id)?.service.leftovers {
+            Leftovers::Kill => self.keep(id, run, Part::Sweep),
+            Leftovers::Leave => Some(Event::Service { id, event: supervise::Event::Swept { run } }),
+        }
     }
 
     fn signal_run(&self, id: ServiceId, run: Run, what: Signal) -> Option<Event> {
@@ -417,16 +435,19 @@ impl World {
 }
 
 /// What it means for a service that the keeper of one part of a run could not be started.
-fn not_kept(run: Run, part: Part, error: &str) -> supervise::Event {
+fn not_kept(run: Run, part: Part, error: &str) -> Option<supervise::Event> {
     let why = format!("creating its process: {error}");
     match part {
-        Part::Prepare => supervise::Event::Prepared { run, outcome: Err(Refusal { why, retry: true }) },
+        Part::Prepare => Some(supervise::Event::Prepared { run, outcome: Err(Refusal { why, retry: true }) }),
         Part::Main | Part::Repair => {
             say(Level::Error, &why);
-            supervise::Event::Gone { run, end: End::Code(i32::from(exit::INTERNAL)) }
+            Some(supervise::Event::Gone { run, end: End::Code(i32::from(exit::INTERNAL)) })
         }
-        // Nobody can look; the next start finds out.
-        Part::Sweep => supervise::Event::Swept { run },
+        // Nobody could look, so nothing may be started over what may be there.
+        Part::Sweep => {
+            say(Level::Error, &why);
+            None
+        }
     }
 }
 

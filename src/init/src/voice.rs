@@ -7,6 +7,7 @@
 use cvm_blueprint::config::{LogFormat, LogLevel};
 use cvm_blueprint::time::rfc3339;
 use cvm_process::descriptor;
+use nix::errno::Errno;
 use std::collections::VecDeque;
 use std::fmt::{self, Write as _};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -53,8 +54,15 @@ impl Sink {
         let Some(fd) = &self.fd else { return };
         while !self.waiting.is_empty() {
             match descriptor::write_some(fd, self.waiting.as_slices().0) {
-                Ok(n) if n > 0 => drop(self.waiting.drain(..n)),
-                _ => return,
+                Ok(n) => drop(self.waiting.drain(..n)),
+                Err(Errno::EAGAIN | Errno::EINTR) => return,
+                // Nobody will ever read there again. Waiting for room would be a busy loop:
+                // the kernel calls a broken pipe writable.
+                Err(_) => {
+                    self.waiting.clear();
+                    self.fd = None;
+                    return;
+                }
             }
         }
     }

@@ -213,6 +213,13 @@ impl Keeper {
     /// when its arrival wakes the loop: see `reap`.
     fn kill_tree(&mut self) {
         self.killed_by_us = true;
+        if self.spec_leftovers == Leftovers::Leave {
+            // The rest is somebody's work, also when the service itself does not listen.
+            if self.end.is_none() {
+                let _ = kill(self.main, Signal::SIGKILL);
+            }
+            return;
+        }
         let killed = tree::signal_descendants(Signal::SIGKILL);
         if self.end.is_some() {
             self.killed += killed;

@@ -3,7 +3,7 @@
 //!
 //! The only crate of the supervisor with `unsafe` in it; each use says why it is sound.
 //! `std::process` is not used: `Command::spawn` waits until the child has exec'd, which on a
-//! dead mount is for ever, and its `Child` does not live beside `waitpid(-1)`.
+//! dead mount is for ever, and its `Child` does not live beside a wait for any child.
 //!
 //! Refuses to decide anything, to allocate threads, and to read configuration.
 

@@ -12,12 +12,14 @@ use crate::report::{Failure, Outcome, Report};
 use nix::sys::signal::Signal;
 use std::collections::BTreeSet;
 use std::fs;
+use std::io::ErrorKind;
+use std::net::{Ipv4Addr, Ipv6Addr, TcpListener};
 use std::time::{Duration, Instant};
 
 /// From SIGTERM to SIGKILL. An idle gateway is gone in 0.3 s; one that drains does so for
 /// minutes, and the run it drained for is over.
 const GRACE: Duration = Duration::from_secs(3);
-/// From SIGKILL until the kernel has closed the socket.
+/// From SIGKILL until everything is gone, and the socket with it.
 const AFTER_KILL: Duration = Duration::from_secs(2);
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// Somebody may take the port again while we free it.
@@ -25,10 +27,10 @@ const ROUNDS: u32 = 3;
 
 pub(crate) fn free(places: &Places, port: u16, report: &mut Report) -> Outcome<()> {
     for _ in 0..ROUNDS {
-        let sockets = listeners(places, port);
-        if sockets.is_empty() {
+        if is_free(port) {
             return Ok(());
         }
+        let sockets = listeners(places, port);
         let table = Table::read(places);
         let holders = holders(places, &table, &sockets);
         if holders.is_empty() {
@@ -42,14 +44,27 @@ pub(crate) fn free(places: &Places, port: u16, report: &mut Report) -> Outcome<(
             report.warn(format!("port {port} was held by pid {} ({}); ended it", holder.pid, holder.name));
         }
         end(places, &table, &holders);
-        wait_until(AFTER_KILL, || listeners(places, port).is_disjoint(&sockets));
+        // The socket goes with the last process that has it; what is left of it is the kernel's.
+        wait_until(AFTER_KILL, || is_free(port));
     }
-    if listeners(places, port).is_empty() {
+    if is_free(port) {
         return Ok(());
     }
     Err(Failure::again(format!(
         "port {port} is taken again as often as it is freed; `ss -ltnp` shows by whom"
     )))
+}
+
+/// Whether the port can be taken, found out by taking it for a moment, on every address of both
+/// families. To ask /proc would cost 20 ms and more: the kernel walks its whole table of sockets.
+fn is_free(port: u16) -> bool {
+    let both = TcpListener::bind((Ipv6Addr::UNSPECIFIED, port));
+    match both.map_err(|e| e.kind()) {
+        Ok(_) => true,
+        Err(ErrorKind::AddrInUse) => false,
+        // A kernel without IPv6.
+        Err(_) => TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).is_ok(),
+    }
 }
 
 /// Inodes of the sockets that listen on `port`, IPv4 and IPv6.
@@ -106,10 +121,13 @@ fn end(places: &Places, table: &Table, holders: &[Process]) {
     wait_until(GRACE, || !tree.iter().any(|p| processes::still_runs(places, p)));
     // Anew, for what was started meanwhile. What lost its parent meanwhile is in the old list.
     let now = Table::read(places);
-    let late = now.with_descendants(tree.iter().filter(|p| processes::still_runs(places, p)).map(|p| p.pid));
-    for process in tree.iter().chain(late.iter().filter_map(|pid| now.get(*pid))) {
+    let alive = tree.iter().filter(|p| processes::still_runs(places, p)).map(|p| p.pid);
+    let late: Vec<Process> =
+        now.with_descendants(alive).into_iter().filter_map(|pid| now.get(pid)).cloned().collect();
+    for process in tree.iter().chain(&late) {
         processes::send(places, process, Signal::SIGKILL);
     }
+    wait_until(AFTER_KILL, || !tree.iter().chain(&late).any(|p| processes::still_runs(places, p)));
 }
 
 fn wait_until(limit: Duration, mut reached: impl FnMut() -> bool) {
@@ -122,7 +140,6 @@ fn wait_until(limit: Duration, mut reached: impl FnMut() -> bool) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::net::TcpListener;
     use std::process::{Child, Command, Stdio};
 
     /// A process of its own that listens on a port, and says on which.
@@ -173,13 +190,27 @@ mod tests {
 
     #[test]
     fn a_holder_that_cannot_be_seen_is_a_failure_that_names_the_port() {
+        let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = taken.local_addr().unwrap().port();
         let temp = tempfile::tempdir().unwrap();
         fs::create_dir_all(temp.path().join("proc/net")).unwrap();
-        let line = "   0: 00000000000000000000000001000000:4965 00000000000000000000000000000000:0000 0A \
-                    00000000:00000000 00:00000000 00000000     0        0 4711 1 0\n";
-        fs::write(temp.path().join("proc/net/tcp6"), line).unwrap();
-        let failure = free(&Places::below(temp.path()), 18789, &mut Report::default()).unwrap_err();
-        assert!(failure.retry && failure.why.contains("port 18789"));
+        let line = format!(
+            "   0: 0100007F:{port:04X} 00000000:0000 0A 00000000:00000000 00:00000000 00000000 0 0 4711 1 0\n"
+        );
+        fs::write(temp.path().join("proc/net/tcp"), line).unwrap();
+        let failure = free(&Places::below(temp.path()), port, &mut Report::default()).unwrap_err();
+        assert!(failure.retry && failure.why.contains(&format!("port {port}")));
+    }
+
+    #[test]
+    fn a_listener_on_one_address_of_either_family_is_noticed() {
+        for address in ["127.0.0.1:0", "[::1]:0", "0.0.0.0:0", "[::]:0"] {
+            let Ok(taken) = TcpListener::bind(address) else { continue };
+            let port = taken.local_addr().unwrap().port();
+            assert!(!is_free(port), "{address}");
+            drop(taken);
+            assert!(is_free(port), "{address}");
+        }
     }
 
     #[test]

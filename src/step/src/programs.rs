@@ -4,7 +4,7 @@
 //! of what a program says. There is no time limit here: PID 1 holds the deadline of the whole
 //! step and ends it with everything below it. May import: `report`.
 
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -69,7 +69,23 @@ pub(crate) fn is_executable(path: &Path) -> bool {
 /// Whether the program's file has this word in it: the way to ask what it knows without running
 /// it, which takes ten times as long.
 pub(crate) fn mentions(program: &Path, word: &[u8]) -> bool {
-    std::fs::read(program).is_ok_and(|bytes| contains(&bytes, word))
+    let Ok(mut file) = std::fs::File::open(program) else { return false };
+    // By pieces that overlap, because memory that is touched for the first time costs more than
+    // the reading.
+    let mut piece = vec![0; 64 * 1024];
+    let mut kept = 0;
+    loop {
+        let count = match piece.get_mut(kept..).map(|room| file.read(room)) {
+            Some(Ok(count)) if count > 0 => count,
+            _ => return false,
+        };
+        let filled = kept + count;
+        if piece.get(..filled).is_some_and(|text| contains(text, word)) {
+            return true;
+        }
+        kept = word.len().saturating_sub(1).min(filled);
+        piece.copy_within(filled - kept..filled, 0);
+    }
 }
 
 /// Horspool's search: it looks at every n-th byte, where n is the length of the word.
@@ -108,6 +124,20 @@ mod tests {
             assert!(!contains(text.as_bytes(), b"word"), "{text}");
         }
         assert!(contains(b"aab", b"ab") && contains(b"abab", b"bab") && !contains(b"aaaa", b"ba"));
+    }
+
+    #[test]
+    fn a_word_across_two_pieces_of_a_program_is_found() {
+        let temp = tempfile::tempdir().unwrap();
+        let program = temp.path().join("program");
+        for at in [0, 64 * 1024 - 2, 64 * 1024, 200_000] {
+            let mut bytes = vec![b'w'; 300_000];
+            bytes[at..at + 4].copy_from_slice(b"word");
+            std::fs::write(&program, &bytes).unwrap();
+            assert!(mentions(&program, b"word"), "{at}");
+            assert!(!mentions(&program, b"words"), "{at}");
+        }
+        assert!(!mentions(&temp.path().join("absent"), b"word"));
     }
 
     #[test]

@@ -2,8 +2,6 @@
 //! say. Only tasks that leave the machine alone are run here.
 
 use cvm_blueprint::wire::{PackedBytes, StateTask, Task, TaskReport, line};
-use std::fs::File;
-use std::io::Write;
 use std::process::{Command, Output, Stdio};
 
 struct Run {
@@ -32,16 +30,16 @@ impl Run {
 
 /// Runs the program with `input` in a file on standard input, and the report going to a file.
 fn run(input: &[u8]) -> Run {
-    let temp = tempfile::tempdir().unwrap();
+    let temp = tempfile::tempdir().expect("a directory for the test");
     let (task, report) = (temp.path().join("task"), temp.path().join("report"));
-    File::create(&task).unwrap().write_all(input).unwrap();
+    std::fs::write(&task, input).expect("the task in its file");
     let output = Command::new("sh")
         .args(["-c", "exec \"$0\" test 3>\"$1\" <\"$2\"", env!("CARGO_BIN_EXE_cvm-step")])
         .args([&report, &task])
         .stdin(Stdio::null())
         .output()
-        .unwrap();
-    let text = std::fs::read_to_string(&report).unwrap();
+        .expect("a shell");
+    let text = std::fs::read_to_string(&report).expect("the report, as text");
     assert!(text.lines().count() <= 1, "one line: {text}");
     Run { output, report: serde_json::from_str(&text).ok(), report_text: text }
 }

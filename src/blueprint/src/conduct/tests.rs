@@ -330,6 +330,29 @@ fn an_ssh_step_that_hangs_holds_the_boot_up_no_longer_than_its_deadline_and_two_
 }
 
 #[test]
+fn a_step_that_the_kernel_holds_is_tried_again_on_an_operators_order_and_its_old_try_is_forgotten() {
+    let mut boot = Boot::with_ssh();
+    boot.pass(s(306));
+    assert_eq!(boot.shown("gateway").next_action, "mend it, then `cvm start gateway`");
+    let done = boot.order("gateway", Order::Start);
+    assert_eq!(boot.deeds(&done), ["run home#2"]);
+    let old = Try { step: StepName::Home, number: 1 };
+    assert_eq!(boot.send(Event::StepEnded { of: old, outcome: Ok(()) }), []);
+    boot.fails(StepName::Home, false);
+    assert_eq!(boot.done(StepName::Home), [], "each try ends once");
+}
+
+#[test]
+fn a_step_that_the_kernel_held_ends_once() {
+    let mut boot = Boot::with_ssh();
+    boot.pass(s(306));
+    boot.fails(StepName::Home, true);
+    assert_eq!(boot.done(StepName::Home), []);
+    let done = boot.pass(s(2));
+    assert_eq!(boot.deeds(&done), ["run home#2"]);
+}
+
+#[test]
 fn trying_the_ssh_step_again_holds_nothing_up() {
     let mut boot = Boot::local();
     boot.send(Event::Boot);

@@ -615,6 +615,20 @@ fn quick_ends_with_0_are_restarted_at_once_three_times_and_then_wait_like_failur
 }
 
 #[test]
+fn an_operators_start_buys_three_more_quick_ends_with_0() {
+    let mut story = Story::running(plain());
+    for _ in 0..4 {
+        story.runs_for(s(1), End::Code(0));
+    }
+    assert_eq!(words_of(&story.send(Event::Start)), ["launch"]);
+    for _ in 0..3 {
+        assert_eq!(words_of(&story.runs_for(s(1), End::Code(0))), ["warn", "launch"]);
+    }
+    story.runs_for(s(1), End::Code(0));
+    assert_eq!(story.waits(), Some(5));
+}
+
+#[test]
 fn code_78_is_repaired_once_retried_once_and_then_parked_with_its_reason() {
     let mut story = Story::running(gateway());
     let first = story.run();
@@ -760,6 +774,7 @@ fn a_crash_loop_is_over_as_soon_as_a_run_is_stable_and_the_next_one_is_called_ag
     story.ends(End::Code(1));
     let again = story.fails(4);
     assert_eq!(said(&again).matches("crash loop").count(), 1);
+    assert!(said(&again).ends_with("5 failures in 1 min 19 s"), "counted from the first of this loop");
 }
 
 #[test]

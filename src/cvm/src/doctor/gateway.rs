@@ -18,13 +18,20 @@ pub(crate) fn check(notebook: &mut Notebook<'_>) {
     notebook.about("address");
     let access = facts::access();
     let port = access.as_ref().map_or_else(facts::default_gateway_port, |a| a.port);
+    if access.is_none() {
+        let found = format!(
+            "only the supervisor knows the gateway's port; what follows is about the usual one, {port}"
+        );
+        notebook.note("address", skip(found));
+    }
     let get = |path: &str, bearer: Option<&str>| http::get(port, path, bearer, TIME);
     notebook.check("/healthz", || live(get("/healthz", None)));
     notebook.check("/startupz", || soft(get("/startupz", None), "start-up has not finished, or it drains"));
     notebook.check("/readyz", || soft(get("/readyz", None), "it is not ready"));
-    notebook.check("token", || match access.and_then(|a| a.token) {
-        Some(token) => takes_token(get("/v1/models", Some(&token))),
-        None => skip("the supervisor holds none yet: the boot step `state` makes it known"),
+    notebook.check("token", || match access.map(|a| a.token) {
+        Some(Some(token)) => takes_token(get("/v1/models", Some(&token))),
+        None => skip("only the supervisor knows it"),
+        Some(None) => skip("the supervisor holds none yet: the boot step `state` makes it known"),
     });
 }
 

@@ -15,6 +15,7 @@ const PLACES: [&str; 2] = ["/usr/sbin", "/sbin"];
 const WORDS_MAX: usize = 200;
 
 pub(crate) fn check(notebook: &mut Notebook<'_>) {
+    notebook.about("backends");
     let status = facts::status();
     if status.is_some() && facts::service(status.as_ref(), "dockerd").is_none() {
         return notebook.note("backends", skip("ENABLE_DOCKER is 0"));

@@ -1,5 +1,7 @@
-//! Is PID 1 there, and what does it say of itself? May import: `finding`, `socket`, `words`.
+//! Is PID 1 there, and what does it say of itself? May import: `facts`, `finding`,
+//! `socket`, `words`.
 
+use super::facts::PATIENCE;
 use super::finding::{Notebook, Outcome, fail, ok, warn};
 use crate::socket;
 use crate::words::{count, span};
@@ -7,7 +9,7 @@ use cvm_blueprint::status::{Phase, Service, Status};
 
 pub(crate) fn check(notebook: &mut Notebook<'_>) {
     notebook.about("control socket");
-    let status = match socket::status() {
+    let status = match socket::status_within(PATIENCE) {
         Ok(snapshot) => snapshot.status,
         Err(trouble) => {
             let remedy = trouble.hint.unwrap_or_default();

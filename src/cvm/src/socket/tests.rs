@@ -97,7 +97,7 @@ fn a_supervisor_that_says_nothing_is_busy() {
     });
     let outcome = fake.ask(50).err();
     drop(release);
-    assert_eq!(outcome, Some(Failure::Busy));
+    assert!(matches!(outcome, Some(Failure::Busy(_))), "{outcome:?}");
 }
 
 #[test]
@@ -113,7 +113,7 @@ fn a_supervisor_that_drips_is_busy_when_the_whole_time_is_over() {
     });
     let outcome = fake.ask(100).err();
     drop(release);
-    assert_eq!(outcome, Some(Failure::Busy));
+    assert!(matches!(outcome, Some(Failure::Busy(_))), "{outcome:?}");
 }
 
 #[test]
@@ -144,10 +144,11 @@ fn a_full_queue_is_busy_and_not_a_hang() {
     nix::sys::socket::bind(fd.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
     nix::sys::socket::listen(&fd, nix::sys::socket::Backlog::new(1).unwrap()).unwrap();
     let mut kept = Vec::new();
-    while let Ok(stream) = open(&path, Instant::now()) {
+    while let Ok(stream) = open(&path, TIME, Instant::now()) {
         kept.push(stream);
     }
-    assert_eq!(exchange(&path, Duration::from_millis(60), Verb::Status).err(), Some(Failure::Busy));
+    let time = Duration::from_millis(60);
+    assert_eq!(exchange(&path, time, Verb::Status).err(), Some(Failure::Busy(time)));
 }
 
 #[test]
@@ -155,7 +156,7 @@ fn every_failure_names_a_remedy_and_exits_with_3() {
     let all = [
         Failure::NotRunning("x".into()),
         Failure::NotAllowed,
-        Failure::Busy,
+        Failure::Busy(TIME),
         Failure::CutOff,
         Failure::TooLong,
         Failure::Garbage,

@@ -106,8 +106,8 @@ fn firewall(places: &Places, config: &mut Map<String, Value>, report: &mut Repor
     iptables::link(&bin, &choice)?;
     if let Err(reasons) = &choice.v4 {
         report.warn(format!(
-            "no iptables works on this kernel ({reasons}); dockerd runs without. Containers reach each other, but \
-             neither do they reach the outside nor are their ports published, unless they use the host's network"
+            "no iptables works on this kernel ({reasons}); dockerd runs without. Containers do not reach the outside \
+             unless they use the host's network, and published ports go through docker's slower proxy"
         ));
         config.entry("iptables").or_insert(Value::Bool(false));
     }

@@ -6,7 +6,7 @@
 
 use crate::places::Places;
 use crate::processes;
-use crate::report::{Report, shown};
+use crate::report::{self, Report, shown};
 use std::fs;
 use std::io::ErrorKind;
 use std::os::unix::fs::FileTypeExt;
@@ -32,11 +32,14 @@ const SOCKETS: [&str; 8] = [
 ];
 
 pub(crate) fn remove(places: &Places, report: &mut Report) {
-    for path in PID_FILES {
+    let real = |path: &str| fs::canonicalize(places.at(path)).ok();
+    let one_directory = real("/run") == real("/var/run");
+    let counts = |path: &&str| !(one_directory && path.starts_with("/var/run/"));
+    for path in PID_FILES.into_iter().filter(counts) {
         pid_file(places, path, report);
     }
-    for path in SOCKETS {
-        socket(&places.at(path), report);
+    for path in SOCKETS.into_iter().filter(counts) {
+        socket(&places.at(path));
     }
 }
 
@@ -59,13 +62,17 @@ fn pid_file(places: &Places, path: &str, report: &mut Report) {
     }
 }
 
-fn socket(path: &Path, report: &mut Report) {
+/// Sockets matter less: dockerd replaces its own. So they are for the step's log only.
+fn socket(path: &Path) {
     if !fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket()) {
         return;
     }
     match UnixStream::connect(path) {
-        Ok(_) => report.warn(format!("something answers on {}; left alone", shown(path))),
-        Err(error) if error.kind() == ErrorKind::ConnectionRefused => discard(path, report),
+        Ok(_) => report::detail(format!("something answers on {}; left alone", shown(path))),
+        Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
+            let outcome = fs::remove_file(path).map_or_else(|e| e.to_string(), |()| "removed".to_owned());
+            report::detail(format!("nobody answers on {}: {outcome}", shown(path)));
+        }
         // Its queue is full, or it is none of ours to open: somebody is there.
         Err(_) => {}
     }
@@ -129,6 +136,18 @@ mod tests {
         remove(&places, &mut Report::default());
         assert!(temp.path().join("run/docker.pid").exists());
         assert!(temp.path().join("run/docker.sock").exists());
+    }
+
+    #[test]
+    fn two_names_of_one_file_are_one_word_to_the_user() {
+        let (temp, places) = room();
+        fs::create_dir_all(temp.path().join("var")).unwrap();
+        std::os::unix::fs::symlink("../run", temp.path().join("var/run")).unwrap();
+        fake_process(temp.path(), 8, "dockerd");
+        fs::write(temp.path().join("run/docker.pid"), "8").unwrap();
+        let mut report = Report::default();
+        remove(&places, &mut report);
+        assert_eq!(report.notes.len(), 1);
     }
 
     #[test]

@@ -65,7 +65,7 @@ fn a_broken_file_of_the_users_is_said_and_gone_round() {
     assert!(report.notes.iter().any(|n| n.text.contains("not a JSON object")));
     // There is no iptables in this image.
     assert_eq!(config(temp.path())["iptables"], Value::Bool(false));
-    assert!(report.notes.iter().any(|n| n.text.contains("neither do they reach the outside")));
+    assert!(report.notes.iter().any(|n| n.text.contains("do not reach the outside")));
 }
 
 #[test]
