@@ -1,0 +1,51 @@
+# The vocabulary of this project. `make help` lists it.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help demo test soak bench build lint fuzz-smoke clean
+
+CARGO ?= cargo
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+demo: ## install what is missing, build, and run the real gateway under the supervisor; Ctrl-C stops it
+	@tests/setup demo
+	@echo "== Building (about a minute the first time)"
+	@$(CARGO) build --release --bins
+	@tests/demo
+
+test: ## install what is missing and run every test
+	@tests/setup test
+	@$(MAKE) --no-print-directory lint build
+	@echo "== Tests"
+	@$(CARGO) test --release --workspace --no-fail-fast
+	@$(MAKE) --no-print-directory fuzz-smoke
+
+soak: ## the same tests with more rounds
+	@tests/setup test
+	@$(CARGO) build --release --workspace --bins
+	@CVM_SOAK=1 PROPTEST_CASES=20000 $(CARGO) test --release --workspace --no-fail-fast
+	@tests/fuzz/run 600
+
+bench: ## measure, beside the peers; writes target/bench/core.json
+	@tests/setup bench
+	@$(CARGO) build --release --workspace --bins
+	@$(CARGO) run --release --quiet --package cvm-tests --bin cvm-bench
+
+build: ## everything, optimized, as it is shipped
+	@echo "== Building"
+	@$(CARGO) build --release --workspace --bins
+
+lint: ## formatting and lints
+	@echo "== Lints"
+	@$(CARGO) fmt --check
+	@$(CARGO) clippy --release --workspace --all-targets -- -D warnings
+
+fuzz-smoke: ## each fuzz target for a short while
+	@echo "== Fuzz targets, a short run of each"
+	@tests/fuzz/run 10
+
+clean: ## remove what was built and installed below target/
+	rm -rf target

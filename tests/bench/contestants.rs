@@ -1,0 +1,118 @@
+//! The peers: other inits and supervisors, each started as process 1 of a machine like ours.
+
+use cvm_harness::machine::{binaries, repository};
+use cvm_harness::{Builder, Machine};
+use std::fmt::Write as _;
+use std::path::Path;
+
+/// Services that do nothing, for those that keep services.
+pub(crate) const SERVICES: usize = 5;
+
+/// Something that can be process 1.
+pub(crate) struct Contestant {
+    pub(crate) name: &'static str,
+    pub(crate) start: fn() -> Option<Machine>,
+}
+
+/// Small inits that run one command.
+pub(crate) fn small_inits() -> Vec<(&'static str, Vec<String>)> {
+    let own = "/usr/local/sbin/cvm-init";
+    let all = [
+        ("cvm-init --", own, vec![own, "--"]),
+        ("tini", "/usr/bin/tini", vec!["/usr/bin/tini", "--"]),
+        ("dumb-init", "/usr/bin/dumb-init", vec!["/usr/bin/dumb-init", "--"]),
+        ("catatonit", "/usr/bin/catatonit", vec!["/usr/bin/catatonit", "--"]),
+    ];
+    let here = all.into_iter().filter(|(name, path, _)| *name == "cvm-init --" || Path::new(path).exists());
+    here.map(|(name, _, words)| (name, words.into_iter().map(str::to_owned).collect())).collect()
+}
+
+/// A machine with only the init and the victim in it.
+pub(crate) fn bare(command: &[&str]) -> Builder {
+    let bin = binaries();
+    Builder::new()
+        .copy(&bin.join("cvm-init"), "/usr/local/sbin/cvm-init")
+        .copy(&bin.join("cvm-victim"), "/usr/local/bin/cvm-victim")
+        .environment("PATH", "/usr/local/bin:/usr/bin:/bin")
+        .command(command)
+}
+
+/// The product with a stub in the gateway's place, and the gateway's user in place as the image
+/// has it. Its process 1 notes the time before its first exec.
+pub(crate) fn product() -> Builder {
+    with_user(Builder::product())
+        .copy(&binaries().join("cvm-victim"), cvm_blueprint::paths::NODE)
+        .file(cvm_blueprint::paths::OPENCLAW, "", 0o644)
+        .environment("MASTER_KEY", "correct horse battery staple")
+        .environment("OPENCLAW_GATEWAY_RESTART_DELAY", "0")
+        .environment("OPENCLAW_GATEWAY_RESTART_MAX_DELAY", "0")
+        .command(&["/usr/local/bin/cvm-victim", "stamp", "/tmp/began", "/usr/local/sbin/cvm-init"])
+}
+
+fn with_user(builder: Builder) -> Builder {
+    let with = |file: &str, line: &str| std::fs::read_to_string(file).unwrap_or_default() + line;
+    builder
+        .file("/etc/passwd", &with("/etc/passwd", "openclaw:x:990:990::/home/openclaw:/bin/bash\n"), 0o644)
+        .file("/etc/group", &with("/etc/group", "openclaw:x:990:\n"), 0o644)
+        .file("/home/openclaw/.profile", "", 0o644)
+}
+
+/// The shell script that does the same, one step after the other.
+pub(crate) fn script() -> Builder {
+    Builder::product()
+        .copy(&binaries().join("cvm-victim"), cvm_blueprint::paths::NODE)
+        .bind(&repository().join("target/openclaw"), "/opt/real")
+        .copy(&repository().join("tests/bench/boot.sh"), "/boot.sh")
+        .environment("MASTER_KEY", "correct horse battery staple")
+        .command(&["/usr/local/bin/cvm-victim", "stamp", "/tmp/began", "/bin/sh", "/boot.sh"])
+}
+
+/// Supervisors with idle services.
+pub(crate) fn supervisors() -> Vec<Contestant> {
+    vec![
+        Contestant { name: "cvm-init", start: || Some(product().start()) },
+        Contestant { name: "tini", start: tini },
+        Contestant { name: "s6-svscan", start: s6 },
+        Contestant { name: "runsvdir", start: runit },
+        Contestant { name: "supervisord", start: supervisord },
+    ]
+}
+
+fn installed(program: &str) -> Option<()> {
+    Path::new(program).exists().then_some(())
+}
+
+fn tini() -> Option<Machine> {
+    installed("/usr/bin/tini")?;
+    Some(bare(&["/usr/bin/tini", "--", "cvm-victim", "wait"]).start())
+}
+
+const RUN: &str = "#!/bin/sh\nexec cvm-victim wait\n";
+
+fn with_services(mut builder: Builder) -> Builder {
+    for n in 0..SERVICES {
+        builder = builder.file(&format!("/services/idle{n}/run"), RUN, 0o755);
+    }
+    builder
+}
+
+fn s6() -> Option<Machine> {
+    let program = ["/usr/bin/s6-svscan", "/bin/s6-svscan"].into_iter().find(|p| Path::new(p).exists())?;
+    Some(with_services(bare(&[program, "/services"])).start())
+}
+
+fn runit() -> Option<Machine> {
+    installed("/usr/bin/runsvdir")?;
+    Some(with_services(bare(&["/usr/bin/runsvdir", "/services"])).start())
+}
+
+fn supervisord() -> Option<Machine> {
+    installed("/usr/bin/supervisord")?;
+    let mut text =
+        "[supervisord]\nnodaemon=true\nuser=root\nlogfile=/dev/null\nlogfile_maxbytes=0\n".to_owned();
+    for n in 0..SERVICES {
+        let _ = write!(text, "[program:idle{n}]\ncommand=cvm-victim wait\n");
+    }
+    let command = ["/usr/bin/supervisord", "-c", "/supervisord.conf"];
+    Some(bare(&command).file("/supervisord.conf", &text, 0o644).start())
+}

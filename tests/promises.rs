@@ -1,0 +1,121 @@
+//! What the documents and the compose file say, held against the code.
+
+use cvm_blueprint::conduct::Machine;
+use cvm_blueprint::config::Config;
+use cvm_blueprint::env::{Environment, VARIABLES};
+use cvm_blueprint::{plan, service};
+use cvm_harness::machine::repository;
+use std::fs;
+
+fn read(name: &str) -> String {
+    fs::read_to_string(repository().join(name)).unwrap_or_else(|e| panic!("{name}: {e}"))
+}
+
+#[test]
+fn every_variable_is_in_the_readme_and_in_the_compose_file() {
+    let (readme, compose) = (read("README.md"), read("docker-compose.yml"));
+    for variable in VARIABLES {
+        assert!(readme.contains(&format!("`{}`", variable.name)), "README.md lacks {}", variable.name);
+        let line = format!("{0}: ${{{0}:-}}", variable.name);
+        assert!(compose.contains(&line), "docker-compose.yml lacks `{line}`");
+    }
+}
+
+#[test]
+fn compose_waits_longer_than_the_longest_ordered_stop() {
+    let environment = Environment::new([(b"MASTER_KEY".to_vec(), vec![b'x'; 32])]);
+    let (config, _) =
+        Config::parse(&environment).unwrap_or_else(|_| panic!("the defaults are a configuration"));
+    let budget = Machine::new(plan::steps(&config), service::services(&config)).stop_budget();
+    let compose = read("docker-compose.yml");
+    let grace = compose
+        .lines()
+        .find_map(|l| l.trim().strip_prefix("stop_grace_period: ")?.strip_suffix('s')?.parse::<u64>().ok());
+    assert!(grace.is_some_and(|g| g > budget.as_secs()), "{grace:?} against a budget of {budget:?}");
+}
+
+#[test]
+fn the_top_level_holds_what_it_should_and_nothing_else() {
+    let expected = [
+        ".cargo",
+        ".ci",
+        ".gitignore",
+        "CHANGELOG.md",
+        "Cargo.lock",
+        "Cargo.toml",
+        "Makefile",
+        "README.md",
+        "S3_STORAGE.md",
+        "clippy.toml",
+        "docker-compose.yml",
+        "image",
+        "rustfmt.toml",
+        "src",
+        "tests",
+    ];
+    let output = std::process::Command::new("git")
+        .args(["ls-tree", "--name-only", "HEAD"])
+        .current_dir(repository())
+        .output()
+        .expect("git runs");
+    let listed = String::from_utf8_lossy(&output.stdout).into_owned();
+    let unexpected: Vec<&str> = listed.lines().filter(|name| !expected.contains(name)).collect();
+    assert!(unexpected.is_empty(), "{unexpected:?}");
+}
+
+/// Crate borders are the import rules; these are the ones the compiler does not see.
+#[test]
+fn the_arrows_between_the_rooms_point_one_way() {
+    let manifest = |name: &str| read(&format!("src/{name}/Cargo.toml"));
+    for runtime in ["tokio", "librclone"] {
+        for room in ["blueprint", "process", "init", "keeper", "step", "cvm"] {
+            assert!(!manifest(room).contains(runtime), "{room} must not depend on {runtime}");
+        }
+    }
+    for outside in ["nix", "libc", "getrandom", "cvm-process"] {
+        let line = format!("\n{outside}");
+        assert!(
+            !manifest("blueprint").contains(&line),
+            "the blueprint is pure and must not depend on {outside}"
+        );
+    }
+    let mut waiters = Vec::new();
+    for room in ["blueprint", "process", "init", "keeper"] {
+        for file in rust_files(&format!("src/{room}/src")) {
+            if fs::read_to_string(&file).is_ok_and(|text| text.contains("waitpid(")) {
+                waiters.push(file);
+            }
+        }
+    }
+    assert_eq!(waiters, [repository().join("src/process/src/reap.rs")], "waitpid has one home");
+}
+
+fn rust_files(dir: &str) -> Vec<std::path::PathBuf> {
+    let mut found = Vec::new();
+    let mut open = vec![repository().join(dir)];
+    while let Some(dir) = open.pop() {
+        for entry in fs::read_dir(dir).expect("a source directory").flatten() {
+            let path = entry.path();
+            if path.is_dir() {
+                open.push(path);
+            } else if path.extension().is_some_and(|e| e == "rs") {
+                found.push(path);
+            }
+        }
+    }
+    found
+}
+
+/// PID 1 carries its libraries with it, and is small.
+#[test]
+fn process_1_is_static_and_small() {
+    let bytes = fs::read(cvm_harness::machine::binaries().join("cvm-init")).expect("cvm-init is built");
+    let interpreter = b"/ld-linux";
+    assert!(
+        !bytes.windows(interpreter.len()).any(|w| w == interpreter),
+        "cvm-init asks for a dynamic loader"
+    );
+    if cfg!(not(debug_assertions)) {
+        assert!(bytes.len() < 3 * 1024 * 1024, "cvm-init has {} bytes", bytes.len());
+    }
+}

@@ -1,0 +1,187 @@
+//! Where secrets must not be: environments, command lines, logs, files, and the memory of
+//! process 1.
+
+use cvm_harness::machine::PATIENCE;
+use cvm_harness::{Builder, Machine, until};
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+
+const MASTER: &str = "master-canary-5d1b0c8e77a94d52";
+const AWS: &str = "aws-canary-93f0d2c4b7e1";
+const REGISTER: &str = "register-canary-17c9e0aa42";
+const REDPILL: &str = "redpill-canary-6e20f1b3";
+const CONFIG: &str = "config-canary-c0ffee11";
+
+fn machine() -> Machine {
+    let config = format!("{{\"note\":\"{CONFIG}\"}}");
+    let machine = Builder::product()
+        .fake_gateway("#!/bin/sh\nexec cvm-victim http 18789\n")
+        .environment("MASTER_KEY", MASTER)
+        .environment("AWS_SECRET_ACCESS_KEY", AWS)
+        .environment("MUX_BASE_URL", "https://mux.example.org")
+        .environment("MUX_INBOUND_URL", "https://me.example.org/v1/mux/inbound")
+        .environment("MUX_REGISTER_KEY", REGISTER)
+        .environment("REDPILL_API_KEY", REDPILL)
+        .environment("OPENCLAW_CONFIG_B64", &base64(config.as_bytes()))
+        .environment("ENABLE_DOCKER", "0")
+        .environment("LOG_LEVEL", "trace")
+        .environment("LOG_SERVICES", "1")
+        .start();
+    machine.service_in("gateway", &["ready"]);
+    machine
+}
+
+fn base64(bytes: &[u8]) -> String {
+    use std::io::Write;
+    let mut child = std::process::Command::new("base64")
+        .arg("-w0")
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .expect("base64 is installed");
+    child.stdin.take().expect("piped").write_all(bytes).expect("base64 reads");
+    String::from_utf8(child.wait_with_output().expect("base64 ends").stdout).expect("base64 is text")
+}
+
+/// Everything in /proc of every process that a root shell could look at, by file.
+fn proc_files(machine: &Machine, file: &str) -> Vec<(String, Vec<u8>)> {
+    let processes = machine.processes();
+    processes
+        .iter()
+        .filter_map(|p| {
+            let bytes = std::fs::read(machine.path(&format!("/proc/{}/{file}", p.pid))).ok()?;
+            Some((format!("{file} of {} ({})", p.pid, p.arguments), bytes))
+        })
+        .collect()
+}
+
+fn contains(bytes: &[u8], text: &str) -> bool {
+    bytes.windows(text.len()).any(|w| w == text.as_bytes())
+}
+
+/// Every regular file below a directory inside.
+fn files(machine: &Machine, dir: &str) -> Vec<(String, Vec<u8>)> {
+    let mut found = Vec::new();
+    let mut open = vec![machine.path(dir)];
+    while let Some(dir) = open.pop() {
+        for entry in std::fs::read_dir(&dir).into_iter().flatten().flatten() {
+            let kind = entry.file_type().expect("an entry has a type");
+            if kind.is_dir() {
+                open.push(entry.path());
+            } else if kind.is_file() {
+                found.push((
+                    entry.path().display().to_string(),
+                    std::fs::read(entry.path()).unwrap_or_default(),
+                ));
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn the_environment_of_process_1_shows_nothing() {
+    let machine = machine();
+    let shown = std::fs::read(machine.path("/proc/1/environ")).expect("root may read it");
+    let shown = String::from_utf8_lossy(&shown).into_owned();
+    let names: Vec<&str> =
+        shown.split('\0').filter_map(|v| v.split('=').next()).filter(|n| !n.is_empty()).collect();
+    assert_eq!(names, ["CVM_HANDOVER_FD"]);
+}
+
+#[test]
+fn no_process_shows_the_master_key_or_what_is_not_its_own() {
+    let machine = machine();
+    let all: Vec<_> = ["environ", "cmdline"].iter().flat_map(|f| proc_files(&machine, f)).collect();
+    assert!(all.len() > 6, "{} files", all.len());
+    for (place, bytes) in &all {
+        for secret in [MASTER, AWS, REGISTER, CONFIG] {
+            assert!(!contains(bytes, secret), "{secret} is in {place}");
+        }
+        // The model key is the gateway's: its keeper and itself, nobody else.
+        let may = place.contains("gateway") || place.contains("http 18789");
+        assert!(may || !contains(bytes, REDPILL), "{REDPILL} is in {place}");
+    }
+}
+
+#[test]
+fn no_log_and_no_file_holds_a_secret() {
+    let mut machine = machine();
+    let found: Vec<_> = ["/run", "/tmp", "/var/log", "/root/.ssh", "/home", "/etc/docker"]
+        .iter()
+        .flat_map(|d| files(&machine, d))
+        .collect();
+    assert!(found.iter().any(|(name, _)| name.ends_with("supervisor.log")));
+    for (name, bytes) in &found {
+        for secret in [MASTER, AWS, REGISTER, REDPILL] {
+            assert!(!contains(bytes, secret), "{secret} is in {name}");
+        }
+    }
+    for (name, bytes) in files(&machine, "/data") {
+        for secret in [MASTER, AWS, REGISTER, REDPILL] {
+            assert!(!contains(&bytes, secret), "{secret} is in {name}");
+        }
+    }
+    assert_eq!(machine.stop(), 0);
+    for secret in [MASTER, AWS, REGISTER, REDPILL, CONFIG] {
+        assert!(!machine.output().contains(secret), "{secret} was printed");
+    }
+}
+
+#[test]
+fn the_master_key_is_not_in_the_memory_of_process_1_after_the_boot() {
+    let machine = machine();
+    let pid = machine.pid();
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).expect("root may read it");
+    let mut memory = File::open(format!("/proc/{pid}/mem")).expect("root may read it");
+    let mut looked_at = 0;
+    for line in maps.lines().filter(|l| l.split(' ').nth(1).is_some_and(|mode| mode.starts_with('r'))) {
+        let Some((from, to)) = line.split(' ').next().and_then(|r| r.split_once('-')) else { continue };
+        let (Ok(from), Ok(to)) = (u64::from_str_radix(from, 16), u64::from_str_radix(to, 16)) else {
+            continue;
+        };
+        let mut bytes = vec![0; usize::try_from(to - from).expect("a mapping fits")];
+        if memory.seek(SeekFrom::Start(from)).is_err() || memory.read_exact(&mut bytes).is_err() {
+            // Kernel pages such as vvar cannot be read by anyone.
+            continue;
+        }
+        looked_at += bytes.len();
+        assert!(!contains(&bytes, MASTER), "the master key is in {line}");
+        assert!(!contains(&bytes, AWS), "the bucket's secret key is in {line}");
+    }
+    assert!(looked_at > 100 * 1024, "only {looked_at} bytes of memory were readable");
+}
+
+#[test]
+fn a_wrong_configuration_is_reported_without_its_values() {
+    let mut machine = Builder::product()
+        .environment("MASTER_KEY", MASTER)
+        .environment("REDPILL_API_KEY", &format!("{REDPILL} with spaces"))
+        .environment("OPENCLAW_CONFIG_B64", &base64(format!("[\"{CONFIG}\"]").as_bytes()))
+        .environment("OPENCLAW_GATEWAY_TOKEN", "token-canary-aa31")
+        .environment("SSH_PORT", "none")
+        .start();
+    assert_eq!(machine.wait(), 78);
+    let output = machine.output();
+    for name in ["REDPILL_API_KEY", "OPENCLAW_CONFIG_B64", "OPENCLAW_GATEWAY_TOKEN", "SSH_PORT"] {
+        assert!(output.contains(name), "{name} is not named in:\n{output}");
+    }
+    for secret in [MASTER, REDPILL, CONFIG, "token-canary-aa31"] {
+        assert!(!output.contains(secret), "{secret} was printed");
+    }
+}
+
+#[test]
+fn secrets_may_come_in_files() {
+    let machine = Builder::product()
+        .fake_gateway("#!/bin/sh\nprintf %s \"$OPENCLAW_GATEWAY_TOKEN\" > /data/openclaw/seen\nexec cvm-victim http 18789\n")
+        .file("/run/secrets/master", "correct horse battery staple\n", 0o400)
+        .environment("MASTER_KEY_FILE", "/run/secrets/master")
+        .environment("ENABLE_DOCKER", "0")
+        .start();
+    machine.service_in("gateway", &["ready"]);
+    let seen = until("the gateway has written its token", PATIENCE, || {
+        Some(machine.read("/data/openclaw/seen")).filter(|s| !s.is_empty())
+    });
+    assert_eq!(seen, "xb60JGSYzqa9njB6VObVhc1aY1DUfuC1");
+}

@@ -1,0 +1,415 @@
+//! The supervisor as the real process 1, with real sshd and dockerd and a gateway of the
+//! test's choosing.
+
+use cvm_harness::machine::PATIENCE;
+use cvm_harness::{Builder, Machine, until};
+use nix::sys::signal::Signal;
+
+const KEY: &str = "correct horse battery staple";
+
+/// Answers on the gateway's port until it is told to stop.
+const HEALTHY: &str = "#!/bin/sh\nexec cvm-victim http 18789\n";
+
+fn product(gateway: &str) -> Builder {
+    Builder::product()
+        .fake_gateway(gateway)
+        .environment("MASTER_KEY", KEY)
+        .environment("ENABLE_DOCKER", "0")
+        .environment("OPENCLAW_GATEWAY_RESTART_DELAY", "0")
+}
+
+fn soak(usual: usize, long: usize) -> usize {
+    if std::env::var_os("CVM_SOAK").is_some() { long } else { usual }
+}
+
+fn pid_of(machine: &Machine, service: &str) -> i64 {
+    machine.service_in(service, &["up", "ready"])["pid"].as_i64().expect("a running service has a pid")
+}
+
+#[track_caller]
+fn assert_no_zombies(machine: &Machine) {
+    until("no zombie is left", PATIENCE, || machine.processes().iter().all(|p| p.state != 'Z').then_some(()));
+}
+
+#[test]
+fn the_boot_log_has_the_promised_lines_in_order_and_ssh_comes_first() {
+    let mut machine = product(HEALTHY).start();
+    machine.service_in("gateway", &["ready"]);
+    let log = machine.output();
+    let lines = [
+        "Deriving keys from MASTER_KEY...",
+        "Keys derived (crypt password, crypt salt, gateway token).",
+        "SSH daemon started.",
+        "gateway: ready",
+    ];
+    let places: Vec<usize> =
+        lines.iter().map(|l| log.find(l).unwrap_or_else(|| panic!("{l:?} is missing in:\n{log}"))).collect();
+    assert!(places.is_sorted(), "{log}");
+    machine.line("Home symlinks created (~/.openclaw, ~/.config → /data)");
+    assert_eq!(machine.stop(), 0, "{}", machine.output());
+    machine.line("Stopped in order");
+}
+
+#[test]
+fn every_mistake_of_the_configuration_is_said_at_once_and_the_status_is_78() {
+    let mut machine = product(HEALTHY)
+        .environment("OPENCLAW_GATEWAY_RESTART_MAX_DELAY", "soon")
+        .environment("ENABLE_DOCKER", "perhaps")
+        .environment("LOG_FORMAT", "xml")
+        .start();
+    assert_eq!(machine.wait(), 78);
+    for name in ["OPENCLAW_GATEWAY_RESTART_MAX_DELAY", "ENABLE_DOCKER", "LOG_FORMAT"] {
+        machine.line(name);
+    }
+    assert!(!machine.output().contains(KEY));
+}
+
+#[test]
+fn s3_mode_starts_ssh_and_not_the_gateway_and_says_why() {
+    let machine = product(HEALTHY)
+        .environment("S3_BUCKET", "bucket-of-mine")
+        .environment("S3_ENDPOINT", "https://s3.example.org")
+        .environment("AWS_ACCESS_KEY_ID", "id-canary")
+        .environment("AWS_SECRET_ACCESS_KEY", "secret-canary")
+        .start();
+    machine.line("SSH daemon started.");
+    machine.line("this build has no storage worker");
+    let gateway = machine.service_in("gateway", &["blocked"]);
+    assert!(gateway["why"].as_str().is_some_and(|w| w.contains("storage worker")), "{gateway:#}");
+    let status = machine.status();
+    assert_eq!(status["healthy"], false);
+    assert_eq!(status["phase"], "degraded");
+    // Not by way of an operator either.
+    machine.exec(&["cvm", "start", "gateway", "--no-wait"]);
+    assert_eq!(machine.service("gateway")["state"], "blocked");
+    assert!(!machine.path("/data/openclaw").exists());
+}
+
+#[test]
+fn a_crashing_gateway_waits_as_documented_and_the_reason_is_shown() {
+    let machine = product("#!/bin/sh\nexit 3\n").environment("OPENCLAW_GATEWAY_RESTART_DELAY", "30").start();
+    let gateway = machine.service_in("gateway", &["waiting"]);
+    assert!(gateway["last_end"].as_str().is_some_and(|w| w.starts_with("exited with code 3")), "{gateway:#}");
+    let wait = gateway["next_start_in_ms"].as_u64().expect("a waiting service says until when");
+    assert!((1..=30_000).contains(&wait));
+    machine.line("gateway: exited with code 3; next start in 30 s");
+    // An operator need not wait.
+    machine.exec(&["cvm", "start", "gateway", "--no-wait"]);
+    machine.nth_line("gateway: exited with code 3; next start in 30 s", 2);
+}
+
+#[test]
+fn sigterm_ends_a_backoff_wait_at_once() {
+    let mut machine = product("#!/bin/sh\nexit 3\n")
+        .environment("OPENCLAW_GATEWAY_RESTART_DELAY", "3600")
+        .environment("OPENCLAW_GATEWAY_RESTART_MAX_DELAY", "3600")
+        .start();
+    machine.service_in("gateway", &["waiting"]);
+    assert_eq!(machine.stop(), 0);
+}
+
+#[test]
+fn a_crash_loop_is_called_one() {
+    let machine =
+        product("#!/bin/sh\nexit 9\n").environment("OPENCLAW_GATEWAY_RESTART_MAX_DELAY", "0").start();
+    machine.line("This is a crash loop: 5 failures");
+    let status = machine.status();
+    assert!(status["unhealthy"].to_string().contains("crash loop"), "{status:#}");
+}
+
+#[test]
+fn exit_0_that_nobody_asked_for_restarts_at_once() {
+    let script =
+        "#!/bin/sh\n[ -e /once ] && exec cvm-victim http 18789\ntouch /tmp/x; echo > /data/openclaw/once\n";
+    let script = script.replace("/once ]", "/data/openclaw/once ]");
+    let machine = product(&script)
+        .environment("OPENCLAW_GATEWAY_RESTART_DELAY", "600")
+        .environment("OPENCLAW_GATEWAY_RESTART_MAX_DELAY", "600")
+        .start();
+    machine.line("without being asked to; starting it again at once");
+    machine.service_in("gateway", &["ready"]);
+}
+
+#[test]
+fn code_78_runs_the_doctor_once_retries_once_and_parks() {
+    let script = "#!/bin/sh\necho \"$*\" >> /data/openclaw/calls\n[ \"$2\" = doctor ] && exit 0\nexit 78\n";
+    let machine = product(script).start();
+    let gateway = machine.service_in("gateway", &["parked"]);
+    assert!(gateway["why"].as_str().is_some_and(|w| w.contains("78")), "{gateway:#}");
+    let calls = machine.read("/data/openclaw/calls");
+    let kinds: Vec<&str> = calls.lines().filter_map(|l| l.split(' ').nth(1)).collect();
+    assert_eq!(kinds, ["gateway", "doctor", "gateway"]);
+    assert!(calls.contains("doctor --fix --yes --non-interactive"), "{calls}");
+}
+
+#[test]
+fn signals_out_of_memory_and_codes_are_told_apart() {
+    let machine = product("#!/bin/sh\nexec cvm-victim die 11\n")
+        .environment("OPENCLAW_GATEWAY_RESTART_DELAY", "600")
+        .environment("OPENCLAW_GATEWAY_RESTART_MAX_DELAY", "600")
+        .start();
+    machine.line("gateway: killed by SIGSEGV");
+    let absent = Builder::product()
+        .environment("MASTER_KEY", KEY)
+        .environment("ENABLE_DOCKER", "0")
+        .file(cvm_blueprint::paths::NODE, "not a program", 0o644)
+        .start();
+    absent.line("gateway: could not start: executing the program: Permission denied");
+}
+
+#[test]
+fn a_gateway_that_runs_but_does_not_answer_is_restarted_and_the_reason_says_so() {
+    let machine = product(HEALTHY).environment("OPENCLAW_GATEWAY_LIVENESS_TIMEOUT", "1").start();
+    let first = pid_of(&machine, "gateway");
+    machine.service_in("gateway", &["ready"]);
+    machine.kill(first, "USR1");
+    machine.line("gateway: no answer to its liveness probe for");
+    until("a new gateway runs", PATIENCE, || {
+        let gateway = machine.service("gateway");
+        (gateway["state"] == "ready" && gateway["pid"] != first).then_some(())
+    });
+    let gateway = machine.service("gateway");
+    assert!(gateway["last_end"].as_str().is_some_and(|w| w.contains("no answer")), "{gateway:#}");
+}
+
+#[test]
+fn nothing_of_the_old_process_tree_survives_a_restart() {
+    let script = "#!/bin/sh\ncvm-victim escape &\nexec cvm-victim http 18789\n";
+    let machine = product(script).start();
+    let gateway = pid_of(&machine, "gateway");
+    let escaped = until("a grandchild has escaped", PATIENCE, || machine.find("escaped"));
+    machine.kill(gateway, "KILL");
+    until("the escaped one is gone and there is a new one", PATIENCE, || {
+        let now: Vec<i32> = machine
+            .processes()
+            .iter()
+            .filter(|p| p.arguments.starts_with("escaped"))
+            .map(|p| p.pid)
+            .collect();
+        (now.len() == 1 && !now.contains(&escaped.pid)).then_some(())
+    });
+    assert_no_zombies(&machine);
+}
+
+#[test]
+fn a_killed_keeper_leaves_nothing_behind_and_its_service_comes_back() {
+    let script = "#!/bin/sh\nsetsid cvm-victim stubborn &\nexec cvm-victim http 18789\n";
+    let machine = product(script).start();
+    machine.service_in("gateway", &["ready"]);
+    let stubborn = until("its child runs", PATIENCE, || machine.find("cvm-victim stubborn"));
+    let keeper = machine.find("cvm-keeper gateway").expect("the gateway has a keeper");
+    machine.kill(i64::from(keeper.pid), "KILL");
+    until("a new gateway and no old child", PATIENCE, || {
+        let all = machine.processes();
+        let old = all.iter().any(|p| p.pid == stubborn.pid);
+        let new = all.iter().filter(|p| p.arguments.contains("cvm-victim http")).count();
+        (!old && new == 1 && machine.service("gateway")["state"] == "ready").then_some(())
+    });
+    assert_eq!(machine.processes().iter().filter(|p| p.arguments.contains("stubborn")).count(), 1);
+}
+
+#[test]
+fn each_service_comes_back_from_kill_9_again_and_again() {
+    let machine = product(HEALTHY).environment("OPENCLAW_GATEWAY_RESTART_MAX_DELAY", "0").start();
+    for round in 0..soak(100, 1000) {
+        let pid = pid_of(&machine, "gateway");
+        machine.kill(pid, "KILL");
+        until(&format!("a new gateway in round {round}"), PATIENCE, || {
+            let gateway = machine.service("gateway");
+            (gateway["pid"].as_i64().is_some_and(|new| new != pid)).then_some(())
+        });
+    }
+    assert_eq!(machine.processes().iter().filter(|p| p.arguments.contains("cvm-victim http")).count(), 1);
+    assert_no_zombies(&machine);
+    // sshd has a backoff that an operator skips.
+    for round in 0..soak(100, 1000) {
+        let pid = pid_of(&machine, "sshd");
+        machine.kill(pid, "KILL");
+        until(&format!("a new sshd in round {round}"), PATIENCE, || {
+            let sshd = machine.service("sshd");
+            if sshd["state"] == "waiting" {
+                machine.exec(&["cvm", "start", "sshd", "--no-wait"]);
+            }
+            (sshd["pid"].as_i64().is_some_and(|new| new != pid)).then_some(())
+        });
+    }
+    assert_no_zombies(&machine);
+}
+
+#[test]
+fn a_gateway_that_ignores_sigterm_is_killed_at_the_end_of_its_budget_and_the_stop_is_clean() {
+    let script = "#!/bin/sh\nexec cvm-victim stubborn\n";
+    let mut machine = product(script).environment("OPENCLAW_GATEWAY_STOP_TIMEOUT", "1").start();
+    machine.service_in("gateway", &["up"]);
+    assert_eq!(machine.stop(), 0, "{}", machine.output());
+    machine.line("did not end within its grace period");
+}
+
+#[test]
+fn a_second_sigterm_does_not_wait_any_longer() {
+    let script = "#!/bin/sh\nexec cvm-victim stubborn\n";
+    let mut machine = product(script).environment("OPENCLAW_GATEWAY_STOP_TIMEOUT", "3600").start();
+    machine.service_in("gateway", &["up"]);
+    machine.signal(Signal::SIGTERM);
+    machine.line("Stopping");
+    machine.signal(Signal::SIGTERM);
+    machine.line("Second stop signal");
+    assert_eq!(machine.wait(), 0, "{}", machine.output());
+}
+
+#[test]
+fn the_gateway_is_stopped_alone_before_its_children() {
+    let script = "#!/bin/sh\n\
+        (trap 'echo child was told > /data/openclaw/told' TERM; while :; do sleep 0.05; done) &\n\
+        trap 'sleep 0.3; [ -e /data/openclaw/told ] || echo alone > /data/openclaw/alone; exit 0' TERM\n\
+        touch /data/openclaw/up; while :; do sleep 0.05; done\n";
+    let mut machine = product(script).start();
+    until("the gateway's trap stands", PATIENCE, || machine.path("/data/openclaw/up").exists().then_some(()));
+    let data = machine.data();
+    assert_eq!(machine.stop(), 0);
+    assert!(data.join("openclaw/alone").exists());
+}
+
+#[test]
+fn a_stdout_that_nobody_reads_blocks_nothing() {
+    let mut machine = product(HEALTHY).environment("LOG_SERVICES", "1").blocked_stdout().start();
+    machine.service_in("gateway", &["ready"]);
+    let pid = pid_of(&machine, "gateway");
+    machine.kill(pid, "KILL");
+    until("a new gateway runs", PATIENCE, || (machine.service("gateway")["pid"] != pid).then_some(()));
+    assert_eq!(machine.stop(), 0);
+}
+
+/// A broken pipe is always writable: waiting for room in it was a busy loop once.
+#[test]
+fn a_stdout_whose_reader_is_gone_costs_no_time() {
+    let mut machine = product(HEALTHY).broken_stdout().start();
+    machine.service_in("gateway", &["ready"]);
+    let ticks = |m: &Machine| -> u64 {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", m.pid())).expect("process 1 has a stat");
+        let fields = stat.rsplit_once(')').expect("a name in brackets").1;
+        fields.split_ascii_whitespace().skip(11).take(2).filter_map(|n| n.parse::<u64>().ok()).sum()
+    };
+    let before = ticks(&machine);
+    for _ in 0..100 {
+        machine.status();
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    // A hundred status requests are worth a few hundredths of a second; a busy loop takes all.
+    assert!(ticks(&machine) - before < 50, "{} ticks in a second", ticks(&machine) - before);
+    assert_eq!(machine.stop(), 0);
+}
+
+#[test]
+fn sigterm_is_honoured_at_any_moment_of_a_boot() {
+    let rounds = soak(40, 500);
+    for round in 0..rounds {
+        let mut machine = product(HEALTHY).start();
+        // Spread over the first 60 ms, in which a boot without dockerd is complete.
+        let moment = std::time::Duration::from_micros(60_000 * round as u64 / rounds as u64);
+        let begun = std::time::Instant::now();
+        while begun.elapsed() < moment {
+            std::hint::spin_loop();
+        }
+        assert_eq!(machine.stop(), 0, "round {round}:\n{}", machine.output());
+    }
+}
+
+#[test]
+fn it_starts_on_top_of_every_kind_of_leftover() {
+    let mut machine = product(HEALTHY)
+        .file("/run/openclaw-cvm/control.sock", "not a socket", 0o644)
+        .file("/run/openclaw-cvm/sshd_config", "Nonsense yes\n", 0o000)
+        .file("/run/openclaw-cvm/ssh_host_ed25519_key", "half a ke", 0o777)
+        .file("/run/docker.pid", "1\n", 0o644)
+        .file("/var/log/openclaw-cvm/gateway.log", "old words\n", 0o644)
+        .start();
+    machine.service_in("gateway", &["ready"]);
+    machine.service_in("sshd", &["up", "ready"]);
+    assert_eq!(machine.stop(), 0);
+    // And on top of itself, after a loss of the machine with the volume kept.
+    let machine = machine.again(|b| b);
+    machine.service_in("gateway", &["ready"]);
+}
+
+#[test]
+fn ten_thousand_orphans_disturb_nothing() {
+    let machine = product(HEALTHY).start();
+    let before = pid_of(&machine, "gateway");
+    machine.ok(&["cvm-victim", "orphans", "10000"]);
+    assert_no_zombies(&machine);
+    assert_eq!(pid_of(&machine, "gateway"), before);
+    assert_eq!(machine.service("gateway")["restarts"], 0);
+}
+
+#[test]
+fn services_start_with_no_signal_blocked_or_ignored() {
+    let script = "#!/bin/sh\ngrep -E 'Sig(Blk|Ign)' /proc/self/status > /data/openclaw/signals\nexec cvm-victim http 18789\n";
+    let machine = product(script).start();
+    machine.service_in("gateway", &["ready"]);
+    let told = machine.read("/data/openclaw/signals");
+    assert_eq!(told.lines().filter(|l| l.ends_with("0000000000000000")).count(), 2, "{told}");
+}
+
+#[test]
+fn an_operator_stops_starts_and_restarts_a_service() {
+    let machine = product(HEALTHY).start();
+    let first = pid_of(&machine, "gateway");
+    machine.ok(&["cvm", "stop", "gateway"]);
+    assert_eq!(machine.service("gateway")["state"], "stopped");
+    assert!(machine.find("cvm-victim http").is_none());
+    machine.ok(&["cvm", "start", "gateway"]);
+    let second = pid_of(&machine, "gateway");
+    machine.ok(&["cvm", "restart", "gateway"]);
+    let third = pid_of(&machine, "gateway");
+    assert!(first != second && second != third);
+    let health = machine.exec(&["cvm", "health"]);
+    assert!(health.status.success());
+    let unknown = machine.exec(&["cvm", "restart", "nonsense"]);
+    assert!(!unknown.status.success());
+    assert!(String::from_utf8_lossy(&unknown.stderr).contains("gateway"), "the known names are listed");
+}
+
+#[test]
+fn without_a_master_key_a_random_token_is_made_once_and_kept() {
+    let builder = Builder::product().fake_gateway("#!/bin/sh\nprintf %s \"$OPENCLAW_GATEWAY_TOKEN\" > /data/openclaw/seen\nexec cvm-victim http 18789\n").environment("ENABLE_DOCKER", "0");
+    let machine = builder.start();
+    machine.service_in("gateway", &["ready"]);
+    machine.line("MASTER_KEY");
+    let seen = machine.read("/data/openclaw/seen");
+    assert_eq!(seen.len(), 32, "{seen:?}");
+    let mode = machine.ok(&["stat", "-c", "%a", "/data/.cvm/gateway-token"]);
+    assert_eq!(mode.trim(), "600");
+    let fingerprint = |m: &Machine| m.status()["keys"].to_string();
+    let host_key = fingerprint(&machine);
+    let machine = machine.again(|b| b);
+    machine.service_in("gateway", &["ready"]);
+    assert_eq!(machine.read("/data/openclaw/seen"), seen);
+    assert_eq!(fingerprint(&machine), host_key);
+}
+
+#[test]
+fn a_boot_step_that_fails_leaves_ssh_up_and_is_tried_again() {
+    // A file where the state directory should be.
+    let machine = product(HEALTHY).file("/data/openclaw", "in the way", 0o600).start();
+    machine.line("SSH daemon started.");
+    machine.line("Boot step home failed");
+    let gateway = machine.service("gateway");
+    assert_eq!(gateway["state"], "blocked", "{gateway:#}");
+    machine.ok(&["rm", "/data/openclaw"]);
+    machine.exec(&["cvm", "start", "gateway", "--no-wait"]);
+    machine.service_in("gateway", &["ready"]);
+}
+
+#[test]
+fn dockerd_comes_up_and_nothing_waited_for_it() {
+    let machine = product(HEALTHY).environment("ENABLE_DOCKER", "1").start();
+    machine.service_in("gateway", &["ready"]);
+    machine.line("Docker daemon ready.");
+    let dockerd = machine.service_in("dockerd", &["ready"]);
+    let gateway = machine.service("gateway");
+    assert!(
+        gateway["first_exec_ms"].as_u64() < dockerd["first_ready_ms"].as_u64(),
+        "{gateway:#} {dockerd:#}"
+    );
+}
