@@ -60,8 +60,8 @@ pub enum Environment {
 pub enum Prepare {
     /// Remove stale pid files; find an iptables backend and a storage driver that work.
     Dockerd,
-    /// End whoever holds the gateway's port.
-    GatewayPort,
+    /// End whoever holds this port. Nothing to do when nobody does.
+    FreePort(u16),
 }
 
 /// What happens to processes that the main process leaves behind.
@@ -183,7 +183,7 @@ fn gateway(config: &Config) -> Service {
         environment: Environment::Gateway,
         directory: paths::STATE,
         needs: &[StepName::State],
-        prepare: Some(Prepare::GatewayPort),
+        prepare: Some(Prepare::FreePort(port)),
         repair: Some(words(&[&openclaw[..], &repair[..]].concat())),
         backoff: Backoff::seconds(
             u64::from(restart.delay_s),

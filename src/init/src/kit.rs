@@ -98,7 +98,7 @@ impl Kit {
     pub(crate) fn prepare(&self, prepare: Prepare, service: &str, run: &str) -> KeeperSpec {
         let task = match prepare {
             Prepare::Dockerd => Task::DockerPrepare,
-            Prepare::GatewayPort => Task::FreePort { port: self.gateway.port.get() },
+            Prepare::FreePort(port) => Task::FreePort { port },
         };
         self.task(&format!("{service}-prepare"), run, &task)
     }

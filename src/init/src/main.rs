@@ -4,7 +4,7 @@
 //! machine of `cvm-blueprint` says: start keepers, signal them, listen to them, reap them, and
 //! answer operators on a unix socket. One thread, one wait point.
 //!
-//! Refuses to block, to panic, to touch `/data`, to use the network, and to leave because
+//! Refuses to block, to panic, to touch `/data`, to talk on the network, and to leave because
 //! something around it failed.
 
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]

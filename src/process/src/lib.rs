@@ -8,6 +8,7 @@
 //! Refuses to decide anything, to allocate threads, and to read configuration.
 
 pub mod descriptor;
+pub mod port;
 pub mod reap;
 pub mod signals;
 pub mod spawn;

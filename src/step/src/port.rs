@@ -9,11 +9,10 @@
 use crate::places::Places;
 use crate::processes::{self, Process, Table};
 use crate::report::{Failure, Outcome, Report};
+use cvm_process::port::is_free;
 use nix::sys::signal::Signal;
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::ErrorKind;
-use std::net::{Ipv4Addr, Ipv6Addr, TcpListener};
 use std::time::{Duration, Instant};
 
 /// From SIGTERM to SIGKILL. An idle gateway is gone in 0.3 s; one that drains does so for
@@ -53,18 +52,6 @@ pub(crate) fn free(places: &Places, port: u16, report: &mut Report) -> Outcome<(
     Err(Failure::again(format!(
         "port {port} is taken again as often as it is freed; `ss -ltnp` shows by whom"
     )))
-}
-
-/// Whether the port can be taken, found out by taking it for a moment, on every address of both
-/// families. To ask /proc would cost 20 ms and more: the kernel walks its whole table of sockets.
-fn is_free(port: u16) -> bool {
-    let both = TcpListener::bind((Ipv6Addr::UNSPECIFIED, port));
-    match both.map_err(|e| e.kind()) {
-        Ok(_) => true,
-        Err(ErrorKind::AddrInUse) => false,
-        // A kernel without IPv6.
-        Err(_) => TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).is_ok(),
-    }
 }
 
 /// Inodes of the sockets that listen on `port`, IPv4 and IPv6.
@@ -140,6 +127,7 @@ fn wait_until(limit: Duration, mut reached: impl FnMut() -> bool) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::net::TcpListener;
     use std::process::{Child, Command, Stdio};
 
     /// A process of its own that listens on a port, and says on which.

@@ -1,21 +1,27 @@
-//! Looks into the gateway's database for its device, and leaves no trace there.
+//! The gateway's database: looks into it for its device without leaving a trace, and gives it one.
 //!
-//! The database is in WAL mode: what was committed last may be in its `-wal` only, and nobody but
+//! To look: the database is in WAL mode: what was committed last may be in its `-wal` only, and nobody but
 //! `SQLite` may put the two together. `SQLite` in turn would make an index beside the log, owned by
 //! us. So it is shown the database under a second name, in a directory of our own, with a copy of
 //! the log: it reads everything and can change nothing.
 //!
-//! Refuses to open the database for writing. May import: `files`, `identity::Found`, `SQLite`.
+//! To write: as the gateway's user, who owns the tree. Root would leave files of root's there, or
+//! follow a link of the agent's to a file that only root can open.
+//!
+//! Refuses to change a row, to make a table, and to write as root where the gateway is not root.
+//! May import: `files`, `identity::Found`, `SQLite`.
 
 use super::identity::Found;
-use crate::files::{Dir, FileResult, is_kind, trouble};
+use crate::files::{Dir, FileResult, Owner, is_kind, trouble};
 use nix::errno::Errno;
 use nix::sys::stat::{FileStat, SFlag};
+use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
 use rusqlite::config::DbConfig;
 use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension};
 use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 const DIRECTORY: &str = "state";
 const DATABASE: &str = "openclaw.sqlite";
@@ -26,6 +32,13 @@ const JOURNAL: &str = "openclaw.sqlite-journal";
 const STEPS_MAX: i32 = 100_000;
 /// The gateway's schema: one row for each identity, the device's own is `primary`.
 const QUERY: &str = "SELECT device_id FROM device_identities WHERE identity_key = 'primary'";
+/// The same row out of the legacy file's text, so that the private key needs no other copy of ours.
+const INSERT: &str = "INSERT INTO device_identities \
+    (identity_key, device_id, public_key_pem, private_key_pem, created_at_ms, updated_at_ms) \
+    SELECT 'primary', json_extract(?1, '$.deviceId'), json_extract(?1, '$.publicKeyPem'), \
+    json_extract(?1, '$.privateKeyPem'), json_extract(?1, '$.createdAtMs'), json_extract(?1, '$.createdAtMs')";
+/// The gateway does not run yet: whoever holds a lock now does not let go of it soon.
+const BUSY: Duration = Duration::from_secs(2);
 /// Where the second name is: below our own state, which the agent cannot enter.
 const SIDE_ROOM: &str = "look";
 /// What may be copied where no second name can be given. The gateway's own file is some MB.
@@ -67,25 +80,70 @@ fn ask(path: &Path, how: &str) -> Found {
         let flags =
             OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_URI | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let connection = Connection::open_with_flags(uri(path, how), flags)?;
-        // The file is the agent's: what it calls a table may be a view, and that any program.
-        connection.set_db_config(DbConfig::SQLITE_DBCONFIG_TRUSTED_SCHEMA, false)?;
-        connection.set_db_config(DbConfig::SQLITE_DBCONFIG_DEFENSIVE, true)?;
-        connection.progress_handler(STEPS_MAX, Some(|| true))?;
+        distrust(&connection)?;
         connection.query_row(QUERY, [], |row| row.get(0)).optional()
     };
     match read() {
         Ok(Some(id)) => Found::Id(id),
-        Ok(None) => Found::None,
-        Err(error) if has_no_such_table(&error) => Found::None,
-        // Its text may quote the file's content; its code does not.
-        Err(error) => {
-            let code = error.sqlite_error_code().map_or("unreadable", words);
-            Found::Unclear(format!("state/openclaw.sqlite: {code}"))
-        }
+        Ok(None) => Found::NoRow,
+        Err(error) if has_no_such_table(&error) => Found::NoTable,
+        Err(error) => Found::Unclear(why(&error)),
     }
 }
 
-/// A database without the table was made by a gateway before it had devices, or is brand-new.
+/// Puts the device of a legacy file's text into a database that has the table and not the row.
+/// The gateway must not be running.
+pub(crate) fn insert_device(state: &Dir, legacy: &[u8], owner: Owner) -> Result<(), String> {
+    let directory = state.sub(OsStr::new(DIRECTORY)).map_err(|e| e.to_string())?;
+    let path = directory.path().join(DATABASE);
+    let legacy = std::str::from_utf8(legacy).map_err(|_| "the derived device is no text: this is a bug")?;
+    let write = move || {
+        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let connection = Connection::open_with_flags(path, flags)?;
+        connection.busy_timeout(BUSY)?;
+        distrust(&connection)?;
+        connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_TRIGGER, false)?;
+        connection.execute(INSERT, [legacy])?;
+        // Closing takes the log into the database and removes it; so its errors count.
+        connection.close().map_err(|(_, error)| error)
+    };
+    as_owner(owner, write)?.map_err(|error| why(&error))
+}
+
+/// Does `work` with the owner's rights to files, and no more: in a thread of its own, because the
+/// kernel keeps these rights for each thread.
+fn as_owner<T: Send>(owner: Owner, work: impl FnOnce() -> T + Send) -> Result<T, String> {
+    let (uid, gid) = (Uid::from_raw(owner.uid), Gid::from_raw(owner.gid));
+    let become_and_work = || {
+        setfsgid(gid);
+        setfsuid(uid);
+        // Neither tells whether it did; a second call tells what counts now.
+        (setfsgid(gid) == gid && setfsuid(uid) == uid).then(work)
+    };
+    let done = std::thread::scope(|scope| scope.spawn(become_and_work).join());
+    match done {
+        Ok(Some(done)) => Ok(done),
+        Ok(None) => Err("the rights of the gateway's user cannot be had; the container needs the \
+             capabilities SETGID and SETUID"
+            .into()),
+        Err(_) => Err("a bug; the step's log says where".into()),
+    }
+}
+
+/// The file is the agent's: what it calls a table may be a view, and that any program.
+fn distrust(connection: &Connection) -> rusqlite::Result<()> {
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_TRUSTED_SCHEMA, false)?;
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_DEFENSIVE, true)?;
+    connection.progress_handler(STEPS_MAX, Some(|| true))
+}
+
+/// An error's text may quote the file's content; its code does not.
+fn why(error: &rusqlite::Error) -> String {
+    let code = error.sqlite_error_code().map_or("unreadable", words);
+    format!("state/openclaw.sqlite: {code}")
+}
+
+/// A database without the table was made by another gateway than ours, or is brand-new.
 fn has_no_such_table(error: &rusqlite::Error) -> bool {
     let generic = error.sqlite_error_code() == Some(ErrorCode::Unknown);
     generic && error.to_string().contains("no such table: device_identities")
@@ -96,6 +154,9 @@ fn words(code: ErrorCode) -> &'static str {
         ErrorCode::NotADatabase => "not a database",
         ErrorCode::DatabaseCorrupt => "damaged",
         ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked => "in use",
+        ErrorCode::DiskFull => "no room on the volume",
+        ErrorCode::ReadOnly => "not the gateway's to write",
+        ErrorCode::ConstraintViolation | ErrorCode::Unknown => "not as this gateway's version makes it",
         ErrorCode::CannotOpen | ErrorCode::PermissionDenied => "cannot be opened",
         _ => "unreadable",
     }
@@ -163,6 +224,7 @@ fn copy(from: &Path, to: &Path) -> Result<(), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 
     const SCHEMA: &str = "CREATE TABLE device_identities (identity_key TEXT NOT NULL PRIMARY KEY, device_id TEXT NOT NULL, \
         public_key_pem TEXT NOT NULL, private_key_pem TEXT NOT NULL, created_at_ms INTEGER NOT NULL, \
@@ -213,15 +275,98 @@ mod tests {
     }
 
     #[test]
-    fn no_database_and_an_empty_one_hold_no_device() {
+    fn no_database_no_table_and_no_row_are_told_apart() {
         let room = room();
         assert_eq!(room.look(), Found::None);
         fs::write(&room.database, "").unwrap();
-        assert_eq!(room.look(), Found::None);
+        assert_eq!(room.look(), Found::NoTable);
         room.open().execute_batch("CREATE TABLE other (a)").unwrap();
-        assert_eq!(room.look(), Found::None);
+        assert_eq!(room.look(), Found::NoTable);
         room.open().execute_batch(SCHEMA).unwrap();
-        assert_eq!(room.look(), Found::None);
+        assert_eq!(room.look(), Found::NoRow);
+    }
+
+    const LEGACY: &[u8] =
+        br#"{"version":1,"deviceId":"abc123","publicKeyPem":"a\nb\n","privateKeyPem":"c\n","createdAtMs":7}"#;
+
+    fn myself() -> Owner {
+        Owner { uid: nix::unistd::geteuid().as_raw(), gid: nix::unistd::getegid().as_raw() }
+    }
+
+    #[test]
+    fn a_device_is_put_in_and_nothing_beside_the_database() {
+        let room = room();
+        room.open().execute_batch(SCHEMA).unwrap();
+        let before = room.names();
+        insert_device(&room.state, LEGACY, myself()).unwrap();
+        assert_eq!(room.names(), before);
+        assert_eq!(room.look(), Found::Id("abc123".into()));
+        let row: (String, String, i64, i64) = room
+            .open()
+            .query_row(
+                "SELECT public_key_pem, private_key_pem, created_at_ms, updated_at_ms FROM device_identities",
+                [],
+                |r| Ok((r.get(0)?, r.get(1)?, r.get(2)?, r.get(3)?)),
+            )
+            .unwrap();
+        assert_eq!(row, ("a\nb\n".into(), "c\n".into(), 7, 7));
+        // A row that is there is never changed.
+        assert!(insert_device(&room.state, LEGACY, myself()).is_err());
+    }
+
+    #[test]
+    fn what_a_killed_gateway_left_in_its_log_stays() {
+        let room = room();
+        let connection = room.open();
+        connection.execute_batch(&format!("{SCHEMA}; CREATE TABLE other (a)")).unwrap();
+        connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())).unwrap();
+        connection.execute_batch("INSERT INTO other VALUES (1)").unwrap();
+        let log = room.database.with_file_name(LOG);
+        let (log_bytes, bytes) = (fs::read(&log).unwrap(), fs::read(&room.database).unwrap());
+        drop(connection);
+        fs::write(&log, log_bytes).unwrap();
+        fs::write(&room.database, bytes).unwrap();
+        insert_device(&room.state, LEGACY, myself()).unwrap();
+        assert!(!log.exists());
+        assert_eq!(room.look(), Found::Id("abc123".into()));
+        let rows: i64 = room.open().query_row("SELECT count(*) FROM other", [], |r| r.get(0)).unwrap();
+        assert_eq!(rows, 1);
+    }
+
+    #[test]
+    fn it_is_written_as_the_gateways_user_and_with_no_more_rights() {
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let room = room();
+        room.open().execute_batch(SCHEMA).unwrap();
+        let state = room.database.parent().unwrap();
+        let top = state.parent().unwrap().parent().unwrap();
+        fs::set_permissions(top, fs::Permissions::from_mode(0o755)).unwrap();
+        let agent = Owner { uid: 4242, gid: 4243 };
+        // Root's file: the gateway's user may not write it, so neither do we.
+        for path in [state.parent().unwrap(), state] {
+            chown(path, Some(4242), Some(4243)).unwrap();
+        }
+        assert!(insert_device(&room.state, LEGACY, agent).is_err());
+        assert_eq!(room.look(), Found::NoRow);
+        chown(&room.database, Some(4242), Some(4243)).unwrap();
+        // A log that leads to a file of root's is not written through.
+        let precious = top.join("precious");
+        fs::write(&precious, "precious").unwrap();
+        fs::set_permissions(&precious, fs::Permissions::from_mode(0o600)).unwrap();
+        let log = room.database.with_file_name(LOG);
+        let _ = fs::remove_file(&log); // an empty one, of the try before
+        std::os::unix::fs::symlink(&precious, &log).unwrap();
+        assert!(insert_device(&room.state, LEGACY, agent).is_err());
+        let stat = fs::metadata(&precious).unwrap();
+        assert_eq!((fs::read(&precious).unwrap().as_slice(), stat.uid()), (&b"precious"[..], 0));
+        fs::remove_file(&log).unwrap();
+        insert_device(&room.state, LEGACY, agent).unwrap();
+        for name in room.names() {
+            assert_eq!(fs::metadata(&name).unwrap().uid(), 4242, "{}", name.display());
+        }
+        assert_eq!(room.look(), Found::Id("abc123".into()));
     }
 
     #[test]

@@ -1,18 +1,19 @@
-//! The device identity of the keys, put where the gateway imports it from: but only while the
-//! state holds none.
+//! The device identity of the keys, given to the gateway: but only while the state holds none.
 //!
-//! The gateway keeps its identity in `state/openclaw.sqlite` and imports `identity/device.json`
-//! at its start. An identity that differs from the derived one is paired with somebody under its
-//! own name, so it is told and never changed.
+//! The gateway keeps its identity in `state/openclaw.sqlite`. While there is no such file it
+//! imports `identity/device.json` at its start; once there is, that file makes it refuse to start,
+//! so the row is put in instead. An identity that differs from the derived one is paired with
+//! somebody under its own name, so it is told and never changed.
 //!
-//! Refuses to write to the database, to leave anything beside it, and to judge what it cannot
-//! read. May import: `blueprint::{bootstrap, keys}`, `files`, `report`, and `SQLite`.
+//! Refuses to change a row, to leave a file beside a database that can do without, and to judge
+//! what it cannot read. May import: `blueprint::{bootstrap, keys}`, `files`, `report`, and `SQLite`.
 
 use super::database;
 use crate::files::{Dir, FileResult, Kind, Owner};
 use crate::report::{Failure, Outcome, Report};
 use cvm_blueprint::bootstrap;
 use cvm_blueprint::keys::DeviceSeed;
+use cvm_blueprint::secret::Secret;
 use serde_json::Value;
 use std::ffi::OsStr;
 use std::time::SystemTime;
@@ -29,8 +30,17 @@ pub(crate) fn settle(own: &Dir, state: &Dir, seed: &[u8], owner: Owner, report: 
     let seed: &[u8; 32] =
         seed.try_into().map_err(|_| Failure::for_good("the device seed has not 32 bytes: this is a bug"))?;
     let seed = DeviceSeed::from_bytes(seed);
-    match find(own, state)? {
+    match find(own, state, &seed)? {
         Found::None => write(state, &seed, owner),
+        Found::NoRow => insert(state, &seed, owner, report),
+        Found::NoTable => {
+            report.remark(
+                TOPIC,
+                "the state's database is there and has no place for a device, so none is put in: was it made by \
+                 another version of the gateway? The gateway will have a device of its own making",
+            );
+            Ok(())
+        }
         Found::Id(id) if id == seed.device_id() => Ok(()),
         Found::Id(id) => {
             report.remark(
@@ -59,15 +69,26 @@ pub(crate) fn settle(own: &Dir, state: &Dir, seed: &[u8], owner: Owner, report: 
 /// What the state says about its device.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Found {
+    /// No database, and no file either.
     None,
+    /// A database that could hold a device and does not.
+    NoRow,
+    /// A database that could not.
+    NoTable,
     Id(String),
     Unclear(String),
 }
 
-fn find(own: &Dir, state: &Dir) -> FileResult<Found> {
+fn find(own: &Dir, state: &Dir, seed: &DeviceSeed) -> FileResult<Found> {
     // The database first: what it holds counts for the gateway, whatever lies beside it.
     match database::device(own, state)? {
         Found::None => in_file(state),
+        Found::NoRow => Ok(match in_file(state)? {
+            // A first start that was killed before it came to the import.
+            Found::Id(id) if id == seed.device_id() => Found::NoRow,
+            Found::None => Found::NoRow,
+            found => found,
+        }),
         found => Ok(found),
     }
 }
@@ -101,11 +122,30 @@ fn in_file(state: &Dir) -> FileResult<Found> {
 
 fn write(state: &Dir, seed: &DeviceSeed, owner: Owner) -> Outcome<()> {
     let directory = state.ensure_sub(OsStr::new(DIRECTORY), 0o700, Some(owner))?;
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    let now_ms = u64::try_from(now.as_millis()).unwrap_or(0);
-    let file = bootstrap::device_identity_json(seed, now_ms);
-    directory.create(OsStr::new(FILE), file.expose(), Kind::kept_by(owner))?;
+    directory.create(OsStr::new(FILE), legacy(seed).expose(), Kind::kept_by(owner))?;
     Ok(())
+}
+
+/// Into the database, and no file is left. That fails only over what is the agent's doing, and a
+/// gateway with a device of its own is better than none.
+fn insert(state: &Dir, seed: &DeviceSeed, owner: Owner, report: &mut Report) -> Outcome<()> {
+    if let Err(why) = database::insert_device(state, legacy(seed).expose(), owner) {
+        let text =
+            format!("the state's database holds no device, and the derived one cannot be put in ({why})");
+        report.remark(TOPIC, &text);
+        return Ok(());
+    }
+    report.info("The state's database held no device identity; the derived one was put in.");
+    if state.has(DIRECTORY)? {
+        state.sub(OsStr::new(DIRECTORY))?.remove(OsStr::new(FILE))?;
+    }
+    Ok(())
+}
+
+/// The text of the file that the gateway imports.
+fn legacy(seed: &DeviceSeed) -> Secret {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    bootstrap::device_identity_json(seed, u64::try_from(now.as_millis()).unwrap_or(0))
 }
 
 /// Enough of an id to tell two apart. Ids are public, but nobody reads 64 digits.
