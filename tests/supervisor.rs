@@ -413,3 +413,95 @@ fn dockerd_comes_up_and_nothing_waited_for_it() {
         "{gateway:#} {dockerd:#}"
     );
 }
+
+#[test]
+fn dockerd_comes_back_from_kill_9_again_and_again() {
+    let machine = product(HEALTHY).environment("ENABLE_DOCKER", "1").start();
+    for round in 0..soak(10, 100) {
+        let pid = machine.service_in("dockerd", &["up", "ready"])["pid"].as_i64().expect("a pid");
+        machine.kill(pid, "KILL");
+        until(&format!("a new dockerd in round {round}"), PATIENCE, || {
+            let dockerd = machine.service("dockerd");
+            if dockerd["state"] == "waiting" {
+                machine.exec(&["cvm", "start", "dockerd", "--no-wait"]);
+            }
+            (dockerd["pid"].as_i64().is_some_and(|new| new != pid)).then_some(())
+        });
+    }
+    assert_no_zombies(&machine);
+    assert!(pid_of(&machine, "gateway") > 0);
+}
+
+/// Forks faster than one walk through /proc takes; bounded, so that a failure of this test
+/// is not a failure of the machine it runs on.
+const STORM: &str = "#!/bin/sh\n\
+    trap '' TERM\n\
+    storm() { n=0; while [ $n -lt 600 ]; do n=$((n + 1)); setsid env -i /bin/sleep 300 & done; }\n\
+    storm & storm & touch /data/openclaw/storm\nexec cvm-victim http 18789\n";
+
+#[test]
+fn a_gateway_that_forks_as_it_dies_leaves_nothing_behind() {
+    let mut machine = product(STORM).environment("OPENCLAW_GATEWAY_STOP_TIMEOUT", "1").start();
+    machine.service_in("gateway", &["ready"]);
+    machine.ok(&["cvm", "stop", "gateway"]);
+    assert!(machine.find("/bin/sleep 300").is_none(), "{:?}", machine.find("/bin/sleep 300"));
+    machine.ok(&["cvm", "start", "gateway"]);
+    assert_eq!(machine.stop(), 0, "{}", machine.output());
+}
+
+#[test]
+fn a_sweep_that_failed_is_made_again() {
+    let machine = product(HEALTHY).start();
+    machine.service_in("gateway", &["ready"]);
+    let step = "/usr/local/lib/openclaw-cvm/cvm-step";
+    machine.ok(&["mv", step, "/aside"]);
+    let keeper = machine.find("cvm-keeper gateway").expect("the gateway has a keeper");
+    machine.kill(i64::from(keeper.pid), "KILL");
+    machine.service_in("gateway", &["stopping", "stuck"]);
+    machine.line("executing the program: No such file");
+    machine.ok(&["mv", "/aside", step]);
+    machine.service_in("gateway", &["ready"]);
+}
+
+#[test]
+fn services_get_no_descriptor_that_process_1_was_started_with() {
+    let script = "#!/bin/sh\nls /proc/$$/fd > /data/openclaw/fds\nexec cvm-victim http 18789\n";
+    let machine = product(script)
+        .command(&["/bin/sh", "-c", "exec 7</dev/null 9>/tmp/leak; exec /usr/local/sbin/cvm-init"])
+        .start();
+    machine.service_in("gateway", &["ready"]);
+    let fds = machine.read("/data/openclaw/fds");
+    let unexpected: Vec<&str> = fds.lines().filter(|fd| !matches!(*fd, "0" | "1" | "2" | "10")).collect();
+    // The shell keeps its script open as 10.
+    assert!(unexpected.is_empty(), "{fds}");
+}
+
+#[test]
+fn a_wrong_configuration_is_status_78_whatever_standard_output_is() {
+    let wrong = || product(HEALTHY).environment("LOG_LEVEL", "loud");
+    assert_eq!(wrong().broken_stdout().start().wait(), 78);
+    assert_eq!(wrong().blocked_stdout().start().wait(), 78);
+}
+
+#[test]
+fn a_lost_control_socket_is_opened_again() {
+    let machine = product(HEALTHY).start();
+    let pid = pid_of(&machine, "gateway");
+    machine.ok(&["rm", cvm_blueprint::paths::CONTROL_SOCKET]);
+    // Whatever ends in this machine makes process 1 look after it.
+    machine.kill(pid, "KILL");
+    assert!(pid_of(&machine, "gateway") != pid);
+}
+
+#[test]
+fn a_flood_of_output_is_counted_and_does_not_flood_the_supervisors_log() {
+    let script =
+        "#!/bin/sh\n(while :; do cvm-victim chatty 100000 300; done) &\nexec cvm-victim http 18789\n";
+    let machine = product(script).start();
+    machine.service_in("gateway", &["ready"]);
+    until("lines have been dropped", PATIENCE, || {
+        (machine.service("gateway")["dropped_lines"].as_u64() > Some(0)).then_some(())
+    });
+    machine.ok(&["cvm", "status"]);
+    assert!(machine.lines_with("log lines dropped") <= 3, "{}", machine.output());
+}

@@ -157,7 +157,7 @@ fn complaints(machine: &Machine, boot: &[Step], services: &[Service]) -> Vec<Str
     for service in services.iter().filter(|s| s.required && s.state == "up" && s.next_action != NOTHING) {
         all.push(format!("{} runs but is not ready", service.name));
     }
-    for service in services.iter().filter(|s| s.required && s.crash_loop) {
+    for service in services.iter().filter(|s| s.required && s.crash_loop && s.state != "ready") {
         all.push(format!(
             "{} is in a crash loop: {} failures in a row",
             service.name, service.failures_in_a_row
@@ -256,8 +256,13 @@ fn service(machine: &Machine, record: &ServiceRecord, dropped_lines: u64, now: M
         }
         State::Ending { pid, phase: crate::supervise::Phase::Stuck, .. } => {
             shown.pid = *pid;
-            shown.why = Some("a process of it does not die of SIGKILL: the kernel holds it".to_owned());
-            ("stuck", "look at `dmesg` and the disk; restart the container".to_owned())
+            shown.why =
+                Some("something of its last run may still be alive; nothing is started over it".to_owned());
+            (
+                "stuck",
+                "looked for again every 10 s; if it stays: `dmesg`, the disk, a restart of the container"
+                    .to_owned(),
+            )
         }
         State::Ending { pid, until, .. } => {
             shown.pid = *pid;

@@ -582,7 +582,7 @@ impl Unit {
             }
             Phase::Orphans => {
                 *phase = Phase::Stuck;
-                let text = "a process does not die of SIGKILL: the kernel holds it (a dead disk or mount?); nothing is started over it";
+                let text = "something of its last run is still alive: the kernel holds it (a dead disk or mount?), or it could not be looked for. Nothing is started over it; it is looked for again";
                 out.push(Action::Say(Level::Error, text.into()));
             }
             Phase::Stuck => {}

@@ -12,8 +12,8 @@ use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, accept4, bind, getsockopt, listen, socket, sockopt,
 };
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use zeroize::Zeroizing;
 
@@ -26,6 +26,9 @@ const ACCEPTS_A_TURN: usize = 64;
 
 pub(crate) struct Control {
     listener: OwnedFd,
+    /// The socket's file, by path and by what it was when we made it.
+    path: PathBuf,
+    file: (u64, u64),
     clients: Vec<Client>,
 }
 
@@ -59,7 +62,13 @@ impl Control {
         std::fs::set_permissions(at, std::fs::Permissions::from_mode(0o600))
             .map_err(|e| format!("{path}: {e}"))?;
         listen(&listener, Backlog::new(128).unwrap_or(Backlog::MAXCONN)).map_err(words)?;
-        Ok(Self { listener, clients: Vec::new() })
+        let file = identity(at).ok_or_else(|| format!("{path}: it is gone again"))?;
+        Ok(Self { listener, path: at.to_owned(), file, clients: Vec::new() })
+    }
+
+    /// Whether a client that opens the path still comes to us.
+    pub(crate) fn is_in_place(&self) -> bool {
+        identity(&self.path) == Some(self.file)
     }
 
     /// What to wait for: descriptor, and whether for writing.
@@ -99,6 +108,11 @@ impl Control {
             self.clients.push(Client { socket, asked: Vec::new(), answer: None, sent: 0, until });
         }
     }
+}
+
+/// Device and inode of what lies at a path.
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    std::fs::symlink_metadata(path).ok().map(|meta| (meta.dev(), meta.ino()))
 }
 
 impl Client {

@@ -24,9 +24,12 @@ use cvm_blueprint::config::{Config, Storage};
 use cvm_blueprint::env::{Environment, Problem, Warning};
 use cvm_blueprint::keys::KeyRing;
 use cvm_blueprint::status::{self, About, Fingerprint};
-use cvm_blueprint::{paths, plan, service};
+use cvm_blueprint::{plan, service};
 use cvm_process::signals::{self, Signals};
+use nix::poll::{PollFd, PollFlags, poll};
 use std::ffi::OsString;
+use std::fmt::Write as _;
+use std::os::fd::AsFd;
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -58,11 +61,11 @@ fn main() -> ExitCode {
         ["--", ..] => plain::run(arguments.get(1..).unwrap_or_default()),
         ["--check"] => check(),
         ["--help" | "-h"] => {
-            print!("{HELP}");
+            utter(HELP);
             exit::CLEAN
         }
         ["--version" | "-V"] => {
-            println!("cvm-init {}", env!("CARGO_PKG_VERSION"));
+            utter(concat!("cvm-init ", env!("CARGO_PKG_VERSION"), "\n"));
             exit::CLEAN
         }
         _ => {
@@ -78,9 +81,9 @@ fn check() -> u8 {
     match Config::parse(&environment) {
         Ok((_, warnings)) => {
             for warning in warnings {
-                println!("warning: {warning}");
+                utter(&format!("warning: {warning}\n"));
             }
-            println!("The configuration is complete and correct.");
+            utter("The configuration is complete and correct.\n");
             exit::CLEAN
         }
         Err(problems) => refuse(&problems),
@@ -166,10 +169,6 @@ fn prepare(
     drop(environment);
     let mut world = turn::World::new(machine, kit, children, signals, voice, about, began);
     world.start_logger();
-    match control::Control::open(paths::CONTROL_SOCKET) {
-        Ok(control) => world.control = Some(control),
-        Err(why) => tracing::error!("`cvm` will not find this supervisor: {why}"),
-    }
     world
 }
 
@@ -204,9 +203,28 @@ fn fingerprints(keys: &KeyRing) -> Vec<Fingerprint> {
 fn refuse(problems: &[Problem]) -> u8 {
     let count = problems.len();
     let noun = if count == 1 { "mistake" } else { "mistakes" };
-    println!("ERROR The configuration has {count} {noun}; nothing was started.");
+    let mut text = format!("ERROR The configuration has {count} {noun}; nothing was started.\n");
     for problem in problems {
-        println!("ERROR   {problem}");
+        let _ = writeln!(text, "ERROR   {problem}");
     }
+    utter(&text);
     exit::CONFIG
+}
+
+/// Words to standard output before the loop runs: a pipe that is full gets a second to take
+/// them, and one that is broken does not change the status we leave with.
+fn utter(text: &str) {
+    let Ok(stdout) = cvm_process::descriptor::own_nonblocking(1) else { return };
+    let until = Instant::now() + std::time::Duration::from_secs(1);
+    let mut rest = text.as_bytes();
+    while !rest.is_empty() && Instant::now() < until {
+        match cvm_process::descriptor::write_some(&stdout, rest) {
+            Ok(n) => rest = rest.get(n..).unwrap_or_default(),
+            Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EINTR) => {
+                let mut fds = [PollFd::new(stdout.as_fd(), PollFlags::POLLOUT)];
+                let _ = poll(&mut fds, 100u16);
+            }
+            Err(_) => return,
+        }
+    }
 }

@@ -30,6 +30,9 @@ use std::time::{Duration, Instant};
 pub(crate) const HANDLED: [i32; 3] = [libc::SIGCHLD, libc::SIGTERM, libc::SIGINT];
 /// How long the writer of our own log has for its last lines.
 const FAREWELL: Duration = Duration::from_secs(1);
+/// Between two looks for what a killed keeper left behind, and between two tries to open the
+/// control socket.
+const LOOK_AGAIN: Duration = Duration::from_secs(10);
 /// Children reaped in one turn before the rest of the world gets its own.
 const REAPS_A_TURN: usize = 4096;
 /// A defect that strikes this often will not let the shutdown through either.
@@ -44,6 +47,10 @@ pub(crate) struct World {
     pub(crate) control: Option<Control>,
     pub(crate) about: About,
     pub(crate) began: Instant,
+    /// Runs whose leftovers could not be found or ended, and when to look again.
+    sweeps_due: Vec<(Instant, ServiceId, Run)>,
+    /// When to try again to open the control socket.
+    control_due: Option<Instant>,
     leaving: Option<u8>,
     panics: u32,
 }
@@ -59,7 +66,21 @@ impl World {
         began: Instant,
     ) -> Self {
         let (control, leaving, panics) = (None, None, 0);
-        Self { machine, kit, children, signals, voice, control, about, began, leaving, panics }
+        let (sweeps_due, control_due) = (Vec::new(), Some(began));
+        Self {
+            machine,
+            kit,
+            children,
+            signals,
+            voice,
+            control,
+            about,
+            began,
+            sweeps_due,
+            control_due,
+            leaving,
+            panics,
+        }
     }
 
     /// Runs until the machine is down, and yields the status to leave with.
@@ -96,6 +117,8 @@ impl World {
             self.feed(Event::Terminate);
         }
         self.feed(Event::Tick);
+        self.sweep_what_is_due();
+        self.keep_control_open();
         self.answer_operators();
         self.look_for_the_last();
         self.voice.flush();
@@ -121,7 +144,9 @@ impl World {
     fn next_deadline(&self) -> PollTimeout {
         let machine = self.machine.deadline().map(|m| self.began + Duration::from_millis(m.as_millis()));
         let control = self.control.as_ref().and_then(Control::deadline);
-        let Some(due) = machine.into_iter().chain(control).min() else { return PollTimeout::NONE };
+        let sweeps = self.sweeps_due.iter().map(|(at, ..)| *at);
+        let own = self.control_due.into_iter().chain(sweeps);
+        let Some(due) = machine.into_iter().chain(control).chain(own).min() else { return PollTimeout::NONE };
         let left = due.saturating_duration_since(Instant::now());
         // Rounded up: a turn before its time would find nothing to do.
         let wait = if left.is_zero() { left } else { left + Duration::from_millis(1) };
@@ -206,11 +231,13 @@ impl World {
 
     /// A keeper is gone, and with it all that it kept.
     fn bury(&mut self, mut child: Child) {
+        // Something has changed in this machine: a moment to look after what we own in it.
+        self.control_due.get_or_insert_with(Instant::now);
         let end = child.end();
         match child.owner {
             Owner::Logger => {
                 self.voice.write_also_to(None);
-                if self.leaving.is_none() {
+                if self.machine.phase() == conduct::Phase::Up {
                     self.start_logger();
                 }
             }
@@ -227,9 +254,11 @@ impl World {
                     Part::Main | Part::Repair => supervise::Event::Gone { run, end },
                     Part::Sweep => match self.outcome(child.task.take(), &end) {
                         Ok(()) => supervise::Event::Swept { run },
-                        // Something of it lives: nothing may be started over it.
+                        // Something of it may live: nothing is started over it before a later
+                        // look has found nobody.
                         Err(Refusal { why, .. }) => {
                             tracing::error!("{}: {why}", self.name_of(child.owner));
+                            self.look_again(id, run);
                             return;
                         }
                     },
@@ -333,6 +362,9 @@ impl World {
             Part::Prepare => self.kit.prepare(service.prepare?, service.name, &name),
         };
         let error = self.children.keep(Owner::Service { id, run, part }, &spec).err()?;
+        if part == Part::Sweep {
+            self.look_again(id, run);
+        }
         let event = not_kept(run, part, &error)?;
         Some(Event::Service { id, event })
     }
@@ -358,6 +390,20 @@ impl World {
         }
     }
 
+    fn look_again(&mut self, id: ServiceId, run: Run) {
+        self.sweeps_due.push((Instant::now() + LOOK_AGAIN, id, run));
+    }
+
+    fn sweep_what_is_due(&mut self) {
+        let now = Instant::now();
+        let due: Vec<_> = self.sweeps_due.extract_if(.., |(at, ..)| *at <= now).collect();
+        for (_, id, run) in due {
+            if let Some(event) = self.keep(id, run, Part::Sweep) {
+                self.feed(event);
+            }
+        }
+    }
+
     fn signal_run(&self, id: ServiceId, run: Run, what: Signal) -> Option<Event> {
         if let Some(pid) = self.children.of_run(id, run) {
             signal(pid, what);
@@ -365,13 +411,14 @@ impl World {
         None
     }
 
-    /// To every process in the machine but ourselves and the writer of our log.
+    /// To every process in the machine. SIGTERM spares the writer of our log, which blocks it.
+    /// SIGKILL goes to all at once, by the kernel, so that no fork can outrun it; the log ends
+    /// with it, and the last lines are on standard output.
     fn signal_all(&self, hard: bool) {
-        let logger = self.children.find(Owner::Logger);
-        let what = if hard { Signal::SIGKILL } else { Signal::SIGTERM };
-        for pid in tree::everyone_else().into_iter().filter(|pid| Some(*pid) != logger) {
-            signal(pid, what);
+        if hard {
+            self.voice.write_also_to(None);
         }
+        cvm_process::signals::send(Pid::from_raw(-1), if hard { libc::SIGKILL } else { libc::SIGTERM });
     }
 
     pub(crate) fn start_logger(&mut self) {
@@ -398,6 +445,25 @@ impl World {
     }
 
     // === Operators ===
+
+    /// Opens the control socket, and opens it anew when its path has been lost: `cvm` is how
+    /// an operator finds out what is wrong, so a full /run must not cost it for good.
+    fn keep_control_open(&mut self) {
+        if self.control_due.is_none_or(|at| Instant::now() < at) {
+            return;
+        }
+        self.control_due = None;
+        if self.control.as_ref().is_some_and(Control::is_in_place) {
+            return;
+        }
+        match Control::open(cvm_blueprint::paths::CONTROL_SOCKET) {
+            Ok(control) => self.control = Some(control),
+            Err(why) => {
+                tracing::error!("`cvm` cannot find this supervisor: {why}; next try in 10 s");
+                self.control_due = Some(Instant::now() + LOOK_AGAIN);
+            }
+        }
+    }
 
     fn answer_operators(&mut self) {
         let Some(mut control) = self.control.take() else { return };

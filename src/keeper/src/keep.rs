@@ -24,6 +24,9 @@ const READ_SIZE: usize = 16 * 1024;
 /// The supervisor's own log is small; see `rotate_bytes` of the services for theirs.
 const OWN_LOG_BYTES: u64 = 10 * 1024 * 1024;
 
+/// Dropped lines are said at most this often: a flood must not drown the supervisor's log too.
+const BETWEEN_DROPS: Duration = Duration::from_secs(10);
+
 /// The end of one whole turn of the loop.
 enum Turn {
     Go,
@@ -51,6 +54,7 @@ struct Keeper {
     killed: u32,
     oom_kills: Option<u64>,
     dropped_said: u64,
+    dropped_at: Option<Instant>,
 }
 
 /// Keeps one program until nothing of it is left.
@@ -90,6 +94,7 @@ pub(crate) fn keep(spec: KeeperSpec) -> Result<(), String> {
         killed: 0,
         oom_kills,
         dropped_said: 0,
+        dropped_at: None,
         reporter,
     };
     // The program has its copy of what the description held.
@@ -220,7 +225,7 @@ impl Keeper {
             }
             return;
         }
-        let killed = tree::signal_descendants(Signal::SIGKILL);
+        let killed = tree::kill_descendants();
         if self.end.is_some() {
             self.killed += killed;
         }
@@ -256,11 +261,17 @@ impl Keeper {
                 Err(_) => break,
             }
         }
+        if self.dropped_at.is_none_or(|at| at.elapsed() >= BETWEEN_DROPS) {
+            self.report_dropped();
+        }
+    }
+
+    fn report_dropped(&mut self) {
         let dropped = self.log.dropped();
-        // Said once for each thousand, not for each line.
-        if dropped > 0 && (self.dropped_said == 0 || dropped >= self.dropped_said + 1000) {
+        if dropped > self.dropped_said {
             self.reporter.send(&KeeperReport::Dropped { lines: dropped - self.dropped_said });
             self.dropped_said = dropped;
+            self.dropped_at = Some(Instant::now());
         }
     }
 
@@ -314,6 +325,7 @@ impl Keeper {
     fn farewell(&mut self) {
         self.read_output();
         self.lines.finish(|line| self.log.put(line));
+        self.report_dropped();
         self.log.close();
         let end = self.end.clone().unwrap_or(End::Unseen);
         self.reporter.send(&KeeperReport::TreeGone { end, killed: self.killed });

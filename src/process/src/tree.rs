@@ -42,11 +42,27 @@ pub fn signal_descendants(signal: Signal) -> u32 {
     u32::try_from(reached.count()).unwrap_or(u32::MAX)
 }
 
-/// Every process of this pid namespace but the caller, descendant or not: a `docker exec` is
-/// nobody's child in here.
-pub fn everyone_else() -> Vec<Pid> {
-    let me = nix::unistd::getpid();
-    scan().map(|(pid, _)| pid).filter(|pid| *pid != me).collect()
+/// Walks until nobody new turns up, at most. Each walk stops whoever forked during the last.
+const WALKS_MAX: u32 = 200;
+
+/// Ends every process below this one, and says how many they were.
+///
+/// A process that forks faster than one walk through /proc would outrun SIGKILL for ever. So
+/// all are stopped first, since a stopped process cannot fork, and killed when no walk finds
+/// anyone new.
+pub fn kill_descendants() -> u32 {
+    let mut stopped = std::collections::BTreeSet::new();
+    for _ in 0..WALKS_MAX {
+        let new: Vec<Pid> = descendants().into_iter().filter(|pid| !stopped.contains(pid)).collect();
+        if new.is_empty() {
+            break;
+        }
+        for pid in new {
+            let _ = kill(pid, Signal::SIGSTOP);
+            stopped.insert(pid);
+        }
+    }
+    signal_descendants(Signal::SIGKILL)
 }
 
 /// All processes with their parents.

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use zeroize::Zeroizing;
 
 /// SIGKILL is immediate unless the kernel is stuck; a fork bomb takes some passes.
-const LIMIT: Duration = Duration::from_secs(5);
+const LIMIT: Duration = Duration::from_secs(20);
 const BETWEEN: Duration = Duration::from_millis(5);
 /// The kernel's limit for one environment is below this.
 const ENVIRONMENT_MAX: u64 = 8 * 1024 * 1024;
@@ -35,6 +35,11 @@ pub(crate) fn sweep(places: &Places, run: &str, report: &mut Report) -> Outcome<
             quiet_looks += 1;
         } else {
             quiet_looks = 0;
+            // Stopped first, all of them: a process that forks faster than one look takes would
+            // outrun SIGKILL for ever, and a stopped one cannot fork.
+            for process in left.iter().filter(|p| !ended.contains(&(p.pid, p.started))) {
+                processes::send(places, process, Signal::SIGSTOP);
+            }
             for process in &left {
                 processes::send(places, process, Signal::SIGKILL);
                 ended.insert((process.pid, process.started));

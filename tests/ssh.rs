@@ -1,0 +1,237 @@
+//! The way in, with the real sshd and the real ssh: who may come in, what they find, and what
+//! does not throw them out.
+
+use cvm_harness::machine::{PATIENCE, binaries, repository};
+use cvm_harness::{Builder, Machine, until};
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::path::PathBuf;
+use std::process::{Command, Output, Stdio};
+
+const MASTER: &str = "correct horse battery staple";
+const TOKEN: &str = "xb60JGSYzqa9njB6VObVhc1aY1DUfuC1";
+const REDPILL: &str = "redpill-canary-6e20f1b3";
+const HEALTHY: &str = "#!/bin/sh\nexec cvm-victim http 18789\n";
+
+/// What an operator has on the laptop: two keys, and the host key derived from `MASTER_KEY`.
+struct Laptop {
+    home: tempfile::TempDir,
+}
+
+impl Laptop {
+    fn new() -> Self {
+        let home = tempfile::tempdir().expect("a temporary directory");
+        for name in ["environment", "mounted"] {
+            let made = Command::new("ssh-keygen")
+                .args(["-q", "-t", "ed25519", "-N", "", "-C", name, "-f"])
+                .arg(home.path().join(name))
+                .status()
+                .expect("ssh-keygen runs");
+            assert!(made.success());
+        }
+        let known = Command::new(binaries().join("cvm"))
+            .args(["derive", "ssh-known-hosts", "--host", "127.0.0.1", "--port", "22"])
+            .env("MASTER_KEY", MASTER)
+            .output()
+            .expect("cvm runs");
+        assert!(known.status.success());
+        fs::write(home.path().join("known_hosts"), &known.stdout).expect("the directory is writable");
+        Self { home }
+    }
+
+    fn public(&self, name: &str) -> String {
+        fs::read_to_string(self.home.path().join(format!("{name}.pub"))).expect("ssh-keygen wrote it")
+    }
+
+    /// A directory as dstack mounts it: read-only, not root's, and open to everybody.
+    fn mounted(&self) -> PathBuf {
+        let dir = self.home.path().join("dot-ssh");
+        fs::create_dir(&dir).expect("the directory is writable");
+        let file = dir.join("authorized_keys");
+        fs::write(&file, self.public("mounted")).expect("the directory is writable");
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o666)).expect("it is ours");
+        for path in [&file, &dir] {
+            chown(path, Some(1000), Some(1000)).expect("tests run as root");
+        }
+        dir
+    }
+
+    fn machine(&self, gateway: &str) -> Builder {
+        Builder::product()
+            .fake_gateway(gateway)
+            .bind(self.home.path(), "/laptop")
+            .environment("MASTER_KEY", MASTER)
+            .environment("REDPILL_API_KEY", REDPILL)
+            .environment("SSH_AUTHORIZED_KEYS", &self.public("environment"))
+            .environment("ENABLE_DOCKER", "0")
+    }
+}
+
+/// An ssh that asks nobody and takes no host key but the one that was derived.
+fn ssh(machine: &Machine, key: &str, options: &[&str], command: &str) -> Command {
+    let key = format!("/laptop/{key}");
+    let mut words = vec!["ssh", "-F", "none", "-p", "22", "-i", &key];
+    for option in ["BatchMode=yes", "IdentitiesOnly=yes", "StrictHostKeyChecking=yes"] {
+        words.extend(["-o", option]);
+    }
+    words.extend(["-o", "UserKnownHostsFile=/laptop/known_hosts", "-o", "GlobalKnownHostsFile=none"]);
+    for option in options {
+        words.extend(["-o", option]);
+    }
+    words.extend(["root@127.0.0.1", command]);
+    machine.command(&words)
+}
+
+fn text(output: &Output) -> String {
+    [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes).into_owned()).join("")
+}
+
+#[track_caller]
+fn says(machine: &Machine, key: &str, command: &str) -> String {
+    let output = ssh(machine, key, &[], command).output().expect("nsenter runs");
+    assert!(
+        output.status.success(),
+        "{command:?}: {}\n{}",
+        text(&output),
+        machine.read("/var/log/openclaw-cvm/sshd.log")
+    );
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// Waits until sshd takes connections; yields the listener's pid.
+#[track_caller]
+fn up(machine: &Machine) -> i64 {
+    new_listener(machine, 0)
+}
+
+/// Waits for a listener that is not `old`.
+#[track_caller]
+fn new_listener(machine: &Machine, old: i64) -> i64 {
+    until(&format!("an sshd listens; the machine said:\n{}", machine.output()), PATIENCE, || {
+        let pid = machine.service("sshd")["pid"].as_i64().filter(|pid| *pid != old)?;
+        // Port 22 in state LISTEN, as the kernel writes it.
+        let sockets = fs::read_to_string(format!("/proc/{}/net/tcp", machine.pid())).ok()?;
+        let listens = |line: &str| {
+            let mut words = line.split_ascii_whitespace().skip(1);
+            words.next().is_some_and(|local| local.ends_with(":0016")) && words.nth(1) == Some("0A")
+        };
+        sockets.lines().any(listens).then_some(pid)
+    })
+}
+
+#[test]
+fn the_derived_host_key_and_the_owners_keys_open_a_useful_and_clean_session() {
+    let laptop = Laptop::new();
+    let machine = laptop.machine(HEALTHY).bind(&laptop.mounted(), "/root/.ssh:ro").start();
+    up(&machine);
+    for key in ["environment", "mounted"] {
+        assert_eq!(says(&machine, key, "id -u").trim(), "0", "the key of {key}");
+    }
+
+    machine.service_in("gateway", &["ready"]);
+    assert!(says(&machine, "mounted", "cvm status").contains("gateway"));
+    assert_eq!(says(&machine, "mounted", "command -v openclaw").trim(), "/usr/local/bin/openclaw");
+    let environment = says(&machine, "mounted", "env");
+    assert!(environment.contains("SSH_CONNECTION="), "{environment}");
+    for secret in [MASTER, TOKEN, REDPILL] {
+        assert!(!environment.contains(secret), "{secret} is in the session's environment");
+    }
+
+    let without_key =
+        ssh(&machine, "mounted", &["PubkeyAuthentication=no"], "true").output().expect("nsenter runs");
+    assert!(text(&without_key).contains("Permission denied (publickey)."), "{}", text(&without_key));
+    let stranger = machine.ok(&["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", "/laptop/stranger"]);
+    assert_eq!(stranger, "");
+    assert!(!ssh(&machine, "stranger", &[], "true").output().expect("nsenter runs").status.success());
+
+    // The known_hosts file stays, so this succeeds with the same host key only.
+    let machine = machine.again(|b| b);
+    up(&machine);
+    assert_eq!(says(&machine, "mounted", "echo $HOME").trim(), "/root");
+}
+
+#[test]
+fn an_auditor_has_nothing_to_say() {
+    let laptop = Laptop::new();
+    let machine = laptop.machine(HEALTHY).start();
+    up(&machine);
+    let auditor = repository().join("target/venv/bin/ssh-audit");
+    assert!(auditor.exists(), "{} is missing: run `tests/setup test` first", auditor.display());
+    // In the machine's network and outside of its file system, where the auditor is.
+    let audit = Command::new("nsenter")
+        .args(["-t", &machine.pid().to_string(), "-n", "--"])
+        .arg(auditor)
+        .args(["--no-colors", "--skip-rate-test", "127.0.0.1"])
+        .stdin(Stdio::null())
+        .output()
+        .expect("nsenter runs");
+    let report = text(&audit);
+    assert!(audit.status.success(), "{report}");
+    assert!(report.contains("(kex)") && report.contains("(key) ssh-ed25519"), "{report}");
+    for verdict in ["[fail]", "[warn]"] {
+        assert!(!report.contains(verdict), "{report}");
+    }
+}
+
+#[test]
+fn whatever_else_fails_ssh_lets_in_and_says_what() {
+    let laptop = Laptop::new();
+    let loops = laptop
+        .machine("#!/bin/sh\nexit 9\n")
+        .environment("OPENCLAW_GATEWAY_RESTART_DELAY", "0")
+        .environment("OPENCLAW_GATEWAY_RESTART_MAX_DELAY", "0")
+        .start();
+    let first = up(&loops);
+    loops.line("This is a crash loop");
+    assert!(says(&loops, "environment", "cvm status --json || true").contains("crash loop"));
+    assert_eq!(up(&loops), first);
+    drop(loops);
+
+    // A file where the state directory should be: the step can never be done.
+    let wrong = laptop.machine(HEALTHY).file("/data/openclaw", "in the way", 0o600).start();
+    wrong.line("Boot step home failed");
+    up(&wrong);
+    let status = says(&wrong, "environment", "cvm status --json || true");
+    assert!(status.contains("blocked"), "{status}");
+    // The one who came in can mend it.
+    says(&wrong, "environment", "rm /data/openclaw && cvm start gateway --no-wait");
+    wrong.service_in("gateway", &["ready"]);
+}
+
+#[test]
+fn an_open_session_outlives_the_listener_and_its_keeper() {
+    let laptop = Laptop::new();
+    let machine = laptop.machine(HEALTHY).start();
+    let listener = up(&machine);
+    let command = "echo open; while read line; do echo \"heard $line\"; done; echo closed";
+    let mut session = ssh(&machine, "environment", &[], command)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("nsenter runs");
+    let mut hear = BufReader::new(session.stdout.take().expect("piped")).lines();
+    let mut expect = |what: &str| {
+        let line = hear.next().expect("the session is open").expect("text");
+        assert_eq!(line, what, "{}", machine.output());
+    };
+    let mut say = session.stdin.take().expect("piped");
+    expect("open");
+
+    machine.kill(listener, "KILL");
+    let second = new_listener(&machine, listener);
+    writeln!(say, "listener").expect("the session is open");
+    expect("heard listener");
+    assert_eq!(says(&machine, "environment", "echo in").trim(), "in");
+
+    let keeper = machine.find("cvm-keeper sshd").expect("sshd has a keeper");
+    machine.kill(i64::from(keeper.pid), "KILL");
+    new_listener(&machine, second);
+    writeln!(say, "keeper").expect("the session is open");
+    expect("heard keeper");
+    assert_eq!(says(&machine, "environment", "echo in").trim(), "in");
+
+    drop(say);
+    expect("closed");
+    assert!(session.wait().expect("it is our child").success());
+}
