@@ -149,10 +149,6 @@ pub enum KeeperReport {
     Dropped {
         lines: u64,
     },
-    /// Trouble of the keeper's own.
-    Trouble {
-        text: String,
-    },
 }
 
 /// One step's work, with all it needs to know.

@@ -91,8 +91,9 @@ impl Kit {
         KeeperSpec { argv, liveness: None, readiness: None, ..self.service(service, run) }
     }
 
-    pub(crate) fn step(&self, step: StepName, run: &str) -> KeeperSpec {
-        self.task(step.as_str(), run, &self.task_of(step))
+    /// None for a step that no process carries out.
+    pub(crate) fn step(&self, step: StepName, run: &str) -> Option<KeeperSpec> {
+        Some(self.task(step.as_str(), run, &self.task_of(step)?))
     }
 
     pub(crate) fn prepare(&self, prepare: Prepare, service: &str, run: &str) -> KeeperSpec {
@@ -109,14 +110,15 @@ impl Kit {
         self.task(&format!("{service}-sweep"), &format!("{run}-sweep"), &task)
     }
 
-    fn task_of(&self, step: StepName) -> Task {
-        match step {
+    fn task_of(&self, step: StepName) -> Option<Task> {
+        Some(match step {
             StepName::Ssh => Task::Ssh {
                 port: self.ssh.port.get(),
                 seed: self.host_key_seed.as_ref().map(|s| PackedBytes::pack(s.expose())),
                 extra_keys: lines(self.ssh.authorized_keys.iter().map(AuthorizedKey::line)),
             },
-            StepName::Home | StepName::Storage => Task::Home { user: self.gateway.user.as_str().into() },
+            StepName::Storage => return None,
+            StepName::Home => Task::Home { user: self.gateway.user.as_str().into() },
             StepName::State => Task::State(StateTask {
                 user: self.gateway.user.as_str().into(),
                 port: self.gateway.port.get(),
@@ -126,7 +128,7 @@ impl Kit {
                 device_seed: self.device_seed.as_ref().map(|s| PackedBytes::pack(s.expose())),
                 token: self.token.as_ref().map(|t| PackedBytes::pack(t.expose().as_bytes())),
             }),
-        }
+        })
     }
 
     fn task(&self, name: &str, run: &str, task: &Task) -> KeeperSpec {

@@ -199,9 +199,6 @@ impl World {
 
     fn hear(&mut self, said: Vec<Said>) {
         for Said { owner, report } in said {
-            if let KeeperReport::Trouble { text } = &report {
-                tracing::warn!("{}: {text}", self.name_of(owner));
-            }
             let Owner::Service { id, run, part: Part::Main } = owner else { continue };
             let event = match report {
                 KeeperReport::Started { pid } => supervise::Event::Exec { run, pid },
@@ -213,9 +210,7 @@ impl World {
                     continue;
                 }
                 // Silence is measured by the absence of answers; the rest has been dealt with.
-                KeeperReport::Liveness { ok: false }
-                | KeeperReport::TreeGone { .. }
-                | KeeperReport::Trouble { .. } => continue,
+                KeeperReport::Liveness { ok: false } | KeeperReport::TreeGone { .. } => continue,
             };
             self.feed(Event::Service { id, event });
         }
@@ -312,8 +307,11 @@ impl World {
             Action::Say(level, text) => say(level, &text),
             Action::RunStep(of) => {
                 let run = format!("step-{}/{}", of.step.as_str(), of.number);
-                let spec = self.kit.step(of.step, &run);
-                if let Err(why) = self.children.keep(Owner::Step(of), &spec) {
+                let kept = match self.kit.step(of.step, &run) {
+                    Some(spec) => self.children.keep(Owner::Step(of), &spec),
+                    None => Err("this version has no work for it".to_owned()),
+                };
+                if let Err(why) = kept {
                     let outcome = Err(Refusal { why: format!("creating its process: {why}"), retry: true });
                     return vec![Event::StepEnded { of, outcome }];
                 }
