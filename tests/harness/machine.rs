@@ -10,6 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 /// Everything here has happened long before on any machine that is not broken.
@@ -206,12 +207,17 @@ impl Builder {
         };
         let mut child = command.spawn().expect("cvm-sandbox starts");
         let lines = Arc::new(Mutex::new(Vec::new()));
-        if let Some(out) = child.stdout.take() {
-            collect(out, &lines);
-        }
-        collect(child.stderr.take().expect("stderr is piped"), &lines);
-        let mut machine =
-            Machine { child, lines, pid: Pid::from_raw(0), builder: self, status: None, _unread: keep };
+        let mut readers = vec![collect(child.stderr.take().expect("stderr is piped"), &lines)];
+        readers.extend(child.stdout.take().map(|out| collect(out, &lines)));
+        let mut machine = Machine {
+            child,
+            lines,
+            pid: Pid::from_raw(0),
+            builder: self,
+            status: None,
+            _unread: keep,
+            readers,
+        };
         machine.pid = until("process 1 executes its command", PATIENCE, || {
             assert!(
                 machine.child.try_wait().ok().flatten().is_none() || info.exists(),
@@ -235,7 +241,7 @@ fn full_pipe() -> (std::io::PipeReader, std::io::PipeWriter) {
     (reader, writer)
 }
 
-fn collect(stream: impl Read + Send + 'static, into: &Arc<Mutex<Vec<String>>>) {
+fn collect(stream: impl Read + Send + 'static, into: &Arc<Mutex<Vec<String>>>) -> JoinHandle<()> {
     let into = Arc::clone(into);
     std::thread::spawn(move || {
         for line in BufReader::new(stream).split(b'\n').map_while(Result::ok) {
@@ -243,7 +249,7 @@ fn collect(stream: impl Read + Send + 'static, into: &Arc<Mutex<Vec<String>>>) {
                 .unwrap_or_else(PoisonError::into_inner)
                 .push(String::from_utf8_lossy(&line).into_owned());
         }
-    });
+    })
 }
 
 /// A process inside, as /proc shows it from outside.
@@ -265,6 +271,8 @@ pub struct Machine {
     builder: Builder,
     status: Option<ExitStatus>,
     _unread: Option<std::io::PipeReader>,
+    /// Who reads what comes out; they end when everything has been read.
+    readers: Vec<JoinHandle<()>>,
 }
 
 impl Machine {
@@ -408,6 +416,9 @@ impl Machine {
         let status =
             until("the machine ends", PATIENCE, || self.child.try_wait().expect("the sandbox is our child"));
         self.status = Some(status);
+        for reader in self.readers.drain(..) {
+            let _ = reader.join();
+        }
         status.code().unwrap_or_else(|| {
             panic!(
                 "the sandbox itself died: {status}: {:?}",
