@@ -212,31 +212,35 @@ fn a_killed_keeper_leaves_nothing_behind_and_its_service_comes_back() {
     assert_eq!(machine.processes().iter().filter(|p| p.arguments.contains("stubborn")).count(), 1);
 }
 
+/// Whether a service comes back by itself, or an operator saves the wait.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Backoff {
+    Waits,
+    IsSkipped,
+}
+
+#[track_caller]
+fn kill_again_and_again(machine: &Machine, service: &str, rounds: usize, backoff: Backoff) {
+    for round in 0..rounds {
+        let pid = pid_of(machine, service);
+        machine.kill(pid, "KILL");
+        until(&format!("a new {service} in round {round}"), PATIENCE, || {
+            let now = machine.service(service);
+            if backoff == Backoff::IsSkipped && now["state"] == "waiting" {
+                machine.exec(&["cvm", "start", service, "--no-wait"]);
+            }
+            now["pid"].as_i64().is_some_and(|new| new != pid).then_some(())
+        });
+    }
+}
+
 #[test]
 fn each_service_comes_back_from_kill_9_again_and_again() {
     let machine = product(HEALTHY).environment("OPENCLAW_GATEWAY_RESTART_MAX_DELAY", "0").start();
-    for round in 0..soak(100, 1000) {
-        let pid = pid_of(&machine, "gateway");
-        machine.kill(pid, "KILL");
-        until(&format!("a new gateway in round {round}"), PATIENCE, || {
-            let gateway = machine.service("gateway");
-            (gateway["pid"].as_i64().is_some_and(|new| new != pid)).then_some(())
-        });
-    }
+    kill_again_and_again(&machine, "gateway", soak(100, 1000), Backoff::Waits);
     assert_eq!(machine.processes().iter().filter(|p| p.arguments.contains("cvm-victim http")).count(), 1);
     assert_no_zombies(&machine);
-    // sshd has a backoff that an operator skips.
-    for round in 0..soak(100, 1000) {
-        let pid = pid_of(&machine, "sshd");
-        machine.kill(pid, "KILL");
-        until(&format!("a new sshd in round {round}"), PATIENCE, || {
-            let sshd = machine.service("sshd");
-            if sshd["state"] == "waiting" {
-                machine.exec(&["cvm", "start", "sshd", "--no-wait"]);
-            }
-            (sshd["pid"].as_i64().is_some_and(|new| new != pid)).then_some(())
-        });
-    }
+    kill_again_and_again(&machine, "sshd", soak(100, 1000), Backoff::IsSkipped);
     assert_no_zombies(&machine);
 }
 
@@ -421,17 +425,7 @@ fn dockerd_comes_up_and_nothing_waited_for_it() {
 #[test]
 fn dockerd_comes_back_from_kill_9_again_and_again() {
     let machine = product(HEALTHY).environment("ENABLE_DOCKER", "1").start();
-    for round in 0..soak(10, 100) {
-        let pid = machine.service_in("dockerd", &["up", "ready"])["pid"].as_i64().expect("a pid");
-        machine.kill(pid, "KILL");
-        until(&format!("a new dockerd in round {round}"), PATIENCE, || {
-            let dockerd = machine.service("dockerd");
-            if dockerd["state"] == "waiting" {
-                machine.exec(&["cvm", "start", "dockerd", "--no-wait"]);
-            }
-            (dockerd["pid"].as_i64().is_some_and(|new| new != pid)).then_some(())
-        });
-    }
+    kill_again_and_again(&machine, "dockerd", soak(10, 100), Backoff::IsSkipped);
     assert_no_zombies(&machine);
     assert!(pid_of(&machine, "gateway") > 0);
 }

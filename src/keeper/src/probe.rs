@@ -16,8 +16,6 @@ const ANSWER_MAX: usize = 1024;
 pub(crate) struct Prober {
     spec: ProbeSpec,
     stage: Stage,
-    /// The last answer.
-    good: bool,
 }
 
 enum Stage {
@@ -29,7 +27,7 @@ enum Stage {
 impl Prober {
     pub(crate) fn new(spec: ProbeSpec, now: Instant) -> Self {
         let until = now + Duration::from_millis(spec.eager_ms);
-        Self { spec, stage: Stage::Resting { until }, good: false }
+        Self { spec, stage: Stage::Resting { until } }
     }
 
     pub(crate) fn deadline(&self) -> Instant {
@@ -121,8 +119,7 @@ impl Prober {
         }
     }
 
-    fn answered(&mut self, good: bool, now: Instant) -> (Stage, Option<bool>) {
-        self.good = good;
+    fn answered(&self, good: bool, now: Instant) -> (Stage, Option<bool>) {
         let pause = if good { self.spec.calm_ms } else { self.spec.eager_ms };
         (Stage::Resting { until: now + Duration::from_millis(pause) }, Some(good))
     }
