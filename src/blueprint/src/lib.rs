@@ -23,6 +23,7 @@ pub mod secret;
 pub mod service;
 pub mod ssh;
 pub mod status;
+pub mod storage;
 pub mod supervise;
 pub mod time;
 pub mod wire;

@@ -11,6 +11,14 @@ pub const OWN_STATE: &str = "/data/.cvm";
 /// Sockets, generated configuration and host keys of this boot; never on the volume.
 pub const RUN: &str = "/run/openclaw-cvm";
 pub const CONTROL_SOCKET: &str = "/run/openclaw-cvm/control.sock";
+/// Where the storage worker answers operators.
+pub const STORAGE_SOCKET: &str = "/run/openclaw-cvm/storage.sock";
+/// Where the worker leaves the descriptor of its mount: see `cvm-standin`.
+pub const STANDIN_SOCKET: &str = "/run/openclaw-cvm/standin.sock";
+/// The volume itself, when something else is mounted over it at [`DATA`].
+pub const VOLUME: &str = "/run/openclaw-cvm/volume";
+/// The bucket as a read-only file system: the lower layer of [`DATA`].
+pub const BUCKET_MOUNT: &str = "/run/openclaw-cvm/bucket";
 pub const SSHD_CONFIG: &str = "/run/openclaw-cvm/sshd_config";
 pub const SSH_HOST_KEY: &str = "/run/openclaw-cvm/ssh_host_ed25519_key";
 pub const AUTHORIZED_KEYS: &str = "/run/openclaw-cvm/authorized_keys";
