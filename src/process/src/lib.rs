@@ -13,3 +13,4 @@ pub mod reap;
 pub mod signals;
 pub mod spawn;
 pub mod tree;
+pub mod xattr;

@@ -1,0 +1,89 @@
+//! Last words: the logs of the last boots, kept in the bucket so that they outlive the machine.
+//!
+//! Refuses to keep more than the end of a log, and more than some boots.
+//! May import: `bucket`, `fault`.
+
+use crate::bucket::Bucket;
+use crate::fault::Fault;
+use crate::s3::When;
+use cvm_blueprint::paths;
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io::{Read as _, Seek as _, SeekFrom};
+
+const DIRECTORY: &str = "boots";
+/// Of each log; the end is what tells.
+const TAIL: u64 = 512 * 1024;
+const BOOTS_MAX: usize = 5;
+
+/// The logs of this boot, and how much of them is in the bucket.
+pub(crate) struct Boots {
+    this: String,
+    sent: HashMap<String, (u64, i64)>,
+}
+
+impl Boots {
+    /// `started_ms` names this boot, and orders it among the others.
+    pub(crate) fn new(started_ms: u64) -> Self {
+        Self { this: format!("{started_ms:015}"), sent: HashMap::new() }
+    }
+
+    /// Sends what has grown. The worker's own log does not count as news: each sending adds to it.
+    pub(crate) fn send(&mut self, bucket: &Bucket) -> Result<(), Fault> {
+        let Ok(entries) = fs::read_dir(paths::LOGS) else { return Ok(()) };
+        for entry in entries.flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let Some(log) = name.strip_suffix(".log") else { continue };
+            let Ok(metadata) = entry.metadata() else { continue };
+            use std::os::unix::fs::MetadataExt as _;
+            let look = (metadata.len(), metadata.mtime());
+            if metadata.len() == 0 || self.sent.get(log) == Some(&look) {
+                continue;
+            }
+            let mut file = File::open(entry.path())?;
+            file.seek(SeekFrom::Start(metadata.len().saturating_sub(TAIL)))?;
+            let mut bytes = Vec::new();
+            file.take(TAIL).read_to_end(&mut bytes)?;
+            bucket.write(&format!("{DIRECTORY}/{}/{log}", self.this), &bytes, &When::Always)?;
+            self.sent.insert(log.to_owned(), look);
+        }
+        Ok(())
+    }
+
+    /// Deletes what is older than the last boots.
+    pub(crate) fn prune(&self, bucket: &Bucket) -> Result<(), Fault> {
+        let all = list(bucket)?;
+        let mut boots: Vec<&str> = all.iter().filter_map(|n| n.split('/').next()).collect();
+        boots.sort_unstable();
+        boots.dedup();
+        let old = boots.len().saturating_sub(BOOTS_MAX);
+        for name in all.iter().filter(|n| boots.iter().take(old).any(|b| n.starts_with(b))) {
+            bucket.delete(&format!("{DIRECTORY}/{name}"))?;
+        }
+        Ok(())
+    }
+}
+
+fn list(bucket: &Bucket) -> Result<Vec<String>, Fault> {
+    Ok(bucket.list(DIRECTORY)?.into_iter().map(|(name, _)| name).collect())
+}
+
+/// The kept boots, the newest first: when each started, and its logs.
+pub(crate) fn kept(bucket: &Bucket) -> Result<Vec<(String, Vec<String>)>, Fault> {
+    let mut boots: Vec<(String, Vec<String>)> = Vec::new();
+    let mut all = list(bucket)?;
+    all.sort_unstable_by(|a, b| b.cmp(a));
+    for name in all {
+        let Some((boot, log)) = name.split_once('/') else { continue };
+        match boots.last_mut() {
+            Some((last, logs)) if last == boot => logs.push(log.to_owned()),
+            _ => boots.push((boot.to_owned(), vec![log.to_owned()])),
+        }
+    }
+    Ok(boots)
+}
+
+/// One log of one boot.
+pub(crate) fn read(bucket: &Bucket, boot: &str, log: &str) -> Result<Option<Vec<u8>>, Fault> {
+    Ok(bucket.read(&format!("{DIRECTORY}/{boot}/{log}"))?.map(|(bytes, _)| bytes))
+}

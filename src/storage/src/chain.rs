@@ -1,0 +1,286 @@
+//! The manifest in the bucket: reading the chain, writing the next segment, merging old ones.
+//!
+//! Refuses to write without the lease's word (the caller asks for it), and to delete a segment
+//! that is not covered by another. May import: `bucket`, `entry`, `fault`, `index`, `manifest`, `s3`.
+
+use crate::bucket::Bucket;
+use crate::entry::Path;
+use crate::fault::Fault;
+use crate::index::Index;
+use crate::manifest::{self, Head, Header, Line, Name, Word};
+use crate::s3::When;
+use std::collections::BTreeMap;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+const DIRECTORY: &str = "manifest";
+/// Segments after the merged ones before they are merged too: how many a boot has to read.
+const LOOSE_MAX: usize = 48;
+/// Lines in memory. Above this, or above half of all files, everything is written anew instead.
+const TAIL_MAX: usize = 20_000;
+
+pub(crate) struct Chain {
+    pub(crate) head: Head,
+    pub(crate) owner: (u32, u32),
+    segments: Vec<Name>,
+    /// Where the chain stood before the lines in `tail`.
+    base: Head,
+    /// What was written since the segment that starts at 0: the last word on each path.
+    tail: BTreeMap<Path, Last>,
+}
+
+#[derive(Default)]
+struct Last {
+    settled: Option<Word>,
+    intent: Option<Word>,
+}
+
+/// What loading found.
+pub(crate) struct Loaded {
+    pub(crate) chain: Chain,
+    /// Paths whose object may be either of two.
+    pub(crate) intents: Vec<Line>,
+    /// Whether the volume knew this chain up to here.
+    pub(crate) continued: bool,
+}
+
+impl Chain {
+    /// Where a bucket without a manifest starts.
+    pub(crate) fn empty(owner: (u32, u32)) -> Self {
+        Self {
+            head: Head::default(),
+            owner,
+            segments: Vec::new(),
+            base: Head::default(),
+            tail: BTreeMap::new(),
+        }
+    }
+
+    /// Reads what the index does not know yet.
+    pub(crate) fn load(
+        bucket: &Bucket,
+        index: &Index,
+        owner: (u32, u32),
+        anchor: Option<Head>,
+        accept: bool,
+    ) -> Result<Loaded, Fault> {
+        let known = index.head()?;
+        let names: Vec<Name> = bucket.list(DIRECTORY)?.iter().filter_map(|(n, _)| Name::parse(n)).collect();
+        let chain = manifest::chain(&names);
+        let generation = chain.last().map_or(0, |n| n.to);
+        let newest = names.iter().map(|n| n.to).max().unwrap_or(0);
+        if newest > generation && !accept {
+            return Err(Fault::Suspicious(format!(
+                "the manifest has a gap: generation {newest} is there, and what leads to it is not complete after {generation}"
+            )));
+        }
+        if generation < known.generation && !accept {
+            return Err(Fault::Suspicious(format!(
+                "the bucket is older than this volume: it is at generation {generation}, and {} was written from here",
+                known.generation
+            )));
+        }
+        if let Some(anchor) = anchor
+            && generation < anchor.generation
+            && !accept
+        {
+            return Err(Fault::Suspicious(format!(
+                "the bucket is older than STATE_ANCHOR: it is at generation {generation}, the anchor is {}",
+                anchor.generation
+            )));
+        }
+        let mut this = Self { segments: chain.clone(), ..Self::empty(owner) };
+        // From the segment that ends where the index stands; its digest is checked on the way.
+        let at_boundary = known.generation > 0 && chain.iter().any(|n| n.to == known.generation);
+        let continued = at_boundary && this.read_on(bucket, index, known, anchor)?;
+        if !continued {
+            index.clear()?;
+            this = Self { segments: chain, ..Self::empty(owner) };
+            this.read_all(bucket, index, anchor)?;
+        }
+        let intents = this
+            .tail
+            .iter()
+            .filter_map(|(path, last)| Some(Line { path: path.clone(), word: last.intent.clone()? }))
+            .collect();
+        Ok(Loaded { chain: this, intents, continued })
+    }
+
+    /// Reads all of the tail, and gives the index only what is new to it. False when the chain is
+    /// not the one that the index knows.
+    fn read_on(
+        &mut self,
+        bucket: &Bucket,
+        index: &Index,
+        known: Head,
+        anchor: Option<Head>,
+    ) -> Result<bool, Fault> {
+        let mut fresh: Vec<(Vec<Line>, Head)> = Vec::new();
+        for name in self.segments.clone() {
+            let Name { from, to, .. } = name;
+            // The great first one is only read when the index ends with it.
+            if from == 0 && to < known.generation {
+                continue;
+            }
+            let (header, lines) = self.read(bucket, name)?;
+            let head = Head { generation: to, digest: header.head };
+            if to == known.generation && header.head != known.digest || anchor_differs(anchor, head) {
+                return Ok(false);
+            }
+            if from == 0 {
+                (self.head, self.base) = (head, head);
+                continue;
+            }
+            if self.head == Head::default() {
+                (self.head, self.base) = (
+                    Head { generation: from, digest: header.prev },
+                    Head { generation: from, digest: header.prev },
+                );
+            }
+            self.follows(&header)?;
+            self.remember(&lines);
+            self.head = head;
+            if to > known.generation {
+                fresh.push((lines, head));
+            }
+        }
+        for (lines, head) in fresh {
+            index.apply(&lines, Some(head))?;
+        }
+        Ok(true)
+    }
+
+    fn read_all(&mut self, bucket: &Bucket, index: &Index, anchor: Option<Head>) -> Result<(), Fault> {
+        for name in self.segments.clone() {
+            let Name { from, to, .. } = name;
+            let (header, lines) = self.read(bucket, name)?;
+            self.follows(&header)?;
+            self.head = Head { generation: to, digest: header.head };
+            if anchor_differs(anchor, self.head) {
+                return Err(Fault::Suspicious(format!(
+                    "the bucket's history is not the one of STATE_ANCHOR: generation {to} has another digest"
+                )));
+            }
+            index.apply(&lines, Some(self.head))?;
+            if from == 0 {
+                self.base = self.head;
+            } else {
+                self.remember(&lines);
+            }
+        }
+        Ok(())
+    }
+
+    fn follows(&self, header: &Header) -> Result<(), Fault> {
+        if header.from == self.head.generation && header.prev == self.head.digest {
+            return Ok(());
+        }
+        Err(Fault::Suspicious(format!(
+            "the manifest does not hang together at generation {}: segments of two histories are mixed",
+            header.from
+        )))
+    }
+
+    fn read(&self, bucket: &Bucket, name: Name) -> Result<(Header, Vec<Line>), Fault> {
+        let broken = |why: &str| Fault::Suspicious(format!("the manifest's segment {name}: {why}"));
+        let Some((bytes, _)) = bucket.read(&format!("{DIRECTORY}/{name}"))? else {
+            return Err(broken("it vanished while it was read"));
+        };
+        let mut lines = Vec::new();
+        let header = manifest::read_segment(&bucket.key, &bytes, self.owner, |line| lines.push(line))
+            .map_err(|e| broken(&e.to_string()))?;
+        if (header.from, header.to, header.epoch) != (name.from, name.to, name.epoch) {
+            return Err(broken("it was swapped for another one"));
+        }
+        Ok((header, lines))
+    }
+
+    fn remember(&mut self, lines: &[Line]) {
+        for Line { path, word } in lines {
+            let last = self.tail.entry(path.clone()).or_default();
+            match word {
+                Word::WillBe(_) => last.intent = Some(word.clone()),
+                _ => *last = Last { settled: Some(word.clone()), intent: None },
+            }
+        }
+    }
+
+    /// Writes the next segment. When it is uncertain whether that succeeded, the next try writes
+    /// the same generation again, over it.
+    pub(crate) fn append(&mut self, bucket: &Bucket, epoch: u64, lines: &[Line]) -> Result<Head, Fault> {
+        let (bytes, head) =
+            manifest::next_segment(&bucket.key, self.head, epoch, now_ms(), lines, self.owner)?;
+        let name = Name { from: self.head.generation, to: head.generation, epoch };
+        bucket.write(&format!("{DIRECTORY}/{name}"), &bytes, &When::Always)?;
+        if self.head.generation == 0 {
+            self.base = head;
+        } else {
+            self.remember(lines);
+        }
+        self.segments.push(name);
+        self.head = head;
+        Ok(head)
+    }
+
+    /// Whether a boot would have to read many segments.
+    pub(crate) fn wants_merging(&self) -> bool {
+        self.segments.len() > LOOSE_MAX
+    }
+
+    /// One segment in place of many. What it replaces is deleted afterwards.
+    pub(crate) fn merge(&mut self, bucket: &Bucket, index: &Index, epoch: u64) -> Result<(), Fault> {
+        // An intent has no place in a summary of the index.
+        let open = self.tail.values().any(|last| last.intent.is_some());
+        let files = usize::try_from(index.totals()?.files).unwrap_or(usize::MAX);
+        let all = self.tail.len() > TAIL_MAX.min(files / 2 + 500) && !open;
+        let (from, lines) =
+            if all { (Head::default(), everything(index)?) } else { (self.base, self.tail_lines()) };
+        let header = Header {
+            from: from.generation,
+            to: self.head.generation,
+            epoch,
+            time_ms: now_ms(),
+            prev: from.digest,
+            head: self.head.digest,
+        };
+        let bytes = manifest::merged_segment(&bucket.key, &header, lines.iter(), self.owner)?;
+        let name = Name { from: header.from, to: header.to, epoch };
+        bucket.write(&format!("{DIRECTORY}/{name}"), &bytes, &When::Always)?;
+        let (kept, covered): (Vec<_>, Vec<_>) =
+            self.segments.iter().copied().partition(|n| n.from < header.from);
+        self.segments = kept;
+        self.segments.push(name);
+        if all {
+            self.base = self.head;
+            self.tail.clear();
+        }
+        for old in covered.into_iter().filter(|old| *old != name) {
+            bucket.delete(&format!("{DIRECTORY}/{old}"))?;
+        }
+        Ok(())
+    }
+
+    fn tail_lines(&self) -> Vec<Line> {
+        let words = |path: &Path, last: &Last| {
+            let line = |word: &Word| Line { path: path.clone(), word: word.clone() };
+            [last.settled.as_ref().map(line), last.intent.as_ref().map(line)]
+        };
+        self.tail.iter().flat_map(|(path, last)| words(path, last)).flatten().collect()
+    }
+}
+
+fn everything(index: &Index) -> Result<Vec<Line>, Fault> {
+    let mut lines: Vec<Line> =
+        index.all()?.into_iter().map(|(path, row)| Line { path, word: Word::Is(row.entry) }).collect();
+    let tombs = index.tombs(usize::MAX)?;
+    lines.extend(tombs.into_iter().map(|path| Line { path, word: Word::Gone }));
+    Ok(lines)
+}
+
+fn anchor_differs(anchor: Option<Head>, head: Head) -> bool {
+    anchor.is_some_and(|a| a.generation == head.generation && a.digest != head.digest)
+}
+
+pub(crate) fn now_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}

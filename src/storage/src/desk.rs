@@ -1,0 +1,261 @@
+//! What everybody in the worker knows of its state, and the two ways out for it: reports to PID 1,
+//! and the answer to `cvm storage status`.
+//!
+//! Refuses to put a name of the agent's files into a report to PID 1, which is public.
+//! May import: `bucket`, `fault`, `index`, `manifest`, `owner`, `volume`.
+
+use crate::bucket::Bucket;
+use crate::fault::Fault;
+use crate::index::{Index, Totals};
+use crate::manifest::Head;
+use crate::owner::uptime;
+use crate::volume::Volume;
+use cvm_blueprint::storage::{Drill, Incident, Mode, Progress, StorageReport, StorageSpec, StorageStatus};
+use cvm_blueprint::supervise::Level;
+use cvm_blueprint::wire;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Write as _;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// More than this nobody reads; the rest is counted.
+const INCIDENTS_MAX: usize = 200;
+
+/// The bucket and the volume, once they are open.
+pub(crate) struct Open {
+    pub(crate) bucket: Bucket,
+    pub(crate) index: Index,
+    pub(crate) volume: Volume,
+}
+
+pub(crate) struct Desk {
+    board: Mutex<Board>,
+    reports: Mutex<Option<File>>,
+    open: Mutex<Option<Arc<Open>>>,
+    began: Duration,
+}
+
+#[derive(Default)]
+struct Board {
+    status: StorageStatus,
+    /// Since when, on the clock that also counts sleep.
+    oldest: Option<Duration>,
+    last_push: Option<Duration>,
+    last_error: Option<Duration>,
+    retry_at: Option<Duration>,
+    drilled_ms: Option<u64>,
+    incidents: BTreeMap<String, (String, String, Duration)>,
+    said: Option<StorageReport>,
+}
+
+impl Desk {
+    pub(crate) fn new(spec: &StorageSpec, reports: Option<File>) -> Self {
+        let mut board = Board::default();
+        board.status.bucket.clone_from(&spec.bucket);
+        board.status.prefix.clone_from(&spec.prefix);
+        "opening".clone_into(&mut board.status.phase);
+        Self {
+            board: Mutex::new(board),
+            reports: Mutex::new(reports),
+            open: Mutex::new(None),
+            began: uptime(),
+        }
+    }
+
+    fn board(&self) -> MutexGuard<'_, Board> {
+        self.board.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn opened(&self, open: Option<Arc<Open>>) {
+        *self.open.lock().unwrap_or_else(PoisonError::into_inner) = open;
+    }
+
+    pub(crate) fn open(&self) -> Option<Arc<Open>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    // === To PID 1 ===
+
+    fn report(&self, report: &StorageReport) {
+        let mut reports = self.reports.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(pipe) = reports.as_mut() {
+            // Nobody to report to: PID 1 is gone, and the lifeline says so too.
+            let _ = pipe.write_all(&wire::line(report));
+        }
+    }
+
+    pub(crate) fn note(&self, level: Level, text: impl Into<String>) {
+        let text = text.into();
+        match level {
+            Level::Error => tracing::error!("{text}"),
+            Level::Warn => tracing::warn!("{text}"),
+            Level::Info | Level::Debug => tracing::info!("{text}"),
+        }
+        self.report(&StorageReport::Note { level, text });
+    }
+
+    pub(crate) fn info(&self, text: impl Into<String>) {
+        self.note(Level::Info, text);
+    }
+
+    pub(crate) fn warn(&self, text: impl Into<String>) {
+        self.note(Level::Warn, text);
+    }
+
+    pub(crate) fn ready(&self, mode: Mode, reason: Option<String>, independent: bool) {
+        {
+            let status = &mut self.board().status;
+            "ready".clone_into(&mut status.phase);
+            (status.why, status.progress) = (None, if independent { None } else { status.progress.take() });
+            (status.mode, status.reason, status.independent) = (Some(mode), reason.clone(), independent);
+        }
+        self.say_once(StorageReport::Ready { mode, reason, independent });
+    }
+
+    /// The state in which nothing may stand on the tree, in one word, and why.
+    pub(crate) fn not_ready(&self, phase: &str, why: impl Into<String>, retry: bool) {
+        let why = why.into();
+        {
+            let status = &mut self.board().status;
+            phase.clone_into(&mut status.phase);
+            status.why = Some(why.clone());
+        }
+        self.say_once(StorageReport::NotReady { why, retry });
+    }
+
+    /// PID 1 hears of changes, not of each try.
+    fn say_once(&self, report: StorageReport) {
+        {
+            let mut board = self.board();
+            if board.said.as_ref() == Some(&report) {
+                return;
+            }
+            board.said = Some(report.clone());
+        }
+        match &report {
+            StorageReport::NotReady { why, .. } => tracing::warn!("not ready: {why}"),
+            other => tracing::info!("{other:?}"),
+        }
+        self.report(&report);
+    }
+
+    pub(crate) fn drained(&self, files: u64, bytes: u64) {
+        self.report(&StorageReport::Drained { files, bytes });
+    }
+
+    // === For operators ===
+
+    pub(crate) fn phase(&self, phase: &str) {
+        phase.clone_into(&mut self.board().status.phase);
+    }
+
+    pub(crate) fn identity(&self, instance: &str, epoch: u64) {
+        let status = &mut self.board().status;
+        instance.clone_into(&mut status.instance);
+        (status.epoch, status.held_by) = (epoch, None);
+    }
+
+    pub(crate) fn held_by(&self, who: Option<String>) {
+        self.board().status.held_by = who;
+    }
+
+    pub(crate) fn head(&self, head: Head, totals: Totals) {
+        let status = &mut self.board().status;
+        status.generation = head.generation;
+        status.anchor = (head.generation > 0).then(|| head.anchor());
+        (status.files, status.bytes) = (totals.files, totals.bytes);
+    }
+
+    pub(crate) fn progress(&self, progress: Option<Progress>) {
+        self.board().status.progress = progress;
+    }
+
+    pub(crate) fn pending(&self, files: u64, bytes: u64, oldest: Option<Duration>) {
+        let mut board = self.board();
+        (board.status.pending_files, board.status.pending_bytes, board.oldest) = (files, bytes, oldest);
+    }
+
+    /// Something has changed that nobody has looked at yet.
+    pub(crate) fn changed(&self, since: Option<Duration>) {
+        let mut board = self.board();
+        board.status.pending_files = board.status.pending_files.max(1);
+        board.oldest = since;
+    }
+
+    pub(crate) fn pushed(&self) {
+        let mut board = self.board();
+        board.last_push = Some(uptime());
+        board.retry_at = None;
+    }
+
+    pub(crate) fn failed(&self, fault: &Fault, retry_in: Option<Duration>) {
+        tracing::warn!("{fault}");
+        let mut board = self.board();
+        board.status.last_error = Some(format!("{fault}; {}", fault.remedy()));
+        board.last_error = Some(uptime());
+        board.retry_at = retry_in.map(|d| uptime() + d);
+    }
+
+    pub(crate) fn incident(&self, path: &str, what: &str, remedy: &str) {
+        let mut board = self.board();
+        let known = board.incidents.get(path).is_some_and(|(w, ..)| w == what);
+        if known || board.incidents.len() >= INCIDENTS_MAX {
+            return;
+        }
+        tracing::error!("incident: {path}: {what}; {remedy}");
+        board.incidents.insert(path.to_owned(), (what.to_owned(), remedy.to_owned(), uptime()));
+        let count = board.incidents.len();
+        drop(board);
+        self.report(&StorageReport::Note {
+            level: Level::Error,
+            text: format!("Storage incident ({count} in all): something in the bucket or the tree needs a look; `cvm storage status` names it"),
+        });
+    }
+
+    /// Takes back what no longer holds; yields whether it did.
+    pub(crate) fn settled(&self, path: &str) -> bool {
+        self.board().incidents.remove(path).is_some()
+    }
+
+    pub(crate) fn forget_incidents(&self) {
+        self.board().incidents.clear();
+    }
+
+    pub(crate) fn drill(&self, drill: Drill, at_ms: u64) {
+        let mut board = self.board();
+        board.status.drill = Some(drill);
+        board.drilled_ms = Some(at_ms);
+    }
+
+    pub(crate) fn status(&self) -> StorageStatus {
+        let requests = self.open().map(|open| (open.bucket.requests(), open.bucket.s3.counts()));
+        let board = self.board();
+        let now = uptime();
+        let ago = |at: Duration| u64::try_from(now.saturating_sub(at).as_millis()).unwrap_or(u64::MAX);
+        let mut status = board.status.clone();
+        status.oldest_unreplicated_ms = board.oldest.map(ago);
+        status.last_push_ago_ms = board.last_push.map(ago);
+        status.last_error_ago_ms = board.last_error.map(ago);
+        status.retry_in_ms =
+            board.retry_at.map(|at| u64::try_from(at.saturating_sub(now).as_millis()).unwrap_or(0));
+        status.incidents = board
+            .incidents
+            .iter()
+            .map(|(path, (what, remedy, since))| Incident {
+                path: path.clone(),
+                what: what.clone(),
+                remedy: remedy.clone(),
+                since_ms_ago: ago(*since),
+            })
+            .collect();
+        if let (Some(drill), Some(at)) = (status.drill.as_mut(), board.drilled_ms) {
+            drill.ago_ms = crate::chain::now_ms().saturating_sub(at);
+        }
+        if let Some((requests, [_, up, down])) = requests {
+            (status.requests, status.bytes_up, status.bytes_down) = (requests, up, down);
+        }
+        status.up_ms = ago(self.began);
+        status
+    }
+}

@@ -1,0 +1,266 @@
+//! From the bucket to a directory: objects are fetched, checked against the manifest, and only
+//! then put in their place with everything that the manifest says of them.
+//!
+//! Used by the full restore, by what the gateway needs before it starts, by drills, and by
+//! `cvm storage restore`. A restore that was killed goes on with what it had fetched.
+//!
+//! Refuses to put anything unverified anywhere, and to follow a link of the tree's.
+//! May import: `bucket`, `entry`, `fault`, `index`, `manifest`, `parallel`, `stage`, `volume`.
+
+use crate::bucket::Bucket;
+use crate::entry::{Entry, Kind, Path};
+use crate::fault::Fault;
+use crate::manifest::Digest;
+use crate::{parallel, stage, volume};
+use std::collections::HashMap;
+use std::fs;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::{Path as FsPath, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+/// Downloads at once. Small files cost a round trip each and little else.
+const PARALLEL: u32 = 64;
+/// Below this many files one request for each is cheaper than listing the whole bucket.
+const FEW: usize = 200;
+const CHECKERS: usize = 4;
+
+/// One path with all that its object may be: the settled entry first, then the intended one.
+#[derive(Debug, Clone)]
+pub(crate) struct Wanted {
+    pub(crate) path: Path,
+    pub(crate) may_be: Vec<Entry>,
+}
+
+/// What became of one file.
+#[derive(Debug)]
+pub(crate) enum Got {
+    /// It is in its place, and is this.
+    Good(Path, Entry),
+    /// The bucket does not have it as the manifest says.
+    Bad(Path, String),
+    /// It could not be had now.
+    Later(Path, Fault),
+}
+
+pub(crate) struct Fetcher<'a> {
+    pub(crate) bucket: &'a Bucket,
+    /// Where parts lie while they are fetched; on the same volume as the target.
+    pub(crate) parts: PathBuf,
+    /// Told what is done: files and bytes.
+    pub(crate) progress: &'a (dyn Fn(u64, u64) + Sync),
+}
+
+impl Fetcher<'_> {
+    /// Fetches all of these files into place below `root`.
+    pub(crate) fn files(&self, wanted: Vec<Wanted>, root: &FsPath) -> Result<Vec<Got>, Fault> {
+        let (empty, wanted): (Vec<_>, Vec<_>) =
+            wanted.into_iter().partition(|w| w.may_be.iter().all(|e| e.size() == 0 && e.sha().is_some()));
+        let mut got: Vec<Got> = empty.into_iter().map(|w| place_empty(&w, root)).collect();
+        fs::create_dir_all(&self.parts)?;
+        let (plain, odd): (Vec<_>, Vec<_>) = wanted.into_iter().partition(|w| w.path.is_plain());
+        let (few, many) = if plain.len() > FEW { (odd, plain) } else { ([odd, plain].concat(), Vec::new()) };
+        if !many.is_empty() {
+            self.bulk()?;
+            let done = (AtomicU64::new(0), AtomicU64::new(0));
+            got.extend(parallel::each(many, CHECKERS, |wanted| {
+                let part = self.parts.join("bulk").join(std::ffi::OsStr::from_bytes(wanted.path.as_bytes()));
+                let got = self.check_and_place(&wanted, &part, root);
+                let bytes = wanted.may_be.first().map_or(0, Entry::size);
+                (self.progress)(
+                    done.0.fetch_add(1, Ordering::Relaxed) + 1,
+                    done.1.fetch_add(bytes, Ordering::Relaxed) + bytes,
+                );
+                got
+            }));
+        }
+        let numbered: Vec<_> = few.into_iter().enumerate().collect();
+        got.extend(parallel::each(numbered, PARALLEL as usize / 2, |(number, wanted)| {
+            let part = self.parts.join(format!("one-{number}"));
+            self.single(&wanted, &part, root)
+        }));
+        Ok(got)
+    }
+
+    /// Everything in one call of rclone's, which lists the bucket and fetches many at a time.
+    fn bulk(&self) -> Result<(), Fault> {
+        let bulk = self.parts.join("bulk");
+        fs::create_dir_all(&bulk)?;
+        let finished = std::sync::atomic::AtomicBool::new(false);
+        let whole = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !finished.load(Ordering::Relaxed) {
+                    std::thread::sleep(Duration::from_millis(250));
+                    if let Some((files, bytes)) = self.bucket.rclone.progress() {
+                        (self.progress)(files, bytes);
+                    }
+                }
+            });
+            let whole = self.bucket.rclone.download_all(&bulk, PARALLEL);
+            finished.store(true, Ordering::Relaxed);
+            whole
+        });
+        match whole {
+            // What is missing or damaged shows when each file is checked; what is unreachable
+            // is unreachable for all of them.
+            Err(
+                fault @ (Fault::Unreachable(_)
+                | Fault::Denied(_)
+                | Fault::Tls(_)
+                | Fault::Disk(_)
+                | Fault::NoBucket),
+            ) => Err(fault),
+            _ => Ok(()),
+        }
+    }
+
+    fn check_and_place(&self, wanted: &Wanted, part: &FsPath, root: &FsPath) -> Got {
+        match self.place(wanted, part, root) {
+            Ok(entry) => Got::Good(wanted.path.clone(), entry),
+            // Once more, alone: the first try may have been cut short, and its error is lost.
+            Err(_) => {
+                let _ = fs::remove_file(part);
+                let part = self.parts.join(format!("again-{:016x}", fingerprint(&wanted.path)));
+                self.single(wanted, &part, root)
+            }
+        }
+    }
+
+    fn single(&self, wanted: &Wanted, part: &FsPath, root: &FsPath) -> Got {
+        let _ = fs::remove_file(part);
+        let name = part.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        match self.bucket.rclone.download(&wanted.path.object(), &self.parts, &name) {
+            Ok(()) => {}
+            Err(Fault::Missing) => {
+                return Got::Bad(wanted.path.clone(), "its object is missing from the bucket".to_owned());
+            }
+            Err(Fault::WrongKey(_)) => {
+                return Got::Bad(
+                    wanted.path.clone(),
+                    "its object does not decrypt: it was damaged or replaced".to_owned(),
+                );
+            }
+            Err(fault) => return Got::Later(wanted.path.clone(), fault),
+        }
+        match self.place(wanted, part, root) {
+            Ok(entry) => Got::Good(wanted.path.clone(), entry),
+            Err(Fault::Suspicious(why)) => {
+                let _ = fs::remove_file(part);
+                Got::Bad(wanted.path.clone(), why)
+            }
+            Err(fault) => Got::Later(wanted.path.clone(), fault),
+        }
+    }
+
+    /// Into its place, if it is what it should be.
+    fn place(&self, wanted: &Wanted, part: &FsPath, root: &FsPath) -> Result<Entry, Fault> {
+        let (size, sha) = stage::hash(part)?;
+        let entry = verified(wanted, size, sha)?;
+        volume::make_parents(root, &wanted.path)?;
+        let to = wanted.path.below(root);
+        fs::rename(part, &to)?;
+        volume::dress(&to, &entry)?;
+        Ok(entry)
+    }
+}
+
+/// Which of its possible entries a fetched object is.
+pub(crate) fn verified(wanted: &Wanted, size: u64, sha: Digest) -> Result<Entry, Fault> {
+    for entry in &wanted.may_be {
+        match entry.kind {
+            Kind::File { size: s, sha: Some(expected), .. } if s == size && expected == sha => {
+                return Ok(entry.clone());
+            }
+            // Adopted: whatever decrypts is what it was.
+            Kind::File { sha: None, database, .. } => {
+                let kind = Kind::File { size, sha: Some(sha), database };
+                return Ok(Entry { kind, ..entry.clone() });
+            }
+            _ => {}
+        }
+    }
+    let expected = wanted.may_be.first().map_or(0, Entry::size);
+    Err(Fault::Suspicious(if size == expected {
+        "its object has other content than the manifest says: replaced, swapped, or an older version"
+            .to_owned()
+    } else {
+        format!(
+            "its object has {size} bytes, the manifest says {expected}: cut, replaced, swapped, or an older version"
+        )
+    }))
+}
+
+fn place_empty(wanted: &Wanted, root: &FsPath) -> Got {
+    let Some(entry) = wanted.may_be.first() else {
+        return Got::Bad(wanted.path.clone(), "the manifest has no entry for it".to_owned());
+    };
+    let place = || -> Result<(), Fault> {
+        volume::make_parents(root, &wanted.path)?;
+        let to = wanted.path.below(root);
+        let _ = fs::remove_file(&to);
+        fs::OpenOptions::new().write(true).create_new(true).open(&to)?;
+        volume::dress(&to, entry)
+    };
+    match place() {
+        Ok(()) => Got::Good(wanted.path.clone(), entry.clone()),
+        Err(fault) => Got::Later(wanted.path.clone(), fault),
+    }
+}
+
+fn fingerprint(path: &Path) -> u64 {
+    use std::hash::{Hash as _, Hasher as _};
+    let mut hasher = std::hash::DefaultHasher::new();
+    path.hash(&mut hasher);
+    hasher.finish()
+}
+
+/// Directories and symbolic links, which are nowhere but in the manifest. Directories get their
+/// final looks by [`finish`], because filling them changes their times.
+pub(crate) fn skeleton(entries: &[(Path, Entry)], root: &FsPath) -> Result<(), Fault> {
+    for (path, entry) in entries {
+        let at = path.below(root);
+        match &entry.kind {
+            Kind::Directory => fs::create_dir_all(&at)?,
+            Kind::Symlink { target } => {
+                volume::make_parents(root, path)?;
+                let _ = fs::remove_file(&at);
+                std::os::unix::fs::symlink(std::ffi::OsStr::from_bytes(target), &at)?;
+                volume::dress(&at, entry)?;
+            }
+            Kind::File { .. } => {}
+        }
+    }
+    Ok(())
+}
+
+/// Joins what was one file under several names, and dresses the directories, the deepest first.
+pub(crate) fn finish(entries: &[(Path, Entry)], root: &FsPath) -> Result<(), Fault> {
+    let mut groups: HashMap<u64, Vec<&Path>> = HashMap::new();
+    for (path, entry) in entries {
+        if let (Some(link), Kind::File { .. }) = (entry.link, &entry.kind) {
+            groups.entry(link).or_default().push(path);
+        }
+    }
+    for paths in groups.values() {
+        let Some((first, others)) = paths.split_first() else { continue };
+        let same = |a: &Path, b: &Path| stage::hash(&a.below(root)).ok() == stage::hash(&b.below(root)).ok();
+        for other in
+            others.iter().filter(|o| o.below(root).exists() && first.below(root).exists() && same(first, o))
+        {
+            let temporary = other.below(root).with_file_name(".cvm-link");
+            fs::hard_link(first.below(root), &temporary)?;
+            fs::rename(&temporary, other.below(root))?;
+        }
+    }
+    dress_directories(entries, root)
+}
+
+pub(crate) fn dress_directories(entries: &[(Path, Entry)], root: &FsPath) -> Result<(), Fault> {
+    let mut directories: Vec<_> = entries.iter().filter(|(_, e)| e.kind == Kind::Directory).collect();
+    directories
+        .sort_by_key(|(path, _)| std::cmp::Reverse(path.as_bytes().iter().filter(|b| **b == b'/').count()));
+    for (path, entry) in directories {
+        volume::dress(&path.below(root), entry)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,230 @@
+//! From below to above: every file whose data is only in the mount is read, checked, and then
+//! copied up by the kernel, which does it as one step whoever else writes at the same moment.
+//!
+//! Refuses to copy up what does not match the manifest: that is hidden, and an incident.
+//! May import: `desk`, `entry`, `fault`, `index`, `stage`, `volume`.
+
+use crate::desk::{Desk, Open};
+use crate::entry::{Entry, Kind, Path};
+use crate::fault::Fault;
+use crate::index::{Row, Sign};
+use crate::scan::sign_of;
+use crate::{parallel, stage, volume};
+use cvm_blueprint::paths;
+use cvm_blueprint::storage::Progress;
+use nix::fcntl::OFlag;
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+const THREADS: usize = 12;
+/// Rows that are marked at once.
+const BATCH: usize = 256;
+/// Reads of one file that fail before somebody else is asked about it.
+const TRIES: u32 = 3;
+const AGAIN: Duration = Duration::from_secs(5);
+
+pub(crate) const REMEDY: &str = "look at the object's versions in the bucket; put a good one back and restart storage, or give the file up with `cvm storage accept`";
+
+enum Lifted {
+    /// With the sign by which it is known, unless somebody has written to it.
+    Up(Path, Option<Sign>),
+    Bad(Path, String),
+    Later,
+}
+
+/// Goes on until nothing is only below, or `stop` is set. True when all is above.
+pub(crate) fn run(open: &Open, desk: &Desk, stop: &AtomicBool) -> Result<bool, Fault> {
+    let total = open.index.count_lower()?;
+    let (files, bytes) = (AtomicU64::new(0), AtomicU64::new(0));
+    let show = || {
+        desk.progress(Some(Progress {
+            what: "fetching what is still only in the bucket".to_owned(),
+            files_done: files.load(Ordering::Relaxed).min(total.files),
+            files_total: total.files,
+            bytes_done: bytes.load(Ordering::Relaxed).min(total.bytes),
+            bytes_total: total.bytes,
+        }));
+    };
+    show();
+    while !stop.load(Ordering::Relaxed) {
+        let mut rows = open.index.lower()?;
+        if rows.is_empty() {
+            desk.progress(None);
+            return Ok(true);
+        }
+        rows.sort_by_key(|(_, row)| (!row.entry.is_database(), row.entry.size()));
+        let mut progressed = false;
+        for batch in rows.chunks(BATCH) {
+            if stop.load(Ordering::Relaxed) {
+                return Ok(false);
+            }
+            let lifted = parallel::each(batch.to_vec(), THREADS, |(path, row)| {
+                let lifted = lift(open, &path, &row);
+                if matches!(lifted, Lifted::Up(..)) {
+                    files.fetch_add(u64::from(row.entry.is_file()), Ordering::Relaxed);
+                    bytes.fetch_add(row.entry.size(), Ordering::Relaxed);
+                }
+                lifted
+            });
+            progressed |= settle(open, desk, lifted)?;
+            show();
+        }
+        if !progressed {
+            std::thread::sleep(AGAIN);
+        }
+    }
+    Ok(false)
+}
+
+fn settle(open: &Open, desk: &Desk, lifted: Vec<Lifted>) -> Result<bool, Fault> {
+    let (mut up, mut known) = (Vec::new(), Vec::new());
+    let mut progressed = false;
+    for one in lifted {
+        match one {
+            Lifted::Up(path, Some(sign)) => known.push((path, sign)),
+            Lifted::Up(path, None) => up.push(path),
+            Lifted::Bad(path, why) => {
+                progressed = true;
+                open.index.set_bad(&path, Some(&why))?;
+                open.index.set_lower(std::slice::from_ref(&path), false)?;
+                hide(open, &path);
+                desk.incident(&path.to_string(), &why, REMEDY);
+            }
+            Lifted::Later => {}
+        }
+    }
+    progressed |= !up.is_empty() || !known.is_empty();
+    open.index.set_lower(&up, false)?;
+    open.index.set_signs(&known)?;
+    Ok(progressed)
+}
+
+/// What is wrong in the bucket is not there for the gateway. What it has already written over is
+/// its own and stays.
+fn hide(open: &Open, path: &Path) {
+    let above = volume::look(&path.below(&open.volume.upper)).ok().flatten();
+    let written = above.is_some_and(|_| {
+        volume::mark(&path.below(&open.volume.upper), c"trusted.overlay.metacopy").is_none()
+    });
+    if !written {
+        let _ = std::fs::remove_file(path.below(&open.volume.tree));
+    }
+}
+
+fn lift(open: &Open, path: &Path, row: &Row) -> Lifted {
+    if !row.entry.is_file() {
+        return Lifted::Up(path.clone(), None);
+    }
+    for attempt in 1..=TRIES {
+        match check_below(path, &row.entry) {
+            Ok(Ok(())) => {
+                return match copy_up(open, path, &row.entry) {
+                    Ok(sign) => Lifted::Up(path.clone(), sign),
+                    Err(_) => Lifted::Later,
+                };
+            }
+            Ok(Err(why)) => return Lifted::Bad(path.clone(), why),
+            Err(Fault::Missing) => {
+                return Lifted::Bad(path.clone(), "its object is missing from the bucket".to_owned());
+            }
+            Err(_) if attempt < TRIES => {}
+            // The mount says "I/O error" for everything; rclone says what it is.
+            Err(_) => return ask_rclone(open, path),
+        }
+    }
+    Lifted::Later
+}
+
+/// Reads it where the mount shows it. The kernel keeps what was read, and copies up from that.
+fn check_below(path: &Path, entry: &Entry) -> Result<Result<(), String>, Fault> {
+    let Kind::File { size, sha: Some(sha), .. } = entry.kind else { return Ok(Ok(())) };
+    let at = path.below(std::path::Path::new(paths::BUCKET_MOUNT));
+    if volume::look(&at)?.is_none() {
+        return Err(Fault::Missing);
+    }
+    let (found_size, found) = stage::hash(&at)?;
+    Ok(match (found_size == size, found == sha) {
+        (true, true) => Ok(()),
+        (true, false) => {
+            Err("its object has other content than the manifest says: replaced, swapped, or an older version"
+                .to_owned())
+        }
+        (false, _) => Err(format!(
+            "its object has {found_size} bytes, the manifest says {size}: cut, replaced, swapped, or an older version"
+        )),
+    })
+}
+
+fn ask_rclone(open: &Open, path: &Path) -> Lifted {
+    let name = format!("look-{:?}", std::thread::current().id()).replace(['(', ')'], "");
+    let staging = open.volume.staging();
+    let asked = open.bucket.rclone.download(&path.object(), &staging, &name);
+    let _ = std::fs::remove_file(staging.join(&name));
+    match asked {
+        Err(Fault::WrongKey(_)) => {
+            Lifted::Bad(path.clone(), "its object does not decrypt: it was damaged or replaced".to_owned())
+        }
+        Err(Fault::Missing) => Lifted::Bad(path.clone(), "its object is missing from the bucket".to_owned()),
+        _ => Lifted::Later,
+    }
+}
+
+/// Opening for writing makes the kernel copy it up; what is up already stays as it is.
+fn copy_up(open: &Open, path: &Path, entry: &Entry) -> Result<Option<Sign>, Fault> {
+    let (at, upper) = (path.below(&open.volume.tree), path.below(&open.volume.upper));
+    match OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags((OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits())
+        .open(&at)
+    {
+        Ok(_) => {}
+        // The gateway removed or moved it meanwhile.
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error.into()),
+    }
+    let Some(before) = volume::look(&upper)? else { return Ok(None) };
+    let untouched = entry.sha().is_some() && stage::hash(&upper)?.1 == entry.sha().unwrap_or_default();
+    if !untouched {
+        return Ok(None);
+    }
+    // The times that the manifest knows.
+    if volume::mtime_ns(&before) != entry.mtime_ns {
+        let now = volume::look(&upper)?.map(|stat| volume::mtime_ns(&stat));
+        if now == Some(volume::mtime_ns(&before)) {
+            volume::set_mtime(&at, entry.mtime_ns)?;
+        }
+    }
+    let Some(after) = volume::look(&upper)? else { return Ok(None) };
+    let same = (before.st_size, before.st_ino) == (after.st_size, after.st_ino)
+        && volume::mtime_ns(&after) == entry.mtime_ns;
+    Ok(same.then(|| sign_of(&upper, &after, false)))
+}
+
+/// Copies up everything below a directory that was moved while its files were only below, or one
+/// file whose name has changed.
+pub(crate) fn lift_tree(open: &Open, path: &Path) -> Result<(), Fault> {
+    let at = path.below(&open.volume.tree);
+    let Some(stat) = volume::look(&at)? else { return Ok(()) };
+    if volume::kind_of(&stat) == libc::S_IFDIR {
+        for entry in std::fs::read_dir(&at)? {
+            use std::os::unix::ffi::OsStrExt as _;
+            if let Some(child) = Path::child(Some(path), entry?.file_name().as_bytes()) {
+                lift_tree(open, &child)?;
+            }
+        }
+        // The directory itself too, so that the scan of the upper layer sees it.
+        volume::set_mtime(&at, volume::mtime_ns(&stat))?;
+    } else if volume::kind_of(&stat) == libc::S_IFREG {
+        OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags((OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits())
+            .open(&at)?;
+    } else {
+        volume::set_mtime(&at, volume::mtime_ns(&stat))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,409 @@
+//! The index: what the bucket holds, as the last commit left it, and by which sign each file on
+//! this volume is known to be that. A cache on the volume: losing it costs reading every file once.
+//!
+//! Refuses: to be ahead of the bucket (rows change after the manifest has been written), and to
+//! touch the tree. May import: `entry`, `fault`, `manifest`.
+
+use crate::entry::{Entry, Kind, Path};
+use crate::fault::Fault;
+use crate::manifest::{Digest, Head, Line, Word};
+use rusqlite::{Connection, OptionalExtension as _, Row as SqlRow, params};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// By what a file is recognised without reading it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Sign {
+    pub(crate) size: u64,
+    pub(crate) mtime_ns: i64,
+    /// Of a database: of its log too.
+    pub(crate) change: i64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Row {
+    pub(crate) entry: Entry,
+    /// What the file on this volume looked like when it was this entry.
+    pub(crate) sign: Option<Sign>,
+    /// Its content is only in the mount below the tree.
+    pub(crate) lower: bool,
+    /// An upload was begun whose end is not known: it is pushed again, whatever it looks like.
+    pub(crate) unsure: bool,
+    /// The bucket does not have what it should, and why.
+    pub(crate) bad: Option<String>,
+}
+
+pub(crate) struct Index {
+    db: Mutex<Connection>,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Totals {
+    pub(crate) files: u64,
+    pub(crate) bytes: u64,
+}
+
+const COLUMNS: &str = "dir, name, kind, size, sha, target, mode, uid, gid, mtime, link, s_size, s_mtime, s_change, lower, unsure, bad";
+
+impl Index {
+    pub(crate) fn open(file: &std::path::Path) -> Result<Self, Fault> {
+        let db = Connection::open(file)?;
+        // It may lose its last commits with the power, not its shape: everything in it can be
+        // had from the bucket and the tree again.
+        db.execute_batch(
+            "PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; PRAGMA cache_size = -2048;
+             CREATE TABLE IF NOT EXISTS entry (
+                 dir BLOB NOT NULL, name BLOB NOT NULL, kind INTEGER NOT NULL, size INTEGER NOT NULL, sha BLOB, target BLOB,
+                 mode INTEGER NOT NULL, uid INTEGER NOT NULL, gid INTEGER NOT NULL, mtime INTEGER NOT NULL, link INTEGER,
+                 s_size INTEGER, s_mtime INTEGER, s_change INTEGER,
+                 lower INTEGER NOT NULL DEFAULT 0, unsure INTEGER NOT NULL DEFAULT 0, bad TEXT,
+                 PRIMARY KEY (dir, name)) WITHOUT ROWID;
+             CREATE INDEX IF NOT EXISTS entry_lower ON entry (lower) WHERE lower = 1;
+             CREATE INDEX IF NOT EXISTS entry_bad ON entry (bad) WHERE bad IS NOT NULL;
+             CREATE INDEX IF NOT EXISTS entry_database ON entry (kind) WHERE kind = 1;
+             CREATE TABLE IF NOT EXISTS tomb (path BLOB PRIMARY KEY) WITHOUT ROWID;
+             CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;",
+        )?;
+        Ok(Self { db: Mutex::new(db) })
+    }
+
+    fn db(&self) -> MutexGuard<'_, Connection> {
+        self.db.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn meta(&self, name: &str) -> Result<Option<String>, Fault> {
+        Ok(self
+            .db()
+            .prepare_cached("SELECT value FROM meta WHERE name = ?")?
+            .query_row([name], |r| r.get(0))
+            .optional()?)
+    }
+
+    pub(crate) fn set_meta(&self, name: &str, value: &str) -> Result<(), Fault> {
+        self.db().prepare_cached("INSERT OR REPLACE INTO meta VALUES (?, ?)")?.execute([name, value])?;
+        Ok(())
+    }
+
+    pub(crate) fn number(&self, name: &str) -> Result<u64, Fault> {
+        Ok(self.meta(name)?.and_then(|v| v.parse().ok()).unwrap_or(0))
+    }
+
+    pub(crate) fn head(&self) -> Result<Head, Fault> {
+        Ok(self.meta("head")?.and_then(|text| Head::parse_anchor(&text)).unwrap_or_default())
+    }
+
+    /// Forgets everything about the tree, not who this volume is.
+    pub(crate) fn clear(&self) -> Result<(), Fault> {
+        self.db().execute_batch(
+            "DELETE FROM entry; DELETE FROM tomb; DELETE FROM meta WHERE name IN ('head', 'independent');",
+        )?;
+        Ok(())
+    }
+
+    /// Lines of the manifest that are now true of the bucket, all or none.
+    pub(crate) fn apply(&self, lines: &[Line], head: Option<Head>) -> Result<(), Fault> {
+        let mut db = self.db();
+        let transaction = db.transaction()?;
+        for line in lines {
+            apply_line(&transaction, line)?;
+        }
+        if let Some(head) = head {
+            transaction.execute("INSERT OR REPLACE INTO meta VALUES ('head', ?)", [head.anchor()])?;
+        }
+        transaction.commit()?;
+        Ok(())
+    }
+
+    /// By what these files are known from now on.
+    pub(crate) fn set_signs(&self, signs: &[(Path, Sign)]) -> Result<(), Fault> {
+        self.each(signs, "UPDATE entry SET s_size = ?3, s_mtime = ?4, s_change = ?5, lower = 0 WHERE dir = ?1 AND name = ?2", |(path, sign), run| {
+            let (dir, name) = path.split();
+            run(params![dir, name, signed(sign.size), sign.mtime_ns, sign.change])
+        })
+    }
+
+    pub(crate) fn set_unsure(&self, paths: &[Path]) -> Result<(), Fault> {
+        self.each(paths, "UPDATE entry SET unsure = 1 WHERE dir = ?1 AND name = ?2", |path, run| {
+            let (dir, name) = path.split();
+            run(params![dir, name])
+        })
+    }
+
+    pub(crate) fn set_lower(&self, paths: &[Path], lower: bool) -> Result<(), Fault> {
+        self.each(paths, "UPDATE entry SET lower = ?3 WHERE dir = ?1 AND name = ?2", |path, run| {
+            let (dir, name) = path.split();
+            run(params![dir, name, lower])
+        })
+    }
+
+    pub(crate) fn set_bad(&self, path: &Path, why: Option<&str>) -> Result<(), Fault> {
+        self.each(&[path], "UPDATE entry SET bad = ?3 WHERE dir = ?1 AND name = ?2", |path, run| {
+            let (dir, name) = path.split();
+            run(params![dir, name, why])
+        })
+    }
+
+    /// Every entry's content is in the mount, and nowhere else yet.
+    pub(crate) fn set_all_lower(&self, lower: bool) -> Result<(), Fault> {
+        self.db().execute("UPDATE entry SET lower = ? WHERE bad IS NULL", [lower])?;
+        Ok(())
+    }
+
+    fn each<T>(
+        &self,
+        items: &[T],
+        sql: &str,
+        mut bind: impl FnMut(
+            &T,
+            &mut dyn FnMut(&[&dyn rusqlite::ToSql]) -> rusqlite::Result<usize>,
+        ) -> rusqlite::Result<usize>,
+    ) -> Result<(), Fault> {
+        let mut db = self.db();
+        let transaction = db.transaction()?;
+        {
+            let mut statement = transaction.prepare_cached(sql)?;
+            for item in items {
+                bind(item, &mut |values| statement.execute(values))?;
+            }
+        }
+        transaction.commit()?;
+        Ok(())
+    }
+
+    pub(crate) fn get(&self, path: &Path) -> Result<Option<Row>, Fault> {
+        let (dir, name) = path.split();
+        let sql = format!("SELECT {COLUMNS} FROM entry WHERE dir = ? AND name = ?");
+        Ok(self
+            .db()
+            .prepare_cached(&sql)?
+            .query_row(params![dir, name], row)
+            .optional()?
+            .map(|(_, _, row)| row))
+    }
+
+    /// What is directly in a directory; "" is the top.
+    pub(crate) fn children(&self, dir: &[u8]) -> Result<Vec<(Vec<u8>, Row)>, Fault> {
+        let sql = format!("SELECT {COLUMNS} FROM entry WHERE dir = ?");
+        let db = self.db();
+        let mut statement = db.prepare_cached(&sql)?;
+        let rows = statement.query_map([dir], row)?;
+        Ok(rows.map(|r| r.map(|(_, name, row)| (name, row))).collect::<Result<_, _>>()?)
+    }
+
+    /// Every path below a directory.
+    pub(crate) fn below(&self, dir: &Path) -> Result<Vec<(Path, Row)>, Fault> {
+        let from = [dir.as_bytes(), b"/"].concat();
+        let to = [dir.as_bytes(), b"0"].concat();
+        self.select("WHERE dir = ?1 OR (dir >= ?2 AND dir < ?3)", params![dir.as_bytes(), from, to])
+    }
+
+    pub(crate) fn all(&self) -> Result<Vec<(Path, Row)>, Fault> {
+        self.select("", [])
+    }
+
+    pub(crate) fn lower(&self) -> Result<Vec<(Path, Row)>, Fault> {
+        self.select("WHERE lower = 1", [])
+    }
+
+    pub(crate) fn bad(&self) -> Result<Vec<(Path, Row)>, Fault> {
+        self.select("WHERE bad IS NOT NULL", [])
+    }
+
+    pub(crate) fn databases(&self) -> Result<Vec<(Path, Row)>, Fault> {
+        self.select("WHERE kind = 1", [])
+    }
+
+    fn select(&self, which: &str, values: impl rusqlite::Params) -> Result<Vec<(Path, Row)>, Fault> {
+        let sql = format!("SELECT {COLUMNS} FROM entry {which}");
+        let db = self.db();
+        let mut statement = db.prepare(&sql)?;
+        let rows = statement.query_map(values, row)?;
+        let mut all = Vec::new();
+        for found in rows {
+            let (dir, name, row) = found?;
+            let bytes = if dir.is_empty() { name } else { [&dir[..], b"/", &name].concat() };
+            all.extend(Path::new(&bytes).map(|path| (path, row)));
+        }
+        Ok(all)
+    }
+
+    pub(crate) fn totals(&self) -> Result<Totals, Fault> {
+        let sql = "SELECT count(*), coalesce(sum(size), 0) FROM entry WHERE kind <= 1";
+        Ok(self
+            .db()
+            .prepare_cached(sql)?
+            .query_row([], |r| Ok(Totals { files: unsigned(r.get(0)?), bytes: unsigned(r.get(1)?) }))?)
+    }
+
+    pub(crate) fn count_lower(&self) -> Result<Totals, Fault> {
+        let sql = "SELECT count(*), coalesce(sum(size), 0) FROM entry WHERE lower = 1 AND kind <= 1";
+        Ok(self
+            .db()
+            .prepare_cached(sql)?
+            .query_row([], |r| Ok(Totals { files: unsigned(r.get(0)?), bytes: unsigned(r.get(1)?) }))?)
+    }
+
+    /// Objects whose paths are gone, to be deleted when nothing needs them any more.
+    pub(crate) fn tombs(&self, most: usize) -> Result<Vec<Path>, Fault> {
+        let db = self.db();
+        let mut statement = db.prepare_cached("SELECT path FROM tomb LIMIT ?")?;
+        let rows = statement.query_map([signed(most as u64)], |r| r.get::<_, Vec<u8>>(0))?;
+        let all: Vec<Vec<u8>> = rows.collect::<Result<_, _>>()?;
+        Ok(all.iter().filter_map(|bytes| Path::new(bytes)).collect())
+    }
+}
+
+fn apply_line(db: &Connection, line: &Line) -> rusqlite::Result<()> {
+    let (dir, name) = line.path.split();
+    match &line.word {
+        Word::Is(entry) => put(db, dir, name, entry, false)?,
+        Word::WillBe(entry) => {
+            let known = db
+                .prepare_cached("UPDATE entry SET unsure = 1 WHERE dir = ? AND name = ?")?
+                .execute(params![dir, name])?;
+            if known == 0 {
+                put(db, dir, name, entry, true)?;
+            }
+        }
+        Word::Gone => {
+            db.prepare_cached("DELETE FROM entry WHERE dir = ? AND name = ?")?.execute(params![dir, name])?;
+            db.prepare_cached("INSERT OR IGNORE INTO tomb VALUES (?)")?.execute([line.path.as_bytes()])?;
+        }
+        Word::Deleted => {
+            // Of a merged segment this is all that is left of the path's end.
+            db.prepare_cached("DELETE FROM entry WHERE dir = ? AND name = ?")?.execute(params![dir, name])?;
+            db.prepare_cached("DELETE FROM tomb WHERE path = ?")?.execute([line.path.as_bytes()])?;
+        }
+    }
+    if matches!(line.word, Word::Is(_) | Word::WillBe(_)) {
+        db.prepare_cached("DELETE FROM tomb WHERE path = ?")?.execute([line.path.as_bytes()])?;
+    }
+    Ok(())
+}
+
+fn put(db: &Connection, dir: &[u8], name: &[u8], entry: &Entry, unsure: bool) -> rusqlite::Result<()> {
+    let (kind, size, sha, target) = match &entry.kind {
+        Kind::File { size, sha, database } => (i64::from(*database), *size, sha.map(|d| d.0.to_vec()), None),
+        Kind::Directory => (2, 0, None, None),
+        Kind::Symlink { target } => (3, 0, None, Some(target)),
+    };
+    let sql = "INSERT INTO entry (dir, name, kind, size, sha, target, mode, uid, gid, mtime, link, unsure)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)
+         ON CONFLICT (dir, name) DO UPDATE SET kind = ?3, size = ?4, sha = ?5, target = ?6, mode = ?7, uid = ?8, gid = ?9,
+             mtime = ?10, link = ?11, unsure = ?12, bad = NULL";
+    db.prepare_cached(sql)?.execute(params![
+        dir,
+        name,
+        kind,
+        signed(size),
+        sha,
+        target,
+        entry.mode,
+        entry.uid,
+        entry.gid,
+        entry.mtime_ns,
+        entry.link.map(|n| n.cast_signed()),
+        unsure
+    ])?;
+    Ok(())
+}
+
+fn row(r: &SqlRow<'_>) -> rusqlite::Result<(Vec<u8>, Vec<u8>, Row)> {
+    let sha: Option<Vec<u8>> = r.get(4)?;
+    let sha = sha.and_then(|bytes| <[u8; 32]>::try_from(bytes).ok()).map(Digest);
+    let kind = match r.get::<_, i64>(2)? {
+        2 => Kind::Directory,
+        3 => Kind::Symlink { target: r.get::<_, Option<Vec<u8>>>(5)?.unwrap_or_default() },
+        kind => Kind::File { size: unsigned(r.get(3)?), sha, database: kind == 1 },
+    };
+    let entry = Entry {
+        kind,
+        mode: r.get(6)?,
+        uid: r.get(7)?,
+        gid: r.get(8)?,
+        mtime_ns: r.get(9)?,
+        link: r.get::<_, Option<i64>>(10)?.map(i64::cast_unsigned),
+    };
+    let sign = match (r.get::<_, Option<i64>>(11)?, r.get(12)?, r.get(13)?) {
+        (Some(size), Some(mtime_ns), Some(change)) => Some(Sign { size: unsigned(size), mtime_ns, change }),
+        _ => None,
+    };
+    Ok((r.get(0)?, r.get(1)?, Row { entry, sign, lower: r.get(14)?, unsure: r.get(15)?, bad: r.get(16)? }))
+}
+
+/// SQLite's integers are signed; sizes stay far below the difference.
+fn signed(n: u64) -> i64 {
+    i64::try_from(n).unwrap_or(i64::MAX)
+}
+
+fn unsigned(n: i64) -> u64 {
+    u64::try_from(n).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(size: u64) -> Entry {
+        Entry {
+            kind: Kind::File { size, sha: Some(Digest([9; 32])), database: false },
+            mode: 0o600,
+            uid: 1,
+            gid: 2,
+            mtime_ns: 3,
+            link: Some(u64::MAX),
+        }
+    }
+
+    fn line(path: &str, word: Word) -> Line {
+        Line { path: Path::new(path.as_bytes()).unwrap(), word }
+    }
+
+    fn index() -> (tempfile::TempDir, Index) {
+        let dir = tempfile::tempdir().unwrap();
+        let index = Index::open(&dir.path().join("index")).unwrap();
+        (dir, index)
+    }
+
+    #[test]
+    fn what_is_applied_is_found_again() {
+        let (_dir, index) = index();
+        let head = Head { generation: 4, digest: Digest([1; 32]) };
+        index
+            .apply(
+                &[
+                    line("a/b", Word::Is(file(5))),
+                    line("a/c", Word::Is(file(6))),
+                    line("ab", Word::Is(file(7))),
+                ],
+                Some(head),
+            )
+            .unwrap();
+        assert_eq!(index.get(&Path::new(b"a/b").unwrap()).unwrap().unwrap().entry, file(5));
+        assert_eq!(index.children(b"a").unwrap().len(), 2);
+        assert_eq!(index.below(&Path::new(b"a").unwrap()).unwrap().len(), 2);
+        assert_eq!(index.head().unwrap(), head);
+        assert_eq!(index.totals().unwrap(), Totals { files: 3, bytes: 18 });
+    }
+
+    #[test]
+    fn an_intent_leaves_the_entry_and_makes_it_unsure() {
+        let (_dir, index) = index();
+        index.apply(&[line("a", Word::Is(file(5))), line("a", Word::WillBe(file(6)))], None).unwrap();
+        let row = index.get(&Path::new(b"a").unwrap()).unwrap().unwrap();
+        assert!(row.unsure && row.entry.size() == 5);
+        index.apply(&[line("a", Word::Is(file(6)))], None).unwrap();
+        let row = index.get(&Path::new(b"a").unwrap()).unwrap().unwrap();
+        assert!(!row.unsure && row.entry.size() == 6);
+    }
+
+    #[test]
+    fn what_is_gone_waits_for_its_objects_deletion_unless_it_comes_back() {
+        let (_dir, index) = index();
+        index
+            .apply(&[line("a", Word::Is(file(5))), line("a", Word::Gone), line("b", Word::Gone)], None)
+            .unwrap();
+        assert_eq!(index.tombs(10).unwrap().len(), 2);
+        index.apply(&[line("a", Word::Is(file(5))), line("b", Word::Deleted)], None).unwrap();
+        assert!(index.tombs(10).unwrap().is_empty());
+    }
+}

@@ -1,0 +1,754 @@
+//! From a specification to a tree: the bucket is looked at, owned, read and compared with what the
+//! volume knows, and the tree is put together in one of the two modes.
+//!
+//! ```text
+//! survey -> ownership -> is this volume's past the bucket's? -> manifest -> mount or download -> tree
+//! ```
+//!
+//! Every way out that is not a tree leaves the bucket as it was, but for the ownership record.
+//! Refuses to merge two histories: a volume with another past is set aside.
+//! May import: everything but `push` and `worker`.
+
+use crate::bucket::{Bucket, Survey};
+use crate::chain::{Chain, Loaded};
+use crate::desk::{Desk, Open};
+use crate::entry::{Entry, Kind, Path};
+use crate::fault::Fault;
+use crate::fetch::{self, Fetcher, Got, Wanted};
+use crate::index::{Index, Row};
+use crate::manifest::{Head, Line, Word};
+use crate::mount::{self, NoMount, StandIn};
+use crate::owner::{self, Lease, Me, Verdict, uptime};
+use crate::rclone::MountModes;
+use crate::volume::{self, Volume};
+use crate::{hydrate, rules, scan};
+use cvm_blueprint::storage::{Mode, Progress, StorageSpec};
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path as FsPath;
+use std::time::Duration;
+
+/// The largest file that is fetched before the gateway starts only because of where it lies.
+const EARLY_MAX: u64 = 4 << 20;
+
+/// What the operator has said, for one try.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Said {
+    pub(crate) accept: bool,
+    pub(crate) takeover: bool,
+}
+
+/// The volume, held by this worker alone.
+pub(crate) struct Held {
+    pub(crate) volume: Volume,
+    pub(crate) index: Index,
+    pub(crate) me: Me,
+    _lock: nix::fcntl::Flock<File>,
+}
+
+/// A tree that is good.
+pub(crate) struct Ready {
+    pub(crate) open: std::sync::Arc<Open>,
+    pub(crate) lease: std::sync::Arc<Lease>,
+    pub(crate) chain: Chain,
+    pub(crate) mode: Mode,
+    pub(crate) reason: Option<String>,
+    pub(crate) stand_in: Option<StandIn>,
+    /// As long as it is held, no other worker touches this volume.
+    pub(crate) _lock: nix::fcntl::Flock<File>,
+}
+
+/// What is asked of the caller while a boot waits for another owner: true ends the wait.
+pub(crate) type Pause<'a> = &'a mut dyn FnMut(Duration) -> Result<bool, Fault>;
+
+pub(crate) fn uid_gid(user: &str) -> (u32, u32) {
+    let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+    cvm_blueprint::accounts::Account::find(&read("/etc/passwd"), &read("/etc/group"), user)
+        .map_or((0, 0), |a| (a.uid, a.gid))
+}
+
+/// The volume where it is now: at /data, or beside it when an overlay already hides it.
+pub(crate) fn hold_volume(data: &FsPath) -> Result<Held, Fault> {
+    let hidden = FsPath::new(cvm_blueprint::paths::VOLUME);
+    let root = if mount::is_mount(cvm_blueprint::paths::VOLUME) { hidden } else { data };
+    let volume = Volume::plain(root)?;
+    let file = File::options().create(true).truncate(false).write(true).open(volume.own.join("lock"))?;
+    let inode = file.metadata()?;
+    let lock = nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusiveNonblock)
+        .map_err(|_| Fault::Fenced("another storage worker holds this volume".to_owned()))?;
+    let index = Index::open(&volume.own.join("index"))?;
+    let instance = match index.meta("instance")? {
+        Some(instance) => instance,
+        None => {
+            let instance = random()?;
+            index.set_meta("instance", &instance)?;
+            instance
+        }
+    };
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let place = format!("{}/{}/{}", boot.trim(), inode.dev(), inode.ino());
+    Ok(Held { volume, index, me: Me { instance, session: random()?, place }, _lock: lock })
+}
+
+fn random() -> Result<String, Fault> {
+    let mut bytes = [0u8; 16];
+    getrandom::fill(&mut bytes).map_err(|_| Fault::other("the kernel gives no random numbers"))?;
+    Ok(bytes.iter().map(|b| format!("{b:02x}")).collect())
+}
+
+/// The whole way. `pause` is called while another instance owns the bucket.
+pub(crate) fn open(spec: &StorageSpec, desk: &Desk, word: Said, pause: Pause<'_>) -> Result<Ready, Fault> {
+    desk.phase("opening");
+    let bucket = Bucket::new(spec)?;
+    let survey = bucket.survey()?;
+    let held = hold_volume(FsPath::new(cvm_blueprint::paths::DATA))?;
+    held.volume.clear_staging_but_parts()?;
+    let known_epoch = held.index.number("epoch")?;
+    let beat = Duration::from_secs(u64::from(spec.heartbeat_s.max(1)));
+    let before = wait_for_it(&bucket, desk, &held.me, known_epoch, beat, word, pause)?;
+    let owned_by_others = before.record.as_ref().is_some_and(|(r, _)| r.epoch > known_epoch);
+    if let Some((record, _)) = &before.record
+        && record.epoch < known_epoch
+        && !word.accept
+    {
+        return Err(Fault::Suspicious(format!(
+            "the ownership record is older than this volume: epoch {} in the bucket, {known_epoch} was ours",
+            record.epoch
+        )));
+    }
+    past(desk, &held, survey, owned_by_others, word)?;
+    let taken = uptime();
+    let lease = Lease::take(&bucket, &held.me, before.record, before.epoch, beat)?;
+    desk.identity(&held.me.instance, lease.epoch());
+    let ready = tree(spec, desk, bucket, held, lease, survey, word, taken);
+    if ready.is_err() {
+        desk.opened(None);
+    }
+    ready
+}
+
+struct Before {
+    record: Option<(owner::Record, Option<String>)>,
+    epoch: u64,
+}
+
+fn wait_for_it(
+    bucket: &Bucket,
+    desk: &Desk,
+    me: &Me,
+    known: u64,
+    beat: Duration,
+    word: Said,
+    pause: Pause<'_>,
+) -> Result<Before, Fault> {
+    let mut seen: Option<(owner::Record, Duration)> = None;
+    let mut takeover = word.takeover;
+    loop {
+        let read = owner::read(bucket)?;
+        let record = read.as_ref().map(|(r, _)| r.clone());
+        let since = match (&seen, &record) {
+            (Some((old, since)), Some(new)) if old == new => *since,
+            _ => uptime(),
+        };
+        seen = record.clone().map(|r| (r, since));
+        let unchanged = if takeover { Duration::MAX } else { uptime().saturating_sub(since) };
+        if let Verdict::Take(epoch) = owner::judge(record.as_ref(), me, known, unchanged, beat) {
+            desk.held_by(None);
+            return Ok(Before { record: read, epoch });
+        }
+        let who = record.map(|r| owner::short(&r.instance).to_owned()).unwrap_or_default();
+        desk.held_by(Some(who.clone()));
+        let left = (beat * 3).saturating_sub(unchanged);
+        desk.not_ready(
+            "waiting",
+            format!(
+                "instance {who} owns the bucket; it is taken over when that has said nothing for {} s. If you know that it is gone: `cvm storage takeover`",
+                (beat * 3).as_secs()
+            ),
+            true,
+        );
+        takeover |= pause(left.min(beat / 4).max(Duration::from_millis(200)))?;
+    }
+}
+
+/// Whether what is on the volume belongs to what is in the bucket.
+fn past(desk: &Desk, held: &Held, survey: Survey, owned_by_others: bool, word: Said) -> Result<(), Fault> {
+    let known = held.index.head()?;
+    let empty = held.volume.is_empty()?;
+    if survey != Survey::Managed {
+        if known.generation > 0 && !word.accept {
+            return Err(Fault::Suspicious(format!(
+                "the bucket holds nothing of what this volume has written (generation {})",
+                known.generation
+            )));
+        }
+        if known.generation > 0 {
+            held.index.clear()?;
+        }
+        if !empty && survey == Survey::Empty {
+            desk.warn(
+                "The bucket is empty and the volume is not: the state on the volume goes into the bucket",
+            );
+        }
+    }
+    let foreign = survey != Survey::Empty && (owned_by_others || known.generation == 0);
+    if foreign && !empty {
+        let name = format!("epoch-{}-{}", held.index.number("epoch")?, crate::chain::now_ms());
+        mount::clear()?;
+        held.volume.set_aside(&name)?;
+        held.index.clear()?;
+        desk.warn(format!(
+            "The volume holds a state with another past than the bucket's; it is set aside in .cvm/storage/aside/{name} on the volume and neither merged nor pushed"
+        ));
+    } else if foreign {
+        held.index.clear()?;
+    }
+    Ok(())
+}
+
+#[allow(clippy::too_many_arguments)] // each is one thing that the way here has made sure of
+fn tree(
+    spec: &StorageSpec,
+    desk: &Desk,
+    bucket: Bucket,
+    held: Held,
+    lease: Lease,
+    survey: Survey,
+    word: Said,
+    taken: Duration,
+) -> Result<Ready, Fault> {
+    let owner = uid_gid(&spec.user);
+    let anchor = spec.anchor.as_deref().and_then(Head::parse_anchor);
+    let Held { mut volume, index, _lock: lock, .. } = held;
+    let loaded = match survey {
+        Survey::Managed => Chain::load(&bucket, &index, owner, anchor, word.accept)?,
+        _ if anchor.is_some() && !word.accept => {
+            return Err(Fault::Suspicious(
+                "STATE_ANCHOR is given, and the bucket has no manifest".to_owned(),
+            ));
+        }
+        _ => Loaded { chain: Chain::empty(owner), intents: Vec::new(), continued: false },
+    };
+    let Loaded { mut chain, intents, continued } = loaded;
+    let adopted = survey == Survey::Unmanaged;
+    if adopted {
+        adopt(&bucket, &index, &mut chain, desk, owner, &lease, taken)?;
+    }
+    if word.accept {
+        forget_bad(desk, &index)?;
+    }
+    desk.head(chain.head, index.totals()?);
+    let alive = continued && mount::overlay_is_alive() && index.meta("independent")?.is_some();
+    if alive {
+        volume = volume.overlaid(FsPath::new(cvm_blueprint::paths::DATA));
+        settle(&lease, &bucket, &index, taken)?;
+        let open = opened(desk, bucket, index, volume);
+        return Ok(Ready {
+            open,
+            lease: lease.into(),
+            chain,
+            mode: Mode::Fuse,
+            reason: None,
+            stand_in: None,
+            _lock: lock,
+        });
+    }
+    mount::clear()?;
+    volume = Volume::plain(FsPath::new(cvm_blueprint::paths::DATA))?;
+    let built = if adopted {
+        Err(NoMount("a bucket without a manifest is read in full, once".to_owned()))
+    } else {
+        mount::possible()
+    };
+    let reason =
+        match built.and_then(|()| by_mount(desk, &bucket, &index, &volume, &intents, continued, owner)) {
+            Ok((overlaid, stand_in, bad)) => {
+                settle(&lease, &bucket, &index, taken)?;
+                let open = opened(desk, bucket, index, overlaid);
+                for (path, why) in bad {
+                    desk.incident(&path.to_string(), &why, hydrate::REMEDY);
+                }
+                return Ok(Ready {
+                    open,
+                    lease: lease.into(),
+                    chain,
+                    mode: Mode::Fuse,
+                    reason: None,
+                    stand_in,
+                    _lock: lock,
+                });
+            }
+            Err(NoMount(reason)) => reason,
+        };
+    desk.info("FUSE mount failed, falling back to sync mode.");
+    desk.info(format!("Reason: {reason}"));
+    mount::clear()?;
+    let volume = Volume::plain(FsPath::new(cvm_blueprint::paths::DATA))?;
+    by_download(desk, &bucket, &index, &volume, &intents)?;
+    if adopted {
+        old_databases(desk, &volume)?;
+    }
+    settle(&lease, &bucket, &index, taken)?;
+    let open = opened(desk, bucket, index, volume);
+    Ok(Ready {
+        open,
+        lease: lease.into(),
+        chain,
+        mode: Mode::Sync,
+        reason: Some(reason),
+        stand_in: None,
+        _lock: lock,
+    })
+}
+
+fn settle(lease: &Lease, bucket: &Bucket, index: &Index, taken: Duration) -> Result<(), Fault> {
+    lease.settle(bucket, taken)?;
+    index.set_meta("epoch", &lease.epoch().to_string())
+}
+
+fn opened(desk: &Desk, bucket: Bucket, index: Index, volume: Volume) -> std::sync::Arc<Open> {
+    let open = std::sync::Arc::new(Open { bucket, index, volume });
+    desk.opened(Some(std::sync::Arc::clone(&open)));
+    open
+}
+
+/// A bucket that something older wrote: its listing becomes the first manifest.
+fn adopt(
+    bucket: &Bucket,
+    index: &Index,
+    chain: &mut Chain,
+    desk: &Desk,
+    owner: (u32, u32),
+    lease: &Lease,
+    taken: Duration,
+) -> Result<(), Fault> {
+    let listed = bucket.rclone.list_all(true)?;
+    desk.warn(format!(
+        "The bucket has no manifest: {} objects of an older version are adopted as they are. What they were before cannot be checked",
+        listed.len()
+    ));
+    lease.settle(bucket, taken)?;
+    let mut lines: Vec<Line> = Vec::new();
+    let mut directories = std::collections::BTreeSet::new();
+    for object in listed {
+        let Some(path) = Path::new(object.name.as_bytes()) else { continue };
+        let mut above = path.parent();
+        while let Some(dir) = above {
+            above = dir.parent();
+            directories.insert(dir);
+        }
+        let kind = Kind::File { size: object.size, sha: None, database: false };
+        let entry =
+            Entry { kind, mode: 0o600, uid: owner.0, gid: owner.1, mtime_ns: object.mtime_ns, link: None };
+        lines.push(Line { path, word: Word::Is(entry) });
+    }
+    let now = i64::try_from(crate::chain::now_ms()).unwrap_or(0).saturating_mul(1_000_000);
+    let directory = |path| Line {
+        path,
+        word: Word::Is(Entry {
+            kind: Kind::Directory,
+            mode: 0o700,
+            uid: owner.0,
+            gid: owner.1,
+            mtime_ns: now,
+            link: None,
+        }),
+    };
+    lines.extend(directories.into_iter().map(directory));
+    for lines in lines.chunks(10_000) {
+        let head = chain.append(bucket, lease.epoch(), lines)?;
+        index.apply(lines, Some(head))?;
+    }
+    Ok(())
+}
+
+/// The old sync mode kept databases apart. Each goes to where it belongs, unless one is there.
+fn old_databases(desk: &Desk, volume: &Volume) -> Result<(), Fault> {
+    let Ok(entries) = fs::read_dir(volume.tree.join("sqlite")) else { return Ok(()) };
+    for entry in entries.flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let Some(agent) = name.strip_suffix("-memory.db").filter(|a| !a.is_empty()) else { continue };
+        let home = volume.tree.join("openclaw/agents").join(agent);
+        let to = home.join("memory.db");
+        if to.symlink_metadata().is_ok() {
+            continue;
+        }
+        fs::create_dir_all(&home)?;
+        let part = home.join(".memory.db.part");
+        fs::copy(entry.path(), &part)?;
+        let owner = entry.metadata()?;
+        for path in [&home, &part] {
+            std::os::unix::fs::lchown(path, Some(owner.uid()), Some(owner.gid()))?;
+        }
+        fs::rename(part, to)?;
+        desk.info("A database that the old sync mode kept apart was taken to its agent");
+    }
+    Ok(())
+}
+
+/// The operator has looked: what the bucket does not have right is given up.
+fn forget_bad(desk: &Desk, index: &Index) -> Result<(), Fault> {
+    for (path, _) in index.bad()? {
+        index.set_bad(&path, None)?;
+    }
+    desk.forget_incidents();
+    Ok(())
+}
+
+fn rows_and_wanted(
+    index: &Index,
+    intents: &[Line],
+) -> Result<(Vec<(Path, Row)>, HashMap<Path, Entry>), Fault> {
+    let intended = intents
+        .iter()
+        .filter_map(|line| match &line.word {
+            Word::WillBe(entry) => Some((line.path.clone(), entry.clone())),
+            _ => None,
+        })
+        .collect();
+    Ok((index.all()?, intended))
+}
+
+fn wanted(path: &Path, row: &Row, intended: &HashMap<Path, Entry>) -> Wanted {
+    let mut may_be = vec![row.entry.clone()];
+    may_be.extend(intended.get(path).cloned());
+    Wanted { path: path.clone(), may_be }
+}
+
+// === FUSE mode ===
+
+type Mounted = (Volume, Option<StandIn>, Vec<(Path, String)>);
+
+fn by_mount(
+    desk: &Desk,
+    bucket: &Bucket,
+    index: &Index,
+    plain: &Volume,
+    intents: &[Line],
+    continued: bool,
+    owner: (u32, u32),
+) -> Result<Mounted, NoMount> {
+    let no = |fault: Fault| NoMount(fault.to_string());
+    desk.info("Attempting FUSE mount...");
+    mount::bind_volume()?;
+    let volume = Volume::plain(FsPath::new(cvm_blueprint::paths::VOLUME)).map_err(no)?;
+    let overlaid = volume.overlaid(&plain.tree);
+    // What a boot in sync mode, or a local one, left at the top of the volume is the upper layer.
+    let upper_was_empty = fs::read_dir(&overlaid.upper).is_ok_and(|mut entries| entries.next().is_none());
+    let at_top = Volume::move_tree(&volume.root, &overlaid.upper).map_err(no)?;
+    mount::hide_reserved(&overlaid).map_err(no)?;
+    let independent = index.meta("independent").map_err(no)?.is_some() || at_top > 0 && continued;
+    if independent || index.totals().map_err(no)?.files == 0 {
+        index.set_all_lower(false).map_err(no)?;
+        index.set_meta("independent", "1").map_err(no)?;
+        mount::overlay(&overlaid, None)?;
+        desk.info("The volume holds the whole tree; no mount of the bucket is needed");
+        return Ok((overlaid, None, Vec::new()));
+    }
+    if !continued || upper_was_empty {
+        index.set_all_lower(true).map_err(no)?;
+    }
+    let bad = lay_upper(desk, bucket, index, &overlaid, intents, owner).map_err(no)?;
+    let (names, modes) = lower_of(index, owner).map_err(no)?;
+    mount::mount_bucket(&bucket.rclone, &names, &modes)?;
+    mount::overlay(&overlaid, Some(cvm_blueprint::paths::BUCKET_MOUNT))?;
+    desk.info("rclone FUSE mount ready at /data");
+    let stand_in = match StandIn::hand_over(&overlaid) {
+        Ok(stand_in) => Some(stand_in),
+        Err(fault) => {
+            desk.warn(format!("Nobody stands in for the mount if this worker dies: {fault}"));
+            None
+        }
+    };
+    Ok((overlaid, stand_in, bad))
+}
+
+/// What the mount shows, and how: the modes that most files have, so that few need a correction.
+fn lower_of(index: &Index, owner: (u32, u32)) -> Result<(Vec<u8>, MountModes), Fault> {
+    let mut names = Vec::new();
+    for (path, row) in index.lower()? {
+        if row.entry.is_file() && path.is_plain() {
+            names.extend_from_slice(path.as_bytes());
+            names.push(b'\n');
+        }
+    }
+    let (file, directory) = usual_modes(index)?;
+    Ok((names, MountModes { uid: owner.0, gid: owner.1, file, directory }))
+}
+
+fn usual_modes(index: &Index) -> Result<(u32, u32), Fault> {
+    let mut counts: HashMap<(bool, u32), u32> = HashMap::new();
+    for (_, row) in index.lower()? {
+        *counts.entry((row.entry.is_file(), row.entry.mode)).or_default() += 1;
+    }
+    let most = |files: bool, usual: u32| {
+        counts
+            .iter()
+            .filter(|((f, _), _)| *f == files)
+            .max_by_key(|(_, n)| **n)
+            .map_or(usual, |((_, mode), _)| *mode)
+    };
+    Ok((most(true, 0o600), most(false, 0o700)))
+}
+
+/// Everything that must not wait for the mount, written into the upper layer before it is one.
+fn lay_upper(
+    desk: &Desk,
+    bucket: &Bucket,
+    index: &Index,
+    volume: &Volume,
+    intents: &[Line],
+    owner: (u32, u32),
+) -> Result<Vec<(Path, String)>, Fault> {
+    let (rows, intended) = rows_and_wanted(index, intents)?;
+    let below: Vec<&(Path, Row)> = rows.iter().filter(|(_, row)| row.lower && row.bad.is_none()).collect();
+    let hidden = Hidden::new(volume);
+    let (usual, _) = usual_modes(index)?;
+    let (mut early, mut stubs, mut skeleton, mut above) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for (path, row) in below {
+        if hidden.hides(path)? {
+            // Removed or moved on this volume before: the scan says which.
+            index.set_lower(std::slice::from_ref(path), true)?;
+            continue;
+        }
+        if !row.entry.is_file() {
+            if volume::look(&path.below(&volume.upper))?.is_none() {
+                skeleton.push((path.clone(), row.entry.clone()));
+            }
+            above.push(path.clone());
+            continue;
+        }
+        let there = volume::look(&path.below(&volume.upper))?;
+        if there.is_some() {
+            continue;
+        }
+        let small = row.entry.size() <= EARLY_MAX;
+        let first = row.entry.is_database()
+            || (rules::is_read_at_start(path) && small)
+            || row.entry.size() == 0
+            || row.entry.link.is_some()
+            || !path.is_plain()
+            || intended.contains_key(path)
+            || row.entry.sha().is_none();
+        if first {
+            early.push(wanted(path, row, &intended));
+        } else if (row.entry.mode, row.entry.uid, row.entry.gid) != (usual, owner.0, owner.1) {
+            stubs.push((path.clone(), row.entry.clone()));
+        }
+    }
+    fetch::skeleton(&skeleton, &volume.upper)?;
+    for (path, entry) in &stubs {
+        stub(&path.below(&volume.upper), entry)?;
+    }
+    let bad = early_files(desk, bucket, index, volume, early)?;
+    // Their data is where it is; the manifest says the rest.
+    index.set_lower(&above, false)?;
+    let dressed: Vec<(Path, Entry)> = rows.iter().map(|(p, r)| (p.clone(), r.entry.clone())).collect();
+    let (linked, _): (Vec<_>, Vec<_>) =
+        dressed.into_iter().partition(|(p, e)| e.link.is_some() && p.below(&volume.upper).exists());
+    fetch::finish(&linked, &volume.upper)?;
+    fetch::dress_directories(&skeleton, &volume.upper)?;
+    Ok(bad)
+}
+
+fn early_files(
+    desk: &Desk,
+    bucket: &Bucket,
+    index: &Index,
+    volume: &Volume,
+    early: Vec<Wanted>,
+) -> Result<Vec<(Path, String)>, Fault> {
+    let total = early.len() as u64;
+    let bytes_total = early.iter().filter_map(|w| w.may_be.first()).map(Entry::size).sum();
+    let progress = |files: u64, bytes: u64| {
+        desk.progress(Some(Progress {
+            what: "fetching what the gateway reads first".to_owned(),
+            files_done: files,
+            files_total: total,
+            bytes_done: bytes,
+            bytes_total,
+        }));
+    };
+    let fetcher = Fetcher { bucket, parts: volume.own.join("staging/parts"), progress: &progress };
+    let got = fetcher.files(early, &volume.upper)?;
+    desk.progress(None);
+    take_over(index, volume, got)
+}
+
+/// What was fetched is known by its looks from now on; what is bad is remembered as that.
+fn take_over(index: &Index, volume: &Volume, got: Vec<Got>) -> Result<Vec<(Path, String)>, Fault> {
+    let (mut lines, mut signs, mut bad) = (Vec::new(), Vec::new(), Vec::new());
+    for one in got {
+        match one {
+            Got::Good(path, entry) => {
+                let at = path.below(&volume.upper);
+                if let Some(stat) = volume::look(&at)? {
+                    signs.push((path.clone(), scan::sign_of(&at, &stat, entry.is_database())));
+                }
+                lines.push(Line { path, word: Word::Is(entry) });
+            }
+            Got::Bad(path, why) => bad.push((path, why)),
+            Got::Later(_, fault) => return Err(fault),
+        }
+    }
+    index.apply(&lines, None)?;
+    index.set_signs(&signs)?;
+    for (path, why) in &bad {
+        index.set_bad(path, Some(why))?;
+        index.set_lower(std::slice::from_ref(path), false)?;
+    }
+    Ok(bad)
+}
+
+/// A file of which only mode, owner and times are above, as overlayfs itself would make it.
+fn stub(at: &FsPath, entry: &Entry) -> Result<(), Fault> {
+    if let Some(parent) = at.parent() {
+        fs::create_dir_all(parent)?;
+    }
+    let file = File::options().write(true).create_new(true).open(at)?;
+    file.set_len(entry.size())?;
+    volume::set_mark(at, c"trusted.overlay.metacopy", b"")?;
+    volume::dress(at, entry)
+}
+
+/// What the upper layer hides of the lower one.
+struct Hidden<'a> {
+    volume: &'a Volume,
+    known: std::cell::RefCell<HashMap<Path, bool>>,
+}
+
+impl<'a> Hidden<'a> {
+    fn new(volume: &'a Volume) -> Self {
+        Self { volume, known: std::cell::RefCell::default() }
+    }
+
+    fn hides(&self, path: &Path) -> Result<bool, Fault> {
+        let at = path.below(&self.volume.upper);
+        let stat = volume::look(&at)?;
+        if stat.as_ref().is_some_and(volume::is_whiteout) {
+            return Ok(true);
+        }
+        match path.parent() {
+            Some(parent) => self.directory_hides(&parent),
+            None => Ok(false),
+        }
+    }
+
+    fn directory_hides(&self, dir: &Path) -> Result<bool, Fault> {
+        if let Some(known) = self.known.borrow().get(dir) {
+            return Ok(*known);
+        }
+        let at = dir.below(&self.volume.upper);
+        let hides = match volume::look(&at)? {
+            None => false,
+            Some(stat) if volume::kind_of(&stat) != libc::S_IFDIR => true,
+            Some(_) => volume::mark(&at, c"trusted.overlay.opaque").is_some_and(|v| v == b"y"),
+        };
+        let hides = hides || dir.parent().map_or(Ok(false), |parent| self.directory_hides(&parent))?;
+        self.known.borrow_mut().insert(dir.clone(), hides);
+        Ok(hides)
+    }
+}
+
+// === Sync mode ===
+
+fn by_download(
+    desk: &Desk,
+    bucket: &Bucket,
+    index: &Index,
+    volume: &Volume,
+    intents: &[Line],
+) -> Result<(), Fault> {
+    desk.phase("restoring");
+    flatten(index, volume)?;
+    let (rows, intended) = rows_and_wanted(index, intents)?;
+    let missing: Vec<&(Path, Row)> =
+        rows.iter().filter(|(_, row)| row.bad.is_none() && row.sign.is_none()).collect();
+    let (mut files, mut skeleton) = (Vec::new(), Vec::new());
+    for (path, row) in missing {
+        if volume::look(&path.below(&volume.tree))?.is_some() {
+            continue;
+        }
+        if row.entry.is_file() {
+            files.push(wanted(path, row, &intended));
+        } else if row.lower || index.meta("restored")?.is_none() {
+            skeleton.push((path.clone(), row.entry.clone()));
+        }
+    }
+    let total = files.len() as u64;
+    let bytes_total = files.iter().filter_map(|w| w.may_be.first()).map(Entry::size).sum();
+    if total > 0 {
+        desk.info(format!(
+            "Restoring {total} files ({bytes_total} bytes) from the bucket before the gateway starts"
+        ));
+    }
+    let progress = |done: u64, bytes: u64| {
+        desk.progress(Some(Progress {
+            what: "restoring from the bucket".to_owned(),
+            files_done: done.min(total),
+            files_total: total,
+            bytes_done: bytes.min(bytes_total),
+            bytes_total,
+        }));
+    };
+    fetch::skeleton(&skeleton, &volume.tree)?;
+    let fetcher = Fetcher { bucket, parts: volume.own.join("staging/parts"), progress: &progress };
+    let got = fetcher.files(files, &volume.tree)?;
+    desk.progress(None);
+    let restored: Vec<(Path, Entry)> = got
+        .iter()
+        .filter_map(|g| match g {
+            Got::Good(path, entry) => Some((path.clone(), entry.clone())),
+            _ => None,
+        })
+        .chain(skeleton)
+        .collect();
+    fetch::finish(&restored, &volume.tree)?;
+    let bad = take_over(index, volume, got)?;
+    for (path, why) in bad {
+        desk.incident(&path.to_string(), &why, hydrate::REMEDY);
+    }
+    index.set_all_lower(false)?;
+    index.set_meta("restored", "1")?;
+    let _ = fs::remove_dir_all(volume.own.join("staging/parts"));
+    Ok(())
+}
+
+/// Makes a plain tree of an upper layer: what it hides is gone, what it holds is at the top.
+fn flatten(index: &Index, volume: &Volume) -> Result<(), Fault> {
+    let upper = volume.own.join("upper");
+    if fs::read_dir(&upper)?.next().is_none() {
+        return Ok(());
+    }
+    let layered = Volume { upper: upper.clone(), overlay: true, ..Volume::plain(&volume.root)? };
+    let hidden = Hidden::new(&layered);
+    let mut gone = Vec::new();
+    for (path, row) in index.all()? {
+        if row.lower && hidden.hides(&path)? {
+            gone.push(path);
+        }
+    }
+    // Not lower any more, and not there: the next scan takes them for what they are.
+    index.set_lower(&gone, false)?;
+    let with_sign: Vec<_> =
+        gone.into_iter().map(|p| (p, crate::index::Sign { size: 0, mtime_ns: 0, change: 0 })).collect();
+    index.set_signs(&with_sign)?;
+    strip(&upper)?;
+    let _ = fs::remove_dir_all(upper.join(".cvm"));
+    Volume::move_tree(&upper, &volume.root).map(drop)
+}
+
+/// Removes what only overlayfs understands. A file whose data is only below is fetched again.
+fn strip(dir: &FsPath) -> Result<(), Fault> {
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        let Some(stat) = volume::look(&path)? else { continue };
+        if volume::is_whiteout(&stat) || volume::mark(&path, c"trusted.overlay.metacopy").is_some() {
+            fs::remove_file(&path)?;
+        } else if volume::kind_of(&stat) == libc::S_IFDIR {
+            strip(&path)?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,272 @@
+//! One round of pushing: from what a scan found to a bucket that has it.
+//!
+//! ```text
+//! for each batch:  copies and hashes -> intents into the manifest -> objects -> entries into the manifest
+//! at the end:      removals into the manifest -> objects deleted
+//! ```
+//!
+//! Removals come last, so that what was moved is there under its new name before it goes under its
+//! old one. A batch that fails half way leaves intents behind, and its files are pushed again.
+//!
+//! Refuses to write when the lease does not confirm it. May import: `bucket`, `chain`, `entry`,
+//! `fault`, `index`, `manifest`, `owner`, `parallel`, `scan`, `stage`, `volume`.
+
+use crate::bucket::Bucket;
+use crate::chain::Chain;
+use crate::entry::{Entry, Path};
+use crate::fault::Fault;
+use crate::index::{Index, Row};
+use crate::manifest::{Line, Word};
+use crate::owner::Lease;
+use crate::parallel;
+use crate::scan::Change;
+use crate::stage::{self, Outcome, Staged};
+use crate::volume::Volume;
+
+/// A batch is as large as a loss of half its work is cheap.
+const BATCH_FILES: usize = 400;
+const BATCH_BYTES: u64 = 128 << 20;
+/// Copies made at once: the disk's and the processor's business.
+const STAGERS: usize = 2;
+/// Uploads at once: the latency's business.
+const UPLOADERS: usize = 16;
+/// Lines in one segment of removals and changes of metadata.
+const LINES: usize = 5000;
+
+pub(crate) struct Pusher<'a> {
+    pub(crate) bucket: &'a Bucket,
+    pub(crate) index: &'a Index,
+    pub(crate) volume: &'a Volume,
+    pub(crate) lease: &'a Lease,
+    pub(crate) chain: &'a mut Chain,
+    /// Whether objects may be deleted: not while a mount still shows them.
+    pub(crate) may_delete: bool,
+    /// Told after every batch: files and bytes that are left.
+    pub(crate) progress: &'a dyn Fn(u64, u64),
+}
+
+/// What a round could not do.
+#[derive(Debug, Default)]
+pub(crate) struct Rest {
+    pub(crate) pushed_files: u64,
+    pub(crate) pushed_bytes: u64,
+    /// To be tried again soon.
+    pub(crate) later: Vec<(Path, String)>,
+    /// Not before somebody mends it.
+    pub(crate) damaged: Vec<(Path, String)>,
+    pub(crate) fault: Option<Fault>,
+    /// Removals that were put off.
+    pub(crate) removals: u64,
+}
+
+impl Pusher<'_> {
+    pub(crate) fn round(&mut self, changes: Vec<Change>) -> Rest {
+        let mut rest = Rest::default();
+        let (mut reads, mut metas, mut gone) = (Vec::new(), Vec::new(), Vec::new());
+        for change in changes {
+            match change {
+                Change::Read { path, database, was } => reads.push((path, database, was)),
+                Change::Meta { path, entry } => metas.push(Line { path, word: Word::Is(entry) }),
+                Change::Gone { path } => gone.push(path),
+            }
+        }
+        rest.removals = gone.len() as u64;
+        // Databases first, and then what is small: most of what is lost is lost soonest.
+        let size = |path: &Path| {
+            crate::volume::look(&path.below(&self.volume.upper))
+                .ok()
+                .flatten()
+                .map_or(0, |s| crate::scan::size_of(&s))
+        };
+        let mut sized: Vec<_> = reads.into_iter().map(|read| (size(&read.0), read)).collect();
+        sized.sort_by_key(|(size, (_, database, _))| (!database, *size));
+        let outcome = self
+            .files(sized, &mut rest)
+            .and_then(|()| self.metas(metas))
+            .and_then(|()| if rest.later.is_empty() { self.removals(gone, &mut rest) } else { Ok(()) });
+        let outcome = outcome.and_then(|()| if self.chain.wants_merging() { self.merge() } else { Ok(()) });
+        rest.fault = outcome.err();
+        rest
+    }
+
+    fn files(
+        &mut self,
+        sized: Vec<(u64, (Path, bool, Option<Box<Row>>))>,
+        rest: &mut Rest,
+    ) -> Result<(), Fault> {
+        let mut left: u64 = sized.iter().map(|(size, _)| size).sum();
+        let mut files = sized.len() as u64;
+        let mut queue = sized.into_iter().peekable();
+        while queue.peek().is_some() {
+            let (mut batch, mut bytes) = (Vec::new(), 0);
+            while let Some((size, read)) =
+                queue.next_if(|(size, _)| batch.is_empty() || bytes + size <= BATCH_BYTES)
+            {
+                bytes += size;
+                batch.push(read);
+                if batch.len() == BATCH_FILES {
+                    break;
+                }
+            }
+            let count = batch.len() as u64;
+            self.batch(batch, rest)?;
+            (left, files) = (left.saturating_sub(bytes), files.saturating_sub(count));
+            (self.progress)(files, left);
+        }
+        Ok(())
+    }
+
+    fn batch(&mut self, batch: Vec<(Path, bool, Option<Box<Row>>)>, rest: &mut Rest) -> Result<(), Fault> {
+        let volume = self.volume;
+        let numbered: Vec<_> = batch.into_iter().enumerate().collect();
+        let staged = parallel::each(numbered, STAGERS, |(number, (path, database, was))| {
+            let outcome = stage::stage(volume, &path, database, format!("push-{number}"));
+            (path, was, outcome)
+        });
+        let (mut to_send, mut lines, mut signs) = (Vec::new(), Vec::new(), Vec::new());
+        for (path, was, outcome) in staged {
+            match outcome {
+                Ok(Outcome::Ready(staged)) => {
+                    let same = was.as_ref().is_some_and(|row| {
+                        !row.unsure && row.bad.is_none() && row.entry.same_content(&staged.entry)
+                    });
+                    if same {
+                        self.discard(&staged.name);
+                        signs.push((path.clone(), staged.sign));
+                        lines.extend(
+                            changed(was.as_deref(), &staged.entry)
+                                .then(|| Line { path, word: Word::Is(staged.entry) }),
+                        );
+                    } else {
+                        to_send.push(staged);
+                    }
+                }
+                Ok(Outcome::Vanished) => {}
+                Ok(Outcome::Later(why)) => rest.later.push((path, why)),
+                Ok(Outcome::Damaged(why)) => rest.damaged.push((path, why)),
+                Err(Fault::Missing) => {}
+                Err(fault) => rest.later.push((path, fault.to_string())),
+            }
+        }
+        let sent = self.send(to_send, rest)?;
+        for (staged, object_is_there) in sent {
+            if object_is_there {
+                rest.pushed_files += 1;
+                rest.pushed_bytes += staged.entry.size();
+                signs.push((staged.path.clone(), staged.sign));
+                lines.push(Line { path: staged.path, word: Word::Is(staged.entry) });
+            }
+        }
+        self.write(&lines)?;
+        self.index.set_signs(&signs)
+    }
+
+    /// Intents, then the objects.
+    fn send(&mut self, to_send: Vec<Staged>, rest: &mut Rest) -> Result<Vec<(Staged, bool)>, Fault> {
+        if to_send.is_empty() {
+            return Ok(Vec::new());
+        }
+        let intents: Vec<Line> = to_send
+            .iter()
+            .map(|s| Line { path: s.path.clone(), word: Word::WillBe(s.entry.clone()) })
+            .collect();
+        self.write(&intents)?;
+        let (bucket, staging) = (self.bucket, self.volume.staging());
+        let sent = parallel::each(to_send, UPLOADERS, |staged| {
+            let sent = bucket.rclone.upload(&staging, &staged.name, &staged.path.object());
+            (staged, sent)
+        });
+        let mut fault = None;
+        let mut done = Vec::new();
+        for (staged, sent) in sent {
+            self.discard(&staged.name);
+            match sent {
+                Ok(()) => done.push((staged, true)),
+                Err(why) => {
+                    rest.later.push((staged.path.clone(), why.to_string()));
+                    done.push((staged, false));
+                    fault = Some(why);
+                }
+            }
+        }
+        // The entries of what did arrive are written all the same.
+        if done.iter().all(|(_, sent)| !sent)
+            && let Some(fault) = fault
+        {
+            return Err(fault);
+        }
+        Ok(done)
+    }
+
+    fn metas(&mut self, metas: Vec<Line>) -> Result<(), Fault> {
+        metas.chunks(LINES).try_for_each(|lines| self.write(lines))
+    }
+
+    fn removals(&mut self, gone: Vec<Path>, rest: &mut Rest) -> Result<(), Fault> {
+        for paths in gone.chunks(LINES) {
+            let lines: Vec<Line> =
+                paths.iter().map(|path| Line { path: path.clone(), word: Word::Gone }).collect();
+            self.write(&lines)?;
+            rest.removals = rest.removals.saturating_sub(paths.len() as u64);
+        }
+        if self.may_delete { self.bury() } else { Ok(()) }
+    }
+
+    /// Deletes objects whose paths are gone.
+    pub(crate) fn bury(&mut self) -> Result<(), Fault> {
+        loop {
+            let tombs = self.index.tombs(LINES)?;
+            if tombs.is_empty() {
+                return Ok(());
+            }
+            self.lease.confirm(self.bucket)?;
+            let bucket = self.bucket;
+            let buried = parallel::each(tombs, UPLOADERS, |path| {
+                let deleted = bucket.rclone.delete(&path.object());
+                (path, deleted)
+            });
+            let mut fault = None;
+            let mut lines = Vec::new();
+            for (path, deleted) in buried {
+                match deleted {
+                    Ok(()) => lines.push(Line { path, word: Word::Deleted }),
+                    Err(why) => fault = Some(why),
+                }
+            }
+            self.write(&lines)?;
+            if let Some(fault) = fault {
+                return Err(fault);
+            }
+        }
+    }
+
+    fn merge(&mut self) -> Result<(), Fault> {
+        self.lease.confirm(self.bucket)?;
+        self.chain.merge(self.bucket, self.index, self.lease.epoch())
+    }
+
+    /// Into the manifest, and then into the index.
+    fn write(&mut self, lines: &[Line]) -> Result<(), Fault> {
+        if lines.is_empty() {
+            return Ok(());
+        }
+        self.lease.confirm(self.bucket)?;
+        let head = self.chain.append(self.bucket, self.lease.epoch(), lines)?;
+        self.index.apply(lines, Some(head))
+    }
+
+    fn discard(&self, name: &str) {
+        // What stays is swept with the staging area at the next start.
+        let _ = std::fs::remove_file(self.volume.staging().join(name));
+    }
+}
+
+fn changed(was: Option<&Row>, now: &Entry) -> bool {
+    was.is_none_or(|row| {
+        let mut old = row.entry.clone();
+        if old.is_database() {
+            old.mtime_ns = now.mtime_ns;
+        }
+        old != *now
+    })
+}

@@ -1,0 +1,486 @@
+//! What of the tree differs from what the bucket holds.
+//!
+//! Looks at the upper layer, not at the merged tree: what is only below is what the bucket has,
+//! and asking for it would fetch it. In sync mode both are the same directory.
+//!
+//! ```text
+//! in the upper layer              in the index       is
+//! a file with the known sign      yes                unchanged
+//! a file                          -                  to be read
+//! a file whose data is below      at the same path   a change of mode, owner or time
+//! a directory moved from below    -                  to be fetched whole, then looked at again
+//! a whiteout, or nothing          yes, and not only below    gone
+//! ```
+//!
+//! Refuses to read a file's content and to follow a link. May import: `entry`, `fault`, `index`,
+//! `rules`, `volume`.
+
+use crate::entry::{Entry, Kind, Path};
+use crate::fault::Fault;
+use crate::index::{Index, Row, Sign};
+use crate::rules;
+use crate::volume::{self, Volume};
+use nix::sys::stat::FileStat;
+use std::collections::{BTreeSet, HashSet};
+use std::ffi::CStr;
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+use std::path::Path as FsPath;
+
+const REDIRECT: &CStr = c"trusted.overlay.redirect";
+const METACOPY: &CStr = c"trusted.overlay.metacopy";
+const OPAQUE: &CStr = c"trusted.overlay.opaque";
+
+/// One path that has to be looked at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Change {
+    /// Its content may be new.
+    Read {
+        path: Path,
+        database: bool,
+        was: Option<Box<Row>>,
+    },
+    /// Only what the manifest says of it is new.
+    Meta {
+        path: Path,
+        entry: Entry,
+    },
+    Gone {
+        path: Path,
+    },
+}
+
+impl Change {
+    pub(crate) fn path(&self) -> &Path {
+        match self {
+            Self::Read { path, .. } | Self::Meta { path, .. } | Self::Gone { path } => path,
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Found {
+    pub(crate) changes: Vec<Change>,
+    /// Paths whose data must come up from below before they can be read here.
+    pub(crate) to_fetch: Vec<Path>,
+    /// Directories that were not in the index: somebody may want to watch them.
+    pub(crate) new_directories: Vec<Path>,
+    /// Names that cannot be in the bucket, and why.
+    pub(crate) impossible: Vec<(Path, String)>,
+    /// How many files were looked at.
+    pub(crate) seen: u64,
+}
+
+pub(crate) struct Scanner<'a> {
+    pub(crate) volume: &'a Volume,
+    pub(crate) index: &'a Index,
+    pub(crate) prefix: &'a str,
+    /// Moved directories that are known to be whole.
+    fetched: &'a HashSet<Path>,
+    found: Found,
+}
+
+impl<'a> Scanner<'a> {
+    pub(crate) fn new(
+        volume: &'a Volume,
+        index: &'a Index,
+        prefix: &'a str,
+        fetched: &'a HashSet<Path>,
+    ) -> Self {
+        Self { volume, index, prefix, fetched, found: Found::default() }
+    }
+
+    /// Everything.
+    pub(crate) fn full(mut self) -> Result<Found, Fault> {
+        self.directory(None, true)?;
+        Ok(self.found)
+    }
+
+    /// Only these directories, without what is below them unless it is new. "" is the top.
+    pub(crate) fn some(mut self, directories: &BTreeSet<Vec<u8>>) -> Result<Found, Fault> {
+        for bytes in directories {
+            let dir = Path::new(bytes);
+            if dir.is_none() && !bytes.is_empty() {
+                continue;
+            }
+            if let Some(dir) = &dir {
+                if rules::is_volatile(dir) {
+                    continue;
+                }
+                let stat = volume::look(&dir.below(&self.volume.upper))?;
+                if stat.is_none_or(|s| volume::kind_of(&s) != libc::S_IFDIR) {
+                    // Its parent's own change says so.
+                    continue;
+                }
+                self.own_entry(dir)?;
+            }
+            self.directory(dir.as_ref(), false)?;
+        }
+        Ok(self.found)
+    }
+
+    /// What is said of a directory itself.
+    fn own_entry(&mut self, dir: &Path) -> Result<(), Fault> {
+        let Some(stat) = volume::look(&dir.below(&self.volume.upper))? else { return Ok(()) };
+        let row = self.index.get(dir)?;
+        self.plain(dir, Kind::Directory, &stat, row);
+        Ok(())
+    }
+
+    fn directory(&mut self, dir: Option<&Path>, deep: bool) -> Result<(), Fault> {
+        let at = dir.map_or_else(|| self.volume.upper.clone(), |d| d.below(&self.volume.upper));
+        let children = self.index.children(dir.map_or(b"", Path::as_bytes))?;
+        let mut known: std::collections::HashMap<Vec<u8>, Row> = children.into_iter().collect();
+        let entries = match std::fs::read_dir(&at) {
+            Ok(entries) => entries,
+            // Removed while we looked; its parent has changed too.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(error.into()),
+        };
+        let mut whiteouts = HashSet::new();
+        for entry in entries {
+            let name = entry?.file_name().into_vec();
+            let Some(path) = Path::child(dir, &name) else { continue };
+            let Some(stat) = volume::look(&path.below(&self.volume.upper))? else { continue };
+            if self.volume.overlay && volume::is_whiteout(&stat) {
+                whiteouts.insert(name);
+                continue;
+            }
+            if rules::is_volatile(&path) || self.is_log(&path, &name) {
+                continue;
+            }
+            let row = known.remove(&name);
+            self.one(&path, &stat, row, deep)?;
+        }
+        let opaque = self.volume.overlay && volume::mark(&at, OPAQUE).is_some_and(|v| v == b"y");
+        for (name, row) in known {
+            let hidden = opaque || whiteouts.contains(&name);
+            let Some(path) = Path::child(dir, &name) else { continue };
+            if row.bad.is_some() || (row.lower && !hidden) {
+                continue;
+            }
+            self.gone(path, &row)?;
+        }
+        Ok(())
+    }
+
+    fn one(&mut self, path: &Path, stat: &FileStat, row: Option<Row>, deep: bool) -> Result<(), Fault> {
+        self.found.seen += 1;
+        match volume::kind_of(stat) {
+            libc::S_IFDIR => {
+                let moved = || volume::mark(&path.below(&self.volume.upper), REDIRECT).is_some();
+                if self.volume.overlay && !self.fetched.contains(path) && moved() {
+                    self.found.to_fetch.push(path.clone());
+                }
+                let new = row.as_ref().is_none_or(|r| r.entry.kind != Kind::Directory);
+                if let Some(row) = row.as_ref().filter(|r| r.entry.is_file()) {
+                    self.gone(path.clone(), row)?;
+                }
+                self.plain(path, Kind::Directory, stat, row);
+                if new {
+                    self.found.new_directories.push(path.clone());
+                }
+                if new || deep {
+                    self.directory(Some(path), true)?;
+                }
+            }
+            libc::S_IFREG => self.file(path, stat, row)?,
+            libc::S_IFLNK => {
+                let Ok(target) = std::fs::read_link(path.below(&self.volume.upper)) else { return Ok(()) };
+                self.replaced_directory(path, row.as_ref())?;
+                let target = target.as_os_str().as_bytes().to_vec();
+                self.plain(path, Kind::Symlink { target }, stat, row);
+            }
+            // Sockets, pipes and devices mean nothing on another machine.
+            _ => {
+                if let Some(row) = row {
+                    self.gone(path.clone(), &row)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn file(&mut self, path: &Path, stat: &FileStat, row: Option<Row>) -> Result<(), Fault> {
+        let at = path.below(&self.volume.upper);
+        if self.volume.overlay && stat.st_nlink > 0 && volume::mark(&at, METACOPY).is_some() {
+            return self.data_below(path, stat, row, &at);
+        }
+        self.replaced_directory(path, row.as_ref())?;
+        if let Some(why) = rules::too_long(self.prefix, path) {
+            self.found.impossible.push((path.clone(), why));
+            return Ok(());
+        }
+        let known = row.as_ref().filter(|r| r.entry.is_file() && !r.unsure && r.bad.is_none());
+        if let Some(known) = known
+            && known.sign.is_some_and(|sign| sign == self.sign(path, stat, known.entry.is_database()))
+        {
+            let entry = dressed(known.entry.kind.clone(), stat);
+            if differs(&known.entry, &entry) {
+                self.found.changes.push(Change::Meta { path: path.clone(), entry });
+            }
+            return Ok(());
+        }
+        let database = self.is_database(path, &at, stat);
+        self.found.changes.push(Change::Read { path: path.clone(), database, was: row.map(Box::new) });
+        Ok(())
+    }
+
+    /// Its data is still only below: at the same path nothing but mode, owner and times is new.
+    fn data_below(
+        &mut self,
+        path: &Path,
+        stat: &FileStat,
+        row: Option<Row>,
+        at: &FsPath,
+    ) -> Result<(), Fault> {
+        match row {
+            Some(row) if row.lower && volume::mark(at, REDIRECT).is_none() => {
+                let entry = dressed(row.entry.kind.clone(), stat);
+                if differs(&row.entry, &entry) {
+                    self.found.changes.push(Change::Meta { path: path.clone(), entry });
+                }
+            }
+            _ => self.found.to_fetch.push(path.clone()),
+        }
+        Ok(())
+    }
+
+    /// Directories and links: the manifest holds all there is to them.
+    fn plain(&mut self, path: &Path, kind: Kind, stat: &FileStat, row: Option<Row>) {
+        let entry = dressed(kind, stat);
+        if row.is_none_or(|row| differs(&row.entry, &entry) || row.entry.kind != entry.kind) {
+            self.found.changes.push(Change::Meta { path: path.clone(), entry });
+        }
+    }
+
+    fn replaced_directory(&mut self, path: &Path, row: Option<&Row>) -> Result<(), Fault> {
+        match row {
+            Some(row) if row.entry.kind == Kind::Directory => self.gone_below(path),
+            _ => Ok(()),
+        }
+    }
+
+    fn gone(&mut self, path: Path, row: &Row) -> Result<(), Fault> {
+        if row.entry.kind == Kind::Directory {
+            self.gone_below(&path)?;
+        }
+        self.found.changes.push(Change::Gone { path });
+        Ok(())
+    }
+
+    fn gone_below(&mut self, dir: &Path) -> Result<(), Fault> {
+        for (path, row) in self.index.below(dir)? {
+            if row.bad.is_none() {
+                self.found.changes.push(Change::Gone { path });
+            }
+        }
+        Ok(())
+    }
+
+    /// The log of a database beside it, or one that looks like it without.
+    fn is_log(&self, path: &Path, name: &[u8]) -> bool {
+        let Some(base) = rules::database_of(name) else { return false };
+        let Some(base) = Path::child(path.parent().as_ref(), base) else { return false };
+        if self.index.get(&base).ok().flatten().is_some_and(|row| row.entry.is_database()) {
+            return true;
+        }
+        let base = base.below(&self.volume.upper);
+        if crate::database::has_magic(&base) || base.metadata().is_ok_and(|m| m.is_file() && m.len() == 0) {
+            return true;
+        }
+        let mut head = [0u8; 8];
+        let read = std::fs::File::open(path.below(&self.volume.upper))
+            .and_then(|mut f| std::io::Read::read(&mut f, &mut head));
+        read.is_ok_and(|n| rules::is_database_log(head.get(..n).unwrap_or_default()))
+    }
+
+    /// By its first bytes; an empty file with a log beside it is one that is being created.
+    fn is_database(&self, path: &Path, at: &FsPath, stat: &FileStat) -> bool {
+        if stat.st_size == 0 {
+            return log_of(&path.below(&self.volume.upper)).is_some_and(|wal| wal.st_size > 0);
+        }
+        crate::database::has_magic(at)
+    }
+
+    fn sign(&self, path: &Path, stat: &FileStat, database: bool) -> Sign {
+        sign_of(&path.below(&self.volume.upper), stat, database)
+    }
+}
+
+/// The write-ahead log beside a database.
+fn log_of(database: &FsPath) -> Option<FileStat> {
+    let mut name = database.as_os_str().to_owned();
+    name.push("-wal");
+    volume::look(FsPath::new(&name)).ok().flatten()
+}
+
+/// By what a file is known again. A change of a database shows in its log first.
+pub(crate) fn sign_of(at: &FsPath, stat: &FileStat, database: bool) -> Sign {
+    let mut sign =
+        Sign { size: size_of(stat), mtime_ns: volume::mtime_ns(stat), change: volume::ctime_ns(stat) };
+    if database && let Some(log) = log_of(at) {
+        // Mixed by a multiplication that keeps all three apart.
+        for part in [log.st_size, volume::mtime_ns(&log), volume::ctime_ns(&log)] {
+            sign.change = sign.change.wrapping_mul(0x100_0000_01b3).wrapping_add(part);
+        }
+    }
+    sign
+}
+
+pub(crate) fn size_of(stat: &FileStat) -> u64 {
+    u64::try_from(stat.st_size).unwrap_or(0)
+}
+
+/// What the manifest says of a path, with what the kernel says of it now.
+pub(crate) fn dressed(kind: Kind, stat: &FileStat) -> Entry {
+    let shared = stat.st_nlink > 1 && volume::kind_of(stat) == libc::S_IFREG;
+    let mode = if volume::kind_of(stat) == libc::S_IFLNK { 0o777 } else { stat.st_mode & 0o7777 };
+    Entry {
+        kind,
+        mode,
+        uid: stat.st_uid,
+        gid: stat.st_gid,
+        mtime_ns: volume::mtime_ns(stat),
+        link: shared.then_some(stat.st_ino),
+    }
+}
+
+/// A database's time changes with each commit; that alone is not worth a line.
+fn differs(old: &Entry, new: &Entry) -> bool {
+    let mut old = old.clone();
+    if old.is_database() {
+        old.mtime_ns = new.mtime_ns;
+    }
+    old != *new
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::manifest::{Digest, Line, Word};
+    use std::fs;
+
+    struct Bench {
+        dir: tempfile::TempDir,
+        volume: Volume,
+        index: Index,
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let volume = Volume::plain(dir.path()).unwrap();
+            let index = Index::open(&volume.own.join("index")).unwrap();
+            Self { dir, volume, index }
+        }
+
+        fn write(&self, path: &str, text: &str) {
+            let at = self.dir.path().join(path);
+            fs::create_dir_all(at.parent().unwrap()).unwrap();
+            fs::write(at, text).unwrap();
+        }
+
+        fn scan(&self) -> Found {
+            Scanner::new(&self.volume, &self.index, "p", &HashSet::new()).full().unwrap()
+        }
+
+        fn words(&self) -> Vec<String> {
+            let mut words: Vec<String> = self
+                .scan()
+                .changes
+                .iter()
+                .map(|c| match c {
+                    Change::Read { path, database, .. } => {
+                        format!("{} {path}", if *database { "db" } else { "read" })
+                    }
+                    Change::Meta { path, .. } => format!("meta {path}"),
+                    Change::Gone { path } => format!("gone {path}"),
+                })
+                .collect();
+            words.sort();
+            words
+        }
+
+        /// As if all that is there had been pushed.
+        fn push(&self) {
+            for change in self.scan().changes {
+                let (path, entry) = match change {
+                    Change::Read { path, database, .. } => {
+                        let stat = volume::look(&path.below(&self.volume.upper)).unwrap().unwrap();
+                        let kind = Kind::File { size: size_of(&stat), sha: Some(Digest([0; 32])), database };
+                        let sign = sign_of(&path.below(&self.volume.upper), &stat, database);
+                        self.index
+                            .apply(&[Line { path: path.clone(), word: Word::Is(dressed(kind, &stat)) }], None)
+                            .unwrap();
+                        self.index.set_signs(&[(path, sign)]).unwrap();
+                        continue;
+                    }
+                    Change::Meta { path, entry } => (path, Word::Is(entry)),
+                    Change::Gone { path } => (path, Word::Gone),
+                };
+                self.index.apply(&[Line { path, word: entry }], None).unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_new_is_found_and_then_known() {
+        let bench = Bench::new();
+        bench.write("openclaw/a", "1");
+        bench.write("openclaw/sub/b", "2");
+        bench.write("openclaw/cache/x", "3");
+        assert_eq!(
+            bench.words(),
+            ["meta openclaw", "meta openclaw/sub", "read openclaw/a", "read openclaw/sub/b"]
+        );
+        bench.push();
+        assert_eq!(bench.words(), Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_directory_that_is_gone_takes_everything_with_it() {
+        let bench = Bench::new();
+        bench.write("d/e/f", "1");
+        bench.push();
+        fs::remove_dir_all(bench.dir.path().join("d")).unwrap();
+        assert_eq!(bench.words(), ["gone d", "gone d/e", "gone d/e/f"]);
+        bench.write("d", "now a file");
+        assert_eq!(bench.words(), ["gone d/e", "gone d/e/f", "read d"]);
+    }
+
+    #[test]
+    fn a_database_is_known_by_its_first_bytes_and_its_log_is_left_out() {
+        let bench = Bench::new();
+        let db = rusqlite::Connection::open(bench.dir.path().join("any name")).unwrap();
+        db.execute_batch("PRAGMA journal_mode=WAL; CREATE TABLE t(x)").unwrap();
+        bench.write("notes-wal", "not a log");
+        assert_eq!(bench.words(), ["db any name", "read notes-wal"]);
+        bench.push();
+        assert_eq!(bench.words(), Vec::<String>::new());
+        db.execute_batch("INSERT INTO t VALUES (1)").unwrap();
+        assert_eq!(bench.words(), ["db any name"]);
+    }
+
+    #[test]
+    fn what_is_bad_in_the_bucket_is_not_taken_for_a_deletion() {
+        let bench = Bench::new();
+        bench.write("a", "1");
+        bench.push();
+        bench.index.set_bad(&Path::new(b"a").unwrap(), Some("damaged")).unwrap();
+        fs::remove_file(bench.dir.path().join("a")).unwrap();
+        assert_eq!(bench.words(), Vec::<String>::new());
+        bench.write("a", "2");
+        assert_eq!(bench.words(), ["read a"]);
+    }
+
+    #[test]
+    fn a_name_that_cannot_be_encrypted_does_not_stop_the_rest() {
+        let bench = Bench::new();
+        let long = ["y".repeat(250), "z".repeat(250), "w".repeat(250)].join("/");
+        bench.write(&long, "1");
+        bench.write("ok", "2");
+        let found = bench.scan();
+        assert_eq!(found.impossible.len(), 1);
+        assert!(found.changes.iter().any(|c| c.path().as_bytes() == b"ok"));
+    }
+}

@@ -1,0 +1,210 @@
+//! Where operators ask: one question a connection, answered in lines.
+//!
+//! What only reads (status, lists, files, logs) is answered here, whatever the worker is doing;
+//! the rest is an order for the worker's loop.
+//!
+//! Refuses anybody but root, lines over the limit, and to keep silent for long.
+//! May import: `desk`, `entry`, `fault`, `fetch`, `worker`.
+
+use crate::desk::{Desk, Open};
+use crate::entry::{Kind, Path};
+use crate::fault::Fault;
+use crate::fetch::{Fetcher, Got, Wanted};
+use crate::worker::{self, Order};
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
+use cvm_blueprint::storage::{Answer, Ask, Entry, QUESTION_MAX, Question, VERSION};
+use cvm_blueprint::{paths, wire};
+use std::os::unix::fs::PermissionsExt as _;
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+use std::time::Duration;
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+
+/// A question is one line of a local program's.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// A sign of life while the work is long.
+const ALIVE: Duration = Duration::from_secs(10);
+const PIECE: usize = 48 * 1024;
+
+pub(crate) async fn serve(desk: Arc<Desk>, orders: Sender<Order>) {
+    let path = paths::STORAGE_SOCKET;
+    if let Some(parent) = std::path::Path::new(path).parent() {
+        let _ = std::fs::create_dir_all(parent);
+    }
+    loop {
+        let _ = std::fs::remove_file(path);
+        let listener = match UnixListener::bind(path) {
+            Ok(listener) => listener,
+            Err(error) => {
+                tracing::error!("`cvm storage` cannot find this worker: {error}");
+                tokio::time::sleep(ALIVE).await;
+                continue;
+            }
+        };
+        let _ = std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600));
+        while let Ok((stream, _)) = listener.accept().await {
+            if stream.peer_cred().is_ok_and(|peer| peer.uid() == 0) {
+                tokio::spawn(converse(stream, Arc::clone(&desk), orders.clone()));
+            }
+        }
+    }
+}
+
+async fn converse(stream: UnixStream, desk: Arc<Desk>, orders: Sender<Order>) {
+    let (read, mut write) = stream.into_split();
+    let mut line = Vec::new();
+    let mut reader = BufReader::new(read.take(QUESTION_MAX as u64));
+    let asked = tokio::time::timeout(PATIENCE, reader.read_until(b'\n', &mut line)).await;
+    let question = match asked {
+        Ok(Ok(_)) => serde_json::from_slice::<Question>(&line).ok(),
+        _ => None,
+    };
+    let (sender, answers) = unbounded_channel();
+    match question {
+        Some(Question { v, .. }) if v != VERSION => {
+            refuse(&sender, "this worker speaks another version; use the `cvm` of the same image")
+        }
+        None => refuse(&sender, "this is not a question; `cvm storage --help` lists what can be asked"),
+        Some(Question { verb, .. }) => direct(verb, &desk, &orders, &sender),
+    }
+    drop(sender);
+    let _ = pass_on(answers, &mut write).await;
+}
+
+fn refuse(to: &UnboundedSender<Answer>, why: &str) {
+    let _ = to.send(Answer::Refused { why: why.to_owned() });
+}
+
+/// Until the last word, with something to read at least every few seconds.
+async fn pass_on(
+    mut answers: UnboundedReceiver<Answer>,
+    write: &mut tokio::net::unix::OwnedWriteHalf,
+) -> std::io::Result<()> {
+    let mut last = Answer::Progress(cvm_blueprint::storage::Progress {
+        what: "working".to_owned(),
+        ..Default::default()
+    });
+    loop {
+        let answer = match tokio::time::timeout(ALIVE, answers.recv()).await {
+            Ok(None) => return Ok(()),
+            Ok(Some(answer)) => answer,
+            Err(_) => last.clone(),
+        };
+        write.write_all(&wire::line(&answer)).await?;
+        if matches!(answer, Answer::Progress(_)) {
+            last = answer;
+        }
+    }
+}
+
+fn direct(ask: Ask, desk: &Arc<Desk>, orders: &Sender<Order>, to: &UnboundedSender<Answer>) {
+    let look: fn(&Open, &Ask, &UnboundedSender<Answer>) -> Result<String, Fault> = match &ask {
+        Ask::Status => return drop(to.send(Answer::Status(Box::new(desk.status())))),
+        Ask::List { .. } => list,
+        Ask::Get { .. } => get,
+        Ask::Boots => boots,
+        Ask::BootLog { .. } => boot_log,
+        _ => {
+            if orders.send(Order::Ask(ask, to.clone())).is_err() {
+                refuse(to, "the worker is ending");
+            }
+            return;
+        }
+    };
+    let Some(open) = desk.open() else {
+        let why = desk.status().why.unwrap_or_else(|| "the bucket is not open yet".to_owned());
+        return refuse(to, &why);
+    };
+    let to = to.clone();
+    tokio::task::spawn_blocking(move || {
+        let _ = to.send(match look(&open, &ask, &to) {
+            Ok(text) => Answer::Done { text, good: true },
+            Err(fault) => Answer::Done { text: fault.to_string(), good: false },
+        });
+    });
+}
+
+fn list(open: &Open, ask: &Ask, to: &UnboundedSender<Answer>) -> Result<String, Fault> {
+    let Ask::List { path } = ask else { return Ok(String::new()) };
+    let path = path.trim_matches('/').trim_start_matches("data/");
+    let mut rows = match Path::new(path.as_bytes()) {
+        None => open.index.all()?,
+        Some(path) => match open.index.get(&path)? {
+            Some(row) if row.entry.kind != Kind::Directory => vec![(path, row)],
+            Some(_) => open.index.below(&path)?,
+            None => return Err(Fault::other("the bucket has nothing of this name")),
+        },
+    };
+    rows.sort_by(|(a, _), (b, _)| a.cmp(b));
+    let count = rows.len();
+    for (path, row) in rows {
+        let kind = match row.entry.kind {
+            Kind::File { database: true, .. } => "database",
+            Kind::File { .. } => "file",
+            Kind::Directory => "directory",
+            Kind::Symlink { .. } => "symlink",
+        };
+        let _ = to.send(Answer::Entry(Entry {
+            path: String::from_utf8_lossy(path.as_bytes()).into_owned(),
+            kind: kind.to_owned(),
+            size: row.entry.size(),
+            mode: row.entry.mode,
+            mtime_ms: row.entry.mtime_ns / 1_000_000,
+        }));
+    }
+    Ok(format!("{count} entries"))
+}
+
+fn get(open: &Open, ask: &Ask, to: &UnboundedSender<Answer>) -> Result<String, Fault> {
+    let Ask::Get { path } = ask else { return Ok(String::new()) };
+    let path = path.trim_matches('/').trim_start_matches("data/");
+    let missing = || Fault::other("the bucket has no file of this name; `cvm storage ls` lists what it has");
+    let path = Path::new(path.as_bytes()).ok_or_else(missing)?;
+    let row = open.index.get(&path)?.filter(|row| row.entry.is_file()).ok_or_else(missing)?;
+    let scratch = open.volume.staging().join(format!("get-{}", crate::chain::now_ms()));
+    std::fs::create_dir_all(&scratch)?;
+    let outcome = (|| {
+        let fetcher = Fetcher { bucket: &open.bucket, parts: scratch.join("parts"), progress: &|_, _| {} };
+        let wanted = vec![Wanted { path: path.clone(), may_be: vec![row.entry] }];
+        for got in fetcher.files(wanted, &scratch.join("tree"))? {
+            match got {
+                Got::Good(path, _) => send_file(&path.below(&scratch.join("tree")), to)?,
+                Got::Bad(_, why) => return Err(Fault::Suspicious(why)),
+                Got::Later(_, fault) => return Err(fault),
+            }
+        }
+        Ok(())
+    })();
+    let _ = std::fs::remove_dir_all(&scratch);
+    outcome.map(|()| "checked against the manifest".to_owned())
+}
+
+fn send_file(file: &std::path::Path, to: &UnboundedSender<Answer>) -> Result<(), Fault> {
+    use std::io::Read as _;
+    let mut file = std::fs::File::open(file)?;
+    let mut piece = vec![0u8; PIECE];
+    loop {
+        let n = file.read(&mut piece)?;
+        let Some(bytes) = piece.get(..n).filter(|b| !b.is_empty()) else { return Ok(()) };
+        let _ = to.send(Answer::Data { base64: BASE64_STANDARD.encode(bytes) });
+    }
+}
+
+fn boots(open: &Open, _: &Ask, to: &UnboundedSender<Answer>) -> Result<String, Fault> {
+    let lines = worker::boots(open)?;
+    let count = lines.len();
+    lines.into_iter().for_each(|text| drop(to.send(Answer::Line { text })));
+    Ok(format!("{count} boots"))
+}
+
+fn boot_log(open: &Open, ask: &Ask, to: &UnboundedSender<Answer>) -> Result<String, Fault> {
+    let Ask::BootLog { boot, log } = ask else { return Ok(String::new()) };
+    let bytes = worker::boot_log(open, *boot, log)?;
+    for piece in bytes.chunks(PIECE) {
+        let _ = to.send(Answer::Data { base64: BASE64_STANDARD.encode(piece) });
+    }
+    Ok(String::new())
+}

@@ -1,0 +1,129 @@
+//! A private copy of one file at one moment, with its hash: what is sent is what was hashed.
+//!
+//! Refuses to call a copy good that was torn by a writer while it was made, as long as trying
+//! again can help. May import: `database`, `entry`, `fault`, `manifest`, `scan`, `volume`.
+
+use crate::database::{self, NoCopy};
+use crate::entry::{Entry, Kind, Path};
+use crate::fault::Fault;
+use crate::index::Sign;
+use crate::manifest::Digest;
+use crate::scan;
+use crate::volume::{self, Volume};
+use nix::fcntl::OFlag;
+use sha2::{Digest as _, Sha256};
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path as FsPath;
+
+/// Copies of a file that changes under our hands before the last one is taken as it is: a log that
+/// is always written to is never still, and its beginning is as good as any.
+const TRIES: u32 = 3;
+const PIECE: usize = 256 * 1024;
+
+/// A copy that can be sent.
+pub(crate) struct Staged {
+    pub(crate) path: Path,
+    pub(crate) entry: Entry,
+    pub(crate) sign: Sign,
+    /// Name in the staging area.
+    pub(crate) name: String,
+}
+
+pub(crate) enum Outcome {
+    Ready(Staged),
+    /// It is gone again; its directory's next scan says so.
+    Vanished,
+    /// There is no copy now, and why; the next scan tries again.
+    Later(String),
+    /// There is no good copy until somebody repairs it.
+    Damaged(String),
+}
+
+pub(crate) fn stage(volume: &Volume, path: &Path, database: bool, name: String) -> Result<Outcome, Fault> {
+    let at = path.below(&volume.upper);
+    let to = volume.staging().join(&name);
+    for attempt in 1..=TRIES {
+        let Some(before) = volume::look(&at)? else { return Ok(Outcome::Vanished) };
+        if volume::kind_of(&before) != libc::S_IFREG {
+            return Ok(Outcome::Vanished);
+        }
+        let sign = scan::sign_of(&at, &before, database);
+        let _ = std::fs::remove_file(&to);
+        let (size, sha) = if database {
+            // Through the merged tree: SQLite's locks live on the path that its writers use.
+            match database::copy(&path.below(&volume.tree), &to) {
+                Ok(()) => hash(&to)?,
+                Err(NoCopy::Later(why)) => return Ok(Outcome::Later(why)),
+                Err(NoCopy::Damaged(why)) => return Ok(Outcome::Damaged(why)),
+            }
+        } else {
+            match copy(&at, &to) {
+                Err(Fault::Missing) => return Ok(Outcome::Vanished),
+                other => other?,
+            }
+        };
+        let Some(after) = volume::look(&at)? else { return Ok(Outcome::Vanished) };
+        let still = database || scan::sign_of(&at, &after, false) == sign;
+        if still || attempt == TRIES {
+            let mut entry = scan::dressed(Kind::File { size, sha: Some(sha), database }, &before);
+            if database {
+                entry.link = None;
+            }
+            // It goes up with the object, for those who read the bucket with stock rclone.
+            volume::set_mtime(&to, entry.mtime_ns)?;
+            // A file that changed meanwhile is not known by any sign, and so looked at again.
+            let sign = if still { sign } else { Sign { change: 0, ..sign } };
+            return Ok(Outcome::Ready(Staged { path: path.clone(), entry, sign, name }));
+        }
+    }
+    Ok(Outcome::Vanished)
+}
+
+/// Copies up to where the file ended when it was opened; holes stay holes.
+fn copy(from: &FsPath, to: &FsPath) -> Result<(u64, Digest), Fault> {
+    let opened =
+        OpenOptions::new().read(true).custom_flags((OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits()).open(from);
+    let source = match opened {
+        Ok(file) => file,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Err(Fault::Missing),
+        Err(error) => return Err(error.into()),
+    };
+    let length = source.metadata()?.len();
+    let mut target = OpenOptions::new().write(true).create_new(true).mode(0o600).open(to)?;
+    let mut source = source.take(length);
+    let mut piece = vec![0u8; PIECE];
+    let (mut hasher, mut size) = (Sha256::new(), 0u64);
+    loop {
+        let n = source.read(&mut piece)?;
+        let Some(bytes) = piece.get(..n).filter(|b| !b.is_empty()) else { break };
+        hasher.update(bytes);
+        size += n as u64;
+        if bytes.iter().all(|b| *b == 0) {
+            target.seek(SeekFrom::Current(i64::try_from(n).unwrap_or(0)))?;
+        } else {
+            target.write_all(bytes)?;
+        }
+    }
+    target.set_len(size)?;
+    Ok((size, Digest(hasher.finalize().into())))
+}
+
+/// Size and hash of a file as it is.
+pub(crate) fn hash(file: &FsPath) -> Result<(u64, Digest), Fault> {
+    let mut source = OpenOptions::new().read(true).custom_flags(OFlag::O_NOFOLLOW.bits()).open(file)?;
+    hash_of(&mut source)
+}
+
+pub(crate) fn hash_of(source: &mut File) -> Result<(u64, Digest), Fault> {
+    let mut piece = vec![0u8; PIECE];
+    let (mut hasher, mut size) = (Sha256::new(), 0u64);
+    loop {
+        let n = source.read(&mut piece)?;
+        let Some(bytes) = piece.get(..n).filter(|b| !b.is_empty()) else { break };
+        hasher.update(bytes);
+        size += n as u64;
+    }
+    Ok((size, Digest(hasher.finalize().into())))
+}

@@ -1,0 +1,203 @@
+//! Where everything lies on this machine: the volume, what is ours on it, and the tree.
+//!
+//! ```text
+//! VOLUME/.cvm/storage/index       the index, and the lock that only one worker holds
+//! VOLUME/.cvm/storage/staging/    copies that are being sent, parts that are being fetched
+//! VOLUME/.cvm/storage/upper/      FUSE mode: what overlayfs writes
+//! VOLUME/.cvm/storage/work/       FUSE mode: what overlayfs needs besides
+//! VOLUME/.cvm/storage/aside/      volumes of an older epoch, never read again by us
+//! VOLUME/*                        sync mode: the tree itself
+//! ```
+//!
+//! Refuses to follow a symbolic link of the tree's. May import: `entry`, `fault`.
+
+use crate::entry::Path;
+use crate::fault::Fault;
+use nix::sys::stat::{FileStat, UtimensatFlags, lstat, utimensat};
+use nix::sys::time::TimeSpec;
+use std::ffi::{CStr, CString};
+use std::fs;
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
+use std::path::{Path as FsPath, PathBuf};
+
+pub(crate) struct Volume {
+    /// The volume's own top.
+    pub(crate) root: PathBuf,
+    /// What is ours on it.
+    pub(crate) own: PathBuf,
+    /// What the gateway sees.
+    pub(crate) tree: PathBuf,
+    /// Where the tree's files really are: the tree itself, or the upper layer below it.
+    pub(crate) upper: PathBuf,
+    pub(crate) overlay: bool,
+}
+
+impl Volume {
+    /// The volume at `root`, whose tree is itself.
+    pub(crate) fn plain(root: &FsPath) -> Result<Self, Fault> {
+        let own = root.join(".cvm/storage");
+        let mut builder = fs::DirBuilder::new();
+        builder.recursive(true).mode(0o700);
+        builder.create(&own)?;
+        let volume = Self {
+            root: root.to_owned(),
+            own,
+            tree: root.to_owned(),
+            upper: root.to_owned(),
+            overlay: false,
+        };
+        for name in ["staging", "upper", "work", "aside"] {
+            builder.create(volume.own.join(name))?;
+        }
+        Ok(volume)
+    }
+
+    /// The same volume with an overlay at `tree`.
+    pub(crate) fn overlaid(&self, tree: &FsPath) -> Self {
+        Self {
+            root: self.root.clone(),
+            own: self.own.clone(),
+            tree: tree.to_owned(),
+            upper: self.own.join("upper"),
+            overlay: true,
+        }
+    }
+
+    pub(crate) fn staging(&self) -> PathBuf {
+        self.own.join("staging")
+    }
+
+    /// Empties the staging area of what a killed worker was sending. What it had fetched stays:
+    /// it is checked before it is used.
+    pub(crate) fn clear_staging_but_parts(&self) -> Result<(), Fault> {
+        for entry in fs::read_dir(self.staging())? {
+            let entry = entry?;
+            if entry.file_name() != "parts" {
+                if entry.file_type()?.is_dir() {
+                    fs::remove_dir_all(entry.path())?
+                } else {
+                    fs::remove_file(entry.path())?
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Names at the top of a tree that are not part of it.
+    pub(crate) fn is_ours(name: &[u8]) -> bool {
+        name == crate::entry::RESERVED || name == b"lost+found"
+    }
+
+    /// Moves the whole tree between the top of the volume and the upper layer, by renaming.
+    /// Repeated after a crash, it goes on where it was.
+    pub(crate) fn move_tree(from: &FsPath, to: &FsPath) -> Result<u64, Fault> {
+        let mut moved = 0;
+        for entry in fs::read_dir(from)? {
+            let entry = entry?;
+            if Self::is_ours(entry.file_name().as_bytes()) {
+                continue;
+            }
+            let target = to.join(entry.file_name());
+            if target.symlink_metadata().is_ok() {
+                return Err(Fault::Disk(format!(
+                    "two trees on the volume: {} is at its top and in the overlay's layer; move one of them away",
+                    entry.file_name().to_string_lossy()
+                )));
+            }
+            fs::rename(entry.path(), target)?;
+            moved += 1;
+        }
+        Ok(moved)
+    }
+
+    /// Puts the whole tree, with the index that belongs to it, where nobody reads it any more.
+    pub(crate) fn set_aside(&self, name: &str) -> Result<PathBuf, Fault> {
+        let aside = self.own.join("aside").join(name);
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(&aside)?;
+        Self::move_tree(&self.root, &aside)?;
+        let upper = self.own.join("upper");
+        if fs::read_dir(&upper)?.next().is_some() {
+            fs::rename(&upper, aside.join(".upper"))?;
+            fs::DirBuilder::new().mode(0o700).create(&upper)?;
+        }
+        Ok(aside)
+    }
+
+    /// Whether there is a tree at all.
+    pub(crate) fn is_empty(&self) -> Result<bool, Fault> {
+        let any = |dir: &FsPath| -> Result<bool, Fault> {
+            for entry in fs::read_dir(dir)? {
+                if !Self::is_ours(entry?.file_name().as_bytes()) {
+                    return Ok(true);
+                }
+            }
+            Ok(false)
+        };
+        Ok(!any(&self.root)? && !any(&self.own.join("upper"))?)
+    }
+}
+
+/// What the kernel says of a path itself, whatever it is; `None` when nothing is there.
+pub(crate) fn look(path: &FsPath) -> Result<Option<FileStat>, Fault> {
+    match lstat(path) {
+        Ok(stat) => Ok(Some(stat)),
+        Err(nix::errno::Errno::ENOENT | nix::errno::Errno::ENOTDIR) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+pub(crate) fn kind_of(stat: &FileStat) -> u32 {
+    stat.st_mode & libc::S_IFMT
+}
+
+/// How overlayfs writes down that something of the lower layer is gone.
+pub(crate) fn is_whiteout(stat: &FileStat) -> bool {
+    kind_of(stat) == libc::S_IFCHR && stat.st_rdev == 0
+}
+
+pub(crate) fn mtime_ns(stat: &FileStat) -> i64 {
+    stat.st_mtime.saturating_mul(1_000_000_000).saturating_add(stat.st_mtime_nsec)
+}
+
+pub(crate) fn ctime_ns(stat: &FileStat) -> i64 {
+    stat.st_ctime.saturating_mul(1_000_000_000).saturating_add(stat.st_ctime_nsec)
+}
+
+/// Sets mode, owner and modification time of a path itself.
+pub(crate) fn dress(path: &FsPath, entry: &crate::entry::Entry) -> Result<(), Fault> {
+    let metadata = fs::symlink_metadata(path)?;
+    if (metadata.uid(), metadata.gid()) != (entry.uid, entry.gid) {
+        std::os::unix::fs::lchown(path, Some(entry.uid), Some(entry.gid))?;
+    }
+    // Links have no mode of their own. After chown, which takes set-id bits away.
+    if !metadata.file_type().is_symlink() {
+        use std::os::unix::fs::PermissionsExt as _;
+        fs::set_permissions(path, fs::Permissions::from_mode(entry.mode))?;
+    }
+    set_mtime(path, entry.mtime_ns)
+}
+
+pub(crate) fn set_mtime(path: &FsPath, mtime_ns: i64) -> Result<(), Fault> {
+    let time = TimeSpec::new(mtime_ns.div_euclid(1_000_000_000), mtime_ns.rem_euclid(1_000_000_000));
+    utimensat(nix::fcntl::AT_FDCWD, path, &TimeSpec::UTIME_OMIT, &time, UtimensatFlags::NoFollowSymlink)?;
+    Ok(())
+}
+
+/// The value of one of overlayfs's marks.
+pub(crate) fn mark(path: &FsPath, name: &CStr) -> Option<Vec<u8>> {
+    cvm_process::xattr::get(&CString::new(path.as_os_str().as_bytes()).ok()?, name)
+}
+
+pub(crate) fn set_mark(path: &FsPath, name: &CStr, value: &[u8]) -> Result<(), Fault> {
+    let path = CString::new(path.as_os_str().as_bytes()).map_err(|_| Fault::other("a path with NUL"))?;
+    Ok(cvm_process::xattr::set(&path, name, value)?)
+}
+
+/// Makes a directory and those above it, as plain ones that lower layers show through.
+pub(crate) fn make_parents(root: &FsPath, path: &Path) -> Result<(), Fault> {
+    if let Some(parent) = path.parent() {
+        fs::create_dir_all(parent.below(root))?;
+    }
+    Ok(())
+}

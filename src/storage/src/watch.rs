@@ -1,0 +1,156 @@
+//! Hints that something has changed: inotify on every directory of the tree.
+//!
+//! In FUSE mode both sides of the overlay are watched: writes show on the merged tree, and that a
+//! directory has come up from below shows in the upper layer only. A hint that is missed is found
+//! by the next full scan; a queue that overflows asks for one.
+//!
+//! Refuses to look into a directory that the rules leave out, and to follow a link.
+//! May import: `entry`, `fault`, `rules`, `volume`.
+
+use crate::entry::Path;
+use crate::fault::Fault;
+use crate::rules;
+use crate::volume::{self, Volume};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, InotifyEvent, WatchDescriptor};
+use std::collections::HashMap;
+use std::fs;
+use std::os::unix::ffi::OsStrExt as _;
+
+/// One hint.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Hint {
+    /// Something in this directory; "" is the top.
+    Directory(Vec<u8>),
+    /// Nobody knows where.
+    Anywhere,
+}
+
+pub(crate) struct Watcher {
+    inotify: Inotify,
+    roots: Vec<std::path::PathBuf>,
+    watches: HashMap<WatchDescriptor, (usize, Vec<u8>)>,
+    /// The kernel had no more watches to give; said once.
+    pub(crate) exhausted: bool,
+}
+
+fn mask() -> AddWatchFlags {
+    AddWatchFlags::IN_CREATE
+        | AddWatchFlags::IN_MODIFY
+        | AddWatchFlags::IN_ATTRIB
+        | AddWatchFlags::IN_CLOSE_WRITE
+        | AddWatchFlags::IN_MOVED_FROM
+        | AddWatchFlags::IN_MOVED_TO
+        | AddWatchFlags::IN_DELETE
+        | AddWatchFlags::IN_DONT_FOLLOW
+        | AddWatchFlags::IN_ONLYDIR
+}
+
+impl Watcher {
+    pub(crate) fn new(volume: &Volume) -> Result<Self, Fault> {
+        let inotify = Inotify::init(InitFlags::IN_CLOEXEC)?;
+        let mut roots = vec![volume.upper.clone()];
+        if volume.overlay {
+            roots.push(volume.tree.clone());
+        }
+        let mut this = Self { inotify, roots, watches: HashMap::new(), exhausted: false };
+        this.add(None);
+        Ok(this)
+    }
+
+    /// Watches a directory and all below it that is in the upper layer.
+    fn add(&mut self, dir: Option<&Path>) {
+        if dir.is_some_and(rules::is_volatile) {
+            return;
+        }
+        for root in 0..self.roots.len() {
+            let Some(base) = self.roots.get(root) else { continue };
+            let at = dir.map_or_else(|| base.clone(), |d| d.below(base));
+            match self.inotify.add_watch(&at, mask()) {
+                Ok(watch) => drop(
+                    self.watches.insert(watch, (root, dir.map_or_else(Vec::new, |d| d.as_bytes().to_vec()))),
+                ),
+                Err(nix::errno::Errno::ENOSPC) => self.exhausted = true,
+                // Gone again, or no directory any more.
+                Err(_) => {}
+            }
+        }
+        let Some(upper) = self.roots.first() else { return };
+        let at = dir.map_or_else(|| upper.clone(), |d| d.below(upper));
+        let Ok(entries) = fs::read_dir(at) else { return };
+        for entry in entries.flatten() {
+            if entry.file_type().is_ok_and(|t| t.is_dir())
+                && let Some(path) = Path::child(dir, entry.file_name().as_bytes())
+            {
+                self.add(Some(&path));
+            }
+        }
+    }
+
+    /// Waits for hints.
+    pub(crate) fn next(&mut self) -> Result<Vec<Hint>, Fault> {
+        let events = match self.inotify.read_events() {
+            Ok(events) => events,
+            Err(nix::errno::Errno::EINTR) => return Ok(Vec::new()),
+            Err(error) => return Err(error.into()),
+        };
+        let mut hints = Vec::new();
+        for event in events {
+            if let Some(hint) = self.understand(&event)
+                && hints.last() != Some(&hint)
+            {
+                hints.push(hint);
+            }
+        }
+        Ok(hints)
+    }
+
+    fn understand(&mut self, event: &InotifyEvent) -> Option<Hint> {
+        if event.mask.contains(AddWatchFlags::IN_Q_OVERFLOW) {
+            return Some(Hint::Anywhere);
+        }
+        if event.mask.contains(AddWatchFlags::IN_IGNORED) {
+            self.watches.remove(&event.wd);
+            return None;
+        }
+        let (_, dir) = self.watches.get(&event.wd)?.clone();
+        let name = event.name.as_ref().map(|n| n.as_bytes().to_vec());
+        let path = name.and_then(|name| Path::child(Path::new(&dir).as_ref(), &name));
+        if let Some(path) = &path {
+            if rules::is_volatile(path) {
+                return None;
+            }
+            let appears = event.mask.intersects(AddWatchFlags::IN_CREATE | AddWatchFlags::IN_MOVED_TO);
+            if appears && event.mask.contains(AddWatchFlags::IN_ISDIR) {
+                self.add(Some(path));
+            }
+            // A directory that moved away keeps its watches under a name that is not its own.
+            if event.mask.contains(AddWatchFlags::IN_MOVED_FROM | AddWatchFlags::IN_ISDIR) {
+                self.forget(path);
+            }
+        } else if event.name.is_some() {
+            // Ours, at the top.
+            return None;
+        }
+        Some(Hint::Directory(dir))
+    }
+
+    fn forget(&mut self, path: &Path) {
+        let inside = |dir: &[u8]| {
+            dir == path.as_bytes() || Path::new(dir).is_some_and(|d| d.starts_with(path.as_bytes()))
+        };
+        let gone: Vec<WatchDescriptor> =
+            self.watches.iter().filter(|(_, (_, dir))| inside(dir)).map(|(wd, _)| *wd).collect();
+        for watch in gone {
+            self.watches.remove(&watch);
+            let _ = self.inotify.rm_watch(watch);
+        }
+        // It may have moved to where its arrival was seen first; then that name is watched again.
+        if volume::look(&path.below(self.roots.first().map_or(std::path::Path::new("/"), |r| r)))
+            .ok()
+            .flatten()
+            .is_some()
+        {
+            self.add(Some(path));
+        }
+    }
+}

@@ -1,0 +1,909 @@
+//! The worker's one loop: opens the storage, keeps tree and bucket equal, answers orders, drains.
+//!
+//! ```text
+//! opening ── tree ──> ready ── fenced ──> opening …
+//!    │  └ fault: wait, again            └ stop: drain, release, end
+//! ```
+//!
+//! Everything that writes to the bucket happens in this thread, one thing at a time. Beside it run
+//! the heartbeat, the watcher, and in FUSE mode the hydrator; they send orders.
+//!
+//! Refuses to end because something failed. May import: everything here.
+
+use crate::boots::Boots;
+use crate::chain::now_ms;
+use crate::desk::{Desk, Open};
+use crate::entry::Path;
+use crate::fault::Fault;
+use crate::fetch::{Fetcher, Got, Wanted};
+use crate::opening::{self, Ready, Said};
+use crate::owner::uptime;
+use crate::push::{Pusher, Rest};
+use crate::scan::{Found, Scanner};
+use crate::watch::{Hint, Watcher};
+use crate::{boots, database, hydrate, volume};
+use cvm_blueprint::storage::{Answer, Ask, Drill, Mode, Progress, StorageSpec};
+use std::collections::{BTreeSet, HashSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::time::Duration;
+
+/// A change is pushed when it has been quiet for this long, or has waited for [`PATIENCE`].
+const QUIET: Duration = Duration::from_millis(100);
+const PATIENCE: Duration = Duration::from_millis(300);
+/// Between two batches: a second is what a crash may cost, and three requests are what it costs.
+const BETWEEN: Duration = Duration::from_millis(700);
+/// Hints are hints; the scan is the truth.
+const RESCAN: Duration = Duration::from_secs(300);
+const RETRY: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
+const LOGS: Duration = Duration::from_secs(60);
+/// Files of a drill besides every database, and what is too large for one.
+const SAMPLE: usize = 50;
+const SAMPLE_BYTES: u64 = 64 << 20;
+
+pub(crate) enum Order {
+    Hint(Hint),
+    Ask(Ask, tokio::sync::mpsc::UnboundedSender<Answer>),
+    /// Nothing is only below any more.
+    Hydrated,
+    Fenced(String),
+    Stop,
+}
+
+/// How one life with an open bucket ended.
+enum End {
+    Stop,
+    Again(Fault),
+}
+
+pub(crate) struct Worker {
+    pub(crate) spec: StorageSpec,
+    pub(crate) desk: Arc<Desk>,
+    pub(crate) orders: Receiver<Order>,
+    pub(crate) sender: Sender<Order>,
+    pub(crate) said: Said,
+    pub(crate) stopping: bool,
+    pub(crate) boots: Boots,
+}
+
+impl Worker {
+    /// Until it is told to stop. True when the bucket has everything.
+    pub(crate) fn run(mut self) -> bool {
+        let mut tries = 0u32;
+        loop {
+            let fault = match self.life(&mut tries) {
+                Ok(clean) => return clean,
+                Err(fault) => fault,
+            };
+            if self.stopping {
+                // There was no tree, so there is nothing that only this machine has and that this
+                // worker could know of.
+                self.desk.drained(0, 0);
+                return true;
+            }
+            let retry = fault.may_pass();
+            let wait = if retry { backoff(tries) } else { RETRY.1 };
+            tries += 1;
+            let phase = if matches!(fault, Fault::Fenced(_)) {
+                "fenced"
+            } else if retry {
+                "opening"
+            } else {
+                "refused"
+            };
+            self.desk.not_ready(phase, format!("{fault}; {}", fault.remedy()), retry);
+            self.desk.failed(&fault, Some(wait));
+            self.pause(wait);
+        }
+    }
+
+    /// One try, from opening to the end. Only an ordered stop is an end that is not a fault.
+    fn life(&mut self, tries: &mut u32) -> Result<bool, Fault> {
+        let (desk, said) = (Arc::clone(&self.desk), std::mem::take(&mut self.said));
+        let spec = std::mem::replace(&mut self.spec, empty_spec());
+        let opened = opening::open(&spec, &desk, said, &mut |wait| {
+            self.pause(wait);
+            if self.stopping {
+                Err(Fault::other("the machine is stopping"))
+            } else {
+                Ok(std::mem::take(&mut self.said.takeover))
+            }
+        });
+        self.spec = spec;
+        let ready = opened?;
+        *tries = 0;
+        let mut tree = Tree::new(self, ready)?;
+        match tree.serve() {
+            End::Stop => Ok(tree.drain()),
+            End::Again(fault) => {
+                tree.leave();
+                Err(fault)
+            }
+        }
+    }
+
+    /// Waits, and takes orders meanwhile.
+    fn pause(&mut self, wait: Duration) {
+        let until = uptime() + wait;
+        while !self.stopping {
+            let left = until.saturating_sub(uptime());
+            match self.orders.recv_timeout(left) {
+                Ok(Order::Stop) | Err(RecvTimeoutError::Disconnected) => self.stopping = true,
+                Ok(Order::Ask(Ask::Accept, answer)) => {
+                    self.said.accept = true;
+                    done(&answer, "The next try goes on with what the bucket holds now", true);
+                    return;
+                }
+                Ok(Order::Ask(Ask::Takeover, answer)) => {
+                    self.said.takeover = true;
+                    done(&answer, "The bucket is taken over now", true);
+                    return;
+                }
+                Ok(Order::Ask(_, answer)) => {
+                    let why =
+                        self.desk.status().why.unwrap_or_else(|| "the storage is being opened".to_owned());
+                    let _ = answer.send(Answer::Refused { why });
+                }
+                Ok(_) => {}
+                Err(RecvTimeoutError::Timeout) => return,
+            }
+        }
+    }
+}
+
+/// Holds the place of the specification while its own is lent out.
+fn empty_spec() -> StorageSpec {
+    use cvm_blueprint::storage::CryptSpec;
+    use cvm_blueprint::wire::PackedBytes;
+    let none = || PackedBytes::pack(b"");
+    StorageSpec {
+        bucket: String::new(),
+        prefix: String::new(),
+        region: String::new(),
+        provider: String::new(),
+        endpoint: None,
+        access_key_id: none(),
+        secret_access_key: none(),
+        session_token: None,
+        crypt: CryptSpec::Clear { password: none(), salt: none() },
+        manifest_key: none(),
+        user: String::new(),
+        anchor: None,
+        heartbeat_s: 60,
+        drain_s: 0,
+        drill_s: 0,
+    }
+}
+
+fn backoff(tries: u32) -> Duration {
+    RETRY.0.saturating_mul(1 << tries.min(8)).min(RETRY.1)
+}
+
+fn done(to: &tokio::sync::mpsc::UnboundedSender<Answer>, text: impl Into<String>, good: bool) {
+    // Whoever asked may be gone.
+    let _ = to.send(Answer::Done { text: text.into(), good });
+}
+
+/// A tree that is good, and all that keeps it and the bucket equal.
+struct Tree<'a> {
+    worker: &'a mut Worker,
+    ready: Ready,
+    lease: Arc<crate::owner::Lease>,
+    stop: Arc<AtomicBool>,
+    helpers: Vec<std::thread::JoinHandle<()>>,
+    dirty: BTreeSet<Vec<u8>>,
+    everything: bool,
+    first: Option<Duration>,
+    last: Duration,
+    not_before: Duration,
+    rescan_at: Duration,
+    retries: u32,
+    logs_at: Duration,
+    drill_at: Option<Duration>,
+    flushes: Vec<tokio::sync::mpsc::UnboundedSender<Answer>>,
+    /// Moved directories whose content has come up.
+    fetched: HashSet<Path>,
+    hydrated: bool,
+    /// Paths with an incident of the tree's own.
+    troubled: HashSet<Path>,
+}
+
+impl<'a> Tree<'a> {
+    fn new(worker: &'a mut Worker, ready: Ready) -> Result<Self, Fault> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let hydrated = ready.mode == Mode::Sync || ready.open.index.count_lower()?.files == 0;
+        let drill = ready.open.index.number("drilled")?;
+        let interval = u64::from(worker.spec.drill_s);
+        let drill_at = (interval > 0).then(|| {
+            let since = now_ms().saturating_sub(drill) / 1000;
+            uptime() + Duration::from_secs(interval.saturating_sub(since).max(60))
+        });
+        let lease = Arc::clone(&ready.lease);
+        let mut this = Self {
+            lease,
+            worker,
+            stop,
+            helpers: Vec::new(),
+            dirty: BTreeSet::new(),
+            everything: true,
+            first: None,
+            last: uptime(),
+            not_before: Duration::ZERO,
+            rescan_at: uptime() + RESCAN,
+            retries: 0,
+            logs_at: uptime() + LOGS,
+            drill_at,
+            flushes: Vec::new(),
+            fetched: HashSet::new(),
+            hydrated,
+            troubled: HashSet::new(),
+            ready,
+        };
+        this.help()?;
+        if this.hydrated && this.ready.mode == Mode::Fuse {
+            this.ready.open.index.set_meta("independent", "1")?;
+        }
+        this.recall_drill()?;
+        this.say_ready();
+        Ok(this)
+    }
+
+    fn open(&self) -> Arc<Open> {
+        Arc::clone(&self.ready.open)
+    }
+
+    fn say_ready(&self) {
+        let independent = self.ready.mode == Mode::Sync || self.hydrated;
+        self.worker.desk.ready(self.ready.mode, self.ready.reason.clone(), independent);
+    }
+
+    // === Helpers ===
+
+    fn help(&mut self) -> Result<(), Fault> {
+        let mut watcher = Watcher::new(&self.ready.open.volume)?;
+        let sender = self.worker.sender.clone();
+        let desk = Arc::clone(&self.worker.desk);
+        let stop = Arc::clone(&self.stop);
+        self.helpers.push(std::thread::spawn(move || {
+            let mut told = false;
+            while !stop.load(Ordering::Relaxed) {
+                let Ok(hints) = watcher.next() else { return };
+                if watcher.exhausted && !told {
+                    told = true;
+                    desk.warn("The kernel gives no more inotify watches (fs.inotify.max_user_watches): some changes are only found by the scan every 5 minutes");
+                }
+                for hint in hints {
+                    if stop.load(Ordering::Relaxed) || sender.send(Order::Hint(hint)).is_err() {
+                        return;
+                    }
+                }
+            }
+        }));
+        self.beat();
+        if !self.hydrated {
+            let (open, desk, stop, sender) = (
+                self.open(),
+                Arc::clone(&self.worker.desk),
+                Arc::clone(&self.stop),
+                self.worker.sender.clone(),
+            );
+            self.helpers.push(std::thread::spawn(move || {
+                loop {
+                    match hydrate::run(&open, &desk, &stop) {
+                        Ok(true) => return drop(sender.send(Order::Hydrated)),
+                        Ok(false) => return,
+                        Err(fault) => {
+                            desk.failed(&fault, Some(RETRY.0));
+                            std::thread::sleep(RETRY.0);
+                        }
+                    }
+                }
+            }));
+        }
+        Ok(())
+    }
+
+    fn beat(&mut self) {
+        let (open, lease, stop, sender, desk) = (
+            self.open(),
+            Arc::clone(&self.lease),
+            Arc::clone(&self.stop),
+            self.worker.sender.clone(),
+            Arc::clone(&self.worker.desk),
+        );
+        let beat = Duration::from_secs(u64::from(self.worker.spec.heartbeat_s.max(1)));
+        self.helpers.push(std::thread::spawn(move || {
+            let mut due = uptime() + beat;
+            while !stop.load(Ordering::Relaxed) {
+                // Short sleeps, so that a stop is not waited for, on a clock that counts sleep.
+                std::thread::sleep(Duration::from_millis(200).min(beat));
+                if uptime() < due {
+                    continue;
+                }
+                due = match lease.renew(&open.bucket) {
+                    Ok(()) => uptime() + beat,
+                    Err(Fault::Fenced(why)) => return drop(sender.send(Order::Fenced(why))),
+                    Err(fault) => {
+                        desk.failed(&fault, None);
+                        uptime() + (beat / 4).max(Duration::from_secs(1))
+                    }
+                };
+            }
+        }));
+    }
+
+    // === The loop ===
+
+    fn serve(&mut self) -> End {
+        loop {
+            let wait = self.due().saturating_sub(uptime());
+            let order = match self.worker.orders.recv_timeout(wait) {
+                Ok(order) => Some(order),
+                Err(RecvTimeoutError::Timeout) => None,
+                Err(RecvTimeoutError::Disconnected) => Some(Order::Stop),
+            };
+            let mut next = order;
+            while let Some(order) = next {
+                if let Some(end) = self.take(order) {
+                    return end;
+                }
+                next = self.worker.orders.try_recv().ok();
+            }
+            let now = uptime();
+            if now >= self.rescan_at {
+                self.everything = true;
+                self.note_change();
+            }
+            if self.push_is_due(now)
+                && let Err(fault) = self.push()
+            {
+                return End::Again(fault);
+            }
+            if now >= self.logs_at {
+                self.logs_at = now + LOGS;
+                self.last_words();
+            }
+            if self.drill_at.is_some_and(|at| now >= at) {
+                self.drill_at = Some(now + Duration::from_secs(u64::from(self.worker.spec.drill_s)));
+                let _ = self.drill(None);
+            }
+        }
+    }
+
+    fn due(&self) -> Duration {
+        let push = (self.everything || !self.dirty.is_empty()).then(|| self.push_at());
+        let drill = self.drill_at;
+        [Some(self.rescan_at), push, Some(self.logs_at), drill]
+            .into_iter()
+            .flatten()
+            .min()
+            .unwrap_or(self.rescan_at)
+    }
+
+    fn push_at(&self) -> Duration {
+        let patience = self.first.unwrap_or(self.last) + PATIENCE;
+        if self.flushes.is_empty() {
+            (self.last + QUIET).min(patience).max(self.not_before)
+        } else {
+            Duration::ZERO
+        }
+    }
+
+    fn push_is_due(&self, now: Duration) -> bool {
+        (self.everything || !self.dirty.is_empty() || !self.flushes.is_empty()) && now >= self.push_at()
+    }
+
+    fn note_change(&mut self) {
+        self.last = uptime();
+        self.first.get_or_insert(self.last);
+    }
+
+    fn take(&mut self, order: Order) -> Option<End> {
+        match order {
+            Order::Hint(hint) => {
+                self.note_change();
+                match hint {
+                    Hint::Directory(dir) => drop(self.dirty.insert(dir)),
+                    Hint::Anywhere => self.everything = true,
+                }
+                self.worker.desk.changed(self.first);
+            }
+            Order::Ask(Ask::Flush, answer) => {
+                self.everything = true;
+                self.flushes.push(answer);
+            }
+            Order::Ask(ask, answer) => self.answer(&ask, &answer),
+            Order::Hydrated => self.on_hydrated(),
+            Order::Fenced(why) => return Some(End::Again(Fault::Fenced(why))),
+            Order::Stop => return Some(End::Stop),
+        }
+        None
+    }
+
+    fn on_hydrated(&mut self) {
+        self.hydrated = true;
+        if let Err(fault) = self.ready.open.index.set_meta("independent", "1") {
+            self.worker.desk.failed(&fault, None);
+        }
+        if let Some(stand_in) = &self.ready.stand_in
+            && let Err(fault) = stand_in.tree_is_whole()
+        {
+            self.worker.desk.warn(format!("The stand-in for the mount does not answer: {fault}"));
+        }
+        self.worker
+            .desk
+            .info("Everything of the bucket is on the volume now; nothing depends on the mount any more");
+        self.everything = true;
+        self.note_change();
+        self.say_ready();
+    }
+
+    // === Pushing ===
+
+    /// One round. An error ends this life of the worker: it no longer owns the bucket.
+    fn push(&mut self) -> Result<(), Fault> {
+        let began = uptime();
+        let full = std::mem::take(&mut self.everything) || !self.hydrated;
+        let dirty = std::mem::take(&mut self.dirty);
+        let first = self.first.take();
+        if full {
+            self.rescan_at = began + RESCAN;
+        }
+        let (rest, found) = match self.round(full, &dirty, first) {
+            Ok(done) => done,
+            Err(fault @ Fault::Fenced(_)) => return Err(fault),
+            Err(fault) => {
+                self.again(&fault, full, dirty, first);
+                return Ok(());
+            }
+        };
+        self.speak_of(&found, &rest, full);
+        if let Some(Fault::Fenced(why)) = rest.fault {
+            return Err(Fault::Fenced(why));
+        }
+        let open = self.open();
+        self.worker.desk.head(self.ready.chain.head, open.index.totals()?);
+        self.not_before = uptime() + BETWEEN.max((uptime() - began).min(RETRY.1));
+        if rest.fault.is_none() && rest.later.is_empty() {
+            self.retries = 0;
+            self.worker.desk.pushed();
+            self.worker.desk.pending(0, 0, None);
+            for flush in self.flushes.drain(..) {
+                done(&flush, "The bucket has everything", true);
+            }
+            return Ok(());
+        }
+        let fault = rest.fault.unwrap_or_else(|| have_to_wait(&rest.later));
+        let dirty = if full {
+            dirty
+        } else {
+            rest.later.iter().map(|(p, _)| p.split().0.to_vec()).chain(dirty).collect()
+        };
+        self.worker.desk.pending(rest.later.len().max(1) as u64, 0, first.or(Some(began)));
+        self.again(&fault, full, dirty, first.or(Some(began)));
+        Ok(())
+    }
+
+    fn again(&mut self, fault: &Fault, full: bool, dirty: BTreeSet<Vec<u8>>, first: Option<Duration>) {
+        let wait = backoff(self.retries);
+        self.retries += 1;
+        self.worker.desk.failed(fault, Some(wait));
+        self.everything |= full;
+        self.dirty.extend(dirty);
+        self.first = first.or(self.first);
+        self.not_before = uptime() + wait;
+        for flush in self.flushes.drain(..) {
+            done(
+                &flush,
+                format!("Not everything is in the bucket: {fault}; {}. It is tried again", fault.remedy()),
+                false,
+            );
+        }
+    }
+
+    fn round(
+        &mut self,
+        full: bool,
+        dirty: &BTreeSet<Vec<u8>>,
+        first: Option<Duration>,
+    ) -> Result<(Rest, Found), Fault> {
+        let open = self.open();
+        let prefix = open.bucket.prefix.clone();
+        let look = |fetched: &HashSet<Path>| {
+            let scanner = Scanner::new(&open.volume, &open.index, &prefix, fetched);
+            if full { scanner.full() } else { scanner.some(dirty) }
+        };
+        let mut found = look(&self.fetched)?;
+        // What was moved while it was only below has to be above before its old name may go.
+        while !found.to_fetch.is_empty() {
+            for path in &found.to_fetch {
+                hydrate::lift_tree(&open, path)?;
+                self.fetched.insert(path.clone());
+            }
+            found = look(&self.fetched)?;
+        }
+        if !found.changes.is_empty() {
+            self.worker.desk.pending(found.changes.len() as u64, 0, first.or(Some(uptime())));
+        }
+        let (desk, answers) = (Arc::clone(&self.worker.desk), self.flushes.clone());
+        let total = found.changes.len() as u64;
+        let progress = move |files: u64, bytes: u64| {
+            desk.pending(files, bytes, first);
+            let progress = Progress {
+                what: "pushing".to_owned(),
+                files_done: total.saturating_sub(files),
+                files_total: total,
+                bytes_done: 0,
+                bytes_total: bytes,
+            };
+            answers.iter().for_each(|to| drop(to.send(Answer::Progress(progress.clone()))));
+        };
+        let mut pusher = Pusher {
+            bucket: &open.bucket,
+            index: &open.index,
+            volume: &open.volume,
+            lease: &self.lease,
+            chain: &mut self.ready.chain,
+            may_delete: self.hydrated,
+            progress: &progress,
+        };
+        let rest = pusher.round(std::mem::take(&mut found.changes));
+        Ok((rest, found))
+    }
+
+    /// Incidents of the tree itself, and those that are over.
+    fn speak_of(&mut self, found: &Found, rest: &Rest, full: bool) {
+        let mut now: HashSet<Path> = HashSet::new();
+        for (path, why) in &found.impossible {
+            self.worker.desk.incident(
+                &path.to_string(),
+                &format!("it cannot be in the bucket: {why}"),
+                "give it a shorter name",
+            );
+            now.insert(path.clone());
+        }
+        for (path, why) in &rest.damaged {
+            let what = format!("this database is damaged: {why}; the bucket keeps its last good state");
+            self.worker.desk.incident(
+                &path.to_string(),
+                &what,
+                "repair it, or take the good one back with `cvm storage get`",
+            );
+            now.insert(path.clone());
+        }
+        let over: Vec<Path> = self
+            .troubled
+            .iter()
+            .filter(|p| !now.contains(*p) && (full || rest.fault.is_none()) && !self.still_there(p, full))
+            .cloned()
+            .collect();
+        for path in over {
+            self.troubled.remove(&path);
+            self.worker.desk.settled(&path.to_string());
+        }
+        self.troubled.extend(now);
+        if let Ok(bad) = self.ready.open.index.bad() {
+            for (path, row) in bad {
+                self.worker.desk.incident(
+                    &path.to_string(),
+                    row.bad.as_deref().unwrap_or_default(),
+                    hydrate::REMEDY,
+                );
+            }
+        }
+    }
+
+    /// A round that looked elsewhere says nothing about it.
+    fn still_there(&self, path: &Path, full: bool) -> bool {
+        !full
+            && volume::look(&path.below(&self.ready.open.volume.upper)).ok().flatten().is_some()
+            && self.ready.open.index.get(path).ok().flatten().is_none_or(|row| row.sign.is_none())
+    }
+
+    // === Orders ===
+
+    fn answer(&mut self, ask: &Ask, to: &tokio::sync::mpsc::UnboundedSender<Answer>) {
+        let outcome = match ask {
+            Ask::Verify { deep } => self.verify(*deep, to),
+            Ask::Drill => self.drill(Some(to)),
+            Ask::Accept => self.accept(),
+            Ask::Takeover => Ok(("This instance owns the bucket already".to_owned(), true)),
+            _ => Err(Fault::other("this is answered elsewhere")),
+        };
+        match outcome {
+            Ok((text, good)) => done(to, text, good),
+            Err(fault) => done(to, format!("{fault}; {}", fault.remedy()), false),
+        }
+    }
+
+    /// What the bucket does not have right is given up: it is gone from the manifest too.
+    fn accept(&mut self) -> Result<(String, bool), Fault> {
+        let open = self.open();
+        let bad = open.index.bad()?;
+        for (path, _) in &bad {
+            open.index.set_bad(path, None)?;
+            open.index.set_lower(std::slice::from_ref(path), false)?;
+        }
+        self.worker.desk.forget_incidents();
+        self.everything = true;
+        self.note_change();
+        Ok((format!("{} files are given up", bad.len()), true))
+    }
+
+    fn verify(
+        &mut self,
+        deep: bool,
+        to: &tokio::sync::mpsc::UnboundedSender<Answer>,
+    ) -> Result<(String, bool), Fault> {
+        let open = self.open();
+        let mut wrong = 0u64;
+        let mut say = |text: String| {
+            wrong += 1;
+            let _ = to.send(Answer::Line { text });
+        };
+        let found = Scanner::new(&open.volume, &open.index, &open.bucket.prefix, &self.fetched).full()?;
+        for change in &found.changes {
+            say(format!("{}: the tree differs from the bucket (not pushed yet)", change.path()));
+        }
+        let listed: std::collections::HashMap<String, u64> = open
+            .bucket
+            .rclone
+            .list_all(false)?
+            .into_iter()
+            .filter(|l| !l.name.starts_with(".cvm/"))
+            .map(|l| (l.name, l.size))
+            .collect();
+        let rows = open.index.all()?;
+        let mut known = HashSet::new();
+        for (path, row) in rows.iter().filter(|(_, row)| row.entry.is_file()) {
+            let object = path.object();
+            match listed.get(&object) {
+                None => say(format!("{path}: its object is missing from the bucket")),
+                Some(size) if *size != row.entry.size() => say(format!(
+                    "{path}: its object has {size} bytes, the manifest says {}",
+                    row.entry.size()
+                )),
+                Some(_) => {}
+            }
+            known.insert(object);
+        }
+        let tombs: HashSet<String> = open.index.tombs(usize::MAX)?.iter().map(Path::object).collect();
+        for name in listed.keys().filter(|n| !known.contains(*n) && !tombs.contains(*n)) {
+            let _ = to.send(Answer::Line {
+                text: format!("{name}: an object that the manifest does not know; it is ignored"),
+            });
+        }
+        let files = known.len();
+        if deep {
+            let wanted: Vec<Wanted> = rows
+                .into_iter()
+                .filter(|(_, row)| row.entry.is_file())
+                .map(|(path, row)| Wanted { path, may_be: vec![row.entry] })
+                .collect();
+            for (path, why) in self.read_back(wanted, Some(to))? {
+                say(format!("{path}: {why}"));
+            }
+        }
+        let how = if deep { "read back and checked" } else { "compared by name and size" };
+        Ok(if wrong == 0 {
+            (format!("Tree and bucket are equal: {files} files {how}"), true)
+        } else {
+            (format!("{wrong} differences in {files} files {how}"), false)
+        })
+    }
+
+    /// Fetches into a scratch directory, checks, and throws away.
+    fn read_back(
+        &self,
+        wanted: Vec<Wanted>,
+        to: Option<&tokio::sync::mpsc::UnboundedSender<Answer>>,
+    ) -> Result<Vec<(Path, String)>, Fault> {
+        let open = self.open();
+        let scratch = open.volume.staging().join("drill");
+        let _ = std::fs::remove_dir_all(&scratch);
+        std::fs::create_dir_all(&scratch)?;
+        let total = wanted.len() as u64;
+        let bytes_total: u64 =
+            wanted.iter().filter_map(|w| w.may_be.first()).map(crate::entry::Entry::size).sum();
+        let to = to.cloned();
+        let progress = move |files: u64, bytes: u64| {
+            if let Some(to) = &to {
+                let what = "reading back".to_owned();
+                let _ = to.send(Answer::Progress(Progress {
+                    what,
+                    files_done: files,
+                    files_total: total,
+                    bytes_done: bytes,
+                    bytes_total,
+                }));
+            }
+        };
+        let mut bad = Vec::new();
+        let fetcher = Fetcher {
+            bucket: &open.bucket,
+            parts: open.volume.staging().join("drill-parts"),
+            progress: &progress,
+        };
+        let got = fetcher.files(wanted, &scratch);
+        for one in got? {
+            match one {
+                Got::Good(path, entry) if entry.is_database() => {
+                    if let Err(why) = database::check(&path.below(&scratch)) {
+                        bad.push((path, why));
+                    }
+                }
+                Got::Good(..) => {}
+                Got::Bad(path, why) => bad.push((path, why)),
+                Got::Later(path, fault) => bad.push((path, fault.to_string())),
+            }
+        }
+        let _ = std::fs::remove_dir_all(&scratch);
+        let _ = std::fs::remove_dir_all(open.volume.staging().join("drill-parts"));
+        Ok(bad)
+    }
+
+    fn drill(
+        &mut self,
+        to: Option<&tokio::sync::mpsc::UnboundedSender<Answer>>,
+    ) -> Result<(String, bool), Fault> {
+        let open = self.open();
+        let rows: Vec<_> = open
+            .index
+            .all()?
+            .into_iter()
+            .filter(|(_, row)| row.entry.is_file() && row.bad.is_none() && !row.unsure)
+            .collect();
+        let (databases, mut others): (Vec<_>, Vec<_>) =
+            rows.into_iter().partition(|(_, row)| row.entry.is_database());
+        others.retain(|(_, row)| row.entry.size() <= SAMPLE_BYTES);
+        let mut picked = databases.clone();
+        for _ in 0..SAMPLE.min(others.len()) {
+            let mut bytes = [0u8; 8];
+            getrandom::fill(&mut bytes).map_err(|_| Fault::other("the kernel gives no random numbers"))?;
+            let at = usize::try_from(u64::from_le_bytes(bytes) % others.len() as u64).unwrap_or(0);
+            picked.push(others.swap_remove(at));
+        }
+        let files = picked.len() as u64;
+        let wanted = picked.into_iter().map(|(path, row)| Wanted { path, may_be: vec![row.entry] }).collect();
+        let outcome = self.read_back(wanted, to);
+        let (text, good) = match &outcome {
+            Ok(bad) if bad.is_empty() => (
+                format!("{files} files restored and checked, {} databases among them", databases.len()),
+                true,
+            ),
+            Ok(bad) => {
+                for (path, why) in bad {
+                    self.worker.desk.incident(
+                        &path.to_string(),
+                        &format!("a restore drill found: {why}"),
+                        hydrate::REMEDY,
+                    );
+                }
+                (format!("{} of {files} files did not come back as they should", bad.len()), false)
+            }
+            Err(fault) => (format!("the drill could not be done: {fault}"), false),
+        };
+        let drill = Drill { ago_ms: 0, good, files, databases: databases.len() as u64, text: text.clone() };
+        let at = now_ms();
+        open.index.set_meta("drilled", &at.to_string())?;
+        open.index.set_meta("drill", &serde_json::to_string(&drill).unwrap_or_default())?;
+        self.worker.desk.drill(drill, at);
+        Ok((text, good))
+    }
+
+    fn recall_drill(&self) -> Result<(), Fault> {
+        let index = &self.ready.open.index;
+        if let Some(drill) = index.meta("drill")?.and_then(|text| serde_json::from_str(&text).ok()) {
+            self.worker.desk.drill(drill, index.number("drilled")?);
+        }
+        Ok(())
+    }
+
+    fn last_words(&mut self) {
+        let open = self.open();
+        let sent = self.lease.confirm(&open.bucket).and_then(|()| self.worker.boots.send(&open.bucket));
+        if let Err(fault) = sent {
+            tracing::warn!("logs are not in the bucket: {fault}");
+        }
+    }
+
+    // === The end ===
+
+    /// Pushes what is pending, and gives the bucket away. True when it has everything.
+    fn drain(&mut self) -> bool {
+        self.worker.desk.phase("draining");
+        let until = uptime() + Duration::from_secs(u64::from(self.worker.spec.drain_s));
+        let open = self.open();
+        let (mut left, mut fenced) = ((0u64, 0u64), false);
+        loop {
+            self.everything = true;
+            let outcome = self.round(true, &BTreeSet::new(), None);
+            let clean = match outcome {
+                Ok((rest, found)) if rest.fault.is_none() && rest.later.is_empty() => {
+                    self.speak_of(&found, &rest, true);
+                    true
+                }
+                Ok((rest, _)) => {
+                    let fault = rest.fault.unwrap_or_else(|| have_to_wait(&rest.later));
+                    self.worker.desk.failed(&fault, None);
+                    fenced = matches!(fault, Fault::Fenced(_));
+                    false
+                }
+                Err(fault) => {
+                    self.worker.desk.failed(&fault, None);
+                    fenced = matches!(fault, Fault::Fenced(_));
+                    false
+                }
+            };
+            let scanned = Scanner::new(&open.volume, &open.index, &open.bucket.prefix, &self.fetched).full();
+            left = match scanned {
+                Ok(found) => self.count(&found),
+                Err(_) => (left.0.max(1), left.1),
+            };
+            if clean && left.0 == 0 || fenced || uptime() >= until {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(if clean { 10 } else { 500 }));
+        }
+        self.last_words();
+        self.leave();
+        if left.0 == 0
+            && let Err(fault) = self.lease.release(&open.bucket)
+        {
+            self.worker.desk.failed(&fault, None);
+        }
+        self.worker.desk.drained(left.0, left.1);
+        left.0 == 0
+    }
+
+    /// Files that the bucket does not have as they are, and their names for the log.
+    fn count(&self, found: &Found) -> (u64, u64) {
+        let files: Vec<_> =
+            found.changes.iter().filter(|c| !matches!(c, crate::scan::Change::Meta { .. })).collect();
+        let upper = &self.ready.open.volume.upper;
+        let bytes = files
+            .iter()
+            .filter_map(|c| volume::look(&c.path().below(upper)).ok().flatten())
+            .map(|s| crate::scan::size_of(&s))
+            .sum();
+        for change in files.iter().take(100) {
+            tracing::warn!("not in the bucket: {}", change.path());
+        }
+        (files.len() as u64, bytes)
+    }
+
+    fn leave(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.worker.desk.opened(None);
+    }
+}
+
+fn have_to_wait(later: &[(Path, String)]) -> Fault {
+    let first = later.first().map(|(path, why)| format!("; the first is {path}: {why}")).unwrap_or_default();
+    Fault::other(format!("{} files have to wait{first}", later.len()))
+}
+
+/// Logs of earlier boots, for operators.
+pub(crate) fn boots(open: &Open) -> Result<Vec<String>, Fault> {
+    let kept = boots::kept(&open.bucket)?;
+    Ok(kept
+        .iter()
+        .enumerate()
+        .map(|(n, (boot, logs))| {
+            let when = boot.parse::<u64>().unwrap_or(0);
+            let name = if n == 0 { "this boot".to_owned() } else { format!("--boot -{n}") };
+            format!("{name:<12} {}  {}", cvm_blueprint::time::rfc3339(when), logs.join(" "))
+        })
+        .collect())
+}
+
+pub(crate) fn boot_log(open: &Open, boot: i32, log: &str) -> Result<Vec<u8>, Fault> {
+    let kept = boots::kept(&open.bucket)?;
+    let number = usize::try_from(boot.unsigned_abs()).unwrap_or(0);
+    let (name, logs) = kept.get(number).ok_or_else(|| {
+        Fault::other(format!("the bucket keeps no boot {boot}; `cvm logs --boots` lists them"))
+    })?;
+    boots::read(&open.bucket, name, log)?
+        .ok_or_else(|| Fault::other(format!("that boot has no log {log}; it has: {}", logs.join(", "))))
+}
