@@ -1,12 +1,24 @@
-//! What the tests stand on: throw-away machines with a real PID 1, and waiting for conditions.
+//! What the tests stand on: throw-away machines with a real PID 1, a real S3 server with a
+//! network that fails on demand, and waiting for conditions.
 //!
 //! * [`sandbox`]: the namespaces and the root file system, as a library and as `cvm-sandbox`.
 //! * [`machine`]: a machine with the product installed, to be started, watched and broken.
+//! * [`network`]: addresses of one's own, and networks that machines share and come back to.
+//! * [`garage`], [`s3`]: an S3 server, and what it stores as the store sees it.
+//! * [`proxy`]: what networks and providers do to requests.
 //! * [`wait`]: waiting for something to become true, with words for when it does not.
 
+pub mod garage;
+mod http;
 pub mod machine;
+pub mod network;
+pub mod proxy;
+pub mod s3;
 pub mod sandbox;
 pub mod wait;
 
+pub use garage::Garage;
 pub use machine::{Builder, Machine, Process};
+pub use network::Network;
+pub use proxy::{Fault, Proxy, Rule};
 pub use wait::until;
