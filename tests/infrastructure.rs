@@ -1,14 +1,19 @@
-//! What the storage tests stand on does what it says: the store and the proxy.
+//! What the storage tests stand on does what it says: the store, the proxy, the digest and the
+//! judges.
 
 use cvm_harness::s3::{Bucket, Response};
-use cvm_harness::{Builder, Fault, Garage, Network, Proxy, Rule, until};
-use std::fs;
+use cvm_harness::tools::{Rclone, rclone_crypt_python};
+use cvm_harness::{Builder, Fault, Garage, Network, Proxy, Rule, difference, digest, until};
+use std::fs::{self, File, FileTimes};
 use std::io::{BufRead, BufReader, ErrorKind};
+use std::os::unix::fs::{PermissionsExt, chown, symlink};
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 const PATIENCE: Duration = Duration::from_secs(30);
+const PASSWORD: &str = "correct horse";
+const SALT: &str = "battery staple";
 
 /// A store, a proxy in front of it, and the bucket as seen through the proxy.
 fn proxied() -> (Garage, Proxy, Bucket) {
@@ -357,4 +362,143 @@ fn a_machine_reaches_the_store_in_a_network_that_outlives_it() {
     assert_eq!(proxy.requests("GET"), 2);
     // Nobody outside sees it.
     assert!(std::net::TcpStream::connect(proxy.address()).is_err());
+}
+
+// --- The digest ------------------------------------------------------------------------------
+
+fn tree() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let at = |name: &str| dir.path().join(name);
+    fs::create_dir_all(at("sub/empty")).expect("a directory");
+    fs::create_dir(at(".cvm")).expect("a directory");
+    fs::write(at("sub/file"), "content").expect("a file");
+    fs::write(at("other"), "content").expect("a file");
+    fs::hard_link(at("other"), at("sub/linked")).expect("a hard link");
+    symlink("sub/file", at("link")).expect("a link");
+    for path in ["sub/empty", ".cvm", "sub/file", "other", "sub"] {
+        touch(&at(path), 1_000_000_000);
+    }
+    dir
+}
+
+fn touch(path: &Path, nanoseconds: u64) {
+    let time =
+        SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000) + Duration::from_nanos(nanoseconds);
+    let file = File::open(path).expect("it is there");
+    file.set_times(FileTimes::new().set_modified(time)).expect("its time can be set");
+}
+
+#[test]
+fn the_digest_of_the_same_tree_is_the_same() {
+    let dir = tree();
+    let before = digest(dir.path(), &[".cvm"]);
+    fs::write(dir.path().join(".cvm/private"), "what is excluded may change").expect("a file");
+    let after = digest(dir.path(), &[".cvm"]);
+    assert_eq!(difference(&before, &after), "");
+    assert_eq!(before, after);
+    assert_eq!(before.len(), 7, "{before:#?}");
+    assert!(digest(dir.path(), &[]).len() > before.len());
+}
+
+#[test]
+fn the_digest_notices_every_kind_of_difference() {
+    type Change = fn(&Path);
+    let changes: [(&str, Change); 13] = [
+        ("content of the same size", |d| {
+            fs::write(d.join("sub/file"), "CONTENT").expect("a file");
+            touch(&d.join("sub/file"), 1_000_000_000);
+        }),
+        ("a nanosecond", |d| touch(&d.join("sub/file"), 1_000_000_001)),
+        ("the time of a directory", |d| touch(&d.join("sub/empty"), 0)),
+        ("the mode", |d| {
+            fs::set_permissions(d.join("sub/file"), PermissionsExt::from_mode(0o4755)).expect("a mode");
+        }),
+        ("the mode of the top", |d| {
+            fs::set_permissions(d, PermissionsExt::from_mode(0o711)).expect("a mode");
+        }),
+        ("the owner", |d| chown(d.join("sub/file"), Some(1234), None).expect("an owner")),
+        ("the group", |d| chown(d.join("sub"), None, Some(1234)).expect("a group")),
+        ("a file more", |d| fs::write(d.join("sub/empty/more"), "").expect("a file")),
+        ("a file less", |d| fs::remove_file(d.join("sub/file")).expect("a file")),
+        ("another target", |d| {
+            fs::remove_file(d.join("link")).expect("a link");
+            symlink("other", d.join("link")).expect("a link");
+        }),
+        ("a copy in place of a link", |d| {
+            fs::remove_file(d.join("link")).expect("a link");
+            fs::copy(d.join("sub/file"), d.join("link")).expect("a copy");
+        }),
+        ("a copy in place of a hard link", |d| {
+            fs::remove_file(d.join("sub/linked")).expect("a file");
+            fs::copy(d.join("other"), d.join("sub/linked")).expect("a copy");
+            touch(&d.join("sub/linked"), 1_000_000_000);
+            touch(&d.join("sub"), 1_000_000_000);
+        }),
+        ("a pipe in place of a file", |d| {
+            fs::remove_file(d.join("sub/file")).expect("a file");
+            nix::unistd::mkfifo(&d.join("sub/file"), nix::sys::stat::Mode::S_IRWXU).expect("a pipe");
+        }),
+    ];
+    for (what, change) in changes {
+        let dir = tree();
+        let before = digest(dir.path(), &[".cvm"]);
+        change(dir.path());
+        let difference = difference(&before, &digest(dir.path(), &[".cvm"]));
+        assert_ne!(difference, "", "{what}");
+    }
+}
+
+// --- The judges ------------------------------------------------------------------------------
+
+#[test]
+fn what_stock_rclone_encrypts_an_independent_reader_decrypts() {
+    let (garage, proxy, through) = proxied();
+    let rclone = Rclone::new(&through, "openclaw-data", PASSWORD, SALT);
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    fs::create_dir_all(dir.path().join("deep/er")).expect("a directory");
+    let big: Vec<u8> = (0..6_000_000_u32).map(|n| n.to_le_bytes()[0]).collect();
+    let files = [("deep/er/näme", &b"the plaintext"[..]), ("empty", b""), ("big", &big)];
+    for (name, content) in files {
+        fs::write(dir.path().join(name), content).expect("a file");
+    }
+    rclone.ok(&["copy", &dir.path().display().to_string(), "crypt:"]);
+    // Connections are kept, and a body that waits for 100 gets through.
+    assert!(
+        proxy.connections() < proxy.log().len(),
+        "{} connections: {:#?}",
+        proxy.connections(),
+        proxy.log()
+    );
+    let stored: Vec<_> = garage.all_bytes().collect();
+    assert_eq!(stored.len(), 3);
+    for (key, bytes) in &stored {
+        let name = key.strip_prefix("openclaw-data/").expect("everything lies below the prefix");
+        let (clear, content) = rclone_crypt_python(name, bytes, PASSWORD, SALT).expect("it can be read");
+        let wanted = files.iter().find(|(name, _)| *name == clear);
+        assert_eq!(wanted.map(|(_, content)| content.len()), Some(content.len()), "{clear}");
+        assert!(wanted.is_some_and(|(_, wanted)| *wanted == content), "{clear}");
+        assert!(!bytes.windows(13).any(|w| w == b"the plaintext"));
+        assert!(rclone_crypt_python(name, bytes, PASSWORD, "another").is_err());
+        if !content.is_empty() {
+            let mut changed = bytes.clone();
+            *changed.last_mut().expect("it is not empty") ^= 1;
+            assert!(rclone_crypt_python(name, &changed, PASSWORD, SALT).is_err());
+        }
+    }
+    assert_eq!(rclone.ok(&["cat", "crypt:deep/er/näme"]), b"the plaintext");
+}
+
+#[test]
+fn stock_rclone_survives_a_provider_that_sometimes_says_no() {
+    let (garage, proxy, through) = proxied();
+    let rclone = Rclone::new(&through, "p", PASSWORD, SALT);
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    for n in 0..30 {
+        fs::write(dir.path().join(format!("file {n}")), format!("{n}")).expect("a file");
+    }
+    proxy.add(Rule::new(Fault::Status(503)).every(5));
+    proxy.add(Rule::new(Fault::NoResponse).every(7));
+    rclone.ok(&["copy", &dir.path().display().to_string(), "crypt:"]);
+    assert_eq!(garage.objects("p/").len(), 30);
+    assert!(proxy.log().iter().any(|e| e.status == Some(503)));
 }

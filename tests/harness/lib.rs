@@ -6,8 +6,11 @@
 //! * [`network`]: addresses of one's own, and networks that machines share and come back to.
 //! * [`garage`], [`s3`]: an S3 server, and what it stores as the store sees it.
 //! * [`proxy`]: what networks and providers do to requests.
+//! * [`digest`]: whether two trees are the same.
+//! * [`tools`]: programs that know nothing of the product and judge what it stores.
 //! * [`wait`]: waiting for something to become true, with words for when it does not.
 
+pub mod digest;
 pub mod garage;
 mod http;
 pub mod machine;
@@ -15,8 +18,10 @@ pub mod network;
 pub mod proxy;
 pub mod s3;
 pub mod sandbox;
+pub mod tools;
 pub mod wait;
 
+pub use digest::{difference, digest};
 pub use garage::Garage;
 pub use machine::{Builder, Machine, Process};
 pub use network::Network;
