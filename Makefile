@@ -7,12 +7,16 @@ SHELL := /bin/bash
 
 CARGO ?= cargo
 
+# The storage worker links rclone, so cargo needs the Go that tests/setup fetches; how Go is to
+# build, .cargo/config.toml says.
+export PATH := $(CURDIR)/target/go/bin:$(PATH)
+
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
 demo: ## install what is missing, build, and run the real gateway under the supervisor; Ctrl-C stops it
-	@tests/setup demo
-	@echo "== Building (about a minute the first time)"
+	@tests/setup $(if $(S3),s3,demo)
+	@echo "== Building (some minutes the first time)"
 	@$(CARGO) build --release --bins
 	@tests/demo
 

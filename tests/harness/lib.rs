@@ -1,12 +1,29 @@
-//! What the tests stand on: throw-away machines with a real PID 1, and waiting for conditions.
+//! What the tests stand on: throw-away machines with a real PID 1, a real S3 server with a
+//! network that fails on demand, and waiting for conditions.
 //!
 //! * [`sandbox`]: the namespaces and the root file system, as a library and as `cvm-sandbox`.
 //! * [`machine`]: a machine with the product installed, to be started, watched and broken.
+//! * [`network`]: addresses of one's own, and networks that machines share and come back to.
+//! * [`garage`], [`s3`]: an S3 server, and what it stores as the store sees it.
+//! * [`proxy`]: what networks and providers do to requests.
+//! * [`digest`]: whether two trees are the same.
+//! * [`tools`]: programs that know nothing of the product and judge what it stores.
 //! * [`wait`]: waiting for something to become true, with words for when it does not.
 
+pub mod digest;
+pub mod garage;
+mod http;
 pub mod machine;
+pub mod network;
+pub mod proxy;
+pub mod s3;
 pub mod sandbox;
+pub mod tools;
 pub mod wait;
 
+pub use digest::{difference, digest};
+pub use garage::Garage;
 pub use machine::{Builder, Machine, Process};
+pub use network::Network;
+pub use proxy::{Fault, Proxy, Rule};
 pub use wait::until;

@@ -1,5 +1,6 @@
 //! A throw-away machine with the product installed.
 
+use crate::network::Network;
 use crate::sandbox::{FileInside, write_files};
 use crate::wait::until;
 use nix::sys::signal::{Signal, kill};
@@ -55,6 +56,8 @@ pub struct Builder {
     command: Vec<String>,
     scratch: tempfile::TempDir,
     stdout: Stdout,
+    /// Kept open for the next machine.
+    network: Option<Network>,
 }
 
 impl Default for Builder {
@@ -67,7 +70,14 @@ impl Builder {
     /// An empty machine with a private network.
     pub fn new() -> Self {
         let scratch = tempfile::Builder::new().prefix("cvm-test-").tempdir().expect("a temporary directory");
-        Self { options: Vec::new(), files: Vec::new(), command: Vec::new(), scratch, stdout: Stdout::Read }
+        Self {
+            options: Vec::new(),
+            files: Vec::new(),
+            command: Vec::new(),
+            scratch,
+            stdout: Stdout::Read,
+            network: None,
+        }
     }
 
     /// The product as the image lays it out, with an empty volume at /data and at
@@ -112,6 +122,13 @@ impl Builder {
     #[must_use]
     pub fn host_network(self) -> Self {
         self.option("--net", "host")
+    }
+
+    /// A network where something may listen already.
+    #[must_use]
+    pub fn network(mut self, network: &Network) -> Self {
+        self.network = Some(network.clone());
+        self.option("--net", &network.file().display().to_string())
     }
 
     #[must_use]

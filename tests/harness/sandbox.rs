@@ -24,6 +24,8 @@ use std::path::{Path, PathBuf};
 pub struct Plan {
     /// A network of its own, with nothing but a loopback; else this machine's.
     pub private_network: bool,
+    /// A file that stands for a network which is there already, in place of either.
+    pub network: Option<PathBuf>,
     pub binds: Vec<Bind>,
     /// Host file to path inside, copied with its mode.
     pub copies: Vec<(PathBuf, PathBuf)>,
@@ -63,7 +65,10 @@ pub fn start(plan: &Plan) -> Result<Pid> {
         | CloneFlags::CLONE_NEWNS
         | CloneFlags::CLONE_NEWUTS
         | CloneFlags::CLONE_NEWIPC;
-    if plan.private_network {
+    if let Some(network) = &plan.network {
+        let file = fs::File::open(network).map_err(context("a network at", network))?;
+        nix::sched::setns(file, CloneFlags::CLONE_NEWNET)?;
+    } else if plan.private_network {
         flags |= CloneFlags::CLONE_NEWNET;
     }
     // The pid namespace is entered by the next fork; the others at once, so that they do not
@@ -113,7 +118,7 @@ fn become_machine(plan: &Plan) -> Error {
         nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
         // So that what stops the starter does not stop the machine a second time.
         nix::unistd::setsid()?;
-        if plan.private_network {
+        if plan.private_network && plan.network.is_none() {
             loopback_up()?;
         }
         build_root(plan)?;
@@ -241,7 +246,7 @@ fn execute(plan: &Plan) -> Result<std::convert::Infallible> {
 
 /// A new network namespace has a loopback that is down.
 #[allow(unsafe_code)]
-fn loopback_up() -> Result<()> {
+pub(crate) fn loopback_up() -> Result<()> {
     use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
     let fd: OwnedFd = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
     // SAFETY: an all-zero ifreq is valid; the name fits with its null byte; the ioctl reads

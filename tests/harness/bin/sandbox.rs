@@ -7,7 +7,8 @@ use std::process::ExitCode;
 
 const USAGE: &str = "\
 cvm-sandbox [OPTIONS] -- CMD ARG...
-    --net host|private        this machine's network, or one with a loopback only (default: private)
+    --net host|private|FILE   this machine's network, one with a loopback only (default), or one that a
+                              file of /proc stands for
     --bind SOURCE:TARGET[:ro] a directory or file of this machine
     --copy SOURCE:TARGET      a copy of a file, with its mode
     --symlink TARGET:LINK
@@ -73,6 +74,7 @@ fn parse(arguments: impl Iterator<Item = String>) -> Result<Plan, String> {
             value.split_once(sep).ok_or_else(|| format!("{option} needs two parts with `{sep}` between them"))
         };
         match option.as_str() {
+            "--net" if value.starts_with('/') => plan.network = Some(PathBuf::from(value)),
             "--net" => plan.private_network = value != "host",
             "--env" => {
                 let (name, value) = pair('=')?;
