@@ -39,8 +39,9 @@ const KEEP_CACHE: u32 = 1 << 1;
 /// Since Linux 6.9: give the requests again that a server has read and not answered.
 const NOTIFY_RESEND: u32 = 7;
 
-/// What to write in return for one request, if it wants anything.
-pub(crate) fn to(request: &[u8], names: &Names) -> Option<Vec<u8>> {
+/// What to write in return for one request, if it wants anything. Without names: that there is
+/// nobody to ask, in the words of the kernel.
+pub(crate) fn to(request: &[u8], names: Option<&Names>) -> Option<Vec<u8>> {
     let opcode = number(request, 4)?;
     let unique = long(request, 8)?;
     let node = long(request, 16)?;
@@ -48,7 +49,8 @@ pub(crate) fn to(request: &[u8], names: &Names) -> Option<Vec<u8>> {
         return None;
     }
     let body = request.get(HEADER..).unwrap_or_default();
-    Some(match content(opcode, node, body, names) {
+    let content = names.map_or(Err(Errno::ENOTCONN), |names| content(opcode, node, body, names));
+    Some(match content {
         Ok(content) => message(0, unique, &content),
         Err(errno) => message(-(errno as i32), unique, &[]),
     })
@@ -172,7 +174,7 @@ mod tests {
             (LISTXATTR, &[1; 8], 16),
             (26, &[0; 64], 16),
         ] {
-            let answer = to(&request(opcode, 1, body), &names).unwrap();
+            let answer = to(&request(opcode, 1, body), Some(&names)).unwrap();
             assert_eq!(answer.len(), length, "opcode {opcode}");
             assert_eq!(number(&answer, 0), u32::try_from(length).ok(), "opcode {opcode}");
             assert_eq!(long(&answer, 8), Some(77), "opcode {opcode}");
@@ -182,7 +184,7 @@ mod tests {
     #[test]
     fn what_wants_no_answer_gets_none() {
         for opcode in [FORGET, BATCH_FORGET, INTERRUPT] {
-            assert_eq!(to(&request(opcode, 1, &[0; 16]), &Names::default()), None);
+            assert_eq!(to(&request(opcode, 1, &[0; 16]), Some(&Names::default())), None);
         }
     }
 
@@ -190,16 +192,16 @@ mod tests {
     fn garbage_of_any_length_is_survived() {
         let whole = request(LOOKUP, u64::MAX, &[0xff; 300]);
         for end in 0..whole.len() {
-            let _ = to(&whole[..end], &Names::default());
+            let _ = to(&whole[..end], Some(&Names::default()));
         }
         for opcode in 0..5000 {
-            let _ = to(&request(opcode, 9, &[]), &Names::default());
+            let _ = to(&request(opcode, 9, &[]), Some(&Names::default()));
         }
     }
 
     #[test]
     fn a_name_nobody_knows_is_absent_for_good() {
-        let answer = to(&request(LOOKUP, 1, b"new\0"), &Names::default()).unwrap();
+        let answer = to(&request(LOOKUP, 1, b"new\0"), Some(&Names::default())).unwrap();
         assert_eq!(number(&answer, 4), Some(0));
         assert_eq!(long(&answer, 16), Some(0));
         assert_eq!(long(&answer, 32), Some(ENDLESS));

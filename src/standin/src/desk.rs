@@ -17,6 +17,8 @@ use crate::held::Held;
 use cvm_process::{descriptor, passing};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::getsockopt;
+use nix::sys::socket::sockopt::PeerCredentials;
 use std::convert::Infallible;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
@@ -29,7 +31,11 @@ const SPEAKERS_MAX: usize = 8;
 struct Speaker {
     socket: OwnedFd,
     is_worker: bool,
+    process: i32,
 }
+
+/// A dead worker is looked for this often, though its connection tells of most deaths at once.
+const LOOK_EVERY: u16 = 1000;
 
 /// Ends only if there is nothing to listen on.
 pub(crate) fn work(path: &Path) -> Result<Infallible, String> {
@@ -41,7 +47,8 @@ pub(crate) fn work(path: &Path) -> Result<Infallible, String> {
         waited.push(PollFd::new(listener.as_fd(), PollFlags::POLLIN));
         waited.extend(speakers.iter().map(|s| PollFd::new(s.socket.as_fd(), PollFlags::POLLIN)));
         waited.extend(held.served().map(|device| PollFd::new(device, PollFlags::POLLIN)));
-        match poll(&mut waited, PollTimeout::NONE) {
+        let timeout = if held.is_kept() { PollTimeout::from(LOOK_EVERY) } else { PollTimeout::NONE };
+        match poll(&mut waited, timeout) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(errno) => return Err(format!("poll: {errno}")),
         }
@@ -49,6 +56,9 @@ pub(crate) fn work(path: &Path) -> Result<Infallible, String> {
         // Everything here returns at once when there is nothing, so nobody asks what has woken us.
         held.serve();
         hear_all(&mut speakers, &mut held);
+        if held.is_kept() && speakers.iter().any(|s| s.is_worker && is_dying(s.process)) {
+            held.set_free();
+        }
         admit(&listener, &mut speakers);
     }
 }
@@ -76,7 +86,16 @@ fn admit(listener: &UnixListener, speakers: &mut Vec<Speaker>) {
     {
         speakers.remove(first);
     }
-    speakers.push(Speaker { socket: socket.into(), is_worker: false });
+    let process = getsockopt(&socket, PeerCredentials).map_or(0, |peer| peer.pid());
+    speakers.push(Speaker { socket: socket.into(), is_worker: false, process });
+}
+
+/// Whether a process has been killed and cannot end. One of its threads waits for an answer of its
+/// own mount; the kernel closes descriptors with the last thread, so neither its connection to us
+/// nor the mount's would ever end. Its first thread, which waits for nothing, is a zombie already.
+fn is_dying(process: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
+    stat.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with(['Z', 'X']))
 }
 
 /// One word of each: whoever never stops talking must not keep the others waiting.

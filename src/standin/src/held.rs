@@ -23,10 +23,11 @@ pub(crate) enum Held {
         trees: Option<Trees>,
         hydrated: bool,
     },
-    /// Its server is dead.
+    /// Its server is dead. Without names there is nothing to answer with, and all is refused until
+    /// the server's own descriptor is closed as well.
     Served {
         device: OwnedFd,
-        names: Names,
+        names: Option<Names>,
         buffer: Vec<u8>,
     },
 }
@@ -57,10 +58,14 @@ impl Held {
 
     pub(crate) fn word(&self) -> u8 {
         match self {
-            Self::Nothing => b'n',
+            Self::Nothing | Self::Served { names: None, .. } => b'n',
             Self::Kept { .. } => b'h',
             Self::Served { .. } => b's',
         }
+    }
+
+    pub(crate) fn is_kept(&self) -> bool {
+        matches!(self, Self::Kept { .. })
     }
 
     /// The device, while it is ours to read.
@@ -71,17 +76,25 @@ impl Held {
         }
     }
 
-    /// The server is gone.
+    /// The server is gone, with all its descriptors.
     pub(crate) fn take_over(&mut self) {
         *self = match std::mem::replace(self, Self::Nothing) {
-            Self::Kept { device, trees, hydrated: true } => begin(device, trees),
+            Self::Kept { device, trees, hydrated: true } => begin(device, Some(names_of(trees))),
             // Closed: nobody else has it open, so the kernel fails every request at once.
-            Self::Kept { .. } => {
+            Self::Kept { .. } | Self::Served { names: None, .. } => {
                 eprintln!(
                     "cvm-standin: the server ended before everything was copied: nothing to answer with"
                 );
                 Self::Nothing
             }
+            other => other,
+        };
+    }
+
+    /// The server is dead, but waits for itself: whatever it is answered, it ends then.
+    pub(crate) fn set_free(&mut self) {
+        *self = match std::mem::replace(self, Self::Nothing) {
+            Self::Kept { device, trees, hydrated } => begin(device, hydrated.then(|| names_of(trees))),
             other => other,
         };
     }
@@ -93,7 +106,7 @@ impl Held {
             match nix::unistd::read(&*device, buffer) {
                 Ok(length) => {
                     let request = buffer.get(..length).unwrap_or_default();
-                    if let Some(answer) = answer::to(request, names) {
+                    if let Some(answer) = answer::to(request, names.as_ref()) {
                         // Whoever asked may have gone since.
                         let _ = nix::unistd::write(&*device, &answer);
                     }
@@ -111,22 +124,26 @@ impl Held {
     }
 }
 
-fn begin(device: OwnedFd, trees: Option<Trees>) -> Held {
+fn names_of(trees: Option<Trees>) -> Names {
+    let names = trees.map_or_else(Names::default, |trees| Names::gather(&trees));
+    let (known, made_up) = names.count();
+    eprintln!(
+        "cvm-standin: answering for a dead server: {known} names the kernel knew, {made_up} it did not"
+    );
+    names
+}
+
+fn begin(device: OwnedFd, names: Option<Names>) -> Held {
     // Not before: the server has the same open file, and may not expect it.
     if let Err(errno) = descriptor::set_nonblocking(&device) {
         eprintln!("cvm-standin: the device stays blocking ({errno}): it is closed instead");
         return Held::Nothing;
     }
-    let names = trees.map_or_else(Names::default, |trees| Names::gather(&trees));
     // What the dead server has read and not answered. An older kernel refuses, and then whoever
-    // waits for such an answer waits until it is killed.
+    // waits for such an answer waits until the mount is aborted.
     if let Err(errno) = nix::unistd::write(&device, &answer::resend()) {
         eprintln!("cvm-standin: requests already read by the server are lost ({errno})");
     }
-    let (known, made_up) = names.count();
-    eprintln!(
-        "cvm-standin: answering for a dead server: {known} names the kernel knew, {made_up} it did not"
-    );
     Held::Served { device, names, buffer: vec![0; REQUEST_MAX] }
 }
 

@@ -400,6 +400,38 @@ fn a_request_that_the_server_had_read_is_answered_all_the_same() {
     });
 }
 
+/// With a thread that waits for its own mount a killed process stays, and with it every
+/// descriptor it has.
+fn kill_a_server_that_waits_for_itself(world: &mut World) {
+    world.order("mute");
+    world.order("ask itself");
+    world.order("muted");
+    world.kill_server();
+}
+
+#[test]
+fn a_server_that_waits_for_itself_can_die() {
+    in_a_world(|world| {
+        world.hydrate();
+        world.order("F3");
+        world.order("H");
+        kill_a_server_that_waits_for_itself(world);
+        world.wait_for('s');
+        use_everything(world, "round1");
+    });
+}
+
+#[test]
+fn a_server_that_waits_for_itself_can_die_before_everything_is_copied() {
+    in_a_world(|world| {
+        world.order("F3");
+        kill_a_server_that_waits_for_itself(world);
+        world.wait_for('n');
+        world.step("asking a dead mount");
+        assert_eq!(number_of(fs::read_dir(world.at("lower"))), Some(ENOTCONN));
+    });
+}
+
 #[test]
 fn before_everything_is_copied_a_death_is_felt_at_once() {
     in_a_world(|world| {

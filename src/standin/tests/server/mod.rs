@@ -87,6 +87,11 @@ fn take_orders(device: &File, place: &Path) {
                 MUTE.store(true, Ordering::Relaxed);
                 "mute".to_owned()
             }
+            "ask itself" => {
+                let own = place.join("lower/own");
+                std::thread::spawn(move || drop(std::fs::metadata(own)));
+                "asking".to_owned()
+            }
             "muted" => {
                 while UNANSWERED.load(Ordering::Relaxed) == 0 {
                     std::thread::sleep(Duration::from_millis(5));
