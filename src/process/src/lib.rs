@@ -7,7 +7,9 @@
 //!
 //! Refuses to decide anything, to allocate threads, and to read configuration.
 
+pub mod cached;
 pub mod descriptor;
+pub mod passing;
 pub mod port;
 pub mod reap;
 pub mod signals;
