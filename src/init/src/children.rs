@@ -86,14 +86,22 @@ impl Children {
         self.home.join(name).to_string_lossy().into_owned()
     }
 
-    /// Starts a keeper for `spec`.
-    pub(crate) fn keep(&mut self, owner: Owner, spec: &KeeperSpec) -> Result<(), String> {
+    /// Starts a keeper for `spec`. `handed` is what [`Input::Descriptor`] speaks of.
+    ///
+    /// [`Input::Descriptor`]: cvm_blueprint::wire::Input::Descriptor
+    pub(crate) fn keep(
+        &mut self,
+        owner: Owner,
+        spec: &KeeperSpec,
+        handed: Option<BorrowedFd<'_>>,
+    ) -> Result<(), String> {
         let words = |e: Errno| e.desc().to_owned();
         let input = descriptor::sealed(c"spec", &wire::line(spec)).map_err(|e| e.to_string())?;
         let (reports, theirs) = descriptor::pipe().map_err(words)?;
         descriptor::set_nonblocking(&reports).map_err(words)?;
         let (out, errors) = (std::io::stdout(), std::io::stderr());
-        let descriptors = [input.as_fd(), out.as_fd(), errors.as_fd(), theirs.as_fd()];
+        let mut descriptors = vec![input.as_fd(), out.as_fd(), errors.as_fd(), theirs.as_fd()];
+        descriptors.extend(handed);
         let pid = self.start(&["cvm-keeper", &spec.name], &descriptors).map_err(words)?;
         self.all.push(Child {
             pid,

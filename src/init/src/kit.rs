@@ -14,7 +14,7 @@ use cvm_blueprint::plan::StepName;
 use cvm_blueprint::secret::Secret;
 use cvm_blueprint::service::{self, Leftovers, Prepare, Probe, Service};
 use cvm_blueprint::wire::{
-    KeeperSpec, Log, PackedBytes, PackedEnvironment, ProbeSpec, StateTask, Task, line,
+    Input, KeeperSpec, Log, PackedBytes, PackedEnvironment, ProbeSpec, StateTask, Stop, Task, line,
 };
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -77,8 +77,9 @@ impl Kit {
             directory: service.directory.into(),
             leftovers: service.leftovers,
             oom_score_adj: service.oom_score_adj,
-            input: None,
+            input: Input::Nothing,
             passes_report: false,
+            stop: Stop::Signal,
             log: self.log(service.name),
             liveness,
             readiness: service.readiness.as_ref().map(|p| spec_of(p, PROBE_EAGER, PROBE_CALM)),
@@ -141,8 +142,9 @@ impl Kit {
             directory: "/".into(),
             leftovers: Leftovers::Kill,
             oom_score_adj: 0,
-            input: Some(PackedBytes::pack(&line(task))),
+            input: Input::Bytes(PackedBytes::pack(&line(task))),
             passes_report: true,
+            stop: Stop::Signal,
             // A step's own words go into one file for all of them.
             log: Log { copy_to_stdout: false, ..self.log("steps") },
             liveness: None,

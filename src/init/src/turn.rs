@@ -308,7 +308,7 @@ impl World {
             Action::RunStep(of) => {
                 let run = format!("step-{}/{}", of.step.as_str(), of.number);
                 let kept = match self.kit.step(of.step, &run) {
-                    Some(spec) => self.children.keep(Owner::Step(of), &spec),
+                    Some(spec) => self.children.keep(Owner::Step(of), &spec, None),
                     None => Err("this version has no work for it".to_owned()),
                 };
                 if let Err(why) = kept {
@@ -359,7 +359,7 @@ impl World {
             Part::Sweep => self.kit.sweep(service.name, &name),
             Part::Prepare => self.kit.prepare(service.prepare?, service.name, &name),
         };
-        let error = self.children.keep(Owner::Service { id, run, part }, &spec).err()?;
+        let error = self.children.keep(Owner::Service { id, run, part }, &spec, None).err()?;
         if part == Part::Sweep {
             self.look_again(id, run);
         }
