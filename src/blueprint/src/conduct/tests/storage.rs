@@ -63,14 +63,14 @@ impl Boot {
     }
 
     /// The whole way down; the worker says `last` before it ends.
-    fn stopped_after(&mut self, last: Option<StorageReport>) -> Vec<Action> {
+    fn stopped_after(&mut self, last: Option<&StorageReport>) -> Vec<Action> {
         let mut all = self.send(Event::Terminate);
         for name in ["gateway", "storage", "standin", "sshd"] {
             if self.unit(name).run().is_none() {
                 continue;
             }
             if name == "storage" {
-                all.extend(last.clone().into_iter().flat_map(|report| self.says(report)));
+                all.extend(last.into_iter().flat_map(|report| self.says(report.clone())));
             }
             all.extend(self.ends(name, End::Code(0)));
         }
@@ -374,7 +374,7 @@ fn a_start_of_the_gateway_starts_a_worker_that_was_stopped() {
 #[test]
 fn the_worker_is_stopped_after_all_that_write_and_before_the_standin_and_sshd() {
     let mut boot = Boot::on_a_tree(false);
-    let done = boot.stopped_after(Some(StorageReport::Drained { files: 0, bytes: 0 }));
+    let done = boot.stopped_after(Some(&StorageReport::Drained { files: 0, bytes: 0 }));
     let terms: Vec<_> = boot.deeds(&done).into_iter().filter(|d| !d.starts_with("kill")).collect();
     assert_eq!(terms, ["TERM gateway", "TERM storage", "TERM standin", "TERM sshd", "TERM all", "exit"]);
 }
@@ -390,13 +390,13 @@ fn the_last_line_says_what_the_bucket_lacks_and_the_status_too() {
         for independent in [false, true] {
             let mut boot = Boot::on_a_tree(independent);
             let last = drained.map(|(files, bytes)| StorageReport::Drained { files, bytes });
-            let done = boot.stopped_after(last);
+            let done = boot.stopped_after(last.as_ref());
             assert_eq!(boot.deeds(&done).last().map(String::as_str), Some(exit));
             let lines = said(&done);
             let (_, spoken) = lines.last().unwrap();
             match line {
                 Some(line) => {
-                    assert!(spoken.contains(line) && spoken.contains("at the next boot"), "{spoken}")
+                    assert!(spoken.contains(line) && spoken.contains("at the next boot"), "{spoken}");
                 }
                 None => assert!(spoken.starts_with("Stopped in order"), "{spoken}"),
             }
