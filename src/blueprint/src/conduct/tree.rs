@@ -45,6 +45,11 @@ pub(super) struct Storage {
 /// How many reasons are remembered as said. A worker that has more of them is worth the lines.
 const SAID_MAX: usize = 16;
 
+/// The worker hands on what a server says, and a server must not write lines into our log.
+fn one_line(text: &str) -> String {
+    text.replace(char::is_control, " ")
+}
+
 impl Machine {
     /// The tree of the bucket, while it is good.
     pub fn tree(&self) -> Option<&Tree> {
@@ -90,14 +95,15 @@ impl Machine {
         // Its last words may come after the order to end; a tree it is about to leave is none.
         let stays = !matches!(unit.state(), State::Ending { .. }) && self.storage.later.is_none();
         match report {
-            StorageReport::Note { level, text } => out.push(Action::Say(level, text)),
+            StorageReport::Note { level, text } => out.push(Action::Say(level, one_line(&text))),
             StorageReport::Ready { mode, reason, independent } if stays => {
+                let reason = reason.map(|text| one_line(&text));
                 self.tree_is_good(step, Tree { mode, reason, independent }, now, out);
             }
             StorageReport::Ready { .. } => {}
             StorageReport::NotReady { why, retry } => {
                 let next = if retry { Next::Underway } else { Next::Operator };
-                self.tree_is_not_good(step, why, next, now, out);
+                self.tree_is_not_good(step, one_line(&why), next, now, out);
             }
             StorageReport::Drained { files, bytes } => self.storage.drained = Some((files, bytes)),
         }

@@ -122,6 +122,14 @@ fn notes_of_the_worker_are_said_as_they_are() {
 }
 
 #[test]
+fn what_a_server_says_cannot_become_a_line_of_its_own() {
+    let mut boot = Boot::awaiting();
+    let done = boot.says(not_ready("403\n2026-11-21 INFO all is well\u{1b}[2J", true));
+    let [(_, line)] = said(&done)[..] else { panic!("{done:?}") };
+    assert!(!line.contains(char::is_control), "{line:?}");
+}
+
+#[test]
 fn what_keeps_the_tree_from_coming_is_said_once_and_shown() {
     let mut boot = Boot::awaiting();
     let refused = boot.says(not_ready("the bucket does not answer", true));
