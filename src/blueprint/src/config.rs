@@ -20,8 +20,8 @@ pub use authorized::AuthorizedKey;
 pub(crate) use authorized::key_lines;
 pub use initial::{InitialConfig, WorkspaceFiles};
 pub use values::{
-    BucketName, Endpoint, Fault, HttpUrl, InboundUrl, LogFormat, LogLevel, Port, Prefix, Provider, Region,
-    Seconds, UserName,
+    Anchor, BucketName, Endpoint, Fault, HttpUrl, InboundUrl, LogFormat, LogLevel, Port, Prefix, Provider,
+    Region, Seconds, UserName,
 };
 
 use crate::env::{Environment, Given, SET_BY_SUPERVISOR, file_twin, variable};
@@ -34,6 +34,9 @@ pub const MUX_INBOUND_PORT: u16 = 18790;
 /// Below this a `MASTER_KEY` can be guessed by trying: keys, names and the SSH host key, which
 /// everyone can see, all follow from it.
 const MASTER_KEY_BYTES_ADVISED: usize = 16;
+
+/// Three missed heartbeats are what a replacement waits for: longer would keep it from starting.
+const HEARTBEAT_S_MAX: u32 = 3600;
 
 /// rclone puts 16 bytes of initialisation vector before the text it obscures.
 const OBSCURED_IV_LEN: usize = 16;
@@ -90,6 +93,14 @@ pub struct S3 {
     pub session_token: Option<Secret>,
     /// In place of the derived password and salt.
     pub crypt_override: Option<CryptOverride>,
+    /// A bucket that is older is refused.
+    pub anchor: Option<Anchor>,
+    /// Between two renewals of the ownership record.
+    pub heartbeat_s: Seconds,
+    /// How long a stop may spend on pushing what the bucket lacks.
+    pub drain_s: Seconds,
+    /// Between two restore drills; 0 is never.
+    pub drill_s: Seconds,
 }
 
 /// Password and salt of the crypt remote in rclone's obscured form, for a bucket that was not
@@ -215,6 +226,11 @@ impl<'e> Reader<'e> {
         let secret_access_key = self.word("AWS_SECRET_ACCESS_KEY");
         let session_token = self.word("AWS_SESSION_TOKEN");
         let crypt_override = self.crypt_override();
+        let anchor = self.text("STATE_ANCHOR").and_then(|t| self.check("STATE_ANCHOR", Anchor::parse(t)));
+        let heartbeat = self.with_default("S3_HEARTBEAT", |t| Seconds::within(t, 1, HEARTBEAT_S_MAX));
+        // 0 would lose what is still to be pushed, whatever the bucket could take.
+        let drain = self.with_default("S3_DRAIN_TIMEOUT", |t| Seconds::parse(t, 1));
+        let drill = self.with_default("S3_DRILL_INTERVAL", |t| Seconds::parse(t, 0));
         if self.env.is_given("AWS_CA_BUNDLE") {
             let says = "does not reach the storage worker: rclone's S3 backend refuses to start with it. \
                         Add the certificate to the image's certificates instead";
@@ -230,6 +246,10 @@ impl<'e> Reader<'e> {
             secret_access_key: secret_access_key?,
             session_token,
             crypt_override,
+            anchor,
+            heartbeat_s: heartbeat?,
+            drain_s: drain?,
+            drill_s: drill?,
         })))
     }
 
@@ -242,7 +262,17 @@ impl<'e> Reader<'e> {
                 self.problems.push(Problem::new(name, "is set, but S3_BUCKET is not", hint));
             }
         }
-        for name in ["S3_REGION", "S3_PROVIDER", "RCLONE_CRYPT_PASSWORD", "RCLONE_CRYPT_PASSWORD2"] {
+        let without_effect = [
+            "S3_REGION",
+            "S3_PROVIDER",
+            "RCLONE_CRYPT_PASSWORD",
+            "RCLONE_CRYPT_PASSWORD2",
+            "STATE_ANCHOR",
+            "S3_HEARTBEAT",
+            "S3_DRAIN_TIMEOUT",
+            "S3_DRILL_INTERVAL",
+        ];
+        for name in without_effect {
             if self.env.is_given(name) {
                 self.warn(name, "has no effect without S3_BUCKET");
             }

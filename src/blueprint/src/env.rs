@@ -73,6 +73,26 @@ pub const VARIABLES: &[Variable] = &[
     secret("AWS_SESSION_TOKEN", Storage, "session token, with temporary credentials"),
     secret("RCLONE_CRYPT_PASSWORD", Storage, "replaces the derived crypt password; rclone-obscured"),
     secret("RCLONE_CRYPT_PASSWORD2", Storage, "replaces the derived crypt salt; rclone-obscured"),
+    plain("STATE_ANCHOR", None, Storage, "GENERATION:DIGEST; a bucket older than this is refused"),
+    // Long enough to cost nothing, short enough that a replacement need not wait long.
+    plain(
+        "S3_HEARTBEAT",
+        Some("60"),
+        Storage,
+        "seconds between two renewals of the ownership record; after three, another instance may take over",
+    ),
+    plain(
+        "S3_DRAIN_TIMEOUT",
+        Some("120"),
+        Storage,
+        "how long a stop may spend on pushing what the bucket lacks, in seconds",
+    ),
+    plain(
+        "S3_DRILL_INTERVAL",
+        Some("86400"),
+        Storage,
+        "seconds between two restore drills; 0 is never by itself",
+    ),
     secret("OPENCLAW_CONFIG_B64", Supervisor, "base64 of an openclaw.json, written on first boot only"),
     secret(
         "OPENCLAW_WORKSPACE_FILES_B64",

@@ -25,6 +25,7 @@ const LABEL_CRYPT_SALT: &str = "rclone-crypt-salt";
 const LABEL_GATEWAY_TOKEN: &str = "gateway-auth-token";
 const LABEL_DEVICE_SEED: &str = "openclaw-device-identity-v1";
 const LABEL_HOST_KEY_SEED: &str = "ssh-host-key-ed25519-v1";
+const LABEL_MANIFEST_KEY: &str = "openclaw-cvm-manifest-v1";
 
 /// Comes before label and key in every fingerprint, so that a fingerprint is no hash that
 /// anything else could be using.
@@ -51,6 +52,7 @@ pub struct KeyRing {
     pub gateway_token: GatewayToken,
     pub device_seed: DeviceSeed,
     pub host_key_seed: HostKeySeed,
+    pub manifest_key: ManifestKey,
 }
 
 impl KeyRing {
@@ -63,6 +65,7 @@ impl KeyRing {
             gateway_token: GatewayToken(token_text(&Seed::derive(&hkdf, LABEL_GATEWAY_TOKEN))),
             device_seed: DeviceSeed(Seed::derive(&hkdf, LABEL_DEVICE_SEED)),
             host_key_seed: HostKeySeed(Seed::derive(&hkdf, LABEL_HOST_KEY_SEED)),
+            manifest_key: ManifestKey(Seed::derive(&hkdf, LABEL_MANIFEST_KEY)),
         }
     }
 }
@@ -257,6 +260,21 @@ impl HostKeySeed {
         put_string(&mut file, private.expose());
         debug_assert!(file.capacity() == 512, "the buffer moved and left the seed behind");
         Secret::from(file)
+    }
+}
+
+/// Authenticates the manifest and the ownership record of the bucket: who can write to the
+/// bucket cannot make either of them.
+pub struct ManifestKey(Seed);
+
+impl ManifestKey {
+    pub fn expose(&self) -> &[u8; 32] {
+        &self.0.0
+    }
+
+    /// Eight hex digits by which two machines can be compared.
+    pub fn fingerprint(&self) -> String {
+        fingerprint(LABEL_MANIFEST_KEY, &self.0.0[..])
     }
 }
 

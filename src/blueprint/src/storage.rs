@@ -9,12 +9,14 @@
 //!   answered by [`Answer`] lines, the last of which is `done`, `status` or `refused`.
 //!
 //! Refuses to hold a secret that is not wiped when dropped, and to put one into anything but the
-//! specification. May import: `config`, `keys`, `supervise`, `wire`.
+//! specification. May import: `config`, `keys`, `packed`, `supervise`.
 //!
 //! [`paths::STORAGE_SOCKET`]: crate::paths::STORAGE_SOCKET
 
+use crate::config::S3;
+use crate::keys::KeyRing;
+use crate::packed::PackedBytes;
 use crate::supervise::Level;
-use crate::wire::PackedBytes;
 use serde::{Deserialize, Serialize};
 
 /// Version of the operator's protocol.
@@ -48,6 +50,39 @@ pub struct StorageSpec {
     pub drain_s: u32,
     /// 0: never by itself.
     pub drill_s: u32,
+}
+
+impl StorageSpec {
+    /// For the bucket of a configuration; the tree belongs to `user`.
+    pub fn of(s3: &S3, keys: &KeyRing, user: &str) -> Self {
+        let crypt = match &s3.crypt_override {
+            Some(given) => CryptSpec::Obscured {
+                password: PackedBytes::pack(given.password.expose()),
+                salt: PackedBytes::pack(given.salt.expose()),
+            },
+            None => CryptSpec::Clear {
+                password: PackedBytes::pack(keys.crypt_password.expose().as_bytes()),
+                salt: PackedBytes::pack(keys.crypt_salt.expose().as_bytes()),
+            },
+        };
+        Self {
+            bucket: s3.bucket.as_str().to_owned(),
+            prefix: s3.prefix.as_str().to_owned(),
+            region: s3.region.as_str().to_owned(),
+            provider: s3.provider.as_str().to_owned(),
+            endpoint: s3.endpoint.as_ref().map(|endpoint| endpoint.as_str().to_owned()),
+            access_key_id: PackedBytes::pack(s3.access_key_id.expose()),
+            secret_access_key: PackedBytes::pack(s3.secret_access_key.expose()),
+            session_token: s3.session_token.as_ref().map(|token| PackedBytes::pack(token.expose())),
+            crypt,
+            manifest_key: PackedBytes::pack(keys.manifest_key.expose()),
+            user: user.to_owned(),
+            anchor: s3.anchor.as_ref().map(ToString::to_string),
+            heartbeat_s: s3.heartbeat_s.get(),
+            drain_s: s3.drain_s.get(),
+            drill_s: s3.drill_s.get(),
+        }
+    }
 }
 
 #[derive(Serialize, Deserialize)]
@@ -244,4 +279,45 @@ pub struct Drill {
     pub files: u64,
     pub databases: u64,
     pub text: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Config, Storage};
+    use crate::env::Environment;
+
+    fn spec(more: &[(&str, &str)]) -> StorageSpec {
+        let given = [
+            ("MASTER_KEY", "correct horse battery staple"),
+            ("S3_BUCKET", "claws"),
+            ("S3_ENDPOINT", "https://s3.example.org"),
+            ("AWS_ACCESS_KEY_ID", "AKIDEXAMPLE"),
+            ("AWS_SECRET_ACCESS_KEY", "not-a-secret"),
+        ];
+        let pairs = given.iter().chain(more).map(|(n, v)| (n.as_bytes().to_vec(), v.as_bytes().to_vec()));
+        let Ok((config, _)) = Config::parse(&Environment::new(pairs)) else { panic!("it is complete") };
+        let (Storage::S3(s3), Some(master)) = (&config.storage, &config.master_key) else { panic!("local") };
+        StorageSpec::of(s3, &KeyRing::derive(master), "openclaw")
+    }
+
+    #[test]
+    fn the_specification_carries_what_the_worker_needs_and_reads_back() {
+        let line = crate::wire::line(&spec(&[("S3_HEARTBEAT", "7")]));
+        let read: StorageSpec = serde_json::from_slice(&line).unwrap();
+        assert_eq!((read.bucket.as_str(), read.prefix.as_str()), ("claws", "openclaw-data"));
+        assert_eq!(read.secret_access_key.unpack().unwrap().as_slice(), b"not-a-secret");
+        assert_eq!((read.heartbeat_s, read.drain_s, read.drill_s), (7, 120, 86_400));
+        assert_eq!(read.manifest_key.unpack().unwrap().len(), 32);
+        let CryptSpec::Clear { password, .. } = &read.crypt else { panic!("nothing was overridden") };
+        assert_eq!(password.unpack().unwrap().as_slice(), b"fWxyhzuLSQizHmoLLNCIFuPKNGAgWm3D5LziNPZ2UdM=");
+    }
+
+    #[test]
+    fn a_report_is_one_line_that_says_what_it_is() {
+        let text = r#"{"storage":"ready","mode":"fuse","reason":null,"independent":false}"#;
+        let ready = StorageReport::Ready { mode: Mode::Fuse, reason: None, independent: false };
+        assert_eq!(serde_json::from_str::<StorageReport>(text).unwrap(), ready);
+        assert_eq!(serde_json::to_string(&ready).unwrap(), text);
+    }
 }

@@ -11,6 +11,9 @@
 //!                                   Waiting <── failure │ 78 once ──> Repairing ──> start
 //! ```
 //!
+//! What it stands on may be lost while it lives: `Withdraw` ends it and takes it back to Idle.
+//! And what it would start over may still be alive: while it is held, no run begins.
+//!
 //! One `Run` is one attempt with everything it left behind. A run ends when nothing of its
 //! process tree is left, and only then may the next begin: that is the whole of "never two
 //! of one service". Events of an older run are ignored.
@@ -140,6 +143,8 @@ pub enum Then {
     /// The operator wants a fresh one.
     Restart,
     StayDown,
+    /// What it stands on is gone: it starts again when that is back.
+    Withdrawn,
     /// It was a repair command: start the service again, whatever came of it.
     AfterRepair,
 }
@@ -151,6 +156,8 @@ pub enum Event {
     Restart,
     /// The machine goes down: end it and refuse every later start.
     Close,
+    /// What it stands on is gone: end it, and be ready to start anew.
+    Withdraw,
     /// Do not wait any longer.
     Hurry,
     Prepared {
@@ -237,6 +244,7 @@ pub struct Unit {
     quick_runs: u32,
     repaired: bool,
     closed: bool,
+    held: bool,
     last: Option<Past>,
 }
 
@@ -252,6 +260,7 @@ impl Unit {
             quick_runs: 0,
             repaired: false,
             closed: false,
+            held: false,
             last: None,
         }
     }
@@ -269,10 +278,22 @@ impl Unit {
         self.closed = true;
     }
 
-    /// Stopped before it could ever start, and now wanted after all.
+    /// While it is held no run begins: one that would begin waits, however long.
+    pub fn hold(&mut self, held: bool) {
+        self.held = held;
+    }
+
+    pub fn is_held(&self) -> bool {
+        self.held
+    }
+
+    /// Stopped while it could not start, and now wanted after all.
     pub fn rearm(&mut self) {
-        if self.state == State::Down && !self.closed {
-            self.state = State::Idle;
+        match &mut self.state {
+            _ if self.closed => {}
+            State::Down => self.state = State::Idle,
+            State::Ending { then, .. } if *then == Then::StayDown => *then = Then::Withdrawn,
+            _ => {}
         }
     }
 
@@ -320,6 +341,7 @@ impl Unit {
             State::Repairing { since, .. } => self.rules.repair.map(|d| *since + d),
             State::Running { since, heard, .. } => self.silence_limit(*since, *heard),
             State::Ending { phase: Phase::Stuck, .. } => None,
+            State::Waiting { .. } if self.held => None,
             State::Ending { until, .. } | State::Waiting { until } => Some(*until),
             State::Idle | State::Parked { .. } | State::Down => None,
         }
@@ -341,6 +363,7 @@ impl Unit {
                 self.closed = true;
                 self.on_stop(Then::StayDown, now, &mut out);
             }
+            Event::Withdraw => self.on_withdraw(now, &mut out),
             Event::Hurry => self.on_hurry(now, &mut out),
             Event::Prepared { run, outcome } => self.on_prepared(run, outcome, now, &mut out),
             Event::Exec { run, pid } => self.on_exec(run, pid, now),
@@ -388,6 +411,17 @@ impl Unit {
             State::Preparing { .. } | State::Starting { .. } | State::Repairing { .. } => {
                 self.kill_tree(wanted, now, out);
             }
+        }
+    }
+
+    /// What an operator has stopped, and what is parked, stays so: neither was waiting for what
+    /// is gone.
+    fn on_withdraw(&mut self, now: Moment, out: &mut Vec<Action>) {
+        match &self.state {
+            State::Idle | State::Parked { .. } | State::Down => {}
+            State::Ending { then: Then::StayDown, .. } => {}
+            State::Waiting { .. } => self.state = State::Idle,
+            _ => self.on_stop(Then::Withdrawn, now, out),
         }
     }
 
@@ -620,6 +654,10 @@ impl Unit {
                 self.state = State::Down;
             }
             _ if self.closed => self.leave_down(end, then, ran, now, out),
+            Then::Withdrawn => {
+                self.remember(end, Some("ended because what it stands on was gone".into()), ran, now);
+                self.state = State::Idle;
+            }
             Then::Restart => {
                 self.remember(end, Some("restarted on request".into()), ran, now);
                 self.forget_failures();
@@ -649,7 +687,7 @@ impl Unit {
     ) {
         let why = match then {
             Then::Fail(why) => Some(why),
-            Then::Judge | Then::Restart | Then::StayDown | Then::AfterRepair => None,
+            Then::Judge | Then::Restart | Then::StayDown | Then::Withdrawn | Then::AfterRepair => None,
         };
         let told = why.clone().or_else(|| end.as_ref().map(End::to_string));
         if let Some(told) = told {
@@ -741,6 +779,10 @@ impl Unit {
     fn begin(&mut self, now: Moment, out: &mut Vec<Action>) {
         if self.closed {
             self.state = State::Down;
+            return;
+        }
+        if self.held {
+            self.state = State::Waiting { until: now };
             return;
         }
         self.runs += 1;

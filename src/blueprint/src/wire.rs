@@ -10,14 +10,13 @@
 //! is versioned.
 //!
 //! Refuses lines over their limit and anything it does not know, with words for the sender.
-//! May import: `ending`, `service`, `status`, `supervise`.
+//! May import: `ending`, `packed`, `service`, `status`, `supervise`.
 
 use crate::ending::End;
+pub use crate::packed::{PackedBytes, PackedEnvironment};
 use crate::service::{Leftovers, Probe};
 use crate::status::Status;
 use crate::supervise::Level;
-use base64::Engine as _;
-use base64::prelude::BASE64_STANDARD;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use zeroize::Zeroizing;
@@ -43,13 +42,34 @@ pub struct KeeperSpec {
     pub directory: String,
     pub leftovers: Leftovers,
     pub oom_score_adj: i16,
-    /// What the main process reads on standard input.
-    pub input: Option<PackedBytes>,
+    pub input: Input,
     /// Whether the main process gets the report pipe as file descriptor 3.
     pub passes_report: bool,
+    pub stop: Stop,
     pub log: Log,
     pub liveness: Option<ProbeSpec>,
     pub readiness: Option<ProbeSpec>,
+}
+
+/// What the main process reads on standard input.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Input {
+    Nothing,
+    Bytes(PackedBytes),
+    /// What the keeper was given as file descriptor 4. All runs share its position.
+    Descriptor,
+}
+
+/// How the main process is asked to end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Stop {
+    /// SIGTERM.
+    Signal,
+    /// End of file on its file descriptor 4, which never says anything else: for a program whose
+    /// runtime takes signals for itself. The report pipe is its descriptor 3.
+    Lifeline,
 }
 
 /// Where output goes.
@@ -74,51 +94,6 @@ pub struct ProbeSpec {
     /// While the answer is yes.
     pub calm_ms: u64,
     pub timeout_ms: u64,
-}
-
-/// An environment of arbitrary bytes, as text.
-#[derive(Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct PackedEnvironment(PackedBytes);
-
-impl PackedEnvironment {
-    pub fn pack<'a>(pairs: impl Iterator<Item = (&'a [u8], &'a [u8])>) -> Self {
-        let mut bytes = Zeroizing::new(Vec::new());
-        for (name, value) in pairs {
-            bytes.extend_from_slice(name);
-            bytes.push(b'=');
-            bytes.extend_from_slice(value);
-            bytes.push(0);
-        }
-        Self(PackedBytes::pack(&bytes))
-    }
-
-    /// `NAME=VALUE` entries, as `execve` takes them.
-    pub fn unpack(&self) -> Option<Vec<Zeroizing<Vec<u8>>>> {
-        let bytes = self.0.unpack()?;
-        Some(
-            bytes
-                .split(|b| *b == 0)
-                .filter(|entry| !entry.is_empty())
-                .map(|e| Zeroizing::new(e.to_vec()))
-                .collect(),
-        )
-    }
-}
-
-/// Bytes as base64, wiped when dropped.
-#[derive(Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct PackedBytes(Zeroizing<String>);
-
-impl PackedBytes {
-    pub fn pack(bytes: &[u8]) -> Self {
-        Self(Zeroizing::new(BASE64_STANDARD.encode(bytes)))
-    }
-
-    pub fn unpack(&self) -> Option<Zeroizing<Vec<u8>>> {
-        BASE64_STANDARD.decode(self.0.as_bytes()).ok().map(Zeroizing::new)
-    }
 }
 
 /// What a keeper tells PID 1.
@@ -318,26 +293,36 @@ impl Request {
     }
 }
 
-/// One message as a line. Wiped by the caller when it carries secrets.
+/// One message as a line. Wiped by the caller when it carries secrets: written into a buffer
+/// of its size, because one that grows would leave pieces of them behind.
 pub fn line<T: Serialize>(message: &T) -> Zeroizing<Vec<u8>> {
     // Nothing here has a map with keys that are not strings, the only thing serde_json refuses.
-    let mut bytes = Zeroizing::new(serde_json::to_vec(message).unwrap_or_default());
+    let mut size = Size(0);
+    let _ = serde_json::to_writer(&mut size, message);
+    let mut bytes = Zeroizing::new(Vec::with_capacity(size.0 + 1));
+    let _ = serde_json::to_writer(&mut *bytes, message);
     bytes.push(b'\n');
     bytes
+}
+
+/// Counts what is written.
+struct Size(usize);
+
+impl std::io::Write for Size {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0 += bytes.len();
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
-
-    #[test]
-    fn an_environment_of_any_bytes_survives_packing() {
-        let pairs: [(&[u8], &[u8]); 3] = [(b"A", b"1"), (b"\xff\xfe", b"\x80=\n"), (b"EMPTY", b"")];
-        let packed = PackedEnvironment::pack(pairs.into_iter());
-        let entries: Vec<Vec<u8>> = packed.unpack().unwrap().iter().map(|e| e.to_vec()).collect();
-        assert_eq!(entries, [b"A=1".to_vec(), b"\xff\xfe=\x80=\n".to_vec(), b"EMPTY=".to_vec()]);
-    }
 
     #[test]
     fn a_newer_request_is_told_the_version_and_not_that_it_is_garbage() {
@@ -350,6 +335,14 @@ mod tests {
         let request = Request { v: VERSION, verb: Verb::Restart { service: "gateway".into() } };
         let bytes = line(&request);
         assert_eq!(Request::parse(bytes.trim_ascii_end()), Ok(request));
+    }
+
+    #[test]
+    fn a_line_is_written_into_a_buffer_that_never_grew() {
+        let packed = PackedBytes::pack(&[7; 5_000]);
+        let bytes = line(&packed);
+        assert_eq!(bytes.len(), bytes.capacity());
+        assert_eq!(bytes.trim_ascii_end(), serde_json::to_vec(&packed).unwrap());
     }
 
     #[test]

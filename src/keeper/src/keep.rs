@@ -7,7 +7,7 @@ use crate::report::Reporter;
 use cvm_blueprint::accounts::Account;
 use cvm_blueprint::ending::{End, Stage};
 use cvm_blueprint::service::Leftovers;
-use cvm_blueprint::wire::{KeeperReport, KeeperSpec, Log};
+use cvm_blueprint::wire::{Input, KeeperReport, KeeperSpec, Log, Stop};
 use cvm_process::signals::Signals;
 use cvm_process::spawn::{Identity, Program, Session, spawn};
 use cvm_process::{descriptor, reap, tree};
@@ -38,6 +38,8 @@ struct Keeper {
     reporter: Reporter,
     signals: Signals,
     main: Pid,
+    /// Closing it asks the main process to end; without one a signal does.
+    lifeline: Lifeline,
     /// Yields the failed stage, or end of file when the program executes.
     exec: Option<OwnedFd>,
     failed: Option<(Stage, i32)>,
@@ -57,17 +59,27 @@ struct Keeper {
     dropped_at: Option<Instant>,
 }
 
+/// How the main process is asked to end.
+enum Lifeline {
+    /// By SIGTERM.
+    None,
+    Held(OwnedFd),
+    /// It has been asked.
+    Closed,
+}
+
 /// Keeps one program until nothing of it is left.
 pub(crate) fn keep(spec: KeeperSpec) -> Result<(), String> {
     let pipe = descriptor::inherited(3).map_err(|e| format!("the report pipe: {e}"))?;
     let reporter = Reporter::new(pipe);
+    let input = input_of(&spec.input).map_err(|e| format!("the program's input: {e}"))?;
     if spec.leftovers == Leftovers::Kill {
         tree::adopt_orphans().map_err(|e| format!("becoming the one who adopts orphans: {e}"))?;
     }
     let signals = Signals::take(&[libc::SIGCHLD, libc::SIGTERM, libc::SIGQUIT])
         .map_err(|e| format!("taking signals: {e}"))?;
     let oom_kills = oom_kills();
-    let started = match start(&spec, &reporter) {
+    let started = match start(&spec, &input, &reporter) {
         Ok(started) => started,
         Err((stage, errno)) => {
             let end = End::NotStarted { stage, errno: errno as i32 };
@@ -82,6 +94,7 @@ pub(crate) fn keep(spec: KeeperSpec) -> Result<(), String> {
         spec_leftovers: spec.leftovers,
         signals,
         main: started.pid,
+        lifeline: started.lifeline,
         exec: Some(started.exec),
         failed: None,
         end: None,
@@ -98,7 +111,7 @@ pub(crate) fn keep(spec: KeeperSpec) -> Result<(), String> {
         reporter,
     };
     // The program has its copy of what the description held.
-    drop(spec);
+    drop((spec, input));
     while matches!(keeper.turn(), Turn::Go) {}
     Ok(())
 }
@@ -107,17 +120,37 @@ struct Started {
     pid: Pid,
     exec: OwnedFd,
     output: OwnedFd,
+    lifeline: Lifeline,
 }
 
-fn start(spec: &KeeperSpec, reporter: &Reporter) -> Result<Started, (Stage, Errno)> {
-    let files = |_: std::io::Error| (Stage::Files, Errno::EIO);
+/// Before any descriptor of our own is opened: one that was not handed over is then missed,
+/// and not mistaken for another.
+fn input_of(input: &Input) -> std::io::Result<OwnedFd> {
+    match input {
+        Input::Nothing => descriptor::sealed(c"input", &[]),
+        Input::Bytes(bytes) => descriptor::sealed(c"input", &bytes.unpack().unwrap_or_default()),
+        Input::Descriptor => Ok(descriptor::inherited(4)?),
+    }
+}
+
+/// Their end and ours.
+fn lifeline_of(stop: Stop) -> nix::Result<(Option<OwnedFd>, Lifeline)> {
+    match stop {
+        Stop::Signal => Ok((None, Lifeline::None)),
+        Stop::Lifeline => {
+            let (theirs, ours) = descriptor::pipe()?;
+            Ok((Some(theirs), Lifeline::Held(ours)))
+        }
+    }
+}
+
+fn start(spec: &KeeperSpec, input: &OwnedFd, reporter: &Reporter) -> Result<Started, (Stage, Errno)> {
     let at_files = |errno: Errno| (Stage::Files, errno);
     let (output, output_theirs) = descriptor::pipe().map_err(at_files)?;
     let (exec, exec_theirs) = descriptor::pipe().map_err(at_files)?;
     descriptor::set_nonblocking(&output).map_err(at_files)?;
     descriptor::set_nonblocking(&exec).map_err(at_files)?;
-    let input = spec.input.as_ref().and_then(cvm_blueprint::wire::PackedBytes::unpack).unwrap_or_default();
-    let input = descriptor::sealed(c"input", &input).map_err(files)?;
+    let (lifeline_theirs, lifeline) = lifeline_of(spec.stop).map_err(at_files)?;
     let identity = identity_of(&spec.user)?;
     let words = |e| (Stage::Exec, e);
     let argv = c_strings(spec.argv.iter().map(|a| a.clone().into_bytes())).map_err(words)?;
@@ -128,9 +161,10 @@ fn start(spec: &KeeperSpec, reporter: &Reporter) -> Result<Started, (Stage, Errn
     let directory = CString::new(spec.directory.as_str()).map_err(|_| (Stage::Directory, Errno::EINVAL))?;
     let out = output_theirs.as_fd();
     let mut descriptors = vec![input.as_fd(), out, out];
-    if spec.passes_report {
+    if spec.passes_report || lifeline_theirs.is_some() {
         descriptors.push(reporter.pipe().as_fd());
     }
+    descriptors.extend(lifeline_theirs.as_ref().map(AsFd::as_fd));
     let program = Program {
         path: argv.first().ok_or((Stage::Exec, Errno::EINVAL))?,
         argv: &argv,
@@ -149,7 +183,7 @@ fn start(spec: &KeeperSpec, reporter: &Reporter) -> Result<Started, (Stage, Errn
         127
     })
     .map_err(|errno| (Stage::Fork, errno))?;
-    Ok(Started { pid, exec, output })
+    Ok(Started { pid, exec, output, lifeline })
 }
 
 /// Root needs no change of identity, and works without a readable /etc/passwd.
@@ -209,8 +243,16 @@ impl Keeper {
     }
 
     fn end_main(&mut self) {
-        if self.end.is_none() {
-            let _ = kill(self.main, Signal::SIGTERM);
+        if self.end.is_some() {
+            return;
+        }
+        match std::mem::replace(&mut self.lifeline, Lifeline::Closed) {
+            Lifeline::None => {
+                self.lifeline = Lifeline::None;
+                let _ = kill(self.main, Signal::SIGTERM);
+            }
+            Lifeline::Held(end) => drop(end),
+            Lifeline::Closed => {}
         }
     }
 

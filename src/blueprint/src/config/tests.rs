@@ -134,15 +134,63 @@ fn aws_needs_no_endpoint() {
 }
 
 #[test]
+fn the_spans_of_the_bucket_have_defaults_and_limits() {
+    let spans = |s3: Box<S3Settings>| [s3.heartbeat_s, s3.drain_s, s3.drill_s].map(Seconds::get);
+    assert_eq!(spans(s3(&S3)), [60, 120, 86_400]);
+    let given = [("S3_HEARTBEAT", "3600"), ("S3_DRAIN_TIMEOUT", "1"), ("S3_DRILL_INTERVAL", "0")];
+    assert_eq!(spans(s3(&with(&S3, &given))), [3600, 1, 0]);
+    for (name, text) in [
+        ("S3_HEARTBEAT", "0"),
+        ("S3_HEARTBEAT", "3601"),
+        ("S3_DRAIN_TIMEOUT", "0"),
+        ("S3_DRAIN_TIMEOUT", "2m"),
+        ("S3_DRILL_INTERVAL", "-1"),
+    ] {
+        let problem = problem(&S3, &[(name, text)]);
+        assert!(problem.starts_with(&format!("{name}: must be whole seconds from ")), "{problem}");
+    }
+}
+
+#[test]
+fn an_anchor_is_a_generation_and_a_digest() {
+    let digest = "0123456789abcdef".repeat(4);
+    assert!(s3(&S3).anchor.is_none());
+    let text = format!("17:{}", digest.to_uppercase());
+    let anchor = s3(&with(&S3, &[("STATE_ANCHOR", &text)])).anchor.unwrap();
+    assert_eq!((anchor.generation(), anchor.digest()), (17, digest.as_str()));
+    assert_eq!(anchor.to_string(), format!("17:{digest}"));
+    let short = &digest[1..];
+    for text in [
+        digest.clone(),
+        format!("0:{digest}"),
+        format!("+1:{digest}"),
+        format!(":{digest}"),
+        format!("1:{short}"),
+        format!("1:{short}g"),
+        format!("99999999999999999999:{digest}"),
+    ] {
+        assert!(problem(&S3, &[("STATE_ANCHOR", &text)]).starts_with("STATE_ANCHOR: must be"), "{text}");
+    }
+}
+
+#[test]
 fn half_a_bucket_is_a_mistake_and_not_a_local_volume() {
     assert!(
         problem(&[KEY], &[("S3_ENDPOINT", "https://x")])
             .starts_with("S3_ENDPOINT: is set, but S3_BUCKET is not")
     );
     assert!(problem(&[KEY], &[("S3_PREFIX", "x")]).starts_with("S3_PREFIX: is set, but S3_BUCKET is not"));
-    for name in
-        ["S3_REGION", "S3_PROVIDER", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"]
-    {
+    for name in [
+        "S3_REGION",
+        "S3_PROVIDER",
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_SESSION_TOKEN",
+        "STATE_ANCHOR",
+        "S3_HEARTBEAT",
+        "S3_DRAIN_TIMEOUT",
+        "S3_DRILL_INTERVAL",
+    ] {
         let warnings = warnings(&[KEY, (name, "x")]);
         assert_eq!(warnings.len(), 1);
         assert!(warnings[0].starts_with(&format!("{name} has no effect without S3_BUCKET")), "{warnings:?}");

@@ -213,6 +213,43 @@ impl Endpoint {
     }
 }
 
+/// The state of a bucket that a boot must not fall behind: a generation and its digest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Anchor {
+    generation: u64,
+    /// Lower case.
+    digest: String,
+}
+
+impl Anchor {
+    const DIGEST_LEN: usize = 64;
+
+    pub fn parse(text: &str) -> Result<Self, Fault> {
+        let rule = "must be a generation above 0, a colon, and 64 hex digits";
+        let parsed = text.split_once(':').and_then(|(generation, digest)| {
+            let decimal = generation.bytes().all(|byte| byte.is_ascii_digit());
+            let generation = generation.parse().ok().filter(|number| decimal && *number > 0)?;
+            let hex = digest.len() == Self::DIGEST_LEN && digest.bytes().all(|b| b.is_ascii_hexdigit());
+            hex.then(|| Self { generation, digest: digest.to_ascii_lowercase() })
+        });
+        parsed.ok_or_else(|| Fault::with_value(rule, text, "take the anchor that `cvm status` shows"))
+    }
+
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    pub fn digest(&self) -> &str {
+        &self.digest
+    }
+}
+
+impl std::fmt::Display for Anchor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}:{}", self.generation, self.digest)
+    }
+}
+
 /// The public URL under which the mux-server reaches the mux client.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct InboundUrl(HttpUrl);
@@ -261,9 +298,13 @@ impl Seconds {
 
     /// From `min` seconds up.
     pub fn parse(text: &str, min: u32) -> Result<Self, Fault> {
-        let seconds = digits(text).filter(|seconds| (min..=Self::MAX).contains(seconds));
+        Self::within(text, min, Self::MAX)
+    }
+
+    pub fn within(text: &str, min: u32, max: u32) -> Result<Self, Fault> {
+        let seconds = digits(text).filter(|seconds| (min..=max).contains(seconds));
         seconds.map(Self).ok_or_else(|| {
-            let rule = format!("must be whole seconds from {min} to {}", Self::MAX);
+            let rule = format!("must be whole seconds from {min} to {max}");
             Fault::with_value(&rule, text, "digits only, without a unit")
         })
     }

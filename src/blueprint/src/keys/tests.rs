@@ -48,6 +48,21 @@ fn frozen_host_key_comes_out_as_it_always_has() {
     assert_eq!(key.ssh_fingerprint(), "SHA256:oSE27BUSZjOqIR0tRE5e1S7AadY0fLimbCGWZjhlGDY");
 }
 
+/// As frozen, made with Python's `hmac`: every manifest and ownership record in a bucket is
+/// authenticated with this key.
+#[test]
+fn frozen_manifest_keys_come_out_as_they_always_have() {
+    for (master, expected) in [
+        ("correct horse battery staple", "eeb19a99ce177c465ea65db3c91bb3090626d7827f0383074d2c53f02b1e2397"),
+        (
+            "q83vEjRWeJCrze8SNFZ4kKvN7xI0VniQq83vEjRWeJA=",
+            "51ff939e94cb13a2ca724770e5913e9be2eae83cf98a92fe9f496f9aa763e1da",
+        ),
+    ] {
+        assert_eq!(hex(ring(master.as_bytes()).manifest_key.expose()), expected);
+    }
+}
+
 /// RFC 2104 by hand.
 fn hmac(key: &[u8], message: &[&[u8]]) -> [u8; 32] {
     let mut block = [0_u8; 64];
@@ -101,6 +116,8 @@ proptest! {
         prop_assert_eq!(ring.device_seed.expose(), &device);
         let host = independent_hkdf(&master, "ssh-host-key-ed25519-v1");
         prop_assert_eq!(ring.host_key_seed.expose(), &host);
+        let manifest = independent_hkdf(&master, "openclaw-cvm-manifest-v1");
+        prop_assert_eq!(ring.manifest_key.expose(), &manifest);
     }
 
     #[test]

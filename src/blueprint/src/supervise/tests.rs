@@ -103,11 +103,12 @@ fn samples() -> Vec<State> {
     ]
 }
 
-const EVENTS: [&str; 13] = [
+const EVENTS: [&str; 14] = [
     "start",
     "stop",
     "restart",
     "close",
+    "withdraw",
     "hurry",
     "prepared",
     "exec",
@@ -126,15 +127,16 @@ fn event_index(event: &Event) -> usize {
         Event::Stop => 1,
         Event::Restart => 2,
         Event::Close => 3,
-        Event::Hurry => 4,
-        Event::Prepared { .. } => 5,
-        Event::Exec { .. } => 6,
-        Event::MainEnded { .. } => 7,
-        Event::Gone { .. } => 8,
-        Event::Swept { .. } => 9,
-        Event::Alive { .. } => 10,
-        Event::Readiness { .. } => 11,
-        Event::Tick => 12,
+        Event::Withdraw => 4,
+        Event::Hurry => 5,
+        Event::Prepared { .. } => 6,
+        Event::Exec { .. } => 7,
+        Event::MainEnded { .. } => 8,
+        Event::Gone { .. } => 9,
+        Event::Swept { .. } => 10,
+        Event::Alive { .. } => 11,
+        Event::Readiness { .. } => 12,
+        Event::Tick => 13,
     }
 }
 
@@ -162,6 +164,7 @@ fn rows() -> Vec<(&'static str, Event, Option<Duration>)> {
         ("stop", Event::Stop),
         ("restart", Event::Restart),
         ("close", Event::Close),
+        ("withdraw", Event::Withdraw),
         ("hurry", Event::Hurry),
     ];
     let mut rows: Vec<_> = orders.into_iter().chain(events_of(RUN)).map(|(n, e)| (n, e, None)).collect();
@@ -234,6 +237,7 @@ const AT_REST: &str = "
     stop              down               down               down               .
     restart           preparing+prepare  preparing+prepare  preparing+prepare  preparing+prepare
     close             down               down               down               .
+    withdraw          .                  idle               .                  .
     hurry             .                  .                  .                  .
     prepared          .                  .                  .                  .
     refused-once      .                  .                  .                  .
@@ -255,6 +259,7 @@ const ALIVE: &str = "
     stop              tree+TREE        tree+TREE        term+TERM        tree+TREE
     restart           tree+TREE        tree+TREE        term+TERM        tree+TREE
     close             tree+TREE        tree+TREE        term+TERM        tree+TREE
+    withdraw          tree+TREE        tree+TREE        term+TERM        tree+TREE
     hurry             tree+TREE        tree+TREE        tree+TREE        tree+TREE
     prepared          starting+launch  .                .                .
     refused-once      waiting+error    .                .                .
@@ -277,6 +282,7 @@ const ENDING: &str = "
     stop              term            tree           keeper         orphans        stuck
     restart           term            tree           keeper         orphans        stuck
     close             term            tree           keeper         orphans        stuck
+    withdraw          term            tree           keeper         orphans        stuck
     hurry             tree+TREE       .              .              .              .
     prepared          waiting+error   waiting+error  waiting+error  waiting+error  waiting+error
     refused-once      waiting+error   waiting+error  waiting+error  waiting+error  waiting+error
@@ -348,6 +354,7 @@ const WHAT_FOLLOWS: &str = "
     failed               waiting+error           down+info
     restart              preparing+prepare       down+info
     stay-down            down                    down
+    withdrawn            idle                    down+info
     after-repair         preparing+warn+prepare  down+info
 ";
 
@@ -365,12 +372,14 @@ fn what_follows_a_run_depends_on_why_it_was_ended_and_never_starts_anything_on_t
         ("failed", (Then::Fail("hung".into()), End::Signal(9))),
         ("restart", (Then::Restart, End::Code(0))),
         ("stay-down", (Then::StayDown, End::Code(0))),
+        ("withdrawn", (Then::Withdrawn, End::Code(0))),
         ("after-repair", (Then::AfterRepair, End::Code(0))),
     ];
     for (_, (then, end)) in &cases {
         // No wildcard: a new reason or a new end does not compile without a row.
         match then {
-            Then::Judge | Then::Fail(_) | Then::Restart | Then::StayDown | Then::AfterRepair => {}
+            Then::Judge | Then::Fail(_) | Then::Restart => {}
+            Then::StayDown | Then::Withdrawn | Then::AfterRepair => {}
         }
         match end {
             End::Code(_) | End::Signal(_) | End::OutOfMemory | End::NotStarted { .. } | End::Unseen => {}
@@ -389,12 +398,13 @@ fn what_follows_a_run_depends_on_why_it_was_ended_and_never_starts_anything_on_t
 
 /// What an order makes of the reason for which a run is being ended.
 const CHANGED_MINDS: &str = "
-                  start         start-on-the-way-down  stop       restart  close
-    judged        judged        judged                 stay-down  restart  stay-down
-    failed        failed        failed                 stay-down  restart  stay-down
-    restart       restart       restart                stay-down  restart  stay-down
-    stay-down     restart       stay-down              stay-down  restart  stay-down
-    after-repair  after-repair  after-repair           stay-down  restart  stay-down
+                  start         start-on-the-way-down  stop       restart  close      withdraw
+    judged        judged        judged                 stay-down  restart  stay-down  withdrawn
+    failed        failed        failed                 stay-down  restart  stay-down  withdrawn
+    restart       restart       restart                stay-down  restart  stay-down  withdrawn
+    stay-down     restart       stay-down              stay-down  restart  stay-down  stay-down
+    withdrawn     withdrawn     withdrawn              stay-down  restart  stay-down  withdrawn
+    after-repair  after-repair  after-repair           stay-down  restart  stay-down  withdrawn
 ";
 
 #[test]
@@ -405,12 +415,20 @@ fn an_order_changes_what_follows_and_never_how_hard_a_run_is_being_ended() {
             Then::Fail(_) => "failed",
             Then::Restart => "restart",
             Then::StayDown => "stay-down",
+            Then::Withdrawn => "withdrawn",
             Then::AfterRepair => "after-repair",
         }
     }
-    let reasons = [Then::Judge, Then::Fail("hung".into()), Then::Restart, Then::StayDown, Then::AfterRepair];
+    let reasons = [
+        Then::Judge,
+        Then::Fail("hung".into()),
+        Then::Restart,
+        Then::StayDown,
+        Then::Withdrawn,
+        Then::AfterRepair,
+    ];
     let rows = reasons.each_ref().map(reason);
-    let orders = ["start", "start-on-the-way-down", "stop", "restart", "close"];
+    let orders = ["start", "start-on-the-way-down", "stop", "restart", "close", "withdraw"];
     for before in [Phase::Term, Phase::Tree, Phase::Keeper, Phase::Orphans, Phase::Stuck] {
         check_table(CHANGED_MINDS, &rows, &orders, |row, order| {
             let then = reasons.iter().find(|t| reason(t) == row).unwrap();
@@ -420,6 +438,7 @@ fn an_order_changes_what_follows_and_never_how_hard_a_run_is_being_ended() {
                 "stop" => Event::Stop,
                 "restart" => Event::Restart,
                 "close" => Event::Close,
+                "withdraw" => Event::Withdraw,
                 _ => Event::Start,
             };
             assert_eq!(unit.step(event, NOW), [], "{order} when {row} in {before:?}");
@@ -1140,6 +1159,57 @@ fn a_service_stopped_before_its_first_start_can_be_armed_again_unless_everything
     assert_eq!(story.is(), "down");
 }
 
+#[test]
+fn a_withdrawn_service_ends_in_its_grace_and_is_ready_to_start_anew() {
+    let mut story = Story::running(plain());
+    assert_eq!(words_of(&story.send(Event::Withdraw)), ["TERM"]);
+    assert_eq!(words_of(&story.ends(End::Code(0))), ["TREE"]);
+    assert_eq!(story.is(), "idle");
+    assert_eq!((story.unit.failures(), story.unit.deadline()), (0, None));
+    assert_eq!(deeds(&story.send(Event::Start)), ["launch"]);
+}
+
+#[test]
+fn a_stop_that_an_operator_takes_back_while_it_cannot_start_leaves_it_ready_to_start() {
+    let mut story = Story::running(plain());
+    story.send(Event::Stop);
+    story.send(Event::Withdraw);
+    story.unit.rearm();
+    story.ends(End::Code(0));
+    assert_eq!(story.is(), "idle");
+}
+
+#[test]
+fn a_held_service_waits_past_its_time_without_a_deadline_and_starts_when_it_is_released() {
+    let mut story = Story::running(plain());
+    story.unit.hold(true);
+    story.ends(End::Code(1));
+    assert_eq!((story.is(), story.unit.deadline()), ("waiting", None));
+    assert_eq!(deeds(&story.pass(s(1_000))), [""; 0]);
+    story.unit.hold(false);
+    assert_eq!(deeds(&story.send(Event::Tick)), ["launch"], "its time has come long ago");
+}
+
+#[test]
+fn nothing_starts_a_held_service() {
+    for before in samples() {
+        let mut unit = unit_in(before);
+        unit.hold(true);
+        let mut done = Vec::new();
+        for event in [
+            Event::Start,
+            Event::Restart,
+            Event::MainEnded { run: RUN, end: End::Code(0) },
+            Event::Gone { run: RUN, end: End::Code(0) },
+            Event::Swept { run: RUN },
+            Event::Tick,
+        ] {
+            done.extend(unit.step(event, NOW));
+        }
+        assert!(!deeds(&done).iter().any(|d| matches!(*d, "prepare" | "launch")), "{done:?}");
+    }
+}
+
 // === A world that does what it likes ===
 
 /// What a keeper keeps.
@@ -1264,6 +1334,7 @@ fn moves() -> impl Strategy<Value = Vec<Move>> {
         4 => Just(Move::ToDeadline),
         2 => order.prop_map(Move::Order),
         1 => Just(Move::Order(Event::Hurry)),
+        1 => Just(Move::Order(Event::Withdraw)),
         4 => Just(Move::Exec),
         4 => end.prop_map(Move::MainEnds),
         4 => Just(Move::TreeEnds),
