@@ -222,14 +222,48 @@ fn earlier_boots_are_listed_and_read_from_their_end() {
     assert_eq!(Worker::new(&[REFUSED]).run(&["logs", "--boot", "-9"]).0, 4);
 }
 
-#[test]
-fn the_supervisors_status_begins_with_the_bucket_and_survives_an_absent_worker() {
+/// A supervisor that says which mode this is.
+fn supervisor(mode: &str) -> Worker {
     let value = serde_json::json!({
         "v": 1, "answer": "status", "version": "0.1.0", "phase": "running", "uptime_ms": 5000,
-        "storage": { "mode": "s3", "meaning": "in the bucket" }, "keys": [], "remarks": [], "boot": [],
+        "storage": { "mode": mode, "meaning": "in the bucket" }, "keys": [], "remarks": [], "boot": [],
         "services": [], "healthy": true, "unhealthy": [],
     });
-    let supervisor = Worker::new(&[&value.to_string()]);
+    Worker::new(&[&value.to_string()])
+}
+
+/// Checks of the doctor's room, each with its verdict.
+fn storage_room(mode: &str, socket: &Path) -> Vec<(String, String)> {
+    let supervisor = supervisor(mode);
+    let mut command = cvm(&["doctor-room", "storage"]);
+    command.env("CVM_CONTROL_SOCKET", &supervisor.socket).env("CVM_STORAGE_SOCKET", socket);
+    let (_, out, _) = run(&mut command);
+    let lines = out.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    let word = |line: &serde_json::Value, name: &str| line[name].as_str().unwrap_or_default().to_owned();
+    lines.filter(|l| l["line"] == "found").map(|l| (word(&l, "check"), word(&l, "verdict"))).collect()
+}
+
+#[test]
+fn the_doctor_looks_at_the_worker_where_there_has_to_be_one() {
+    let nobody = Path::new("/no/such/socket");
+    assert_eq!(storage_room("local", nobody), [("storage worker".to_owned(), "skip".to_owned())]);
+    let verdict = |findings: &[(String, String)], check: &str| {
+        findings.iter().find(|(name, _)| name == check).map(|(_, verdict)| verdict.clone())
+    };
+    let away = storage_room("s3", nobody);
+    assert_eq!(verdict(&away, "storage worker").as_deref(), Some("fail"));
+    assert!(verdict(&away, "room for pending changes").is_some(), "{away:?}");
+    let pending = storage_room("s3", &Worker::new(&[PENDING]).socket);
+    for check in ["storage worker", "phase", "changes in the bucket"] {
+        assert_eq!(verdict(&pending, check).as_deref(), Some("ok"), "{pending:?}");
+    }
+    let incident = storage_room("s3", &Worker::new(&[INCIDENT]).socket);
+    assert_eq!(verdict(&incident, "incident: a.db").as_deref(), Some("fail"), "{incident:?}");
+}
+
+#[test]
+fn the_supervisors_status_begins_with_the_bucket_and_survives_an_absent_worker() {
+    let supervisor = supervisor("s3");
     let worker = Worker::new(&[PENDING]);
     let status = |socket: &Path| {
         run(cvm(&["status"]).env("CVM_CONTROL_SOCKET", &supervisor.socket).env("CVM_STORAGE_SOCKET", socket))
