@@ -23,7 +23,15 @@ fn every_variable_is_in_the_readme_and_in_the_compose_file() {
 
 #[test]
 fn compose_waits_longer_than_the_longest_ordered_stop() {
-    let environment = Environment::new([(b"MASTER_KEY".to_vec(), vec![b'x'; 32])]);
+    // The longest: with a bucket, and everything at its default.
+    let given = [
+        ("MASTER_KEY", "correct horse battery staple"),
+        ("S3_BUCKET", "claws"),
+        ("S3_ENDPOINT", "https://s3.example.org"),
+        ("AWS_ACCESS_KEY_ID", "id"),
+        ("AWS_SECRET_ACCESS_KEY", "key"),
+    ];
+    let environment = Environment::new(given.map(|(n, v)| (n.as_bytes().to_vec(), v.as_bytes().to_vec())));
     let (config, _) =
         Config::parse(&environment).unwrap_or_else(|_| panic!("the defaults are a configuration"));
     let budget = Machine::new(plan::steps(&config), service::services(&config)).stop_budget();

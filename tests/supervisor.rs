@@ -69,27 +69,6 @@ fn every_mistake_of_the_configuration_is_said_at_once_and_the_status_is_78() {
 }
 
 #[test]
-fn s3_mode_starts_ssh_and_not_the_gateway_and_says_why() {
-    let machine = product(HEALTHY)
-        .environment("S3_BUCKET", "bucket-of-mine")
-        .environment("S3_ENDPOINT", "https://s3.example.org")
-        .environment("AWS_ACCESS_KEY_ID", "id-canary")
-        .environment("AWS_SECRET_ACCESS_KEY", "secret-canary")
-        .start();
-    machine.line("SSH daemon started.");
-    machine.line("this build has no storage worker");
-    let gateway = machine.service_in("gateway", &["blocked"]);
-    assert!(gateway["why"].as_str().is_some_and(|w| w.contains("storage worker")), "{gateway:#}");
-    let status = machine.status();
-    assert_eq!(status["healthy"], false);
-    assert_eq!(status["phase"], "degraded");
-    // Not by way of an operator either.
-    machine.exec(&["cvm", "start", "gateway", "--no-wait"]);
-    assert_eq!(machine.service("gateway")["state"], "blocked");
-    assert!(!machine.path("/data/openclaw").exists());
-}
-
-#[test]
 fn a_crashing_gateway_waits_as_documented_and_the_reason_is_shown() {
     let machine = product("#!/bin/sh\nexit 3\n").environment("OPENCLAW_GATEWAY_RESTART_DELAY", "30").start();
     let gateway = machine.service_in("gateway", &["waiting"]);

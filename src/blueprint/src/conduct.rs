@@ -8,14 +8,19 @@
 //! run, which service may start, and in which order things end.
 //!
 //! Refuses to know pids, files and clocks.
-//! May import: `plan`, `service`, `supervise`, `time`.
+//! May import: `plan`, `service`, `storage` (the worker's reports), `supervise`, `time`; its
+//! own room `tree` knows what the worker's words mean.
+
+mod tree;
 
 use crate::ending::End;
 use crate::plan::{STEP_BACKOFF, Step, StepName, Weight, Work};
 use crate::service::Service;
-use crate::supervise::{self, Level, Refusal, State, Unit};
+use crate::storage::StorageReport;
+use crate::supervise::{self, Level, Refusal, Run, State, Unit};
 use crate::time::{Moment, words};
 use std::time::Duration;
+pub use tree::Tree;
 
 /// Index of a service in the plan.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -38,6 +43,12 @@ pub enum Event {
     Service {
         id: ServiceId,
         event: supervise::Event,
+    },
+    /// What the storage worker said in one of its runs.
+    Storage {
+        id: ServiceId,
+        run: Run,
+        report: StorageReport,
     },
     Order {
         id: ServiceId,
@@ -76,9 +87,12 @@ pub enum Action {
     SignalAll {
         hard: bool,
     },
-    /// Nothing is left to do. `abandoned` processes did not die of SIGKILL in time.
+    /// Nothing is left to do.
     Exit {
+        /// Processes did not die of SIGKILL in time.
         abandoned: bool,
+        /// The bucket lacks something, or nobody knows whether it does.
+        undrained: bool,
     },
 }
 
@@ -112,18 +126,24 @@ pub enum StepState {
         began: Moment,
         took: Duration,
         why: String,
-        retry_at: Option<Moment>,
+        next: Next,
     },
-    /// Given up on before it began.
-    Refused {
-        why: String,
-    },
+}
+
+/// What follows a failed step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Next {
+    TryAt(Moment),
+    /// Whoever does it goes on trying by itself.
+    Underway,
+    /// Nothing, before an operator has acted.
+    Operator,
 }
 
 impl StepState {
     /// Whether what waits for its end may go on.
     fn has_ended(&self) -> bool {
-        matches!(self, Self::Done { .. } | Self::Failed { .. } | Self::Refused { .. })
+        matches!(self, Self::Done { .. } | Self::Failed { .. })
     }
 
     fn is_alive(&self) -> bool {
@@ -138,9 +158,15 @@ pub struct StepRecord {
     pub tries: u32,
     /// Its last try was given up on without having ended.
     held: bool,
+    /// What it works on was lost while it ran: whatever comes of it, it is to be done again.
+    void: bool,
 }
 
 impl StepRecord {
+    fn overdue_at(&self, since: Moment) -> Option<Moment> {
+        self.step.deadline.map(|span| since + span)
+    }
+
     /// Whether what only waits for its end may go on: also while it is tried again.
     fn has_settled(&self) -> bool {
         self.state.has_ended() || self.tries > 1
@@ -170,13 +196,14 @@ pub struct Machine {
     phase: Phase,
     hurried: bool,
     closing_since: Moment,
+    storage: tree::Storage,
 }
 
 impl Machine {
     pub fn new(steps: Vec<Step>, services: Vec<Service>) -> Self {
         let steps = steps
             .into_iter()
-            .map(|step| StepRecord { step, state: StepState::Pending, tries: 0, held: false })
+            .map(|step| StepRecord { step, state: StepState::Pending, tries: 0, held: false, void: false })
             .collect();
         let services = services
             .into_iter()
@@ -185,7 +212,8 @@ impl Machine {
                 ServiceRecord { service, unit, first_exec: None, first_ready: None }
             })
             .collect();
-        Self { steps, services, phase: Phase::Up, hurried: false, closing_since: Moment::default() }
+        let (phase, closing_since, storage) = (Phase::Up, Moment::default(), tree::Storage::default());
+        Self { steps, services, phase, hurried: false, closing_since, storage }
     }
 
     pub fn phase(&self) -> Phase {
@@ -241,9 +269,9 @@ impl Machine {
     /// When this machine wants a [`Event::Tick`] at the latest.
     pub fn deadline(&self) -> Option<Moment> {
         let steps = self.steps.iter().filter_map(|r| match &r.state {
-            StepState::Running { since } => Some(*since + r.step.deadline),
+            StepState::Running { since } => r.overdue_at(*since),
             StepState::Killing { until, .. } => Some(*until),
-            StepState::Failed { retry_at, .. } if self.phase == Phase::Up => *retry_at,
+            StepState::Failed { next: Next::TryAt(at), .. } if self.phase == Phase::Up => Some(*at),
             _ => None,
         });
         let units = self.services.iter().filter_map(|s| s.unit.deadline());
@@ -260,7 +288,8 @@ impl Machine {
         match event {
             Event::Boot => self.advance(now, &mut out),
             Event::StepEnded { of, outcome } => self.on_step_ended(of, outcome, now, &mut out),
-            Event::Service { id, event } => self.tell_unit(id, event, now, &mut out),
+            Event::Service { id, event } => self.on_service(id, event, now, &mut out),
+            Event::Storage { id, run, report } => self.on_storage(id, run, report, now, &mut out),
             Event::Order { id, order } => self.on_order(id, order, now, &mut out),
             Event::Terminate => self.on_terminate(now, &mut out),
             Event::Childless => {
@@ -270,8 +299,17 @@ impl Machine {
             }
             Event::Tick => self.on_tick(now, &mut out),
         }
+        self.settle_worker(now, &mut out);
         self.progress(now, &mut out);
         out
+    }
+
+    fn on_service(&mut self, id: ServiceId, event: supervise::Event, now: Moment, out: &mut Vec<Action>) {
+        // Before the service itself hears of it, which may start it again at once.
+        self.watch_worker(id, &event, now, out);
+        self.tell_unit(id, event, now, out);
+        // Something may have waited for this end.
+        self.advance(now, out);
     }
 
     /// Starts whatever has become possible.
@@ -300,6 +338,8 @@ impl Machine {
     fn may_begin(&self, index: usize) -> bool {
         let Some(record) = self.steps.get(index) else { return false };
         record.state == StepState::Pending
+            // Of a tree that was lost: the new one is theirs who come later.
+            && !self.is_stood_on(record.step.name)
             && record.step.after.iter().all(|name| self.has_settled(*name))
             && record.step.needs.iter().all(|name| self.is_done(*name))
     }
@@ -325,17 +365,12 @@ impl Machine {
     fn begin_step(&mut self, index: usize, now: Moment, out: &mut Vec<Action>) {
         let Some(record) = self.steps.get_mut(index) else { return };
         record.tries += 1;
-        record.held = false;
-        match &record.step.work {
-            Work::Run => {
-                record.state = StepState::Running { since: now };
-                out.push(Action::RunStep(Try { step: record.step.name, number: record.tries }));
-            }
-            Work::Refused(why) => {
-                out.push(Action::Say(Level::Error, why.clone()));
-                record.state = StepState::Refused { why: why.clone() };
-            }
-        }
+        (record.held, record.void) = (false, false);
+        record.state = StepState::Running { since: now };
+        out.push(match &record.step.work {
+            Work::Run => Action::RunStep(Try { step: record.step.name, number: record.tries }),
+            Work::Awaited { says, .. } => Action::Say(Level::Info, says.clone()),
+        });
     }
 
     fn on_step_ended(&mut self, of: Try, outcome: Result<(), Refusal>, now: Moment, out: &mut Vec<Action>) {
@@ -350,6 +385,11 @@ impl Machine {
             _ => return,
         };
         record.held = false;
+        if std::mem::take(&mut record.void) {
+            record.state = StepState::Pending;
+            return self.advance(now, out);
+        }
+        let allowed = words(record.step.deadline.unwrap_or_default());
         match outcome {
             Ok(()) => {
                 record.state = StepState::Done { began, took: now.since(began) };
@@ -358,7 +398,7 @@ impl Machine {
                 }
             }
             Err(_) if overdue => {
-                let why = format!("it took longer than its {} and was ended", words(record.step.deadline));
+                let why = format!("it took longer than its {allowed} and was ended");
                 self.fail_step(of.step, began, Refusal { why, retry: true }, now, out);
             }
             Err(refusal) => self.fail_step(of.step, began, refusal, now, out),
@@ -377,19 +417,20 @@ impl Machine {
         let up = self.phase == Phase::Up;
         let Some(record) = self.steps.iter_mut().find(|r| r.step.name == name) else { return };
         let Refusal { why, retry } = refusal;
-        let retry_at = (retry && up).then(|| now + STEP_BACKOFF.wait(record.tries));
+        let wait = STEP_BACKOFF.wait(record.tries);
+        let next = if retry && up { Next::TryAt(now + wait) } else { Next::Operator };
         let level = match record.step.weight {
             _ if !up => Level::Info,
             Weight::Required => Level::Error,
             Weight::Degradable => Level::Warn,
         };
-        let next = match retry_at {
+        let follows = match next {
             _ if !up => "everything is being stopped".into(),
-            Some(at) => format!("next try in {}", words(at.since(now))),
-            None => "trying again cannot help until something is changed".into(),
+            Next::TryAt(_) => format!("next try in {}", words(wait)),
+            Next::Underway | Next::Operator => "trying again cannot help until something is changed".into(),
         };
-        out.push(Action::Say(level, format!("Boot step {} failed: {why}; {next}", name.as_str())));
-        record.state = StepState::Failed { began, took: now.since(began), why, retry_at };
+        out.push(Action::Say(level, format!("Boot step {} failed: {why}; {follows}", name.as_str())));
+        record.state = StepState::Failed { began, took: now.since(began), why, next };
     }
 
     /// Not even SIGKILL ended it in time. What waits for its end goes on; it is not tried again
@@ -412,14 +453,19 @@ impl Machine {
             // What it waits for is what the operator means: try that again now.
             let needs = record.service.needs;
             self.retry_now(needs, now, out);
-            if *self.services.get(id.0).map_or(&State::Idle, |s| s.unit.state()) == State::Down
-                && let Some(record) = self.services.get_mut(id.0)
-            {
+            if let Some(record) = self.services.get_mut(id.0) {
                 record.unit.rearm();
             }
             self.advance(now, out);
             return;
         }
+        if self.comes_later(id, order, now, out) {
+            return;
+        }
+        self.carry_out(id, order, now, out);
+    }
+
+    fn carry_out(&mut self, id: ServiceId, order: Order, now: Moment, out: &mut Vec<Action>) {
         let event = match order {
             Order::Start => supervise::Event::Start,
             Order::Stop => supervise::Event::Stop,
@@ -434,9 +480,15 @@ impl Machine {
             let Some(index) = self.steps.iter().position(|r| r.step.name == *name) else { continue };
             let Some(record) = self.steps.get(index) else { continue };
             let needs = record.step.needs;
+            if matches!(record.step.work, Work::Awaited { .. }) {
+                self.wake_worker(now, out);
+                continue;
+            }
             match record.state {
-                StepState::Failed { .. } => self.begin_step(index, now, out),
-                StepState::Pending => self.retry_now(needs, now, out),
+                StepState::Failed { .. } if needs.iter().all(|n| self.is_done(*n)) => {
+                    self.begin_step(index, now, out);
+                }
+                StepState::Failed { .. } | StepState::Pending => self.retry_now(needs, now, out),
                 _ => {}
             }
         }
@@ -451,7 +503,7 @@ impl Machine {
                     format!("Stopping: services get up to {} in all", words(self.stop_budget())),
                 ));
                 for record in &mut self.steps {
-                    if record.state.is_alive() {
+                    if record.state.is_alive() && record.step.work == Work::Run {
                         let of = Try { step: record.step.name, number: record.tries };
                         out.push(Action::KillStep { of, hard: false });
                     }
@@ -526,7 +578,10 @@ impl Machine {
         } else {
             Action::Say(Level::Info, format!("Stopped in order after {took}"))
         });
-        out.push(Action::Exit { abandoned });
+        let missing = self.missing_in_bucket();
+        let undrained = missing.is_some();
+        out.extend(missing.map(|text| Action::Say(Level::Error, text)));
+        out.push(Action::Exit { abandoned, undrained });
     }
 
     fn on_tick(&mut self, now: Moment, out: &mut Vec<Action>) {
@@ -552,7 +607,7 @@ impl Machine {
             let Some(record) = self.steps.get_mut(index) else { continue };
             let of = Try { step: record.step.name, number: record.tries };
             match record.state {
-                StepState::Running { since } if now >= since + record.step.deadline => {
+                StepState::Running { since } if record.overdue_at(since).is_some_and(|due| now >= due) => {
                     record.state = StepState::Killing { since, hard: false, until: now + STEP_KILL };
                     out.push(Action::KillStep { of, hard: false });
                 }
@@ -563,7 +618,7 @@ impl Machine {
                 StepState::Killing { since, hard: true, until } if now >= until => {
                     self.give_up_step(index, since, now, out);
                 }
-                StepState::Failed { retry_at: Some(at), .. } if up && now >= at => {
+                StepState::Failed { next: Next::TryAt(at), .. } if up && now >= at => {
                     self.begin_step(index, now, out);
                 }
                 _ => {}

@@ -16,7 +16,7 @@ use std::time::Duration;
 pub enum StepName {
     /// Host key, authorized keys and configuration of sshd.
     Ssh,
-    /// The state is there: today a local volume, with S3 the encrypted bucket.
+    /// The tree at /data is the bucket's. Only with S3.
     Storage,
     /// The gateway's user, its home and root's home lead to the volume.
     Home,
@@ -50,8 +50,13 @@ pub enum Weight {
 pub enum Work {
     /// By a process.
     Run,
-    /// This build cannot do it; the reason is known before trying.
-    Refused(String),
+    /// By a service that runs on: it is done when the service says so, and undone when the
+    /// service takes that back.
+    Awaited {
+        from: &'static str,
+        /// Said when the waiting begins.
+        says: String,
+    },
 }
 
 #[derive(Debug, Clone)]
@@ -61,12 +66,16 @@ pub struct Step {
     pub after: &'static [StepName],
     /// Steps that must have succeeded before.
     pub needs: &'static [StepName],
-    pub deadline: Duration,
+    /// None: as long as it takes.
+    pub deadline: Option<Duration>,
     pub weight: Weight,
     pub work: Work,
     /// The line of the boot log that operators look for.
     pub says: Option<&'static str>,
 }
+
+/// The service that does step [`StepName::Storage`].
+pub const STORAGE_WORKER: &str = "storage";
 
 /// Waits between tries of a step: soon at first, since most causes are a disk or a mount
 /// that is late, and then no rarer than an operator's patience.
@@ -79,7 +88,7 @@ pub fn steps(config: &Config) -> Vec<Step> {
         after: &[],
         needs: &[],
         // Generous: its own work takes milliseconds, but it may look at a dead volume.
-        deadline: Duration::from_secs(10),
+        deadline: Some(Duration::from_secs(10)),
         weight: Weight::Degradable,
         work: Work::Run,
         says: None,
@@ -89,13 +98,13 @@ pub fn steps(config: &Config) -> Vec<Step> {
             name: StepName::Storage,
             after: &[StepName::Ssh],
             needs: &[],
-            deadline: Duration::from_secs(1),
+            // A restore takes as long as the state is large, and a bucket may be away for days.
+            deadline: None,
             weight: Weight::Required,
-            work: Work::Refused(format!(
-                "S3 storage is configured (bucket: {}), but this build has no storage worker. The gateway is not \
-                 started, so that nothing is written where it would be lost; unset S3_BUCKET to run on the local volume",
-                s3.bucket.as_str()
-            )),
+            work: Work::Awaited {
+                from: STORAGE_WORKER,
+                says: format!("S3 storage configured (bucket: {}), setting up rclone...", s3.bucket.as_str()),
+            },
             says: None,
         });
     }
@@ -108,7 +117,7 @@ pub fn steps(config: &Config) -> Vec<Step> {
         after: &[StepName::Ssh],
         needs: needs_storage,
         // Moving a large real directory onto the volume copies it.
-        deadline: Duration::from_mins(5),
+        deadline: Some(Duration::from_mins(5)),
         weight: Weight::Required,
         work: Work::Run,
         says: Some("Home symlinks created (~/.openclaw, ~/.config → /data)"),
@@ -117,7 +126,7 @@ pub fn steps(config: &Config) -> Vec<Step> {
         name: StepName::State,
         after: &[],
         needs: &[StepName::Home],
-        deadline: Duration::from_mins(1),
+        deadline: Some(Duration::from_mins(1)),
         weight: Weight::Required,
         work: Work::Run,
         says: None,

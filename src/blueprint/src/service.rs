@@ -5,9 +5,9 @@
 //! May import: `config`, `plan`, `backoff`, `supervise`, `paths`.
 
 use crate::backoff::Backoff;
-use crate::config::{Config, Seconds};
+use crate::config::{Config, S3, Seconds, Storage};
 use crate::paths;
-use crate::plan::StepName;
+use crate::plan::{STORAGE_WORKER, StepName};
 use crate::supervise::{Liveness, Rules};
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
@@ -17,7 +17,9 @@ pub struct Service {
     pub name: &'static str,
     /// One line for people.
     pub what: &'static str,
+    /// A program without a slash is one of this build's own binaries.
     pub argv: Vec<String>,
+    pub ties: Ties,
     /// The account it runs as.
     pub user: String,
     pub environment: Environment,
@@ -64,6 +66,15 @@ pub enum Prepare {
     FreePort(u16),
 }
 
+/// What a service and PID 1 say to each other besides signals and probes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ties {
+    None,
+    /// The bucket's specification on standard input, reports on descriptor 3, and the order to
+    /// end as end of file on descriptor 4: see `storage`.
+    Storage,
+}
+
 /// What happens to processes that the main process leaves behind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -88,6 +99,9 @@ pub enum Probe {
 
 /// Repairing a configuration may migrate databases.
 const REPAIR_DEADLINE: Duration = Duration::from_mins(5);
+/// What a stop of the storage worker takes besides its push: last snapshots, the manifest, the
+/// release of the bucket.
+const DRAIN_MARGIN: Duration = Duration::from_secs(15);
 /// Trying iptables and mounting a test overlay takes a fraction of this.
 const PREPARE_DEADLINE: Duration = Duration::from_mins(1);
 
@@ -111,6 +125,10 @@ pub fn services(config: &Config) -> Vec<Service> {
     if config.docker {
         all.push(dockerd());
     }
+    if let Storage::S3(s3) = &config.storage {
+        all.push(standin());
+        all.push(storage(s3));
+    }
     all.push(gateway(config));
     all
 }
@@ -120,6 +138,7 @@ fn sshd() -> Service {
         name: "sshd",
         what: "SSH for operators",
         argv: words(&["/usr/sbin/sshd", "-D", "-e", "-f", paths::SSHD_CONFIG]),
+        ties: Ties::None,
         user: "root".into(),
         environment: Environment::Plain,
         directory: "/",
@@ -146,6 +165,7 @@ fn dockerd() -> Service {
         name: "dockerd",
         what: "containers for the agent",
         argv: words(&["/usr/sbin/dockerd", "--config-file", paths::DOCKERD_CONFIG]),
+        ties: Ties::None,
         user: "root".into(),
         environment: Environment::Dockerd,
         directory: "/",
@@ -167,6 +187,60 @@ fn dockerd() -> Service {
     }
 }
 
+fn standin() -> Service {
+    Service {
+        name: "standin",
+        what: "answers for the bucket mount if its server dies",
+        argv: words(&["cvm-standin"]),
+        ties: Ties::None,
+        user: "root".into(),
+        environment: Environment::Plain,
+        directory: "/",
+        needs: &[],
+        prepare: None,
+        repair: None,
+        backoff: Backoff::seconds(1, 30, 60),
+        // Outlives the server that it stands in for.
+        stop_order: 8,
+        grace: Duration::from_secs(5),
+        leftovers: Leftovers::Kill,
+        liveness: None,
+        readiness: None,
+        oom_score_adj: 0,
+        says_started: None,
+        says_ready: None,
+        required: false,
+    }
+}
+
+fn storage(s3: &S3) -> Service {
+    Service {
+        name: STORAGE_WORKER,
+        what: "the encrypted bucket",
+        argv: words(&["cvm-storage"]),
+        ties: Ties::Storage,
+        user: "root".into(),
+        // Nothing of the user's: a variable such as AWS_CA_BUNDLE would change what rclone does.
+        environment: Environment::Plain,
+        directory: "/",
+        needs: &[],
+        prepare: None,
+        repair: None,
+        backoff: Backoff::seconds(1, 30, 60),
+        // After all that write into the tree.
+        stop_order: 7,
+        // It ends its own push in time; the rest is for what comes before and after.
+        grace: Duration::from_secs(u64::from(s3.drain_s.get())) + DRAIN_MARGIN,
+        leftovers: Leftovers::Kill,
+        liveness: None,
+        readiness: None,
+        oom_score_adj: 0,
+        says_started: None,
+        says_ready: None,
+        required: true,
+    }
+}
+
 fn gateway(config: &Config) -> Service {
     let settings = &config.gateway;
     let (port, restart) = (settings.port.get(), settings.restart);
@@ -179,6 +253,7 @@ fn gateway(config: &Config) -> Service {
         name: "gateway",
         what: "the OpenClaw gateway",
         argv: words(&[&openclaw[..], &run[..]].concat()),
+        ties: Ties::None,
         user: settings.user.as_str().into(),
         environment: Environment::Gateway,
         directory: paths::STATE,

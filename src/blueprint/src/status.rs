@@ -4,7 +4,7 @@
 //! a secret and never a word of the gateway's: it is safe to be pasted in public.
 //! May import: `conduct` and everything before it.
 
-use crate::conduct::{self, Machine, ServiceRecord, StepRecord, StepState};
+use crate::conduct::{self, Machine, Next, ServiceRecord, StepRecord, StepState};
 use crate::plan::Weight;
 use crate::supervise::State;
 use crate::time::{Moment, words};
@@ -47,6 +47,32 @@ pub struct Storage {
     pub mode: String,
     /// What that means for the data, in words.
     pub meaning: String,
+    /// With `s3`, while the tree is there: `fuse` or `sync`.
+    #[serde(default)]
+    pub how: Option<String>,
+    /// Why it is not the better of the two.
+    #[serde(default)]
+    pub reason: Option<String>,
+    /// Whether the tree outlives the storage worker.
+    #[serde(default)]
+    pub independent: Option<bool>,
+}
+
+impl Storage {
+    /// Before anything is known but the configuration.
+    pub fn new(mode: &str, meaning: impl Into<String>) -> Self {
+        let (mode, meaning) = (mode.to_owned(), meaning.into());
+        Self { mode, meaning, how: None, reason: None, independent: None }
+    }
+
+    fn with_tree(&self, tree: Option<&conduct::Tree>) -> Self {
+        Self {
+            how: tree.map(|t| t.mode.as_str().to_owned()),
+            reason: tree.and_then(|t| t.reason.clone()),
+            independent: tree.map(|t| t.independent),
+            ..self.clone()
+        }
+    }
 }
 
 /// Something two machines with the same key have in common.
@@ -59,7 +85,7 @@ pub struct Fingerprint {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Step {
     pub name: String,
-    /// `waiting`, `running`, `done`, `failed`, `refused`.
+    /// `waiting`, `running`, `done`, `failed`.
     pub state: String,
     pub required: bool,
     /// Since PID 1 started.
@@ -116,7 +142,7 @@ pub fn snapshot(machine: &Machine, about: &About, now: Moment) -> Status {
         version: about.version.clone(),
         phase: phase(machine),
         uptime_ms: now.as_millis(),
-        storage: about.storage.clone(),
+        storage: about.storage.with_tree(machine.tree()),
         keys: about.keys.clone(),
         remarks: about.remarks.clone(),
         boot,
@@ -131,7 +157,7 @@ fn phase(machine: &Machine) -> Phase {
         return Phase::Stopping;
     }
     let required = || machine.steps().iter().filter(|r| r.step.weight == Weight::Required);
-    if required().any(|r| matches!(r.state, StepState::Failed { .. } | StepState::Refused { .. })) {
+    if required().any(|r| matches!(r.state, StepState::Failed { .. })) {
         Phase::Degraded
     } else if required().all(|r| matches!(r.state, StepState::Done { .. })) {
         Phase::Running
@@ -192,16 +218,14 @@ fn step(record: &StepRecord, now: Moment) -> Step {
             shown.took_ms = Some(millis(*took));
             "done"
         }
-        StepState::Failed { began, took, why, retry_at } => {
+        StepState::Failed { began, took, why, next } => {
             shown.began_ms = Some(began.as_millis());
             shown.took_ms = Some(millis(*took));
             shown.why = Some(why.clone());
-            shown.next_try_in_ms = retry_at.map(|at| millis(at.since(now)));
+            if let Next::TryAt(at) = next {
+                shown.next_try_in_ms = Some(millis(at.since(now)));
+            }
             "failed"
-        }
-        StepState::Refused { why } => {
-            shown.why = Some(why.clone());
-            "refused"
         }
     };
     state.clone_into(&mut shown.state);
@@ -268,6 +292,10 @@ fn service(machine: &Machine, record: &ServiceRecord, dropped_lines: u64, now: M
             shown.pid = *pid;
             ("stopping", format!("next measure in {}", words(until.since(now))))
         }
+        State::Waiting { .. } if unit.is_held() => {
+            shown.why = unit.last().and_then(|p| p.why.clone());
+            ("waiting", "starts when nothing stands on its last tree any more".to_owned())
+        }
         State::Waiting { until } => {
             shown.why = unit.last().and_then(|p| p.why.clone());
             shown.next_start_in_ms = Some(millis(until.since(now)));
@@ -289,14 +317,15 @@ fn blocked(machine: &Machine, record: &ServiceRecord, shown: &mut Service) -> (&
         Some(missing) => {
             let name = missing.step.name.as_str();
             shown.why = match &missing.state {
-                StepState::Failed { why, .. } | StepState::Refused { why } => {
-                    Some(format!("boot step {name}: {why}"))
-                }
+                StepState::Failed { why, .. } => Some(format!("boot step {name}: {why}")),
                 _ => Some(format!("boot step {name} is not done yet")),
             };
             let next = match &missing.state {
-                StepState::Refused { .. } | StepState::Failed { retry_at: None, .. } => {
+                StepState::Failed { next: Next::Operator, .. } => {
                     format!("mend it, then `cvm start {}`", record.service.name)
+                }
+                StepState::Failed { next: Next::Underway, .. } => {
+                    format!("starts when boot step {name} is done; the storage worker goes on trying")
                 }
                 _ => format!("starts when boot step {name} is done"),
             };

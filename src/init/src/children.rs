@@ -4,6 +4,7 @@
 
 use cvm_blueprint::conduct::{ServiceId, Try};
 use cvm_blueprint::ending::End;
+use cvm_blueprint::storage::StorageReport;
 use cvm_blueprint::supervise::Run;
 use cvm_blueprint::wire::{self, KeeperReport, KeeperSpec, REPORT_MAX, TaskReport};
 use cvm_process::descriptor;
@@ -13,6 +14,7 @@ use nix::unistd::Pid;
 use serde::Deserialize;
 use std::ffi::CString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 /// Whom a child belongs to.
@@ -37,12 +39,13 @@ pub(crate) enum Part {
     Sweep,
 }
 
-/// A line on a report pipe. A step shares the pipe of its keeper.
+/// A line on a report pipe. A step shares the pipe of its keeper, and so does the storage worker.
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum Line {
     Keeper(KeeperReport),
     Task(TaskReport),
+    Storage(StorageReport),
 }
 
 pub(crate) struct Child {
@@ -63,10 +66,15 @@ impl Child {
     }
 }
 
-/// Something a keeper said.
+/// Something a keeper said, or the program it keeps.
 pub(crate) struct Said {
     pub(crate) owner: Owner,
-    pub(crate) report: KeeperReport,
+    pub(crate) words: Words,
+}
+
+pub(crate) enum Words {
+    Keeper(KeeperReport),
+    Storage(StorageReport),
 }
 
 pub(crate) struct Children {
@@ -82,8 +90,8 @@ impl Children {
         Self { all: Vec::new(), home }
     }
 
-    pub(crate) fn binary(&self, name: &str) -> String {
-        self.home.join(name).to_string_lossy().into_owned()
+    pub(crate) fn home(&self) -> &Path {
+        &self.home
     }
 
     /// Starts a keeper for `spec`. `handed` is what [`Input::Descriptor`] speaks of.
@@ -128,7 +136,8 @@ impl Children {
     }
 
     fn start(&self, words: &[&str], descriptors: &[BorrowedFd<'_>]) -> Result<Pid, Errno> {
-        let path = CString::new(self.binary("cvm-keeper")).map_err(|_| Errno::EINVAL)?;
+        let path =
+            CString::new(self.home.join("cvm-keeper").as_os_str().as_bytes()).map_err(|_| Errno::EINVAL)?;
         let argv: Vec<CString> = words.iter().filter_map(|w| CString::new(*w).ok()).collect();
         let program = Program {
             path: &path,
@@ -212,8 +221,13 @@ impl Child {
             let line: Vec<u8> = self.partial.drain(..=end).collect();
             match serde_json::from_slice(&line) {
                 Ok(Line::Keeper(KeeperReport::TreeGone { end, .. })) => self.gone = Some(end),
-                Ok(Line::Keeper(report)) => said.push(Said { owner: self.owner, report }),
+                Ok(Line::Keeper(report)) => {
+                    said.push(Said { owner: self.owner, words: Words::Keeper(report) });
+                }
                 Ok(Line::Task(report)) => self.task = Some(report),
+                Ok(Line::Storage(report)) => {
+                    said.push(Said { owner: self.owner, words: Words::Storage(report) });
+                }
                 Err(_) => {}
             }
         }

@@ -8,5 +8,8 @@ pub(crate) const USAGE: u8 = 64;
 pub(crate) const INTERNAL: u8 = 70;
 /// Processes were left that did not die of SIGKILL (`EX_OSERR`).
 pub(crate) const ABANDONED: u8 = 71;
+/// Stopped in order, but not everything is in the bucket, or nobody knows (`EX_TEMPFAIL`): the
+/// next boot on the same volume pushes it.
+pub(crate) const UNDRAINED: u8 = 75;
 /// The configuration is wrong (`EX_CONFIG`); nothing was started.
 pub(crate) const CONFIG: u8 = 78;

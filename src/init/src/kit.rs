@@ -2,21 +2,27 @@
 //! keeper, with the secrets that this one needs and no others.
 //!
 //! `MASTER_KEY` and the bucket's passwords are not among them: they are wiped with the
-//! environment. May import: `cvm-blueprint`.
+//! environment. The storage worker is started for ever, so its specification lies ready in a
+//! sealed memory file, of which only the descriptor is kept.
+//! May import: `cvm-blueprint`, `cvm-process` (for that file).
 
 use cvm_blueprint::config::{
-    AuthorizedKey, Config, FirstBoot, Gateway, Log as LogSettings, LogFormat, Ssh, WorkspaceFiles,
+    AuthorizedKey, Config, FirstBoot, Gateway, Log as LogSettings, LogFormat, Ssh, Storage, WorkspaceFiles,
 };
 use cvm_blueprint::env::Environment;
 use cvm_blueprint::keys::{DeviceSeed, GatewayToken, HostKeySeed, KeyRing};
 use cvm_blueprint::paths;
 use cvm_blueprint::plan::StepName;
 use cvm_blueprint::secret::Secret;
-use cvm_blueprint::service::{self, Leftovers, Prepare, Probe, Service};
+use cvm_blueprint::service::{self, Leftovers, Prepare, Probe, Service, Ties};
+use cvm_blueprint::storage::StorageSpec;
 use cvm_blueprint::wire::{
     Input, KeeperSpec, Log, PackedBytes, PackedEnvironment, ProbeSpec, StateTask, Stop, Task, line,
 };
+use cvm_process::descriptor;
 use std::collections::BTreeMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// The contract's size of a log file; one old one is kept.
@@ -37,7 +43,10 @@ pub(crate) struct Kit {
     token: Option<GatewayToken>,
     device_seed: Option<DeviceSeed>,
     host_key_seed: Option<HostKeySeed>,
-    step_binary: String,
+    /// What the storage worker is to be told.
+    bucket: Option<OwnedFd>,
+    /// Where the binaries of this build lie.
+    home: PathBuf,
 }
 
 impl Kit {
@@ -45,8 +54,9 @@ impl Kit {
         config: Config,
         environment: &Environment,
         keys: Option<KeyRing>,
-        step_binary: String,
+        home: PathBuf,
     ) -> Self {
+        let bucket = keys.as_ref().and_then(|keys| bucket_of(&config, keys));
         let passthrough = environment.passthrough().map(|(n, v)| (n.to_vec(), v.duplicate())).collect();
         let (token, device_seed, host_key_seed) = match keys {
             Some(keys) => (Some(keys.gateway_token), Some(keys.device_seed), Some(keys.host_key_seed)),
@@ -54,7 +64,7 @@ impl Kit {
         };
         // By name: the master key and the bucket's credentials end here.
         let Config { gateway, first_boot, ssh, log, .. } = config;
-        Self { gateway, first_boot, ssh, log, passthrough, token, device_seed, host_key_seed, step_binary }
+        Self { gateway, first_boot, ssh, log, passthrough, token, device_seed, host_key_seed, bucket, home }
     }
 
     /// The random token of a machine without `MASTER_KEY`, as the state step found it.
@@ -68,22 +78,40 @@ impl Kit {
             let calm = PROBE_CALM.min(limits.silence / 4);
             spec_of(probe, PROBE_EAGER.min(calm), calm)
         });
+        let is_storage = service.ties == Ties::Storage;
         KeeperSpec {
             name: service.name.into(),
             run: run.into(),
-            argv: service.argv.clone(),
+            argv: self.argv(&service.argv),
             environment: self.environment(service.environment, &service.user),
             user: service.user.clone(),
             directory: service.directory.into(),
             leftovers: service.leftovers,
             oom_score_adj: service.oom_score_adj,
-            input: Input::Nothing,
-            passes_report: false,
-            stop: Stop::Signal,
+            input: if is_storage { Input::Descriptor } else { Input::Nothing },
+            passes_report: is_storage,
+            stop: if is_storage { Stop::Lifeline } else { Stop::Signal },
             log: self.log(service.name),
             liveness,
             readiness: service.readiness.as_ref().map(|p| spec_of(p, PROBE_EAGER, PROBE_CALM)),
         }
+    }
+
+    /// What goes with the description of a service.
+    pub(crate) fn handed(&self, service: &Service) -> Option<BorrowedFd<'_>> {
+        match service.ties {
+            Ties::None => None,
+            Ties::Storage => self.bucket.as_ref().map(AsFd::as_fd),
+        }
+    }
+
+    /// A program without a slash lies beside our own.
+    fn argv(&self, words: &[String]) -> Vec<String> {
+        let mut argv = words.to_vec();
+        if let Some(program) = argv.first_mut().filter(|program| !program.contains('/')) {
+            *program = self.home.join(&program).to_string_lossy().into_owned();
+        }
+        argv
     }
 
     /// The same surroundings as the service, for its repair command.
@@ -136,7 +164,7 @@ impl Kit {
         KeeperSpec {
             name: name.into(),
             run: run.into(),
-            argv: vec![self.step_binary.clone(), name.into()],
+            argv: self.argv(&["cvm-step".to_owned(), name.to_owned()]),
             environment: self.environment(service::Environment::Plain, "root"),
             user: "root".into(),
             directory: "/".into(),
@@ -203,6 +231,16 @@ impl Kit {
         let user = self.gateway.user.as_str();
         (user.to_owned(), self.environment(service::Environment::Gateway, user))
     }
+}
+
+/// The line for the storage worker, out of this process's memory: what it is made from and the
+/// line itself are wiped when this returns.
+fn bucket_of(config: &Config, keys: &KeyRing) -> Option<OwnedFd> {
+    let Storage::S3(s3) = &config.storage else { return None };
+    let spec = StorageSpec::of(s3, keys, config.gateway.user.as_str());
+    let sealed = descriptor::sealed(c"bucket", &line(&spec));
+    // Without it each start of the worker fails and says so.
+    sealed.inspect_err(|why| tracing::error!("The storage worker cannot be told of its bucket: {why}")).ok()
 }
 
 fn spec_of(probe: &Probe, eager: Duration, calm: Duration) -> ProbeSpec {

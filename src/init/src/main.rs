@@ -42,7 +42,8 @@ cvm-init: PID 1 of a confidential VM that runs an OpenClaw gateway
     cvm-init --help | --version
 
 Exit status:  0  stopped in order          64  wrong command line     70  defect or missing right
-             71  processes left that the kernel holds    78  wrong configuration, nothing was started
+             71  processes left that the kernel holds    75  stopped, but the bucket lacks something
+             78  wrong configuration, nothing was started
 With `-- CMD` the status is the command's own, 128 + N if signal N ended it,
 127 if it does not exist and 126 if it cannot be run.
 
@@ -165,7 +166,7 @@ fn prepare(
     };
     let machine = Machine::new(plan::steps(&config), services);
     let children = children::Children::new();
-    let kit = kit::Kit::new(config, &environment, keys, children.binary("cvm-step"));
+    let kit = kit::Kit::new(config, &environment, keys, children.home().to_owned());
     drop(environment);
     let mut world = turn::World::new(machine, kit, children, signals, voice, about, began);
     world.start_logger();
@@ -174,18 +175,18 @@ fn prepare(
 
 fn storage(config: &Config) -> status::Storage {
     match &config.storage {
-        Storage::Local => status::Storage {
-            mode: "local".to_owned(),
-            meaning: "state lives on the volume at /data; it does not survive the loss of this machine"
-                .to_owned(),
-        },
-        Storage::S3(s3) => status::Storage {
-            mode: "s3".to_owned(),
-            meaning: format!(
-                "bucket {}: this build has no storage worker, so nothing runs on it",
-                s3.bucket.as_str()
+        Storage::Local => status::Storage::new(
+            "local",
+            "state lives on the volume at /data; it does not survive the loss of this machine",
+        ),
+        Storage::S3(s3) => status::Storage::new(
+            "s3",
+            format!(
+                "state lives in bucket {} below {}, encrypted, and on the volume; it survives the loss of this machine",
+                s3.bucket.as_str(),
+                s3.prefix.as_str()
             ),
-        },
+        ),
     }
 }
 

@@ -6,7 +6,7 @@
 //!
 //! May import: all of this crate, `cvm-process`, `cvm-blueprint`.
 
-use crate::children::{Child, Children, Owner, Part, Said};
+use crate::children::{Child, Children, Owner, Part, Said, Words};
 use crate::control::Control;
 use crate::exit;
 use crate::kit::Kit;
@@ -198,8 +198,15 @@ impl World {
     }
 
     fn hear(&mut self, said: Vec<Said>) {
-        for Said { owner, report } in said {
+        for Said { owner, words } in said {
             let Owner::Service { id, run, part: Part::Main } = owner else { continue };
+            let report = match words {
+                Words::Keeper(report) => report,
+                Words::Storage(report) => {
+                    self.feed(Event::Storage { id, run, report });
+                    continue;
+                }
+            };
             let event = match report {
                 KeeperReport::Started { pid } => supervise::Event::Exec { run, pid },
                 KeeperReport::MainEnded { end } => supervise::Event::MainEnded { run, end },
@@ -319,8 +326,13 @@ impl World {
             Action::KillStep { of, hard } => self.kill_step(of, hard),
             Action::Service { id, action } => return self.act_on(id, &action).into_iter().collect(),
             Action::SignalAll { hard } => self.signal_all(hard),
-            Action::Exit { abandoned } => {
-                self.leaving = Some(if abandoned { exit::ABANDONED } else { exit::CLEAN });
+            Action::Exit { abandoned, undrained } => {
+                // Data before processes: a process that the kernel holds ends with the machine.
+                self.leaving = Some(match (undrained, abandoned) {
+                    (true, _) => exit::UNDRAINED,
+                    (false, true) => exit::ABANDONED,
+                    (false, false) => exit::CLEAN,
+                });
             }
         }
         Vec::new()
@@ -359,7 +371,8 @@ impl World {
             Part::Sweep => self.kit.sweep(service.name, &name),
             Part::Prepare => self.kit.prepare(service.prepare?, service.name, &name),
         };
-        let error = self.children.keep(Owner::Service { id, run, part }, &spec, None).err()?;
+        let handed = if part == Part::Main { self.kit.handed(service) } else { None };
+        let error = self.children.keep(Owner::Service { id, run, part }, &spec, handed).err()?;
         if part == Part::Sweep {
             self.look_again(id, run);
         }

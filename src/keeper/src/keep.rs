@@ -111,7 +111,7 @@ pub(crate) fn keep(spec: KeeperSpec) -> Result<(), String> {
         reporter,
     };
     // The program has its copy of what the description held.
-    drop(spec);
+    drop((spec, input));
     while matches!(keeper.turn(), Turn::Go) {}
     Ok(())
 }
