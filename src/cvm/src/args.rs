@@ -1,9 +1,12 @@
 //! The command line, as data: what can be asked, with examples.
 //!
-//! Refuses to do any of it. May import: `completions`, `look`, `out`, `trouble`.
+//! Refuses to do any of it. May import: `completions`, `look`, `out`, `trouble`, and its own room
+//! `storage`.
 
 // The comments below are the text of the help, where backticks would be shown.
 #![allow(clippy::doc_markdown)]
+
+mod storage;
 
 use crate::completions::Shell;
 use crate::look;
@@ -15,17 +18,20 @@ use std::io::IsTerminal as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
+pub(crate) use storage::{StorageCommand, StorageGetArgs, StorageLsArgs, StorageStatusArgs};
+
 const EXIT_CODES: &str = "\
 Exit codes:
   0  done; healthy; no check failed
   1  done, and the answer is bad: not healthy, a check failed, a service did not start
-  2  the command line is wrong, or the given MASTER_KEY cannot be one
-  3  the supervisor cannot be reached
-  4  the supervisor refused
+  2  the command line or the given configuration is wrong, or MASTER_KEY cannot be one
+  3  the supervisor, or the storage worker, cannot be reached
+  4  the supervisor, or the storage worker, refused
 
 Environment:
   NO_COLOR             no colours, also on a terminal
-  CVM_CONTROL_SOCKET   path of the supervisor's control socket, in place of the usual one";
+  CVM_CONTROL_SOCKET   path of the supervisor's control socket, in place of the usual one
+  CVM_STORAGE_SOCKET   the same for the storage worker's";
 
 /// The operator's hand of openclaw-cvm: inside the VM over SSH, and on a laptop.
 #[derive(Debug, Parser)]
@@ -41,6 +47,9 @@ pub(crate) enum Command {
     ///
     /// Shows the supervisor's own snapshot: services, boot steps, storage, remarks, and
     /// fingerprints of the derived keys. It holds no secret and may be pasted in public.
+    ///
+    /// In S3 mode it begins with whether everything is in the bucket, which the storage worker is
+    /// asked for.
     #[command(after_help = "\
 Examples:
   cvm status                       the table
@@ -55,6 +64,10 @@ Exit codes: 0 healthy, 1 not healthy, 3 the supervisor cannot be reached.")]
     /// Reads the files at /var/log/openclaw-cvm directly, so it works without the supervisor.
     /// A service's log may hold private content; `supervisor` is the boot log.
     ///
+    /// With --boot the log of an earlier boot, kept in the bucket (S3 mode only); `supervisor`
+    /// unless a service is named. It outlives the machine: the last words of one that is gone
+    /// are read on its successor.
+    ///
     /// On a terminal, control sequences other than colours are shown instead of obeyed.
     #[command(after_help = "\
 Examples:
@@ -62,7 +75,10 @@ Examples:
   cvm logs gateway                 the last 100 lines
   cvm logs gateway -n 1000 | less
   cvm logs supervisor -n all       everything that is kept
-  cvm logs gateway -f              and go on with what comes")]
+  cvm logs gateway -f              and go on with what comes
+  cvm logs --boots                 which earlier boots there are
+  cvm logs --boot -1               how the boot before this one ended
+  cvm logs --boot -1 gateway -n all")]
     Logs(LogsArgs),
 
     /// Start a service that is stopped, parked or waiting, and see whether it comes up
@@ -89,6 +105,19 @@ Examples:
   cvm restart gateway
   cvm restart gateway --no-wait")]
     Restart(ServiceArgs),
+
+    /// Ask about the encrypted bucket, give orders about it, or restore from it (S3 mode)
+    ///
+    /// All but `restore` speak with the storage worker of this VM; `restore` works on any machine.
+    #[command(after_help = "\
+Examples:
+  cvm storage status               is my data in the bucket?
+  cvm storage flush                push everything now
+  cvm storage restore --to state   on any machine, from MASTER_KEY and the bucket's credentials")]
+    Storage {
+        #[command(subcommand)]
+        what: StorageCommand,
+    },
 
     /// One line and an exit code, for HEALTHCHECK
     #[command(after_help = "\
@@ -182,6 +211,13 @@ pub(crate) struct LogsArgs {
     /// Go on with what is written, also into the next file
     #[arg(long, short, requires = "service")]
     pub follow: bool,
+    /// The log of an earlier boot: -1 is the one before this
+    #[arg(long, value_name = "-N", allow_negative_numbers = true, conflicts_with = "follow",
+          value_parser = clap::value_parser!(i32).range(..=-1))]
+    pub boot: Option<i32>,
+    /// Which earlier boots there are
+    #[arg(long, conflicts_with_all = ["service", "follow", "boot"])]
+    pub boots: bool,
     /// How many lines from the end; or `all`
     #[arg(long, short = 'n', default_value = "100", value_parser = lines)]
     pub lines: Lines,
@@ -353,6 +389,38 @@ mod tests {
         assert_eq!((of("all"), of("0"), of("12")), (Lines::All, Lines::Last(0), Lines::Last(12)));
         assert!(parse(&["logs", "gateway", "-n", "many"]).is_err());
         assert!(parse(&["logs", "-f"]).is_err());
+    }
+
+    #[test]
+    fn earlier_boots_are_counted_backwards() {
+        let of = |words: &[&str]| match parse(words) {
+            Ok(Command::Logs(args)) => (args.boot, args.service),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(of(&["logs", "--boot", "-1"]), (Some(-1), None));
+        assert_eq!(of(&["logs", "--boot=-12", "sshd"]), (Some(-12), Some("sshd".into())));
+        assert_eq!(of(&["logs", "gateway", "--boot", "-2"]), (Some(-2), Some("gateway".into())));
+        for bad in [&["logs", "--boot", "0"][..], &["logs", "--boot", "1"], &["logs", "--boots", "sshd"]] {
+            assert!(parse(bad).is_err(), "{bad:?}");
+        }
+        assert!(parse(&["logs", "sshd", "-f", "--boot", "-1"]).is_err());
+    }
+
+    #[test]
+    fn storage_takes_what_its_help_says() {
+        let of = |words: &[&str]| match parse(&[&["storage"], words].concat()) {
+            Ok(Command::Storage { what }) => Some(what),
+            _ => None,
+        };
+        assert!(matches!(of(&["flush", "--timeout", "3"]), Some(StorageCommand::Flush { timeout: Some(_) })));
+        assert!(matches!(of(&["verify", "--deep"]), Some(StorageCommand::Verify { deep: true })));
+        assert!(matches!(of(&["takeover"]), Some(StorageCommand::Takeover { yes: false })));
+        assert!(matches!(of(&["ls"]), Some(StorageCommand::Ls(StorageLsArgs { path: None, json: false }))));
+        match of(&["get", "openclaw/openclaw.json", "-o", "-"]) {
+            Some(StorageCommand::Get(args)) => assert_eq!(args.output, Some(PathBuf::from("-"))),
+            other => panic!("{other:?}"),
+        }
+        assert!(of(&["restore"]).is_none() && of(&["get"]).is_none() && of(&[]).is_none());
     }
 
     #[test]

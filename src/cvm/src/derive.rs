@@ -5,25 +5,25 @@
 //!
 //! Refuses the key as an argument, where every user of the machine could read it, and to
 //! print a secret other than the token that was asked for.
-//! May import: `args`, `out`, `prompt`, `trouble`.
+//! May import: `args`, `input`, `out`, `prompt`, `trouble`.
 
 use crate::args::{DeriveArgs, Derived, KeySource};
+use crate::input;
 use crate::out;
 use crate::prompt;
 use crate::trouble::{Exit, Trouble, warn};
-use crate::words;
 use cvm_blueprint::config::{Config, MasterKey};
 use cvm_blueprint::env::{Environment, file_twin};
 use cvm_blueprint::keys::KeyRing;
 use std::ffi::OsStr;
 use std::fmt::Write as _;
-use std::io::{IsTerminal as _, Read};
+use std::io::IsTerminal as _;
 use std::os::unix::ffi::OsStrExt as _;
 use zeroize::Zeroizing;
 
 const NAME: &str = "MASTER_KEY";
 /// A key is a line. A larger input is a mistake, such as the wrong file.
-const INPUT_MAX: u64 = 64 * 1024;
+const INPUT_MAX: usize = 64 * 1024;
 
 pub(crate) fn run(args: &DeriveArgs) -> Result<Exit, Trouble> {
     let source = match &args.what {
@@ -69,7 +69,7 @@ fn master_key(source: &KeySource) -> Result<MasterKey, Trouble> {
         if !given.is_empty() {
             let mut environment = Environment::new(given);
             for (name, path) in environment.wanted_files() {
-                environment.with_file(name, read_file(&path));
+                environment.with_file(name, input::read_file(&path, INPUT_MAX));
             }
             return checked(&environment, None);
         }
@@ -78,7 +78,7 @@ fn master_key(source: &KeySource) -> Result<MasterKey, Trouble> {
     let content = if std::io::stdin().is_terminal() {
         prompt::secret("MASTER_KEY (not shown): ")?.to_vec()
     } else {
-        read_limited(&mut std::io::stdin().lock()).map_err(|cause| {
+        input::read_limited(&mut std::io::stdin().lock(), INPUT_MAX).map_err(|cause| {
             Trouble::new(Exit::Usage, "derive: standard input", cause).hint("give the key as one line")
         })?
     };
@@ -116,22 +116,6 @@ fn checked(environment: &Environment, rule: Option<&str>) -> Result<MasterKey, T
             Err(Trouble::new(Exit::Usage, format!("derive: {what}"), cause).hint(hint))
         }
     }
-}
-
-fn read_file(path: &std::path::Path) -> Result<Vec<u8>, String> {
-    let mut file = std::fs::File::open(path).map_err(|e| words::of_io(&e))?;
-    read_limited(&mut file)
-}
-
-fn read_limited(from: &mut impl Read) -> Result<Vec<u8>, String> {
-    // As large as it can become: a vector that grows would leave parts of the key behind.
-    let limit = usize::try_from(INPUT_MAX).unwrap_or(usize::MAX);
-    let mut bytes = Zeroizing::new(Vec::with_capacity(limit + 64));
-    from.take(INPUT_MAX + 1).read_to_end(&mut bytes).map_err(|e| words::of_io(&e))?;
-    if bytes.len() > limit {
-        return Err(format!("it is longer than {}", words::size(INPUT_MAX)));
-    }
-    Ok(std::mem::take(&mut *bytes))
 }
 
 #[cfg(test)]
@@ -199,11 +183,5 @@ mod tests {
         for bad in ["a b", "*", "a,b", "", "root@h"] {
             assert!(lines(&[bad], 22).is_err(), "{bad}");
         }
-    }
-
-    #[test]
-    fn an_input_without_end_is_refused() {
-        let mut endless = std::io::repeat(b'x');
-        assert!(read_limited(&mut endless).unwrap_err().contains("64.0 KiB"));
     }
 }

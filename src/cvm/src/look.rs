@@ -4,7 +4,8 @@
 //! is dumb. Refuses to colour by itself: callers say what a text means, not its colour.
 //! May import: nothing of ours.
 
-use std::io::IsTerminal as _;
+use std::io::IsTerminal;
+use std::os::fd::AsFd;
 use terminal_size::{Height, Width};
 
 /// Where nobody says how wide: what fits a mail or an issue.
@@ -34,8 +35,16 @@ pub(crate) enum Tone {
 
 impl Look {
     pub(crate) fn of_stdout() -> Self {
-        let terminal = std::io::stdout().is_terminal();
-        let size = if terminal { terminal_size::terminal_size_of(std::io::stdout()) } else { None };
+        Self::of(&std::io::stdout())
+    }
+
+    pub(crate) fn of_stderr() -> Self {
+        Self::of(&std::io::stderr())
+    }
+
+    fn of(stream: &(impl IsTerminal + AsFd)) -> Self {
+        let terminal = stream.is_terminal();
+        let size = if terminal { terminal_size::terminal_size_of(stream) } else { None };
         let (width, height) = match size {
             // A terminal over a serial line says 0.
             Some((Width(w), Height(h))) if w > 0 => (usize::from(w), (h > 0).then_some(usize::from(h))),

@@ -4,6 +4,8 @@
 //! status, health, start, stop, restart, openclaw  ── one line each way ──>  PID 1's control socket
 //! logs                                            ── reads ──>    /var/log/openclaw-cvm
 //! doctor                                          ── looks at ──> kernel, disks, services
+//! storage                                         ── asks ──>     the storage worker's socket
+//! storage restore                                 ── becomes ──>  cvm-storage, on any machine
 //! derive                                          ── needs ──>    MASTER_KEY, and nothing else
 //! ```
 //!
@@ -11,7 +13,7 @@
 //!
 //! Refuses: to change anything but through the supervisor, to print a secret other than the
 //! one that was asked for by name, and to panic because nobody reads its output.
-//! May import: `cvm-blueprint`. Never `cvm-process`: nothing here needs unsafe code.
+//! May import: `cvm-blueprint`, and of `cvm-process` the memory file in which secrets are handed on.
 
 mod args;
 mod completions;
@@ -19,17 +21,22 @@ mod derive;
 mod doctor;
 mod health;
 mod http;
+mod input;
+mod json;
 mod logs;
 mod look;
 mod openclaw;
 mod out;
 mod prompt;
 mod service;
+mod sink;
 mod socket;
 mod status;
+mod storage;
 mod table;
 mod trouble;
 mod version;
+mod watch;
 mod words;
 
 use args::Command;
@@ -55,6 +62,7 @@ fn run(command: Command) -> Result<Exit, Trouble> {
         Command::Start(args) => service::run(service::Order::Start, &args.into()),
         Command::Stop(args) => service::run(service::Order::Stop, &args.into()),
         Command::Restart(args) => service::run(service::Order::Restart, &args.into()),
+        Command::Storage { what } => storage::run(&what),
         Command::Health(args) => health::run(&args),
         Command::Derive(args) => derive::run(&args),
         Command::Doctor(args) => doctor::run(&args),

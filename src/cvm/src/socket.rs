@@ -72,13 +72,18 @@ pub(crate) fn status_within(time: Duration) -> Result<Snapshot, Trouble> {
 }
 
 fn path() -> PathBuf {
-    let given = std::env::var_os("CVM_CONTROL_SOCKET").filter(|v| !v.is_empty());
-    given.map_or_else(|| PathBuf::from(paths::CONTROL_SOCKET), PathBuf::from)
+    path_of("CVM_CONTROL_SOCKET", paths::CONTROL_SOCKET)
+}
+
+/// Where a socket is: as a variable says, or in its usual place.
+pub(crate) fn path_of(variable: &str, usual: &str) -> PathBuf {
+    let given = std::env::var_os(variable).filter(|v| !v.is_empty());
+    given.map_or_else(|| PathBuf::from(usual), PathBuf::from)
 }
 
 /// Why there is no answer.
 #[derive(Debug, PartialEq, Eq)]
-enum Failure {
+pub(crate) enum Failure {
     /// No socket, or nobody behind it.
     NotRunning(String),
     NotAllowed,
@@ -144,7 +149,7 @@ fn exchange(path: &Path, time: Duration, verb: Verb) -> Result<Zeroizing<Vec<u8>
 
 /// Connects without ever waiting longer than until `until`: with a full queue a blocking
 /// connect(2) of a unix socket waits for ever.
-fn open(path: &Path, time: Duration, until: Instant) -> Result<UnixStream, Failure> {
+pub(crate) fn open(path: &Path, time: Duration, until: Instant) -> Result<UnixStream, Failure> {
     let other = |errno: Errno| Failure::Other(format!("{}: {}", path.display(), errno.desc()));
     let address = UnixAddr::new(path).map_err(other)?;
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
@@ -202,7 +207,7 @@ fn read_line(stream: &mut UnixStream, time: Duration, until: Instant) -> Result<
     }
 }
 
-fn of_transfer(error: &std::io::Error, time: Duration) -> Failure {
+pub(crate) fn of_transfer(error: &std::io::Error, time: Duration) -> Failure {
     match error.kind() {
         ErrorKind::WouldBlock | ErrorKind::TimedOut => Failure::Busy(time),
         ErrorKind::BrokenPipe | ErrorKind::ConnectionReset => Failure::CutOff,
@@ -227,9 +232,13 @@ fn parse(line: &[u8]) -> Result<Body, Failure> {
 /// The snapshot without what the protocol put around it, otherwise byte by byte: fields that
 /// this version does not know stay in.
 fn without_envelope(line: &[u8]) -> String {
+    stripped(line, &format!("{{\"v\":{VERSION},\"answer\":\"status\","))
+}
+
+/// `line` without `envelope`, which it begins with unless somebody put its fields in another order.
+pub(crate) fn stripped(line: &[u8], envelope: &str) -> String {
     let text = String::from_utf8_lossy(line);
-    let envelope = format!("{{\"v\":{VERSION},\"answer\":\"status\",");
-    if let Some(rest) = text.strip_prefix(&envelope) {
+    if let Some(rest) = text.strip_prefix(envelope) {
         return format!("{{{rest}");
     }
     let mut value: serde_json::Value = serde_json::from_slice(line).unwrap_or_default();

@@ -10,6 +10,8 @@ use crate::words::{clean, width, wrap};
 const GAP: usize = 2;
 /// Lines below a row begin here.
 const INDENT: usize = 4;
+/// Less room than this beside a label is none.
+const TEXT_MIN: usize = 8;
 
 pub(crate) struct Column {
     pub title: &'static str,
@@ -105,10 +107,25 @@ fn line<'a>(cells: impl Iterator<Item = (&'a str, Tone, usize, bool)>, look: Loo
 /// `    label: text`, wrapped under the beginning of the text.
 pub(crate) fn labelled(label: &str, text: &str, tone: Tone, indent: usize, look: Look) -> String {
     let head = format!("{}{label}: ", " ".repeat(indent));
+    if width(&head) + TEXT_MIN > look.width {
+        return below(label, text, tone, indent, look);
+    }
     // On a very narrow terminal a hanging indent would leave no room for the text.
     let hang = width(&head).min(look.width / 3);
     let shown = hanging(&head, text, hang, tone, look);
     format!("{}{}", look.paint(&head, Tone::Quiet), shown)
+}
+
+/// For a label that takes the whole line: it is wrapped itself, and the text begins below it.
+fn below(label: &str, text: &str, tone: Tone, indent: usize, look: Look) -> String {
+    let hang = (indent + GAP).min(look.width / 3);
+    let mut block = String::new();
+    for (words, blanks, tone) in [(format!("{label}:"), indent, Tone::Quiet), (clean(text), hang, tone)] {
+        for line in wrap(&words, look.width.saturating_sub(blanks)) {
+            block.extend([&*" ".repeat(blanks), &look.paint(&line, tone), "\n"]);
+        }
+    }
+    block
 }
 
 /// What follows `head` in its line, and the lines below it, `hang` characters in.

@@ -119,6 +119,15 @@ pub(crate) fn span(ms: u64) -> String {
     time::words(Duration::from_millis(ms))
 }
 
+/// A span of which tenths of a second matter.
+pub(crate) fn fine(ms: u64) -> String {
+    match ms {
+        0..1000 => format!("{ms} ms"),
+        1000..60_000 => format!("{}.{} s", ms / 1000, ms % 1000 / 100),
+        _ => span(ms),
+    }
+}
+
 /// `1 line`, `2 lines`.
 pub(crate) fn count(number: u64, one: &str, many: &str) -> String {
     format!("{number} {}", if number == 1 { one } else { many })

@@ -25,7 +25,7 @@ impl Threshold {
     }
 }
 
-fn share(free: u64, total: u64) -> u64 {
+pub(crate) fn share(free: u64, total: u64) -> u64 {
     u64::try_from(u128::from(free) * 100 / u128::from(total.max(1))).unwrap_or(100)
 }
 

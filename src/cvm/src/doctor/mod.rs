@@ -6,7 +6,7 @@
 //! anyway, for its private mount namespace.
 //!
 //! Refuses to change anything that stays. May import: `args`, `look`, `out`, `socket`,
-//! `trouble`, `words`; rooms may import `finding`, `facts`, `http`, `socket`, `words`.
+//! `trouble`, `words`; rooms may import `finding`, `facts`, `http`, `socket`, `storage`, `words`.
 
 mod capabilities;
 mod clock;
@@ -24,6 +24,7 @@ mod ports;
 mod report;
 mod rooms;
 mod ssh;
+mod storage;
 mod supervisor;
 
 use crate::args::DoctorArgs;
@@ -40,6 +41,7 @@ const ROOMS: &[(&str, Room)] = &[
     ("ssh", ssh::check),
     ("gateway", gateway::check),
     ("files", files::check),
+    ("storage", storage::check),
     ("disk", disk::check),
     ("memory", memory::check),
     ("clock", clock::check),

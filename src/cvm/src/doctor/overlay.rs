@@ -5,6 +5,7 @@
 
 use super::facts::{self, Mount};
 use super::finding::{Notebook, Outcome, ok, skip, warn};
+use cvm_blueprint::paths::{DATA, VOLUME};
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
@@ -14,6 +15,8 @@ use std::path::{Path, PathBuf};
 const COVERED: &str = "/mnt";
 /// What is left of a check that was killed is used again by the next.
 const SCRATCH: &str = ".cvm-doctor-scratch";
+/// Of a volume, the place that is ours: nothing of it is ever pushed into a bucket.
+const OURS: &str = ".cvm";
 const COMPOSE: &str =
     "in docker-compose.yml: cap_add: [SYS_ADMIN], security_opt: [seccomp=unconfined, apparmor=unconfined]";
 
@@ -32,7 +35,10 @@ pub(crate) fn check(notebook: &mut Notebook<'_>) {
         }
     });
     let mounts = facts::mounts(&facts::read("/proc/self/mountinfo").unwrap_or_default());
-    for place in ["/data", "/var/lib/docker"] {
+    // In S3 mode /data is an overlay itself, and the volume, which has to take its upper layer, is
+    // elsewhere.
+    let volume = mounts.iter().any(|m| m.point == VOLUME).then_some(VOLUME);
+    for place in [DATA, "/var/lib/docker"].into_iter().chain(volume) {
         notebook.check(&format!("on {place}"), || on_volume(place, &mounts));
     }
 }
@@ -48,12 +54,18 @@ fn on_volume(place: &str, mounts: &[Mount]) -> Outcome {
         None => skip("it is no volume of its own"),
         Some(mount) if mount.kind == "overlay" => skip("it is an overlay already"),
         Some(mount) => {
-            let scratch = Path::new(place).join(SCRATCH);
+            let scratch = scratch_on(Path::new(place));
             let outcome = judge(try_in(&scratch), &mount.kind);
             let _ = std::fs::remove_dir_all(&scratch);
             outcome
         }
     }
+}
+
+fn scratch_on(volume: &Path) -> PathBuf {
+    let ours = volume.join(OURS);
+    let is_there = ours.symlink_metadata().is_ok_and(|data| data.is_dir());
+    if is_there { ours.join(SCRATCH) } else { volume.join(SCRATCH) }
 }
 
 /// Why an overlay could not be used, and at which stage.
@@ -120,6 +132,14 @@ mod tests {
         let outcome = judge(Err(("mounting it", Errno::EPERM)), "ext4");
         assert_eq!(outcome.verdict, Verdict::Warn);
         assert!(outcome.remedy.unwrap().contains("cap_add: [SYS_ADMIN]"));
+    }
+
+    #[test]
+    fn nothing_is_tried_where_the_bucket_would_see_it() {
+        let volume = tempfile::tempdir().unwrap();
+        assert_eq!(scratch_on(volume.path()), volume.path().join(SCRATCH));
+        std::fs::create_dir(volume.path().join(OURS)).unwrap();
+        assert_eq!(scratch_on(volume.path()), volume.path().join(OURS).join(SCRATCH));
     }
 
     #[test]

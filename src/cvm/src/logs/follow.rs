@@ -4,10 +4,11 @@
 //! again every [`LOOK_AGAIN_MS`] all the same, because inotify says nothing on some file systems.
 //! A reader that goes away is noticed while waiting, not with the next line.
 //!
-//! May import: `trouble`, and `super`.
+//! May import: `sink`, `trouble`, and `super`.
 
 use super::tail::{CopyError, copy_rest, is_same};
-use super::{Log, Sink, unreadable};
+use super::{Log, unreadable};
+use crate::sink::Sink;
 use crate::trouble::{Trouble, warn};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -97,8 +98,8 @@ fn show_skipped(log: &Log, ours: &File, sink: &mut Sink) -> Result<(), CopyError
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::Heard;
     use super::*;
+    use crate::sink::tests::Heard;
     use std::fs::{OpenOptions, rename, write};
     use std::io::Write as _;
 

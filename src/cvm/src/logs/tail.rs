@@ -1,10 +1,11 @@
 //! The last lines of a log, over the border between the old file and the current one.
 //!
 //! Reads backwards in blocks: a log of 10 MiB costs as little as its end.
-//! May import: `args`, `trouble`, and `super`.
+//! May import: `args`, `sink`, `trouble`, and `super`.
 
-use super::{Log, Sink, unreadable};
+use super::{Log, unreadable};
 use crate::args::Lines;
+use crate::sink::Sink;
 use crate::trouble::Trouble;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -110,8 +111,8 @@ pub(crate) fn copy_rest(file: &mut File, sink: &mut Sink) -> Result<(), CopyErro
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::Heard;
     use super::*;
+    use crate::sink::tests::Heard;
 
     fn shown(old: Option<&str>, current: Option<&str>, lines: Lines) -> String {
         let dir = tempfile::tempdir().unwrap();

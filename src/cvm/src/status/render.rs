@@ -2,19 +2,27 @@
 //! has its reason and its remedy on the lines below it.
 //!
 //! Refuses to read clocks and terminals: the same snapshot and look give the same page.
-//! May import: `look`, `table`, `words`.
+//! May import: `look`, `storage`, `table`, `words`.
 
 use crate::look::{Look, Tone};
+use crate::storage::{self, Glance};
 use crate::table::{self, Cell, Column, NONE, Row, STAYS, labelled};
-use crate::words::{clean, count, span, width, wrap};
+use crate::words::{clean, count, fine, span, width, wrap};
 use cvm_blueprint::status::{Phase, Service, Status, Step};
-use std::time::Duration;
 
-pub(crate) fn page(status: &Status, look: Look) -> String {
-    let storage = format!("Storage ({})", clean(&status.storage.mode));
+/// `glance` is what the storage worker says, where there has to be one.
+pub(crate) fn page(status: &Status, glance: Option<&Glance>, look: Look) -> String {
+    let label = format!("Storage ({})", clean(&status.storage.mode));
+    let told = labelled(&label, &status.storage.meaning, Tone::Plain, 0, look);
+    // Whether the data is safe comes before all else.
+    let (lead, below) = match glance {
+        None => (String::new(), told),
+        Some(Glance::Away(cause)) => (storage::lead_away(cause, look), told),
+        Some(Glance::Seen(seen)) => (storage::lead(seen, look), String::new()),
+    };
     let sections = [
-        head(status, look),
-        labelled(&storage, &status.storage.meaning, Tone::Plain, 0, look),
+        lead + &head(status, look),
+        below,
         services(&status.services, look),
         boot(status, look),
         remarks(status, look),
@@ -197,15 +205,6 @@ fn start_row(service: &Service) -> Option<Row> {
         Cell::plain(NONE),
     ];
     Some(Row { cells, below: Vec::new() })
-}
-
-/// A span of a boot: tenths matter there.
-fn fine(ms: u64) -> String {
-    match ms {
-        0..1000 => format!("{ms} ms"),
-        1000..60_000 => format!("{}.{} s", ms / 1000, ms % 1000 / 100),
-        _ => cvm_blueprint::time::words(Duration::from_millis(ms)),
-    }
 }
 
 fn remarks(status: &Status, look: Look) -> String {

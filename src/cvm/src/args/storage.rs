@@ -1,0 +1,162 @@
+//! The command line of `cvm storage`.
+//!
+//! Refuses to do any of it. Imports `seconds` of `super`.
+
+// The comments below are the text of the help, where backticks would be shown.
+#![allow(clippy::doc_markdown)]
+
+use super::seconds;
+use clap::{Args, Subcommand};
+use std::path::PathBuf;
+use std::time::Duration;
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum StorageCommand {
+    /// Is my data in the bucket, how old is what is not, and what do I do now?
+    ///
+    /// Incidents name files of the agent's: look before you paste it in public.
+    #[command(after_help = "\
+Examples:
+  cvm storage status
+  cvm storage status --watch       the same, redrawn every second
+  cvm storage status --json | jq .pending_files
+
+Exit codes: 0 ready and no incidents, 1 otherwise, 3 there is no storage worker.")]
+    Status(StorageStatusArgs),
+
+    /// Push everything that is not in the bucket yet, and wait until it is there
+    ///
+    /// When it is done, the bucket is equal to the tree as it was at that moment.
+    #[command(after_help = "\
+Examples:
+  cvm storage flush
+  cvm storage flush --timeout 60   waits no longer than a minute; the worker goes on
+
+Exit codes: 0 all is in the bucket, 1 not all, 3 there is no storage worker, 4 it refused.")]
+    Flush {
+        /// How long to wait; as long as the worker works unless given
+        #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+        timeout: Option<Duration>,
+    },
+
+    /// Compare the tree with the bucket
+    ///
+    /// Without --deep by what the bucket lists; with it every object is read back, decrypted and
+    /// hashed, which costs a download of everything.
+    #[command(after_help = "\
+Examples:
+  cvm storage verify
+  cvm storage verify --deep
+
+Exit codes: 0 no difference, 1 differences, 3 there is no storage worker, 4 it refused.")]
+    Verify {
+        /// Read every object back
+        #[arg(long)]
+        deep: bool,
+    },
+
+    /// Prove now that the bucket restores: every database and a sample of the files
+    ///
+    /// The worker also does it by itself; the last result stands in `cvm storage status`.
+    #[command(after_help = "\
+Example:
+  cvm storage drill
+
+Exit codes: 0 all was restored and is good, 1 not so, 3 there is no storage worker, 4 it refused.")]
+    Drill,
+
+    /// Go on with what the bucket has, after you have looked at what is wrong
+    #[command(after_help = "\
+Examples:
+  cvm storage accept               shows what is wrong, and asks
+  cvm storage accept --yes
+
+Exit codes: 0 accepted, 1 not confirmed or not done, 3 there is no storage worker, 4 it refused.")]
+    Accept {
+        /// Do not ask
+        #[arg(long)]
+        yes: bool,
+    },
+
+    /// Take the bucket from another instance without waiting for its heartbeat to go stale
+    ///
+    /// Do it only when the other machine is gone for good: if it still runs, it stops writing, and
+    /// what it has not pushed is lost.
+    #[command(after_help = "\
+Examples:
+  cvm storage takeover             shows who holds the bucket, and asks
+  cvm storage takeover --yes
+
+Exit codes: 0 taken, 1 not confirmed or not done, 3 there is no storage worker, 4 it refused.")]
+    Takeover {
+        /// Do not ask
+        #[arg(long)]
+        yes: bool,
+    },
+
+    /// List what the bucket holds, from its manifest
+    ///
+    /// Kinds are those of ls -l, and D for a database, which is kept consistent.
+    #[command(after_help = "\
+Examples:
+  cvm storage ls
+  cvm storage ls openclaw/agents
+  cvm storage ls --json | jq -r 'select(.size > 1000000).path'")]
+    Ls(StorageLsArgs),
+
+    /// Get one file straight from the bucket, checked against the manifest
+    ///
+    /// To standard output, or with -o into a file, which has its name only when all of it has
+    /// come and is good.
+    #[command(after_help = "\
+Examples:
+  cvm storage get openclaw/openclaw.json
+  cvm storage get openclaw/agents/main/memory.db -o memory.db
+  cvm storage get openclaw/media.tar -o - | tar t")]
+    Get(StorageGetArgs),
+
+    /// Restore everything into an empty directory, on any machine
+    ///
+    /// Takes MASTER_KEY, the S3_* and the AWS_* variables from the environment, as the VM does;
+    /// secrets also as NAME_FILE. Nothing is written into the bucket. The exit status is that of
+    /// cvm-storage, which does the work; 2 if it was not even started.
+    #[command(after_help = "\
+Examples:
+  MASTER_KEY_FILE=key.txt S3_BUCKET=state S3_ENDPOINT=https://s3.example.org \\
+      AWS_ACCESS_KEY_ID=... AWS_SECRET_ACCESS_KEY_FILE=secret.txt cvm storage restore --to state
+  docker run --rm --env-file .env -v ./state:/restored --entrypoint cvm IMAGE \\
+      storage restore --to /restored")]
+    Restore {
+        /// A directory that is empty, or not there yet
+        #[arg(long, value_name = "DIR")]
+        to: PathBuf,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StorageStatusArgs {
+    /// Print what the worker says as JSON, unchanged; indented on a terminal
+    #[arg(long)]
+    pub json: bool,
+    /// Show it again and again, also while the worker is away
+    #[arg(long, short, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "1", value_parser = seconds)]
+    pub watch: Option<Duration>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StorageLsArgs {
+    /// Below which path, relative to /data; everything unless given
+    pub path: Option<String>,
+    /// Print one JSON object a line
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StorageGetArgs {
+    /// Which file, relative to /data, as `cvm storage ls` shows it
+    pub path: String,
+    /// Into which file; `-`: to standard output, whatever it is
+    #[arg(long, short, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+}

@@ -1,0 +1,109 @@
+//! `cvm storage ls`: what the bucket holds, from its manifest, a line as it comes.
+//!
+//! Refuses to gather: there may be millions. May import: `args`, `look`, `out`, `trouble`,
+//! `words`, `client`, `follow`.
+
+use super::client::{Client, Patience};
+use super::follow::to_the_end;
+use crate::args::StorageLsArgs;
+use crate::look::{Look, Tone};
+use crate::out::Out;
+use crate::trouble::{Exit, Trouble};
+use crate::words::{clean, size};
+use cvm_blueprint::storage::{Answer, Ask, Entry};
+use cvm_blueprint::time::rfc3339;
+use std::io::Write as _;
+
+pub(super) fn run(args: &StorageLsArgs) -> Result<Exit, Trouble> {
+    let verb = Ask::List { path: args.path.clone().unwrap_or_default() };
+    let client = Client::ask("storage ls", verb, Patience::working(None))?;
+    let look = Look::of_stdout();
+    let mut out = Out::new();
+    to_the_end(client, |answer| match answer {
+        Answer::Entry(entry) => {
+            let line = if args.json { json(&entry) } else { line(&entry, look) };
+            Some(out.write_all(line.as_bytes()).map_err(|e| Trouble::output(&e)))
+        }
+        _ => None,
+    })?;
+    out.flush().map_err(|e| Trouble::output(&e))?;
+    Ok(Exit::Good)
+}
+
+fn json(entry: &Entry) -> String {
+    serde_json::to_string(entry).unwrap_or_default() + "\n"
+}
+
+/// Like `ls -l`; a database is a file that is kept consistent.
+fn line(entry: &Entry, look: Look) -> String {
+    let kind = match entry.kind.as_str() {
+        "directory" => 'd',
+        "symlink" => 'l',
+        "database" => 'D',
+        "file" => '-',
+        _ => '?',
+    };
+    let size = if matches!(entry.kind.as_str(), "file" | "database") { size(entry.size) } else { "-".into() };
+    let mtime = u64::try_from(entry.mtime_ms).map_or_else(|_| "before 1970".into(), rfc3339);
+    let tone = if kind == 'd' { Tone::Strong } else { Tone::Plain };
+    let path = look.paint(&clean(&entry.path), tone);
+    format!("{kind}{}  {size:>9}  {mtime:<24}  {path}\n", permissions(entry.mode))
+}
+
+/// `rwxr-x---`, with the bits for set-id and sticky where `ls` shows them.
+fn permissions(mode: u32) -> String {
+    let mut text = String::with_capacity(9);
+    for (shift, special, letter) in [(6, 0o4000, 's'), (3, 0o2000, 's'), (0, 0o1000, 't')] {
+        let bits = mode >> shift;
+        text.push(if bits & 4 != 0 { 'r' } else { '-' });
+        text.push(if bits & 2 != 0 { 'w' } else { '-' });
+        text.push(match (bits & 1 != 0, mode & special != 0) {
+            (true, true) => letter,
+            (false, true) => letter.to_ascii_uppercase(),
+            (true, false) => 'x',
+            (false, false) => '-',
+        });
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(kind: &str, path: &str) -> Entry {
+        Entry {
+            path: path.into(),
+            kind: kind.into(),
+            size: 12_345,
+            mode: 0o100_640,
+            mtime_ms: 1_795_000_000_000,
+        }
+    }
+
+    #[test]
+    fn a_line_is_as_people_know_it() {
+        let look = Look::plain(80);
+        assert_eq!(
+            line(&entry("file", "openclaw/a\u{1b}b"), look),
+            "-rw-r-----   12.0 KiB  2026-11-18T11:06:40.000Z  openclaw/a\u{fffd}b\n"
+        );
+        assert!(line(&entry("database", "m.db"), look).starts_with("Drw-r-----   12.0 KiB"));
+        assert!(line(&entry("directory", "d"), look).starts_with("drw-r-----          -  2026"));
+        let old = Entry { mtime_ms: -1, ..entry("symlink", "l") };
+        assert!(line(&old, look).contains("-  before 1970               l\n"), "{}", line(&old, look));
+    }
+
+    #[test]
+    fn every_bit_of_a_mode_is_shown() {
+        let told = [0o755, 0o4755, 0o2644, 0o1777, 0o1000, 0].map(permissions);
+        assert_eq!(told, ["rwxr-xr-x", "rwsr-xr-x", "rw-r-Sr--", "rwxrwxrwt", "--------T", "---------"]);
+    }
+
+    #[test]
+    fn json_is_one_object_a_line() {
+        let text = json(&entry("file", "a\nb"));
+        assert_eq!(text.lines().count(), 1);
+        assert_eq!(serde_json::from_str::<Entry>(&text).unwrap(), entry("file", "a\nb"));
+    }
+}

@@ -1,0 +1,46 @@
+//! `cvm storage`: what the storage worker knows and does, for operators.
+//!
+//! ```text
+//! status, flush, verify, drill, accept, takeover, ls, get  ── one question, many lines ──> cvm-storage's socket
+//! restore                                                  ── becomes ──> cvm-storage restore, anywhere
+//! ```
+//!
+//! Refuses to open the bucket itself: whoever holds its keys is one program, and not this one.
+//! May import: `args`, `input`, `json`, `look`, `out`, `sink`, `socket`, `table`,
+//! `trouble`, `watch`, `words`, and its own rooms.
+
+mod client;
+mod confirm;
+mod follow;
+mod get;
+mod glance;
+mod ls;
+mod page;
+mod progress;
+mod restore;
+#[cfg(test)]
+pub(crate) mod samples;
+
+pub(crate) use client::{Client, Patience};
+pub(crate) use follow::{print_to_the_end, to_the_end};
+pub(crate) use get::decoded;
+pub(crate) use glance::{Glance, InBucket, MODE, in_bucket, lead, lead_away, mode_words};
+pub(crate) use page::OLD_MS;
+
+use crate::args::StorageCommand;
+use crate::trouble::{Exit, Trouble};
+use cvm_blueprint::storage::Ask;
+
+pub(crate) fn run(command: &StorageCommand) -> Result<Exit, Trouble> {
+    match command {
+        StorageCommand::Status(args) => page::run(args),
+        StorageCommand::Flush { timeout } => follow::run("flush", Ask::Flush, *timeout),
+        StorageCommand::Verify { deep } => follow::run("verify", Ask::Verify { deep: *deep }, None),
+        StorageCommand::Drill => follow::run("drill", Ask::Drill, None),
+        StorageCommand::Accept { yes } => confirm::accept(*yes),
+        StorageCommand::Takeover { yes } => confirm::takeover(*yes),
+        StorageCommand::Ls(args) => ls::run(args),
+        StorageCommand::Get(args) => get::run(args),
+        StorageCommand::Restore { to } => restore::run(to),
+    }
+}

@@ -1,0 +1,137 @@
+//! `cvm storage restore`: everything from the bucket into a directory, on any machine that has
+//! `MASTER_KEY` and the credentials.
+//!
+//! Checks the configuration with the supervisor's own code, and becomes `cvm-storage`, which
+//! gets the keys in a sealed memory file: they are in no argument and in no environment of it.
+//!
+//! Refuses a directory that holds something, and a configuration that has a mistake anywhere.
+//! May import: `input`, `trouble`, `words`.
+
+use crate::input;
+use crate::trouble::{Exit, Trouble, warn};
+use crate::words::{self, clean, count};
+use cvm_blueprint::config::{Config, Storage};
+use cvm_blueprint::env::{Environment, Problem};
+use cvm_blueprint::keys::KeyRing;
+use cvm_blueprint::storage::StorageSpec;
+use cvm_blueprint::wire;
+use cvm_process::descriptor;
+use std::io::{ErrorKind, Write as _};
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+const WHAT: &str = "storage restore";
+const PROGRAM: &str = "cvm-storage";
+/// Where the image has it, if nobody can say where we are.
+const HOME: &str = "/usr/local/lib/openclaw-cvm";
+/// What a program needs to show progress and to reach the network from where it is. Nothing of
+/// it is ours: those variables are in the specification, or nowhere.
+const PASSED: &[&str] = &[
+    "PATH",
+    "HOME",
+    "TERM",
+    "LANG",
+    "TZ",
+    "TMPDIR",
+    "NO_COLOR",
+    "SSL_CERT_FILE",
+    "SSL_CERT_DIR",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "NO_PROXY",
+    "http_proxy",
+    "https_proxy",
+    "no_proxy",
+];
+
+/// Does not return when it succeeds.
+pub(super) fn run(to: &Path) -> Result<Exit, Trouble> {
+    let directory = std::path::absolute(to).map_err(|e| Trouble::new(Exit::Usage, WHAT, words::of_io(&e)))?;
+    check_empty(&directory)?;
+    let program = beside_us()?;
+    let spec = specification(&input::environment())?;
+    let failed = |error: std::io::Error| {
+        Trouble::new(Exit::Bad, format!("{WHAT}: {}", program.display()), words::of_io(&error))
+    };
+    let sealed = descriptor::sealed(c"spec", &wire::line(&spec)).map_err(failed)?;
+    drop(spec);
+    let kept = PASSED.iter().filter_map(|name| Some((*name, std::env::var_os(name)?)));
+    let mut command = Command::new(&program);
+    command.arg("restore").arg(&directory).stdin(Stdio::from(sealed)).env_clear().envs(kept);
+    // It takes our place: signals and the exit status are its own. `exec` also gives SIGPIPE its
+    // default action back, and wipes whatever this process still knows.
+    Err(failed(command.exec()))
+}
+
+fn check_empty(directory: &Path) -> Result<(), Trouble> {
+    let refused = |cause: &str, hint: &str| {
+        Err(Trouble::new(Exit::Usage, format!("{WHAT}: {}", directory.display()), cause).hint(hint))
+    };
+    let hint = "name a directory that is empty or not there yet; nothing is ever merged or overwritten";
+    match std::fs::read_dir(directory) {
+        Ok(mut entries) => match entries.next() {
+            None => Ok(()),
+            Some(_) => refused("it is not empty", hint),
+        },
+        Err(error) if error.kind() == ErrorKind::NotFound && !directory.is_symlink() => Ok(()),
+        Err(error) if error.kind() == ErrorKind::NotADirectory => refused("it is not a directory", hint),
+        Err(error) => refused(&words::of_io(&error), hint),
+    }
+}
+
+/// The program of the same build.
+fn beside_us() -> Result<PathBuf, Trouble> {
+    let us = std::fs::read_link("/proc/self/exe").unwrap_or_default();
+    let program = us.parent().unwrap_or(Path::new(HOME)).join(PROGRAM);
+    if program.is_file() {
+        return Ok(program);
+    }
+    let cause = format!("{} is not there", program.display());
+    let hint =
+        "it belongs beside cvm; the image has both: `docker run --entrypoint cvm IMAGE storage restore ...`";
+    Err(Trouble::new(Exit::Bad, WHAT, cause).hint(hint))
+}
+
+/// What the worker has to know, from variables as the VM is given them.
+fn specification(environment: &Environment) -> Result<StorageSpec, Trouble> {
+    let (config, warnings) = Config::parse(environment).map_err(|problems| refused(&problems))?;
+    for warning in warnings {
+        warn(&warning.to_string());
+    }
+    let (Storage::S3(s3), Some(master)) = (&config.storage, &config.master_key) else {
+        let hint = "set S3_BUCKET, MASTER_KEY and the credentials as they are set for the VM";
+        return Err(Trouble::new(Exit::Usage, WHAT, "S3_BUCKET is not set, so there is no bucket").hint(hint));
+    };
+    Ok(StorageSpec::of(s3, &KeyRing::derive(master), config.gateway.user.as_str()))
+}
+
+/// Every mistake, as `cvm-init --check` tells them.
+fn refused(problems: &[Problem]) -> Trouble {
+    let mut stderr = std::io::stderr().lock();
+    let number = count(problems.len() as u64, "mistake", "mistakes");
+    // Standard error may be closed; then there is nobody to tell.
+    let _ = writeln!(stderr, "cvm: {WHAT}: the configuration has {number}; nothing was started");
+    for problem in problems {
+        let _ = writeln!(stderr, "  {}", clean(&problem.to_string()));
+    }
+    Trouble::silent(Exit::Usage)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_an_empty_or_absent_directory_is_restored_into() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        assert!(check_empty(dir.path()).is_ok() && check_empty(&at("absent/too")).is_ok());
+        std::fs::write(at("file"), "x").unwrap();
+        std::os::unix::fs::symlink("/no/such/place", at("dangling")).unwrap();
+        let cause = |path: &Path| check_empty(path).unwrap_err().cause;
+        assert_eq!(cause(dir.path()), "it is not empty");
+        assert_eq!(cause(&at("file")), "it is not a directory");
+        assert!(check_empty(&at("dangling")).is_err());
+    }
+}
