@@ -17,6 +17,9 @@ use std::time::Duration;
 /// Everything here has happened long before on any machine that is not broken.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
+/// The one of every machine in S3 mode.
+pub const MASTER_KEY: &str = "correct horse battery staple";
+
 /// Where the binaries under test lie: beside the test that runs.
 pub fn binaries() -> PathBuf {
     if let Some(given) = std::env::var_os("CVM_BIN_DIR") {
@@ -97,6 +100,26 @@ impl Builder {
             .volume("docker", "/var/lib/docker")
             .environment("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
             .command(&["/usr/local/sbin/cvm-init"])
+    }
+
+    /// S3 mode: the storage worker and its stand-in, on this bucket. The network is the one in
+    /// which the bucket's address can be reached.
+    #[must_use]
+    pub fn s3(mut self, network: &Network, endpoint: &str, garage: &crate::Garage) -> Self {
+        let lib = "/usr/local/lib/openclaw-cvm";
+        // Large, and the same for all: not copied.
+        for name in ["cvm-storage", "cvm-standin"] {
+            self = self.bind(&binary(name), &format!("{lib}/{name}"));
+        }
+        self.network(network)
+            .environment("S3_ENDPOINT", endpoint)
+            .environment("S3_BUCKET", garage.bucket())
+            .environment("S3_REGION", garage.region())
+            .environment("AWS_ACCESS_KEY_ID", garage.access_key())
+            .environment("AWS_SECRET_ACCESS_KEY", garage.secret_key())
+            .environment("MASTER_KEY", MASTER_KEY)
+            .environment("ENABLE_DOCKER", "0")
+            .environment("OPENCLAW_GATEWAY_RESTART_DELAY", "0")
     }
 
     /// The real gateway, from target/openclaw.

@@ -30,7 +30,9 @@ pub(crate) fn restore(spec: &StorageSpec, to: &FsPath) -> Result<u64, Fault> {
             return Err(Fault::config("the prefix is empty: is it S3_BUCKET and S3_PREFIX of the instance?"));
         }
         Survey::Unmanaged => {
-            return Err(Fault::config("the bucket has no manifest; stock rclone reads it: see S3_STORAGE.md"));
+            return Err(Fault::config(
+                "the bucket has no manifest; stock rclone reads it: see S3_STORAGE.md",
+            ));
         }
     }
     let scratch = to.join(".cvm-restore");
