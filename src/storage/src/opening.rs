@@ -62,10 +62,15 @@ pub(crate) struct Ready {
 /// What is asked of the caller while a boot waits for another owner: true ends the wait.
 pub(crate) type Pause<'a> = &'a mut dyn FnMut(Duration) -> Result<bool, Fault>;
 
+/// The gateway's user on this machine, or what it will be when it is made: that comes after us.
 pub(crate) fn uid_gid(user: &str) -> (u32, u32) {
+    use cvm_blueprint::accounts::{Account, GATEWAY_ID};
+    if user == "root" {
+        return (0, 0);
+    }
     let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
-    cvm_blueprint::accounts::Account::find(&read("/etc/passwd"), &read("/etc/group"), user)
-        .map_or((0, 0), |a| (a.uid, a.gid))
+    Account::find(&read("/etc/passwd"), &read("/etc/group"), user)
+        .map_or((GATEWAY_ID, GATEWAY_ID), |account| (account.uid, account.gid))
 }
 
 /// The volume where it is now: at /data, or beside it when an overlay already hides it.

@@ -11,7 +11,7 @@ use crate::files::{Dir, Kind, Owner, read_following};
 use crate::places::Places;
 use crate::programs;
 use crate::report::{Failure, Outcome, Report};
-use cvm_blueprint::accounts::{Account, group_id};
+use cvm_blueprint::accounts::{Account, GATEWAY_ID, group_id};
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 use std::collections::BTreeSet;
@@ -22,8 +22,6 @@ use std::time::{Duration, Instant};
 
 const ETC: &str = "/etc";
 const DOCKER: &str = "docker";
-/// The same number in every container, so that a volume's files have the same owner in the next.
-const PREFERRED_ID: u32 = 990;
 /// Numbers of system accounts (`SYS_UID_MIN` and `SYS_UID_MAX` of login.defs).
 const SYSTEM_IDS: std::ops::RangeInclusive<u32> = 100..=999;
 const FILE_MAX: usize = 16 * 1024 * 1024;
@@ -87,7 +85,7 @@ impl Files {
             text.lines().filter_map(|line| line.split(':').nth(2)?.parse().ok()).collect()
         };
         let taken: BTreeSet<u32> = column(&self.passwd).into_iter().chain(column(&self.group)).collect();
-        [PREFERRED_ID].into_iter().chain(SYSTEM_IDS.rev()).find(|id| !taken.contains(id))
+        [GATEWAY_ID].into_iter().chain(SYSTEM_IDS.rev()).find(|id| !taken.contains(id))
     }
 }
 
