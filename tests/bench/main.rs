@@ -1,11 +1,13 @@
 //! `make bench`: what the supervisor costs, each figure beside its peers in the same run.
 //!
 //! Medians of at least 15 rounds, rounds of all contestants interleaved, so that a noisy host
-//! is noisy for everybody. A table for people, `target/bench/core.json` for machines. Nothing
-//! here fails because of a number.
+//! is noisy for everybody. A table for people, `target/bench/core.json` and `storage.json` for
+//! machines. Nothing here fails because of a number. `cvm-bench core|lag|commits|files` measures
+//! a part.
 
 mod contestants;
 mod figures;
+mod storage;
 
 use figures::{Figure, Table};
 use std::path::Path;
@@ -18,13 +20,34 @@ fn main() {
         eprintln!("cvm-bench: throw-away machines need root");
         return;
     }
+    let wanted = std::env::args().nth(1);
+    let wants = |part: &str| wanted.as_deref().is_none_or(|w| w == part);
+    if wants("core") {
+        let mut table = Table::default();
+        step(&mut table, "boot: exec of process 1 to exec of the gateway, dockerd on", figures::boot);
+        step(&mut table, "orphans: 10,000 of them, start to end", figures::orphans);
+        step(&mut table, "restart: death of a service to its new exec, delay 0", figures::restart);
+        step(&mut table, "memory and wake-ups of process 1, idle", figures::idle);
+        finish(&table, "core");
+    }
     let mut table = Table::default();
-    step(&mut table, "boot: exec of process 1 to exec of the gateway, dockerd on", figures::boot);
-    step(&mut table, "orphans: 10,000 of them, start to end", figures::orphans);
-    step(&mut table, "restart: death of a service to its new exec, delay 0", figures::restart);
-    step(&mut table, "memory and wake-ups of process 1, idle", figures::idle);
+    if wants("lag") {
+        step(&mut table, "lag: from a commit to the bucket", storage::lag);
+    }
+    if wants("commits") {
+        step(&mut table, "commits on /data and elsewhere", storage::transactions);
+    }
+    if wants("files") {
+        step(&mut table, "many files: push, start, restore, idle (ten minutes)", storage::of_many_files);
+    }
+    if !table.figures.is_empty() {
+        finish(&table, "storage");
+    }
+}
+
+fn finish(table: &Table, name: &str) {
     table.print();
-    let path = cvm_harness::machine::repository().join("target/bench/core.json");
+    let path = cvm_harness::machine::repository().join(format!("target/bench/{name}.json"));
     match table.save(&path) {
         Ok(()) => println!("\nWritten to {}", shown(&path)),
         Err(error) => eprintln!("cvm-bench: {}: {error}", path.display()),

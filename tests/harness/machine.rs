@@ -122,6 +122,12 @@ impl Builder {
             .environment("OPENCLAW_GATEWAY_RESTART_DELAY", "0")
     }
 
+    /// No /dev/fuse: a file of that name that cannot be opened as one.
+    #[must_use]
+    pub fn without_fuse(self) -> Self {
+        self.bind(Path::new("/dev/full"), "/dev/fuse")
+    }
+
     /// The real gateway, from target/openclaw.
     #[must_use]
     pub fn real_gateway(self) -> Self {
@@ -422,6 +428,21 @@ impl Machine {
             let service = self.service(name);
             states.iter().any(|s| service["state"] == *s).then_some(service)
         })
+    }
+
+    /// Does something in the machine's file system, on a thread of its own. For what resolves
+    /// links itself, as SQLite does: a path through /proc leads it astray.
+    pub fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        use nix::sched::{CloneFlags, setns, unshare};
+        let namespace = fs::File::open(format!("/proc/{}/ns/mnt", self.pid)).expect("the machine runs");
+        let enter = || {
+            // Only a thread that shares its root and directory with no other may change them.
+            unshare(CloneFlags::CLONE_FS)
+                .and_then(|()| setns(&namespace, CloneFlags::CLONE_NEWNS))
+                .expect("root may");
+            work()
+        };
+        std::thread::scope(|scope| scope.spawn(enter).join()).expect("nothing in there panics")
     }
 
     /// Everything that runs inside.

@@ -464,7 +464,9 @@ impl<'a> Tree<'a> {
         }
         let open = self.open();
         self.worker.desk.head(self.ready.chain.head, open.index.totals()?);
-        self.not_before = uptime() + BETWEEN.max((uptime() - began).min(RETRY.1));
+        // A pause that is worth something beside what the round took: it must not take all there is.
+        let took = uptime().saturating_sub(began);
+        self.not_before = (began + BETWEEN).max(began + took + took / 4);
         if rest.fault.is_none() && rest.later.is_empty() {
             self.retries = 0;
             self.worker.desk.pushed();

@@ -1,0 +1,456 @@
+//! What the storage costs and how far behind the bucket is, with Garage as the server and with
+//! 0 and 20 ms of added latency; each figure beside its peer in the same run.
+
+use crate::figures::Figure;
+use cvm_harness::tools::Rclone;
+use cvm_harness::{Builder, Garage, Machine, Network, Proxy, until};
+use rusqlite::Connection;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+const HEALTHY: &str = "#!/bin/sh\nexec cvm-victim http 18789\n";
+const LONG: Duration = Duration::from_secs(600);
+const LATENCY: Duration = Duration::from_millis(20);
+const GIB: usize = 1 << 30;
+const DATABASES: usize = 10;
+const DATABASE: usize = 2 << 20;
+/// Of an idle worker; longer than the time between two full scans.
+const IDLE: Duration = Duration::from_secs(330);
+
+struct Cloud {
+    garage: Garage,
+    network: Network,
+    proxy: Proxy,
+    /// The same server for programs of this machine.
+    outside: Proxy,
+}
+
+impl Cloud {
+    fn new() -> Self {
+        let garage = Garage::start();
+        let network = Network::new();
+        let proxy = Proxy::start_in(&network, garage.address());
+        let outside = Proxy::start(garage.address());
+        Self { garage, network, proxy, outside }
+    }
+
+    fn machine(&self) -> Builder {
+        let with = |file: &str, line: &str| fs::read_to_string(file).unwrap_or_default() + line;
+        Builder::product()
+            .fake_gateway(HEALTHY)
+            // As the image has it.
+            .file(
+                "/etc/passwd",
+                &with("/etc/passwd", "openclaw:x:990:990::/home/openclaw:/bin/bash\n"),
+                0o644,
+            )
+            .file("/etc/group", &with("/etc/group", "openclaw:x:990:\n"), 0o644)
+            .s3(&self.network, &self.proxy.endpoint(), &self.garage)
+    }
+
+    fn latency(&self, latency: Duration) {
+        for proxy in [&self.proxy, &self.outside] {
+            proxy.heal();
+            if !latency.is_zero() {
+                proxy.latency(latency);
+            }
+        }
+    }
+
+    fn rclone(&self) -> Rclone {
+        let bucket = self.garage.s3().at(self.outside.address()).bucket(self.garage.bucket());
+        let key = cvm_blueprint::keys::MasterKey::new(cvm_blueprint::secret::Secret::copy_of(
+            cvm_harness::machine::MASTER_KEY.as_bytes(),
+        ));
+        let keys = cvm_blueprint::keys::KeyRing::derive(&key.expect("a key"));
+        Rclone::new(&bucket, "openclaw-data", keys.crypt_password.expose(), keys.crypt_salt.expose())
+    }
+}
+
+fn status(machine: &Machine) -> serde_json::Value {
+    serde_json::from_slice(&machine.exec(&["cvm", "storage", "status", "--json"]).stdout).unwrap_or_default()
+}
+
+fn wait(machine: &Machine, what: &str, ready: impl Fn(&serde_json::Value) -> bool) {
+    until(&format!("{what}; it said {}", machine.output()), LONG, || ready(&status(machine)).then_some(()));
+}
+
+fn figure(
+    what: &'static str,
+    who: &str,
+    unit: &'static str,
+    values: Vec<f64>,
+    target: &'static str,
+) -> Figure {
+    Figure { what, who: who.to_owned(), unit, values, target }
+}
+
+/// A tree of `files` files, a gibibyte in all, with databases among them.
+fn fill(root: &Path, files: usize) {
+    let size = (GIB - DATABASES * DATABASE) / files;
+    // Incompressible, and different everywhere: xorshift.
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut bytes = vec![0u8; size];
+    for number in 0..files {
+        let dir = root.join(format!("openclaw/workspace/d{:03}", number % 250));
+        if number < 250 {
+            fs::create_dir_all(&dir).expect("room on the disk");
+        }
+        for chunk in bytes.chunks_mut(8) {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            chunk.copy_from_slice(&state.to_le_bytes()[..chunk.len()]);
+        }
+        fs::write(dir.join(format!("file-{number}")), &bytes).expect("room on the disk");
+    }
+    for number in 0..DATABASES {
+        let dir = root.join(format!("openclaw/agents/a{number}/agent"));
+        fs::create_dir_all(&dir).expect("room on the disk");
+        database(&dir.join("openclaw-agent.sqlite"));
+    }
+    own(&root.join("openclaw"));
+}
+
+fn own(path: &Path) {
+    let _ = std::process::Command::new("chown").args(["-R", "990:990"]).arg(path).status();
+}
+
+fn database(file: &Path) {
+    let db = Connection::open(file).expect("a database");
+    db.execute_batch(
+        "PRAGMA journal_mode=WAL; CREATE TABLE filler(x BLOB); CREATE TABLE t(n INTEGER PRIMARY KEY);",
+    )
+    .expect("tables");
+    for _ in 0..(DATABASE / 4096) {
+        db.execute("INSERT INTO filler VALUES (randomblob(3900))", []).expect("a row");
+    }
+}
+
+fn worker_memory(machine: &Machine, field: &str) -> f64 {
+    let Some(worker) = machine.find("cvm-storage").filter(|p| p.name == "cvm-storage") else {
+        return f64::NAN;
+    };
+    let text = machine.read(&format!("/proc/{}/status", worker.pid));
+    let line = text.lines().find(|l| l.starts_with(field)).unwrap_or_default();
+    line.split_whitespace().nth(1).and_then(|n| n.parse::<f64>().ok()).unwrap_or(f64::NAN) / 1024.0
+}
+
+fn storage_step_ms(machine: &Machine) -> f64 {
+    machine.service_in("gateway", &["ready"]);
+    let status = machine.status();
+    let steps = status["boot"].as_array().cloned().unwrap_or_default();
+    steps.iter().find(|s| s["name"] == "storage").and_then(|s| s["took_ms"].as_f64()).unwrap_or(f64::NAN)
+}
+
+/// Push, start in both modes, and restore, for so many files.
+pub(crate) fn of_many_files() -> Vec<Figure> {
+    let mut figures = Vec::new();
+    for files in [10_000, 100_000] {
+        figures.extend(of_files(files));
+    }
+    figures
+}
+
+fn of_files(files: usize) -> Vec<Figure> {
+    let label = if files == 10_000 { "10k files" } else { "100k files" };
+    let mut figures = Vec::new();
+    let cloud = Cloud::new();
+    let builder = cloud.machine();
+    fill(&builder.scratch().join("data"), files);
+    eprintln!("   pushing {files} files");
+    let mut machine = builder.start();
+    let began = Instant::now();
+    wait(&machine, "all is pushed", |s| {
+        s["phase"] == "ready" && s["pending_files"] == 0 && s["files"].as_u64() >= Some(files as u64)
+    });
+    figures.push(figure("push, 1 GiB", label, "s", vec![began.elapsed().as_secs_f64()], ""));
+    figures.push(figure(
+        "memory while pushing (peak)",
+        label,
+        "MiB",
+        vec![worker_memory(&machine, "VmHWM")],
+        "250",
+    ));
+    assert_eq!(machine.stop(), 0);
+    drop(machine);
+    for latency in [Duration::ZERO, LATENCY] {
+        cloud.latency(latency);
+        let (mut starts, mut hydrated) = (Vec::new(), Vec::new());
+        for round in 0..3 {
+            let mut machine = cloud.machine().start();
+            starts.push(storage_step_ms(&machine) / 1000.0);
+            if round == 0 && files == 10_000 {
+                let began = Instant::now();
+                wait(&machine, "all is hydrated", |s| s["independent"] == true);
+                hydrated.push(began.elapsed().as_secs_f64());
+            }
+            machine.stop();
+        }
+        let what = if latency.is_zero() {
+            "FUSE: start to gateway may start"
+        } else {
+            "FUSE: the same, 20 ms latency"
+        };
+        let target = match (latency.is_zero(), files) {
+            (true, 10_000) => "1",
+            (true, _) => "2x of 10k",
+            _ => "",
+        };
+        figures.push(figure(what, label, "s", starts, target));
+        if !hydrated.is_empty() {
+            let what =
+                if latency.is_zero() { "FUSE: then hydrated after" } else { "FUSE: hydrated, 20 ms latency" };
+            figures.push(figure(what, label, "s", hydrated, ""));
+        }
+    }
+    if files == 10_000 {
+        figures.extend(restores(&cloud, label));
+    } else {
+        cloud.latency(Duration::ZERO);
+        figures.extend(idle(&cloud));
+    }
+    figures
+}
+
+/// Full restore in sync mode, beside `rclone copy` with its defaults.
+fn restores(cloud: &Cloud, label: &str) -> Vec<Figure> {
+    cloud.latency(LATENCY);
+    let mut machine = cloud.machine().without_fuse().start();
+    let sync = until("the restore is done", LONG, || {
+        let status = machine.status();
+        let steps = status["boot"].as_array().cloned().unwrap_or_default();
+        steps
+            .iter()
+            .find(|s| s["name"] == "storage" && s["state"] == "done")
+            .and_then(|s| s["took_ms"].as_f64())
+    }) / 1000.0;
+    machine.stop();
+    drop(machine);
+    let scratch = tempfile::tempdir().expect("a directory");
+    let began = Instant::now();
+    cloud.rclone().ok(&["copy", "crypt:", &scratch.path().display().to_string(), "--exclude", "/.cvm/**"]);
+    let rclone = began.elapsed().as_secs_f64();
+    vec![
+        figure(
+            "full restore, 20 ms latency",
+            &format!("sync mode, {label}"),
+            "s",
+            vec![sync],
+            "1/5 of rclone",
+        ),
+        figure("full restore, 20 ms latency", "rclone copy", "s", vec![rclone], ""),
+        figure("full restore, times faster", "sync / rclone", "x", vec![rclone / sync], "5"),
+    ]
+}
+
+/// Nothing changes, with 100,000 files in the tree.
+fn idle(cloud: &Cloud) -> Vec<Figure> {
+    let machine = cloud.machine().start();
+    machine.service_in("gateway", &["ready"]);
+    wait(&machine, "all is hydrated and quiet", |s| s["independent"] == true && s["pending_files"] == 0);
+    // What its own logs of the boot are goes up with the first minute.
+    std::thread::sleep(Duration::from_secs(70));
+    cloud.proxy.clear_log();
+    let ticks = || {
+        let worker = machine.find("cvm-storage").map_or(0, |p| p.pid);
+        let text = machine.read(&format!("/proc/{worker}/stat"));
+        let fields: Vec<f64> = text
+            .rsplit(')')
+            .next()
+            .unwrap_or_default()
+            .split_whitespace()
+            .filter_map(|f| f.parse().ok())
+            .collect();
+        fields.get(10).copied().unwrap_or(0.0) + fields.get(11).copied().unwrap_or(0.0)
+    };
+    let before = ticks();
+    eprintln!("   idle for {} s", IDLE.as_secs());
+    std::thread::sleep(IDLE);
+    let cpu = (ticks() - before) / IDLE.as_secs_f64();
+    let requests = cloud.proxy.log().len() as f64 * 60.0 / IDLE.as_secs_f64();
+    vec![
+        figure("memory, idle", "100k files", "MiB", vec![worker_memory(&machine, "VmRSS")], "80"),
+        figure("processor, idle", "100k files", "%", vec![cpu], "1"),
+        figure("requests, idle", "100k files", "/min", vec![requests], "1"),
+    ]
+}
+
+/// From a commit, or a write, to what can be had from the bucket.
+pub(crate) fn lag() -> Vec<Figure> {
+    let mut figures = Vec::new();
+    for latency in [Duration::ZERO, LATENCY] {
+        let cloud = Cloud::new();
+        let machine = cloud.machine().start();
+        machine.service_in("gateway", &["ready"]);
+        wait(&machine, "independent", |s| s["independent"] == true);
+        cloud.latency(latency);
+        cloud.proxy.clear_log();
+        let who = if latency.is_zero() { "0 ms" } else { "20 ms" };
+        figures.push(figure(
+            "commit to restorable, p99",
+            who,
+            "s",
+            vec![percentile(database_lag(&machine), 0.99)],
+            "2",
+        ));
+        figures.push(figure(
+            "small file to bucket, p99",
+            who,
+            "s",
+            vec![percentile(file_lag(&machine), 0.99)],
+            "2",
+        ));
+    }
+    figures
+}
+
+fn percentile(mut values: Vec<f64>, at: f64) -> f64 {
+    values.sort_by(f64::total_cmp);
+    let index = ((values.len() as f64 - 1.0) * at).round();
+    values.get(index as usize).copied().unwrap_or(f64::NAN)
+}
+
+/// Ten transactions a second for half a minute; each is there when a copy of the object has it.
+fn database_lag(machine: &Machine) -> Vec<f64> {
+    let file = Path::new("/data/openclaw/lag.sqlite");
+    machine.inside(|| {
+        database(file);
+        own(file);
+    });
+    let began = Instant::now();
+    let commits = std::sync::Mutex::new(Vec::new());
+    let seen = std::sync::Mutex::new(vec![0.0f64; 400]);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            machine.inside(|| {
+                let db = Connection::open(file).expect("a database");
+                for n in 1..=300 {
+                    db.execute("INSERT INTO t VALUES (?)", [n]).expect("a commit");
+                    commits.lock().expect("no panic").push(began.elapsed().as_secs_f64());
+                    std::thread::sleep(Duration::from_millis(100));
+                }
+            });
+        });
+        let scratch = tempfile::tempdir().expect("a directory");
+        let copy = scratch.path().join("copy");
+        let mut known = 0;
+        while known < 300 && began.elapsed() < LONG {
+            let output = machine.exec(&["cvm", "storage", "get", "openclaw/lag.sqlite", "-o", "-"]);
+            let at = began.elapsed().as_secs_f64();
+            if !output.status.success() || fs::write(&copy, &output.stdout).is_err() {
+                std::thread::sleep(Duration::from_millis(50));
+                continue;
+            }
+            let newest: i64 = Connection::open(&copy)
+                .and_then(|db| db.query_row("SELECT coalesce(max(n), 0) FROM t", [], |r| r.get(0)))
+                .unwrap_or(0);
+            let newest = usize::try_from(newest).unwrap_or(0);
+            for n in known + 1..=newest {
+                if let Some(slot) = seen.lock().expect("no panic").get_mut(n) {
+                    *slot = at;
+                }
+            }
+            known = known.max(newest);
+        }
+    });
+    let (commits, seen) = (commits.into_inner().expect("no panic"), seen.into_inner().expect("no panic"));
+    commits.iter().zip(seen.iter().skip(1)).map(|(commit, seen)| seen - commit).collect()
+}
+
+fn file_lag(machine: &Machine) -> Vec<f64> {
+    let file = machine.path("/data/openclaw/small.txt");
+    (0..30)
+        .map(|n| {
+            fs::write(&file, format!("version {n}")).expect("a write");
+            own(&file);
+            let began = Instant::now();
+            until("the new version is in the bucket", LONG, || {
+                let output = machine.exec(&["cvm", "storage", "get", "openclaw/small.txt", "-o", "-"]);
+                (output.stdout == format!("version {n}").as_bytes()).then(|| began.elapsed().as_secs_f64())
+            })
+        })
+        .collect()
+}
+
+/// Transactions with fsync on /data, on the disk below, and on a plain rclone mount.
+pub(crate) fn transactions() -> Vec<Figure> {
+    let cloud = Cloud::new();
+    let machine = cloud.machine().start();
+    machine.service_in("gateway", &["ready"]);
+    wait(&machine, "independent", |s| s["independent"] == true);
+    let plain = tempfile::Builder::new().prefix("cvm-bench-").tempdir().expect("a directory");
+    let mount = PlainMount::new(&cloud);
+    let (mut ours, mut disk, mut theirs) = (Vec::new(), Vec::new(), Vec::new());
+    for round in 0..7 {
+        disk.push(commits_a_second(&plain.path().join(format!("d{round}"))));
+        ours.push(machine.inside(|| commits_a_second(Path::new(&format!("/data/openclaw/d{round}")))));
+        theirs.extend(mount.as_ref().map(|m| commits_a_second(&m.point.join(format!("d{round}")))));
+    }
+    let ratio = ours.iter().zip(&disk).map(|(a, b)| a / b).collect();
+    vec![
+        figure("SQLite commits with fsync", "/data", "/s", ours, ""),
+        figure("SQLite commits with fsync", "bare disk", "/s", disk, ""),
+        figure("SQLite commits with fsync", "rclone mount", "/s", theirs, ""),
+        figure("SQLite commits, /data to disk", "ratio", "", ratio, "0.95"),
+    ]
+}
+
+fn commits_a_second(file: &Path) -> f64 {
+    let Ok(db) = Connection::open(file) else { return f64::NAN };
+    if db.execute_batch("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; CREATE TABLE t(x)").is_err() {
+        return f64::NAN;
+    }
+    let began = Instant::now();
+    let mut count = 0;
+    while began.elapsed() < Duration::from_secs(2) {
+        if db.execute("INSERT INTO t VALUES (randomblob(100))", []).is_err() {
+            return f64::NAN;
+        }
+        count += 1;
+    }
+    f64::from(count) / began.elapsed().as_secs_f64()
+}
+
+/// What the old documentation prescribed: rclone's own mount, with a write cache.
+struct PlainMount {
+    point: PathBuf,
+    child: std::process::Child,
+    _scratch: tempfile::TempDir,
+    _rclone: Rclone,
+}
+
+impl PlainMount {
+    fn new(cloud: &Cloud) -> Option<Self> {
+        let scratch = tempfile::tempdir().ok()?;
+        let point = scratch.path().join("mount");
+        fs::create_dir(&point).ok()?;
+        let rclone = cloud.rclone();
+        let cache = scratch.path().join("cache").display().to_string();
+        let words = [
+            "mount",
+            "crypt:plain",
+            &point.display().to_string(),
+            "--vfs-cache-mode",
+            "writes",
+            "--cache-dir",
+            &cache,
+        ];
+        let child = cvm_harness::tools::rclone(&words, &rclone.configuration()).spawn().ok()?;
+        let this = Self { point: point.clone(), child, _scratch: scratch, _rclone: rclone };
+        let mounted = || {
+            fs::read_to_string("/proc/self/mounts").unwrap_or_default().contains(&point.display().to_string())
+        };
+        until("rclone has mounted", LONG, || mounted().then_some(()));
+        Some(this)
+    }
+}
+
+impl Drop for PlainMount {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("fusermount3").arg("-uz").arg(&self.point).status();
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
