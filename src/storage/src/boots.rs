@@ -20,12 +20,17 @@ const BOOTS_MAX: usize = 5;
 pub(crate) struct Boots {
     this: String,
     sent: HashMap<String, (u64, i64)>,
+    pruned: bool,
+}
+
+/// Names a boot by when it started, and orders it among the others.
+pub(crate) fn name(started_ms: u64) -> String {
+    format!("{started_ms:015}")
 }
 
 impl Boots {
-    /// `started_ms` names this boot, and orders it among the others.
-    pub(crate) fn new(started_ms: u64) -> Self {
-        Self { this: format!("{started_ms:015}"), sent: HashMap::new() }
+    pub(crate) fn new(this: String) -> Self {
+        Self { this, sent: HashMap::new(), pruned: false }
     }
 
     /// Sends what has grown. The worker's own log does not count as news: each sending adds to it.
@@ -47,11 +52,15 @@ impl Boots {
             bucket.write(&format!("{DIRECTORY}/{}/{log}", self.this), &bytes, &When::Always)?;
             self.sent.insert(log.to_owned(), look);
         }
+        if !self.pruned {
+            self.prune(bucket)?;
+            self.pruned = true;
+        }
         Ok(())
     }
 
     /// Deletes what is older than the last boots.
-    pub(crate) fn prune(&self, bucket: &Bucket) -> Result<(), Fault> {
+    fn prune(&self, bucket: &Bucket) -> Result<(), Fault> {
         let all = list(bucket)?;
         let mut boots: Vec<&str> = all.iter().filter_map(|n| n.split('/').next()).collect();
         boots.sort_unstable();
@@ -68,13 +77,16 @@ fn list(bucket: &Bucket) -> Result<Vec<String>, Fault> {
     Ok(bucket.list(DIRECTORY)?.into_iter().map(|(name, _)| name).collect())
 }
 
-/// The kept boots, the newest first: when each started, and its logs.
-pub(crate) fn kept(bucket: &Bucket) -> Result<Vec<(String, Vec<String>)>, Fault> {
+/// The boots before this one, the newest first: when each started, and its logs.
+pub(crate) fn before(bucket: &Bucket, this: &str) -> Result<Vec<(String, Vec<String>)>, Fault> {
     let mut boots: Vec<(String, Vec<String>)> = Vec::new();
     let mut all = list(bucket)?;
     all.sort_unstable_by(|a, b| b.cmp(a));
     for name in all {
         let Some((boot, log)) = name.split_once('/') else { continue };
+        if boot >= this {
+            continue;
+        }
         match boots.last_mut() {
             Some((last, logs)) if last == boot => logs.push(log.to_owned()),
             _ => boots.push((boot.to_owned(), vec![log.to_owned()])),

@@ -269,10 +269,10 @@ impl Chain {
 }
 
 fn everything(index: &Index) -> Result<Vec<Line>, Fault> {
-    let mut lines: Vec<Line> =
-        index.all()?.into_iter().map(|(path, row)| Line { path, word: Word::Is(row.entry) }).collect();
+    // What is at a path now comes after what was: a directory may stand where a file was.
     let tombs = index.tombs(usize::MAX)?;
-    lines.extend(tombs.into_iter().map(|path| Line { path, word: Word::Gone }));
+    let mut lines: Vec<Line> = tombs.into_iter().map(|path| Line { path, word: Word::Gone }).collect();
+    lines.extend(index.all()?.into_iter().map(|(path, row)| Line { path, word: Word::Is(row.entry) }));
     Ok(lines)
 }
 

@@ -2,7 +2,7 @@
 //! and the answer to `cvm storage status`.
 //!
 //! Refuses to put a name of the agent's files into a report to PID 1, which is public.
-//! May import: `bucket`, `fault`, `index`, `manifest`, `owner`, `volume`.
+//! May import: `boots`, `bucket`, `chain`, `fault`, `index`, `manifest`, `owner`, `volume`.
 
 use crate::bucket::Bucket;
 use crate::fault::Fault;
@@ -27,6 +27,8 @@ pub(crate) struct Open {
     pub(crate) bucket: Bucket,
     pub(crate) index: Index,
     pub(crate) volume: Volume,
+    /// The name of this boot among those whose logs are kept.
+    pub(crate) boot: String,
 }
 
 pub(crate) struct Desk {
@@ -34,6 +36,7 @@ pub(crate) struct Desk {
     reports: Mutex<Option<File>>,
     open: Mutex<Option<Arc<Open>>>,
     began: Duration,
+    pub(crate) boot: String,
 }
 
 #[derive(Default)]
@@ -60,6 +63,7 @@ impl Desk {
             reports: Mutex::new(reports),
             open: Mutex::new(None),
             began: uptime(),
+            boot: crate::boots::name(crate::chain::now_ms()),
         }
     }
 

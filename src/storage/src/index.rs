@@ -94,7 +94,7 @@ impl Index {
     /// Forgets everything about the tree, not who this volume is.
     pub(crate) fn clear(&self) -> Result<(), Fault> {
         self.db().execute_batch(
-            "DELETE FROM entry; DELETE FROM tomb; DELETE FROM meta WHERE name IN ('head', 'independent');",
+            "DELETE FROM entry; DELETE FROM tomb; DELETE FROM meta WHERE name IN ('head', 'independent', 'laid', 'restored');",
         )?;
         Ok(())
     }
@@ -145,6 +145,12 @@ impl Index {
     /// Every entry's content is in the mount, and nowhere else yet.
     pub(crate) fn set_all_lower(&self, lower: bool) -> Result<(), Fault> {
         self.db().execute("UPDATE entry SET lower = ? WHERE bad IS NULL", [lower])?;
+        Ok(())
+    }
+
+    /// The same, but only of what this volume never had: what was here and is gone stays gone.
+    pub(crate) fn set_unseen_lower(&self) -> Result<(), Fault> {
+        self.db().execute("UPDATE entry SET lower = 1 WHERE bad IS NULL AND s_size IS NULL", [])?;
         Ok(())
     }
 
@@ -274,7 +280,8 @@ fn apply_line(db: &Connection, line: &Line) -> rusqlite::Result<()> {
             db.prepare_cached("DELETE FROM tomb WHERE path = ?")?.execute([line.path.as_bytes()])?;
         }
     }
-    if matches!(line.word, Word::Is(_) | Word::WillBe(_)) {
+    // A directory or link in place of a file leaves the file's object to be deleted.
+    if matches!(&line.word, Word::Is(entry) | Word::WillBe(entry) if entry.is_file()) {
         db.prepare_cached("DELETE FROM tomb WHERE path = ?")?.execute([line.path.as_bytes()])?;
     }
     Ok(())

@@ -33,6 +33,7 @@ mod hydrate;
 mod index;
 mod manifest;
 mod mount;
+mod moved;
 mod opening;
 mod owner;
 mod parallel;
@@ -145,7 +146,7 @@ fn work() -> ExitCode {
         while matches!(nix::unistd::read(&lifeline, &mut byte), Err(nix::errno::Errno::EINTR) | Ok(1..)) {}
         let _ = stopper.send(Order::Stop);
     });
-    let boots = boots::Boots::new(chain::now_ms());
+    let boots = boots::Boots::new(desk.boot.clone());
     let worker =
         Worker { spec, desk, orders, sender, said: opening::Said::default(), stopping: false, boots };
     let clean = worker.run();

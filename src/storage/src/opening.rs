@@ -21,7 +21,7 @@ use crate::mount::{self, NoMount, StandIn};
 use crate::owner::{self, Lease, Me, Verdict, uptime};
 use crate::rclone::MountModes;
 use crate::volume::{self, Volume};
-use crate::{hydrate, rules, scan};
+use crate::{hydrate, moved, rules, scan};
 use cvm_blueprint::storage::{Mode, Progress, StorageSpec};
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -313,7 +313,7 @@ fn settle(lease: &Lease, bucket: &Bucket, index: &Index, taken: Duration) -> Res
 }
 
 fn opened(desk: &Desk, bucket: Bucket, index: Index, volume: Volume) -> std::sync::Arc<Open> {
-    let open = std::sync::Arc::new(Open { bucket, index, volume });
+    let open = std::sync::Arc::new(Open { bucket, index, volume, boot: desk.boot.clone() });
     desk.opened(Some(std::sync::Arc::clone(&open)));
     open
 }
@@ -443,7 +443,8 @@ fn by_mount(
     let upper_was_empty = fs::read_dir(&overlaid.upper).is_ok_and(|mut entries| entries.next().is_none());
     let at_top = Volume::move_tree(&volume.root, &overlaid.upper).map_err(no)?;
     mount::hide_reserved(&overlaid).map_err(no)?;
-    let independent = index.meta("independent").map_err(no)?.is_some() || at_top > 0 && continued;
+    let restored = at_top > 0 && continued && index.meta("restored").map_err(no)?.is_some();
+    let independent = index.meta("independent").map_err(no)?.is_some() || restored;
     if independent || index.totals().map_err(no)?.files == 0 {
         index.set_all_lower(false).map_err(no)?;
         index.set_meta("independent", "1").map_err(no)?;
@@ -451,7 +452,10 @@ fn by_mount(
         desk.info("The volume holds the whole tree; no mount of the bucket is needed");
         return Ok((overlaid, None, Vec::new()));
     }
-    if !continued || upper_was_empty {
+    if at_top > 0 && continued {
+        // A restore in sync mode did not come to its end.
+        index.set_unseen_lower().map_err(no)?;
+    } else if !continued || upper_was_empty {
         index.set_all_lower(true).map_err(no)?;
     }
     let bad = lay_upper(desk, bucket, index, &overlaid, intents, owner).map_err(no)?;
@@ -554,6 +558,7 @@ fn lay_upper(
         dressed.into_iter().partition(|(p, e)| e.link.is_some() && p.below(&volume.upper).exists());
     fetch::finish(&linked, &volume.upper)?;
     fetch::dress_directories(&skeleton, &volume.upper)?;
+    index.set_meta("laid", "1")?;
     Ok(bad)
 }
 
@@ -666,18 +671,20 @@ fn by_download(
     intents: &[Line],
 ) -> Result<(), Fault> {
     desk.phase("restoring");
-    flatten(index, volume)?;
+    let times = flatten(bucket, index, volume)?;
+    let laid = index.meta("laid")?.is_some();
     let (rows, intended) = rows_and_wanted(index, intents)?;
     let missing: Vec<&(Path, Row)> =
         rows.iter().filter(|(_, row)| row.bad.is_none() && row.sign.is_none()).collect();
     let (mut files, mut skeleton) = (Vec::new(), Vec::new());
     for (path, row) in missing {
-        if volume::look(&path.below(&volume.tree))?.is_some() {
-            continue;
-        }
+        let there = volume::look(&path.below(&volume.tree))?.is_some();
         if row.entry.is_file() {
-            files.push(wanted(path, row, &intended));
-        } else if row.lower || index.meta("restored")?.is_none() {
+            if !there {
+                files.push(wanted(path, row, &intended));
+            }
+        } else if !laid || row.lower && !there {
+            // Those of a restore that was killed too: filling them has changed their times.
             skeleton.push((path.clone(), row.entry.clone()));
         }
     }
@@ -710,27 +717,36 @@ fn by_download(
         .chain(skeleton)
         .collect();
     fetch::finish(&restored, &volume.tree)?;
+    for (path, time) in times {
+        // What is gone meanwhile has no time.
+        let _ = volume::set_mtime(&path.below(&volume.tree), time);
+    }
     let bad = take_over(index, volume, got)?;
     for (path, why) in bad {
         desk.incident(&path.to_string(), &why, hydrate::REMEDY);
     }
     index.set_all_lower(false)?;
+    index.set_meta("laid", "1")?;
     index.set_meta("restored", "1")?;
     let _ = fs::remove_dir_all(volume.own.join("staging/parts"));
     Ok(())
 }
 
-/// Makes a plain tree of an upper layer: what it hides is gone, what it holds is at the top.
-fn flatten(index: &Index, volume: &Volume) -> Result<(), Fault> {
+/// Makes a plain tree of an upper layer: what it hides is gone, what it holds is at the top. Yields
+/// the times of its directories, which change while files are put into them.
+fn flatten(bucket: &Bucket, index: &Index, volume: &Volume) -> Result<Vec<(Path, i64)>, Fault> {
     let upper = volume.own.join("upper");
     if fs::read_dir(&upper)?.next().is_none() {
-        return Ok(());
+        return Ok(Vec::new());
     }
     let layered = Volume { upper: upper.clone(), overlay: true, ..Volume::plain(&volume.root)? };
+    let mut times = Vec::new();
+    moved::times(&upper, None, &mut times)?;
+    moved::bring_up(bucket, index, &layered)?;
     let hidden = Hidden::new(&layered);
     let mut gone = Vec::new();
     for (path, row) in index.all()? {
-        if row.lower && hidden.hides(&path)? {
+        if row.sign.is_none() && hidden.hides(&path)? {
             gone.push(path);
         }
     }
@@ -741,7 +757,8 @@ fn flatten(index: &Index, volume: &Volume) -> Result<(), Fault> {
     index.set_signs(&with_sign)?;
     strip(&upper)?;
     let _ = fs::remove_dir_all(upper.join(".cvm"));
-    Volume::move_tree(&upper, &volume.root).map(drop)
+    Volume::move_tree(&upper, &volume.root)?;
+    Ok(times)
 }
 
 /// Removes what only overlayfs understands. A file whose data is only below is fetched again.
@@ -753,6 +770,7 @@ fn strip(dir: &FsPath) -> Result<(), Fault> {
             fs::remove_file(&path)?;
         } else if volume::kind_of(&stat) == libc::S_IFDIR {
             strip(&path)?;
+            volume::remove_marks(&path);
         }
     }
     Ok(())

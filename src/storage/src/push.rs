@@ -22,6 +22,7 @@ use crate::parallel;
 use crate::scan::Change;
 use crate::stage::{self, Outcome, Staged};
 use crate::volume::Volume;
+use std::collections::HashSet;
 
 /// A batch is as large as a loss of half its work is cheap.
 const BATCH_FILES: usize = 400;
@@ -71,6 +72,9 @@ impl Pusher<'_> {
             }
         }
         rest.removals = gone.len() as u64;
+        // What stands where a file was comes after the file's removal, which would take it along.
+        let leaving: HashSet<&Path> = gone.iter().collect();
+        let (instead, metas): (Vec<_>, Vec<_>) = metas.into_iter().partition(|line| leaving.contains(&line.path));
         // Databases first, and then what is small: most of what is lost is lost soonest.
         let size = |path: &Path| {
             crate::volume::look(&path.below(&self.volume.upper))
@@ -83,7 +87,7 @@ impl Pusher<'_> {
         let outcome = self
             .files(sized, &mut rest)
             .and_then(|()| self.metas(metas))
-            .and_then(|()| if rest.later.is_empty() { self.removals(gone, &mut rest) } else { Ok(()) });
+            .and_then(|()| if rest.later.is_empty() { self.removals(gone, instead, &mut rest) } else { Ok(()) });
         let outcome = outcome.and_then(|()| if self.chain.wants_merging() { self.merge() } else { Ok(()) });
         rest.fault = outcome.err();
         rest
@@ -202,13 +206,14 @@ impl Pusher<'_> {
         metas.chunks(LINES).try_for_each(|lines| self.write(lines))
     }
 
-    fn removals(&mut self, gone: Vec<Path>, rest: &mut Rest) -> Result<(), Fault> {
+    fn removals(&mut self, gone: Vec<Path>, instead: Vec<Line>, rest: &mut Rest) -> Result<(), Fault> {
         for paths in gone.chunks(LINES) {
             let lines: Vec<Line> =
                 paths.iter().map(|path| Line { path: path.clone(), word: Word::Gone }).collect();
             self.write(&lines)?;
             rest.removals = rest.removals.saturating_sub(paths.len() as u64);
         }
+        self.metas(instead)?;
         if self.may_delete { self.bury() } else { Ok(()) }
     }
 
@@ -229,7 +234,12 @@ impl Pusher<'_> {
             let mut lines = Vec::new();
             for (path, deleted) in buried {
                 match deleted {
-                    Ok(()) => lines.push(Line { path, word: Word::Deleted }),
+                    Ok(()) => {
+                        let instead = self.index.get(&path)?;
+                        lines.push(Line { path: path.clone(), word: Word::Deleted });
+                        // The object is gone; the directory or link in its place is not.
+                        lines.extend(instead.map(|row| Line { path, word: Word::Is(row.entry) }));
+                    }
                     Err(why) => fault = Some(why),
                 }
             }

@@ -187,6 +187,9 @@ impl<'a> Scanner<'a> {
             libc::S_IFLNK => {
                 let Ok(target) = std::fs::read_link(path.below(&self.volume.upper)) else { return Ok(()) };
                 self.replaced_directory(path, row.as_ref())?;
+                if let Some(row) = row.as_ref().filter(|r| r.entry.is_file()) {
+                    self.gone(path.clone(), row)?;
+                }
                 let target = target.as_os_str().as_bytes().to_vec();
                 self.plain(path, Kind::Symlink { target }, stat, row);
             }
@@ -285,13 +288,19 @@ impl<'a> Scanner<'a> {
             return true;
         }
         let base = base.below(&self.volume.upper);
-        if crate::database::has_magic(&base) || base.metadata().is_ok_and(|m| m.is_file() && m.len() == 0) {
+        if crate::database::has_magic(&base) {
             return true;
         }
         let mut head = [0u8; 8];
-        let read = std::fs::File::open(path.below(&self.volume.upper))
-            .and_then(|mut f| std::io::Read::read(&mut f, &mut head));
-        read.is_ok_and(|n| rules::is_database_log(head.get(..n).unwrap_or_default()))
+        let Ok(n) = std::fs::File::open(path.below(&self.volume.upper))
+            .and_then(|mut f| std::io::Read::read(&mut f, &mut head))
+        else {
+            return false;
+        };
+        let head = head.get(..n).unwrap_or_default();
+        // The log of a database that is being created may have no header yet.
+        let begun = head.iter().all(|b| *b == 0) && volume::look(&base).ok().flatten().is_some_and(|s| s.st_size == 0);
+        begun || rules::is_database_log(head)
     }
 
     /// By its first bytes; an empty file with a log beside it is one that is being created.

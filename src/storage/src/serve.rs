@@ -129,7 +129,7 @@ fn direct(ask: Ask, desk: &Arc<Desk>, orders: &Sender<Order>, to: &UnboundedSend
 
 fn list(open: &Open, ask: &Ask, to: &UnboundedSender<Answer>) -> Result<String, Fault> {
     let Ask::List { path } = ask else { return Ok(String::new()) };
-    let path = path.trim_matches('/').trim_start_matches("data/");
+    let path = relative(path);
     let mut rows = match Path::new(path.as_bytes()) {
         None => open.index.all()?,
         Some(path) => match open.index.get(&path)? {
@@ -160,7 +160,7 @@ fn list(open: &Open, ask: &Ask, to: &UnboundedSender<Answer>) -> Result<String, 
 
 fn get(open: &Open, ask: &Ask, to: &UnboundedSender<Answer>) -> Result<String, Fault> {
     let Ask::Get { path } = ask else { return Ok(String::new()) };
-    let path = path.trim_matches('/').trim_start_matches("data/");
+    let path = relative(path);
     let missing = || Fault::other("the bucket has no file of this name; `cvm storage ls` lists what it has");
     let path = Path::new(path.as_bytes()).ok_or_else(missing)?;
     let row = open.index.get(&path)?.filter(|row| row.entry.is_file()).ok_or_else(missing)?;
@@ -180,6 +180,12 @@ fn get(open: &Open, ask: &Ask, to: &UnboundedSender<Answer>) -> Result<String, F
     })();
     let _ = std::fs::remove_dir_all(&scratch);
     outcome.map(|()| "checked against the manifest".to_owned())
+}
+
+/// As the manifest has it, from a path below /data or relative to it.
+fn relative(path: &str) -> &str {
+    let rest = path.strip_prefix("/data").filter(|rest| rest.is_empty() || rest.starts_with('/'));
+    rest.unwrap_or(path).trim_matches('/')
 }
 
 fn send_file(file: &std::path::Path, to: &UnboundedSender<Answer>) -> Result<(), Fault> {

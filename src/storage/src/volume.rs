@@ -194,6 +194,15 @@ pub(crate) fn set_mark(path: &FsPath, name: &CStr, value: &[u8]) -> Result<(), F
     Ok(cvm_process::xattr::set(&path, name, value)?)
 }
 
+/// Removes what overlayfs has noted on a directory: it would be read in another overlay.
+pub(crate) fn remove_marks(path: &FsPath) {
+    let Ok(path) = CString::new(path.as_os_str().as_bytes()) else { return };
+    for name in [c"trusted.overlay.redirect", c"trusted.overlay.opaque", c"trusted.overlay.origin"] {
+        // Most have none.
+        let _ = cvm_process::xattr::remove(&path, name);
+    }
+}
+
 /// Makes a directory and those above it, as plain ones that lower layers show through.
 pub(crate) fn make_parents(root: &FsPath, path: &Path) -> Result<(), Fault> {
     if let Some(parent) = path.parent() {

@@ -205,6 +205,8 @@ struct Tree<'a> {
     /// Moved directories whose content has come up.
     fetched: HashSet<Path>,
     hydrated: bool,
+    /// And what was moved before it came up is above too.
+    whole: bool,
     /// Paths with an incident of the tree's own.
     troubled: HashSet<Path>,
 }
@@ -232,18 +234,17 @@ impl<'a> Tree<'a> {
             not_before: Duration::ZERO,
             rescan_at: uptime() + RESCAN,
             retries: 0,
-            logs_at: uptime() + LOGS,
+            // At once: a boot that ends soon is one that somebody wants to know of.
+            logs_at: uptime(),
             drill_at,
             flushes: Vec::new(),
             fetched: HashSet::new(),
             hydrated,
+            whole: ready.mode == Mode::Sync || ready.open.index.meta("independent")?.is_some(),
             troubled: HashSet::new(),
             ready,
         };
         this.help()?;
-        if this.hydrated && this.ready.mode == Mode::Fuse {
-            this.ready.open.index.set_meta("independent", "1")?;
-        }
         this.recall_drill()?;
         this.say_ready();
         Ok(this)
@@ -254,8 +255,7 @@ impl<'a> Tree<'a> {
     }
 
     fn say_ready(&self) {
-        let independent = self.ready.mode == Mode::Sync || self.hydrated;
-        self.worker.desk.ready(self.ready.mode, self.ready.reason.clone(), independent);
+        self.worker.desk.ready(self.ready.mode, self.ready.reason.clone(), self.whole);
     }
 
     // === Helpers ===
@@ -423,9 +423,15 @@ impl<'a> Tree<'a> {
 
     fn on_hydrated(&mut self) {
         self.hydrated = true;
-        if let Err(fault) = self.ready.open.index.set_meta("independent", "1") {
-            self.worker.desk.failed(&fault, None);
-        }
+        self.everything = true;
+        self.note_change();
+    }
+
+    /// Nothing is only below: neither under the names of the manifest, nor under those to which
+    /// it was moved before it came up. The second is known after a full look.
+    fn on_whole(&mut self) -> Result<(), Fault> {
+        self.ready.open.index.set_meta("independent", "1")?;
+        self.whole = true;
         if let Some(stand_in) = &self.ready.stand_in
             && let Err(fault) = stand_in.tree_is_whole()
         {
@@ -434,9 +440,8 @@ impl<'a> Tree<'a> {
         self.worker
             .desk
             .info("Everything of the bucket is on the volume now; nothing depends on the mount any more");
-        self.everything = true;
-        self.note_change();
         self.say_ready();
+        Ok(())
     }
 
     // === Pushing ===
@@ -458,7 +463,7 @@ impl<'a> Tree<'a> {
                 return Ok(());
             }
         };
-        self.speak_of(&found, &rest, full);
+        self.speak_of(&found, &rest, full, &dirty);
         if let Some(Fault::Fenced(why)) = rest.fault {
             return Err(Fault::Fenced(why));
         }
@@ -525,6 +530,9 @@ impl<'a> Tree<'a> {
             }
             found = look(&self.fetched)?;
         }
+        if full && self.hydrated && !self.whole {
+            self.on_whole()?;
+        }
         if !found.changes.is_empty() {
             self.worker.desk.pending(found.changes.len() as u64, 0, first.or(Some(uptime())));
         }
@@ -547,7 +555,7 @@ impl<'a> Tree<'a> {
             volume: &open.volume,
             lease: &self.lease,
             chain: &mut self.ready.chain,
-            may_delete: self.hydrated,
+            may_delete: self.whole,
             progress: &progress,
         };
         let rest = pusher.round(std::mem::take(&mut found.changes));
@@ -555,7 +563,7 @@ impl<'a> Tree<'a> {
     }
 
     /// Incidents of the tree itself, and those that are over.
-    fn speak_of(&mut self, found: &Found, rest: &Rest, full: bool) {
+    fn speak_of(&mut self, found: &Found, rest: &Rest, full: bool, dirty: &BTreeSet<Vec<u8>>) {
         let mut now: HashSet<Path> = HashSet::new();
         for (path, why) in &found.impossible {
             self.worker.desk.incident(
@@ -577,7 +585,7 @@ impl<'a> Tree<'a> {
         let over: Vec<Path> = self
             .troubled
             .iter()
-            .filter(|p| !now.contains(*p) && (full || rest.fault.is_none()) && !self.still_there(p, full))
+            .filter(|p| !now.contains(*p) && (full || dirty.contains(p.split().0) || !self.is_there(p)))
             .cloned()
             .collect();
         for path in over {
@@ -596,11 +604,9 @@ impl<'a> Tree<'a> {
         }
     }
 
-    /// A round that looked elsewhere says nothing about it.
-    fn still_there(&self, path: &Path, full: bool) -> bool {
-        !full
-            && volume::look(&path.below(&self.ready.open.volume.upper)).ok().flatten().is_some()
-            && self.ready.open.index.get(path).ok().flatten().is_none_or(|row| row.sign.is_none())
+    /// A round that looked elsewhere says nothing about what is.
+    fn is_there(&self, path: &Path) -> bool {
+        volume::look(&path.below(&self.ready.open.volume.upper)).ok().flatten().is_some()
     }
 
     // === Orders ===
@@ -804,7 +810,8 @@ impl<'a> Tree<'a> {
 
     fn last_words(&mut self) {
         let open = self.open();
-        let sent = self.lease.confirm(&open.bucket).and_then(|()| self.worker.boots.send(&open.bucket));
+        let boots = &mut self.worker.boots;
+        let sent = self.lease.confirm(&open.bucket).and_then(|()| boots.send(&open.bucket));
         if let Err(fault) = sent {
             tracing::warn!("logs are not in the bucket: {fault}");
         }
@@ -823,7 +830,7 @@ impl<'a> Tree<'a> {
             let outcome = self.round(true, &BTreeSet::new(), None);
             let clean = match outcome {
                 Ok((rest, found)) if rest.fault.is_none() && rest.later.is_empty() => {
-                    self.speak_of(&found, &rest, true);
+                    self.speak_of(&found, &rest, true, &BTreeSet::new());
                     true
                 }
                 Ok((rest, _)) => {
@@ -888,22 +895,22 @@ fn have_to_wait(later: &[(Path, String)]) -> Fault {
 
 /// Logs of earlier boots, for operators.
 pub(crate) fn boots(open: &Open) -> Result<Vec<String>, Fault> {
-    let kept = boots::kept(&open.bucket)?;
-    Ok(kept
+    let earlier = boots::before(&open.bucket, &open.boot)?;
+    Ok(earlier
         .iter()
-        .enumerate()
-        .map(|(n, (boot, logs))| {
+        .zip(1..)
+        .map(|((boot, logs), n)| {
             let when = boot.parse::<u64>().unwrap_or(0);
-            let name = if n == 0 { "this boot".to_owned() } else { format!("--boot -{n}") };
+            let name = format!("--boot -{n}");
             format!("{name:<12} {}  {}", cvm_blueprint::time::rfc3339(when), logs.join(" "))
         })
         .collect())
 }
 
 pub(crate) fn boot_log(open: &Open, boot: i32, log: &str) -> Result<Vec<u8>, Fault> {
-    let kept = boots::kept(&open.bucket)?;
+    let earlier = boots::before(&open.bucket, &open.boot)?;
     let number = usize::try_from(boot.unsigned_abs()).unwrap_or(0);
-    let (name, logs) = kept.get(number).ok_or_else(|| {
+    let (name, logs) = number.checked_sub(1).and_then(|n| earlier.get(n)).ok_or_else(|| {
         Fault::other(format!("the bucket keeps no boot {boot}; `cvm logs --boots` lists them"))
     })?;
     boots::read(&open.bucket, name, log)?

@@ -1,0 +1,650 @@
+//! The tree and the bucket stay equal, whatever is done to the tree: on new machines, on the same
+//! volume, in both modes, and in the eyes of programs that know nothing of the product.
+
+use cvm_harness::machine::PATIENCE;
+use cvm_harness::tools::{Rclone, rclone_crypt_python};
+use cvm_harness::{Builder, Cloud, Machine, difference, digest, flush, independent, storage, until};
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+const OURS: [&str; 2] = [".cvm", "lost+found"];
+const WORKSPACE: &str = "/data/openclaw/workspace";
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Mode {
+    Fuse,
+    Sync,
+}
+
+use Mode::{Fuse, Sync};
+
+impl Mode {
+    /// In sync mode a file that cannot be written lies where the device should be.
+    fn of(self, builder: Builder) -> Builder {
+        let builder = builder.environment("S3_HEARTBEAT", "1");
+        match self {
+            Fuse => builder,
+            Sync => builder.bind(Path::new("/etc/passwd"), "/dev/fuse:ro"),
+        }
+    }
+
+    fn start(self, cloud: &Cloud) -> Machine {
+        ready(self.of(cloud.machine()).start())
+    }
+}
+
+fn ready(machine: Machine) -> Machine {
+    machine.service_in("gateway", &["ready"]);
+    machine
+}
+
+fn tree(machine: &Machine) -> Vec<String> {
+    digest(&machine.path("/data"), &OURS)
+}
+
+/// Loses the machine, and yields what the next one has.
+fn restored(cloud: &Cloud, mut machine: Machine, mode: Mode) -> Machine {
+    machine.destroy();
+    drop(machine);
+    let machine = mode.start(cloud);
+    independent(&machine);
+    machine
+}
+
+fn put(path: PathBuf, content: impl AsRef<[u8]>) {
+    fs::create_dir_all(path.parent().expect("a path below a root")).expect("a directory");
+    fs::write(path, content).expect("a file");
+}
+
+/// Files of many sizes and looks, some of which are read early and some late.
+fn plant(at: &Path) {
+    for n in 0..60 {
+        put(at.join(format!("many/d{}/f{n}", n % 6)), format!("{n} {}", "x".repeat(n * 97)));
+    }
+    for name in ["edited", "appended", "cut", "renamed", "removed", "again", "mode", "owner", "touched", "becomes-directory", "becomes-link", "becomes-pipe"] {
+        put(at.join(name), format!("{name} as it was\n"));
+    }
+    for dir in ["moved", "deep/er", "gone", "becomes-file", "emptied"] {
+        put(at.join(dir).join("one"), format!("one in {dir}"));
+        put(at.join(dir).join("two/three"), format!("three in {dir}"));
+    }
+    symlink("two/three", at.join("moved/link")).expect("a link");
+    put(at.join("large"), vec![7u8; 3 << 20]);
+}
+
+/// What is done to files that may be only below: the same on every tree.
+fn change_old(at: &Path) {
+    put(at.join("edited"), "something else");
+    File::options().append(true).open(at.join("appended")).unwrap().write_all(b"and more\n").unwrap();
+    File::options().write(true).open(at.join("cut")).unwrap().set_len(3).unwrap();
+    fs::rename(at.join("renamed"), at.join("new-name")).unwrap();
+    fs::remove_file(at.join("removed")).unwrap();
+    fs::remove_file(at.join("again")).unwrap();
+    put(at.join("again"), "from nothing");
+    change_names(at);
+    for name in ["becomes-directory", "becomes-link", "becomes-pipe"] {
+        fs::remove_file(at.join(name)).unwrap();
+    }
+    put(at.join("becomes-directory/inside"), "of a directory");
+    symlink("edited", at.join("becomes-link")).unwrap();
+    nix::unistd::mkfifo(&at.join("becomes-pipe"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    fs::remove_dir_all(at.join("becomes-file")).unwrap();
+    put(at.join("becomes-file"), "was a directory");
+}
+
+/// Only what needs no content of old files.
+fn change_names(at: &Path) {
+    fs::rename(at.join("moved"), at.join("elsewhere")).unwrap();
+    fs::rename(at.join("deep"), at.join("elsewhere/deeper")).unwrap();
+    fs::rename(at.join("elsewhere/two/three"), at.join("elsewhere/two/four")).unwrap();
+    fs::remove_file(at.join("elsewhere/deeper/er/one")).unwrap();
+    fs::remove_dir_all(at.join("gone")).unwrap();
+    fs::remove_dir_all(at.join("emptied")).unwrap();
+    fs::create_dir(at.join("emptied")).unwrap();
+    fs::set_permissions(at.join("mode"), fs::Permissions::from_mode(0o755)).unwrap();
+    std::os::unix::fs::chown(at.join("owner"), Some(7), Some(8)).unwrap();
+    let time = std::time::UNIX_EPOCH + Duration::new(1_234_567_890, 987_654_321);
+    if let Ok(file) = File::options().write(true).open(at.join("touched")) {
+        file.set_modified(time).unwrap();
+    }
+}
+
+/// What names and kinds there can be.
+fn add_new(at: &Path) {
+    let at = at.join("new");
+    fs::create_dir_all(at.join("empty/deep")).unwrap();
+    fs::set_permissions(at.join("empty"), fs::Permissions::from_mode(0o1711)).unwrap();
+    symlink("nowhere", at.join("dangling")).unwrap();
+    symlink("/etc/passwd", at.join("absolute")).unwrap();
+    symlink("l/".repeat(1500), at.join("long")).unwrap();
+    put(at.join("linked"), "under two names");
+    fs::create_dir(at.join("other")).unwrap();
+    fs::hard_link(at.join("linked"), at.join("other/linked")).unwrap();
+    put(at.join("zero"), "");
+    let mut sparse = File::create(at.join("sparse")).unwrap();
+    sparse.set_len(5 << 20).unwrap();
+    sparse.write_all(b"head").unwrap();
+    put(at.join("setuid"), "s");
+    fs::set_permissions(at.join("setuid"), fs::Permissions::from_mode(0o4750)).unwrap();
+    drop(std::os::unix::net::UnixListener::bind(at.join("socket")).unwrap_or_else(|_| {
+        // A socket's whole path is short: from here it is not.
+        std::env::set_current_dir(&at).unwrap();
+        std::os::unix::net::UnixListener::bind("socket").unwrap()
+    }));
+    put(at.join("notes"), "");
+    put(at.join("notes-journal"), "a diary, not a database's");
+    for name in names() {
+        put(at.join("names").join(OsStr::from_bytes(&name)), &name);
+        put(at.join("below").join(OsStr::from_bytes(&name)).join("in"), &name);
+    }
+}
+
+fn names() -> Vec<Vec<u8>> {
+    let long = "ä".repeat(127) + "x";
+    let mut names: Vec<Vec<u8>> = [
+        "größe", "gro\u{308}ße", "new\nline", " leading", "trailing ", "trailing.", "\"quoted'", "back\\slash",
+        "*?[]{}#", "#first", "; semi", "- dash", "\u{201b}", "a\u{201b}FFb", "full／width", "\u{2400}\u{240a}",
+        "tab\t", "\r", "del\u{7f}", "日本語", "👩‍👩‍👧", "CON", "~tilde", "$(x)`y`", "%41", "a:b", "x.part", &long,
+    ]
+    .iter()
+    .map(|n| n.as_bytes().to_vec())
+    .collect();
+    names.extend([b"\xff\xfe".to_vec(), b"half\xe2\x80".to_vec(), vec![0x80; 255]]);
+    names
+}
+
+fn without_specials(lines: Vec<String>) -> Vec<String> {
+    lines.into_iter().filter(|l| !l.contains("\" socket ") && !l.contains("\" pipe ")).collect()
+}
+
+fn battery(mode: Mode) {
+    let cloud = Cloud::new();
+    let machine = mode.start(&cloud);
+    plant(&machine.path(WORKSPACE));
+    flush(&machine);
+    let before = tree(&machine);
+    let mut machine = machine;
+    assert_eq!(machine.stop(), 0, "{}", machine.output());
+    drop(machine);
+    // Slow enough that most is only below while it is changed.
+    cloud.proxy.latency(Duration::from_millis(60));
+    let machine = mode.start(&cloud);
+    let status = storage(&machine);
+    if mode == Fuse {
+        assert_eq!((&status["mode"], &status["independent"]), (&"fuse".into(), &false.into()), "{status:#}");
+    } else {
+        assert_eq!(status["mode"], "sync");
+        let reason = "/dev/fuse cannot be opened (Read-only file system)";
+        assert_eq!(status["reason"], reason);
+        assert!(machine.output().contains("FUSE mount failed, falling back to sync mode."));
+        assert!(machine.output().contains(reason));
+        assert_eq!(difference(&before, &tree(&machine)), "");
+    }
+    let at = machine.path(WORKSPACE);
+    change_old(&at);
+    add_new(&at);
+    cloud.proxy.heal();
+    flush(&machine);
+    let expected = without_specials(tree(&machine));
+    let machine = restored(&cloud, machine, mode);
+    assert_eq!(difference(&expected, &tree(&machine)), "");
+    assert!(machine.ok(&["cvm", "storage", "verify", "--deep"]).contains("equal"));
+}
+
+#[test]
+fn whatever_is_done_to_the_tree_is_restored_in_fuse_mode() {
+    battery(Fuse);
+}
+
+#[test]
+fn whatever_is_done_to_the_tree_is_restored_in_sync_mode() {
+    battery(Sync);
+}
+
+#[test]
+fn files_that_grow_or_go_while_they_are_pushed_do_not_stop_the_rest() {
+    let cloud = Cloud::new();
+    let machine = Sync.start(&cloud);
+    let at = machine.path(WORKSPACE);
+    let at = at.as_path();
+    fs::create_dir_all(at).unwrap();
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut log = File::create(at.join("log")).unwrap();
+            for n in 0.. {
+                if stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    return;
+                }
+                log.write_all(b"a line\n").unwrap();
+                let path = at.join(format!("short-lived-{}", n % 10));
+                fs::write(&path, "x").unwrap();
+                fs::remove_file(&path).unwrap();
+            }
+        });
+        for n in 0..5 {
+            put(at.join(format!("kept-{n}")), format!("{n}"));
+            flush(&machine);
+        }
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+    flush(&machine);
+    let expected = tree(&machine);
+    let machine = restored(&cloud, machine, Fuse);
+    assert_eq!(difference(&expected, &tree(&machine)), "");
+}
+
+#[test]
+fn a_name_that_is_too_long_is_an_incident_until_it_is_shorter() {
+    let cloud = Cloud::new();
+    let machine = Fuse.start(&cloud);
+    let at = machine.path(WORKSPACE);
+    let dir = at.join("l".repeat(250)).join("o".repeat(250));
+    put(dir.join("n".repeat(250)), "too far");
+    put(at.join("short"), "near");
+    let incidents = || storage(&machine)["incidents"].as_array().cloned().unwrap_or_default();
+    flush(&machine);
+    assert_eq!(incidents().len(), 1, "{:#?}", incidents());
+    // A change elsewhere does not end it.
+    let generation = storage(&machine)["generation"].as_u64();
+    put(at.join("elsewhere"), "x");
+    until("the change is pushed", PATIENCE, || {
+        let status = storage(&machine);
+        (status["generation"].as_u64() > generation && status["pending_files"] == 0).then_some(())
+    });
+    assert_eq!(incidents().len(), 1, "{:#?}", incidents());
+    fs::rename(dir.join("n".repeat(250)), at.join("now-short")).unwrap();
+    until("the incident is over", PATIENCE, || incidents().is_empty().then_some(()));
+    flush(&machine);
+    assert_eq!(incidents().len(), 0);
+    let expected = tree(&machine);
+    let machine = restored(&cloud, machine, Sync);
+    assert_eq!(difference(&expected, &tree(&machine)), "");
+}
+
+// === The same volume again ===
+
+/// Nothing begins and nothing goes on.
+fn unreachable(cloud: &Cloud) {
+    cloud.proxy.refuse(true);
+    cloud.proxy.cut();
+}
+
+fn reachable(cloud: &Cloud) {
+    cloud.proxy.heal();
+    cloud.proxy.refuse(false);
+}
+
+#[test]
+fn what_was_not_pushed_is_on_the_volume_and_is_pushed_by_the_next_boot() {
+    let cloud = Cloud::new();
+    let machine = Fuse.start(&cloud);
+    plant(&machine.path(WORKSPACE));
+    flush(&machine);
+    unreachable(&cloud);
+    change_old(&machine.path(WORKSPACE));
+    let _ = fs::remove_file(machine.path(WORKSPACE).join("becomes-pipe"));
+    let expected = tree(&machine);
+    reachable(&cloud);
+    // Killed before it could have noticed.
+    unreachable(&cloud);
+    let mut machine = machine;
+    machine.destroy();
+    reachable(&cloud);
+    let machine = ready(machine.again(|builder| builder));
+    assert_eq!(difference(&expected, &tree(&machine)), "");
+    flush(&machine);
+    let machine = restored(&cloud, machine, Sync);
+    assert_eq!(difference(&expected, &tree(&machine)), "");
+}
+
+/// Lines without the times of directories: they change with what is moved.
+fn timeless(lines: Vec<String>) -> Vec<String> {
+    lines
+        .into_iter()
+        .map(|line| {
+            let words: Vec<&str> = line.split(' ').collect();
+            if words[1] == "directory" { words[..5].join(" ") } else { line }
+        })
+        .collect()
+}
+
+fn switches(hydrated: bool) {
+    let cloud = Cloud::new();
+    let machine = Fuse.start(&cloud);
+    let at = machine.path(WORKSPACE);
+    plant(&at);
+    for n in 0..250 {
+        put(at.join(format!("bulk/{n:03}")), format!("bulk {n}"));
+        fs::set_permissions(at.join(format!("bulk/{n:03}")), fs::Permissions::from_mode(0o600)).unwrap();
+    }
+    flush(&machine);
+    let model = tempfile::tempdir().unwrap();
+    let copied = Command::new("cp").arg("-a").arg(format!("{}/.", at.display())).arg(model.path()).status();
+    assert!(copied.unwrap().success());
+    let mut machine = machine;
+    assert_eq!(machine.stop(), 0);
+    drop(machine);
+    if !hydrated {
+        cloud.proxy.latency(Duration::from_millis(150));
+    }
+    let machine = Fuse.start(&cloud);
+    if hydrated {
+        independent(&machine);
+    }
+    unreachable(&cloud);
+    assert_eq!(storage(&machine)["independent"], hydrated);
+    for at in [&machine.path(WORKSPACE), model.path()] {
+        change_names(at);
+        put(at.join("elsewhere/new"), "new");
+        fs::set_permissions(at.join("elsewhere/new"), fs::Permissions::from_mode(0o644)).unwrap();
+        let time = std::time::UNIX_EPOCH + Duration::from_secs(1_700_000_000);
+        File::options().write(true).open(at.join("elsewhere/new")).unwrap().set_modified(time).unwrap();
+    }
+    let time = std::time::UNIX_EPOCH + Duration::new(1_234_567_890, 987_654_321);
+    for at in [&machine.path(WORKSPACE), model.path()] {
+        // Where its data is only below and out of reach it cannot be opened.
+        let _ = fs::remove_file(at.join("touched"));
+        put(at.join("touched"), "anew");
+        File::options().write(true).open(at.join("touched")).unwrap().set_modified(time).unwrap();
+    }
+    let expected = timeless(digest(model.path(), &[]));
+    let mut machine = machine;
+    for mode in [Sync, Fuse, Sync] {
+        machine.destroy();
+        reachable(&cloud);
+        machine = ready(machine.again(|builder| match mode {
+            Sync => builder.bind(Path::new("/etc/passwd"), "/dev/fuse:ro"),
+            Fuse => builder.bind(Path::new("/dev/fuse"), "/dev/fuse"),
+        }));
+        let status = storage(&machine);
+        assert_eq!(status["mode"], if mode == Fuse { "fuse" } else { "sync" }, "{status:#}");
+        independent(&machine);
+        let found = timeless(digest(&machine.path(WORKSPACE), &[]));
+        assert_eq!(difference(&expected, &found), "", "in {mode:?}");
+    }
+    flush(&machine);
+    let machine = restored(&cloud, machine, Fuse);
+    assert_eq!(difference(&expected, &timeless(digest(&machine.path(WORKSPACE), &[]))), "");
+}
+
+#[test]
+fn the_mode_may_change_on_a_volume_that_has_everything() {
+    switches(true);
+}
+
+#[test]
+fn the_mode_may_change_on_a_volume_that_has_not() {
+    switches(false);
+}
+
+#[test]
+fn a_restore_that_was_killed_deletes_nothing_when_the_mode_changes() {
+    let cloud = Cloud::new();
+    let machine = Sync.start(&cloud);
+    plant(&machine.path(WORKSPACE));
+    flush(&machine);
+    let expected = tree(&machine);
+    let mut machine = machine;
+    assert_eq!(machine.stop(), 0);
+    drop(machine);
+    cloud.proxy.latency(Duration::from_millis(100));
+    let mut machine = Sync.of(cloud.machine()).start();
+    until("some files are there", PATIENCE, || {
+        machine.data().join("openclaw/workspace/many/d0/f6").exists().then_some(())
+    });
+    machine.destroy();
+    assert!(!machine.data().join("openclaw/workspace/large").exists(), "it was too fast for this test");
+    cloud.proxy.heal();
+    let machine = ready(machine.again(|builder| builder.bind(Path::new("/dev/fuse"), "/dev/fuse")));
+    assert_eq!(storage(&machine)["mode"], "fuse");
+    independent(&machine);
+    flush(&machine);
+    assert_eq!(difference(&expected, &tree(&machine)), "");
+}
+
+// === In the eyes of others ===
+
+
+/// What HKDF makes of the harness's `MASTER_KEY`, by another program's reckoning.
+const PASSWORD: &str = "fWxyhzuLSQizHmoLLNCIFuPKNGAgWm3D5LziNPZ2UdM=";
+const SALT: &str = "H4BgUUYEIHkdwOCdLFt/MPbFWIl/8cxJmZmD5D/fVwU=";
+const PREFIX: &str = "openclaw-data";
+
+fn stock_rclone(cloud: &Cloud) -> Rclone {
+    Rclone::new(&cloud.garage, PREFIX, PASSWORD, SALT)
+}
+
+/// Files of a tree by name: content and time.
+fn files(lines: &[String]) -> Vec<String> {
+    lines
+        .iter()
+        .filter_map(|line| {
+            let (name, rest) = line.rsplit_once("\" file ")?;
+            let words: Vec<&str> = rest.split(' ').collect();
+            Some(format!("{name} {} {} {}", words[2], words[3], words[4]))
+        })
+        .collect()
+}
+
+#[test]
+fn stock_rclone_reads_everything_that_is_written() {
+    let cloud = Cloud::new();
+    let machine = Fuse.start(&cloud);
+    plant(&machine.path(WORKSPACE));
+    add_new(&machine.path(WORKSPACE));
+    for name in ["\u{2400}\u{240a}", "full／width", "\r", "new\nline", "tab\t", "del\u{7f}"] {
+        // rclone's own names for these differ from the kernel's.
+        fs::remove_file(machine.path(WORKSPACE).join("new/names").join(name)).unwrap();
+        fs::remove_dir_all(machine.path(WORKSPACE).join("new/below").join(name)).unwrap();
+    }
+    flush(&machine);
+    let rclone = stock_rclone(&cloud);
+    let copy = tempfile::tempdir().unwrap();
+    rclone.ok(&["copy", "crypt:", &copy.path().display().to_string()]);
+    let (ours, theirs) = (tree(&machine), digest(copy.path(), &OURS));
+    assert_eq!(difference(&files(&ours), &files(&theirs)), "");
+    // Its own objects are as open.
+    let control: Vec<_> = walk(&copy.path().join(".cvm"));
+    assert!(control.iter().any(|p| p.ends_with("owner")) && control.len() > 2, "{control:?}");
+    assert!(control.iter().all(|p| fs::metadata(p).is_ok_and(|m| m.len() > 0)));
+    // A program that shares no code with rclone agrees.
+    let mut judged = 0;
+    for (key, bytes) in cloud.garage.all_bytes().filter(|(_, bytes)| bytes.len() < 5000).take(12) {
+        let name = key.strip_prefix(PREFIX).unwrap().trim_start_matches('/');
+        let (clear, content) = rclone_crypt_python(name, &bytes, PASSWORD, SALT).unwrap();
+        let at = copy.path().join(&clear);
+        if clear.contains('\u{201b}') {
+            continue;
+        }
+        assert!(clear.starts_with(".cvm/") || fs::read(&at).unwrap() == content, "{clear}");
+        judged += 1;
+    }
+    assert!(judged > 5);
+}
+
+fn walk(dir: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        if entry.path().is_dir() { found.extend(walk(&entry.path())) } else { found.push(entry.path()) }
+    }
+    found
+}
+
+#[test]
+fn nothing_of_names_or_contents_is_in_any_stored_byte() {
+    const CANARY: &str = "Kanarienvogel";
+    let cloud = Cloud::new();
+    let machine = Fuse.start(&cloud);
+    let at = machine.path(WORKSPACE);
+    put(at.join(CANARY).join(format!("a-{CANARY}.txt")), format!("{CANARY} ").repeat(9000));
+    put(at.join("small"), CANARY);
+    symlink(format!("to/{CANARY}"), at.join("link")).unwrap();
+    fs::set_permissions(at.join("small"), fs::Permissions::from_mode(0o4711)).unwrap();
+    flush(&machine);
+    fs::rename(at.join("small"), at.join(format!("{CANARY}-2"))).unwrap();
+    let mut machine = machine;
+    assert_eq!(machine.stop(), 0);
+    let has = |bytes: &[u8]| {
+        bytes.windows(CANARY.len()).any(|w| w.eq_ignore_ascii_case(CANARY.as_bytes()))
+    };
+    let mut objects = 0;
+    for (key, bytes) in cloud.garage.all_bytes() {
+        assert!(!has(key.as_bytes()) && !has(&bytes), "{key}");
+        objects += 1;
+    }
+    assert!(objects > 4);
+    for file in walk(cloud.garage.directory()) {
+        assert!(!has(&fs::read(&file).unwrap_or_default()), "{}", file.display());
+    }
+}
+
+fn sqlite(program: &str, database: &Path) -> String {
+    let output = Command::new("python3")
+        .args(["-c", &format!("import sqlite3,sys,os\nc=sqlite3.connect(sys.argv[1])\n{program}"), &database.display().to_string()])
+        .output()
+        .expect("python3 runs");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).trim().to_owned()
+}
+
+/// Committed, with the log left beside it as a killed writer leaves it, and cut short.
+const TORN: &str = "c.execute('pragma journal_mode=wal')
+c.execute('pragma wal_autocheckpoint=0')
+c.execute('create table t(x)')
+for n in range(50):
+    c.execute('insert into t values(?)', ('y'*500,)); c.commit()
+os.truncate(sys.argv[1]+'-wal', os.path.getsize(sys.argv[1]+'-wal')-2000)
+sys.stdout.flush(); os._exit(0)";
+
+#[test]
+fn a_bucket_of_the_old_entrypoint_is_adopted() {
+    let cloud = Cloud::new();
+    let old = tempfile::tempdir().unwrap();
+    put(old.path().join("openclaw/openclaw.json"), "{}");
+    put(old.path().join("openclaw/workspace/notes.md"), "from before");
+    put(old.path().join(".config/tool/settings"), "kept");
+    fs::create_dir_all(old.path().join("sqlite")).unwrap();
+    sqlite("c.execute('create table m(x)');c.execute('insert into m values(42)');c.commit()", &old.path().join("sqlite/main-memory.db"));
+    sqlite(TORN, &old.path().join("openclaw/workspace/x.sqlite"));
+    assert!(old.path().join("openclaw/workspace/x.sqlite-wal").exists());
+    let rclone = stock_rclone(&cloud);
+    rclone.ok(&["copy", &old.path().display().to_string(), "crypt:"]);
+    let machine = Fuse.start(&cloud);
+    assert!(machine.read("/var/log/openclaw-cvm/supervisor.log").contains("adopted") || machine.output().contains("adopted"), "{}", machine.output());
+    let data = machine.path("/data");
+    for (path, content) in [("openclaw/workspace/notes.md", "from before"), (".config/tool/settings", "kept")] {
+        assert_eq!(fs::read_to_string(data.join(path)).unwrap(), content);
+    }
+    flush(&machine);
+    let memory = "openclaw/agents/main/memory.db";
+    assert_eq!(sqlite("print(c.execute('select x from m').fetchone()[0])", &data.join(memory)), "42");
+    let rows = "print(c.execute('select count(*) from t').fetchone()[0], c.execute('pragma integrity_check').fetchone()[0])";
+    let mut machine = machine;
+    for mode in [Fuse, Sync] {
+        machine = restored(&cloud, machine, mode);
+        assert!(!machine.output().contains("adopted"), "{}", machine.output());
+        let data = machine.path("/data");
+        assert_eq!(sqlite("print(c.execute('select x from m').fetchone()[0])", &data.join(memory)), "42");
+        let found = sqlite(rows, &data.join("openclaw/workspace/x.sqlite"));
+        let (count, check) = found.split_once(' ').unwrap();
+        assert!(count.parse::<u32>().unwrap() >= 45 && check == "ok", "{found}");
+    }
+    // What the old one wrote is where it was.
+    let listed = String::from_utf8(rclone.ok(&["lsf", "-R", "crypt:"])).unwrap();
+    for kept in ["sqlite/main-memory.db", memory, "openclaw/openclaw.json"] {
+        assert!(listed.lines().any(|l| l == kept), "{kept} in:\n{listed}");
+    }
+}
+
+// === Many ===
+
+#[test]
+fn ten_thousand_files_are_pushed_and_restored() {
+    let many = if std::env::var_os("CVM_SOAK").is_some() { 100_000 } else { 10_000 };
+    let cloud = Cloud::new();
+    let machine = Fuse.start(&cloud);
+    let at = machine.path(WORKSPACE);
+    for n in 0..many {
+        put(at.join(format!("many/{}/{n}", n % 97)), n.to_string());
+    }
+    let began = std::time::Instant::now();
+    flush(&machine);
+    eprintln!("{many} files pushed in {:?}", began.elapsed());
+    let expected = tree(&machine);
+    let mut machine = machine;
+    for mode in [Fuse, Sync] {
+        let began = std::time::Instant::now();
+        machine = restored(&cloud, machine, mode);
+        eprintln!("and restored in {mode:?} mode in {:?}", began.elapsed());
+        assert_eq!(difference(&expected, &tree(&machine)), "", "{mode:?}");
+    }
+}
+
+// === The operator's hand ===
+
+#[test]
+fn an_operator_sees_checks_and_fetches_what_the_bucket_has() {
+    let cloud = Cloud::new();
+    let machine = Fuse.start(&cloud);
+    let at = machine.path(WORKSPACE);
+    plant(&at);
+    sqlite("c.execute('create table m(x)');c.commit()", &at.join("a.sqlite"));
+    flush(&machine);
+    let listed = machine.ok(&["cvm", "storage", "ls", "openclaw/workspace/many"]);
+    assert_eq!(listed.lines().filter(|l| l.contains("/f")).count(), 60, "{listed}");
+    assert_eq!(listed, machine.ok(&["cvm", "storage", "ls", "/data/openclaw/workspace/many"]));
+    let path = "openclaw/workspace/many/d0/f6";
+    machine.ok(&["cvm", "storage", "get", path, "/tmp/got"]);
+    assert_eq!(machine.read("/tmp/got"), machine.read(&format!("/data/{path}")));
+    assert!(!machine.exec(&["cvm", "storage", "get", "no/such", "/tmp/none"]).status.success());
+    for words in [&["verify"][..], &["verify", "--deep"], &["drill"]] {
+        machine.ok(&[&["cvm", "storage"], words].concat());
+    }
+    assert_eq!(storage(&machine)["drill"]["good"], true);
+    machine.ok(&["cvm", "storage", "restore", "--to", "/tmp/whole"]);
+    assert_eq!(difference(&tree(&machine), &digest(&machine.path("/tmp/whole"), &OURS)), "");
+    assert!(!machine.exec(&["cvm", "storage", "restore", "--to", "/tmp/whole"]).status.success());
+    // One object less: seen by name and size. One replaced by another of its size: by content.
+    let key = |name: &str| {
+        let listed = stock_rclone(&cloud).ok(&["cryptdecode", "--reverse", "crypt:", name]);
+        let listed = String::from_utf8(listed).unwrap();
+        format!("{PREFIX}/{}", listed.split_whitespace().last().unwrap())
+    };
+    let (one, two) = (key("openclaw/workspace/deep/two/three"), key("openclaw/workspace/moved/two/three"));
+    let other = cloud.garage.object(&key("openclaw/workspace/gone/two/three")).unwrap();
+    cloud.garage.put_object(&one, &other);
+    machine.ok(&["cvm", "storage", "verify"]);
+    let deep = machine.exec(&["cvm", "storage", "verify", "--deep"]);
+    let said = String::from_utf8_lossy(&deep.stdout).into_owned();
+    assert!(!deep.status.success() && said.contains("deep/two/three"), "{said}");
+    cloud.garage.delete_raw(&two);
+    let shallow = machine.exec(&["cvm", "storage", "verify"]);
+    let said = String::from_utf8_lossy(&shallow.stdout).into_owned();
+    assert!(!shallow.status.success() && said.contains("moved/two/three"), "{said}");
+}
+
+#[test]
+fn the_last_words_of_a_lost_machine_are_read_on_its_successor() {
+    let cloud = Cloud::new();
+    let machine = Fuse.of(cloud.machine()).environment("CVM_NAME_OF_A_BOOT", "first").start();
+    let machine = ready(machine);
+    until("its logs are in the bucket", PATIENCE, || {
+        let rclone = stock_rclone(&cloud).run(&["lsf", "-R", "crypt:.cvm/boots"]);
+        String::from_utf8_lossy(&rclone.stdout).contains("/supervisor").then_some(())
+    });
+    let first = machine.read("/var/log/openclaw-cvm/supervisor.log");
+    let first = first.lines().next().unwrap().to_owned();
+    let machine = restored(&cloud, machine, Sync);
+    let said = machine.ok(&["cvm", "logs", "--boot", "-1", "-n", "all"]);
+    assert!(said.contains(&first), "{first:?} in:\n{said}");
+    let own = machine.read("/var/log/openclaw-cvm/supervisor.log");
+    assert!(!said.contains(own.lines().next().unwrap()), "{said}");
+    assert!(machine.ok(&["cvm", "logs", "--boots"]).contains("--boot -1"));
+}
