@@ -94,7 +94,7 @@ impl Index {
     /// Forgets everything about the tree, not who this volume is.
     pub(crate) fn clear(&self) -> Result<(), Fault> {
         self.db().execute_batch(
-            "DELETE FROM entry; DELETE FROM tomb; DELETE FROM meta WHERE name IN ('head', 'independent');",
+            "DELETE FROM entry; DELETE FROM tomb; DELETE FROM meta WHERE name IN ('head', 'independent', 'restored');",
         )?;
         Ok(())
     }
