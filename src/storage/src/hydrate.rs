@@ -107,12 +107,16 @@ fn settle(open: &Open, desk: &Desk, lifted: Vec<Lifted>) -> Result<bool, Fault> 
 /// What is wrong in the bucket is not there for the gateway. What it has already written over is
 /// its own and stays.
 fn hide(open: &Open, path: &Path) {
-    let above = volume::look(&path.below(&open.volume.upper)).ok().flatten();
-    let written = above.is_some_and(|_| {
-        volume::mark(&path.below(&open.volume.upper), c"trusted.overlay.metacopy").is_none()
-    });
-    if !written {
-        let _ = std::fs::remove_file(path.below(&open.volume.tree));
+    let upper = path.below(&open.volume.upper);
+    let stub = || volume::mark(&upper, c"trusted.overlay.metacopy").is_some();
+    let above = volume::look(&upper).ok().flatten().is_some();
+    if above && !stub() {
+        return;
+    }
+    let removed = std::fs::remove_file(path.below(&open.volume.tree));
+    // Of a stub with nothing below, the overlay finds neither the file nor its absence.
+    if removed.is_err() && above && stub() {
+        let _ = std::fs::remove_file(&upper);
     }
 }
 
