@@ -12,6 +12,8 @@ use crate::s3::{S3, When};
 use cvm_blueprint::storage::StorageSpec;
 
 const CONTROL: &str = ".cvm";
+/// Below it, where the manifest's segments are.
+pub(crate) const MANIFEST: &str = "manifest";
 /// Enough names to know whose they are.
 const SURVEY: usize = 100;
 
@@ -26,9 +28,13 @@ pub(crate) struct Bucket {
 /// What lies at the crypt root.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Survey {
+    /// No manifest and no objects; perhaps the record of an owner that has not written yet.
     Empty,
     /// Objects of this key's, without a manifest: written by something older, or by stock rclone.
     Unmanaged,
+    /// The same, and yet it has had an owner: an adoption that was cut short, or a manifest that
+    /// somebody has deleted.
+    Bereft,
     Managed,
 }
 
@@ -60,11 +66,15 @@ impl Bucket {
         if names.is_empty() {
             return Ok(Survey::Empty);
         }
-        // It need not be on this page of a root with very many names.
-        if names.contains(&control.as_str())
-            || !self.s3.list(&format!("{root}{control}/"), true, 1, None)?.is_empty()
-        {
+        let any_below = |directory: &str| self.s3.list(directory, true, 1, None).map(|page| !page.is_empty());
+        if any_below(&format!("{}/", self.key_of(MANIFEST)?))? {
             return Ok(Survey::Managed);
+        }
+        // It need not be on this page of a root with very many names.
+        let owned = names.contains(&control.as_str()) || any_below(&format!("{root}{control}/"))?;
+        let names: Vec<&str> = names.into_iter().filter(|n| *n != control).collect();
+        if names.is_empty() {
+            return Ok(Survey::Empty);
         }
         let ours = names.iter().filter(|n| self.crypt.decrypt_segment(n).is_some()).count();
         if ours == 0 {
@@ -73,7 +83,7 @@ impl Bucket {
                 self.prefix
             )));
         }
-        Ok(Survey::Unmanaged)
+        Ok(if owned { Survey::Bereft } else { Survey::Unmanaged })
     }
 
     fn key_of(&self, name: &str) -> Result<String, Fault> {

@@ -3,7 +3,7 @@
 //! Refuses to write without the lease's word (the caller asks for it), and to delete a segment
 //! that is not covered by another. May import: `bucket`, `entry`, `fault`, `index`, `manifest`, `s3`.
 
-use crate::bucket::Bucket;
+use crate::bucket::{Bucket, MANIFEST as DIRECTORY};
 use crate::entry::Path;
 use crate::fault::Fault;
 use crate::index::Index;
@@ -12,7 +12,6 @@ use crate::s3::When;
 use std::collections::BTreeMap;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-const DIRECTORY: &str = "manifest";
 /// Segments after the merged ones before they are merged too: how many a boot has to read.
 const LOOSE_MAX: usize = 48;
 /// Lines in memory. Above this, or above half of all files, everything is written anew instead.
@@ -55,6 +54,15 @@ impl Chain {
         }
     }
 
+    fn names(bucket: &Bucket) -> Result<Vec<Name>, Fault> {
+        Ok(bucket.list(DIRECTORY)?.iter().filter_map(|(n, _)| Name::parse(n)).collect())
+    }
+
+    /// The latest owner that has written anything.
+    pub(crate) fn newest_epoch(bucket: &Bucket) -> Result<u64, Fault> {
+        Ok(Self::names(bucket)?.iter().map(|n| n.epoch).max().unwrap_or(0))
+    }
+
     /// Reads what the index does not know yet.
     pub(crate) fn load(
         bucket: &Bucket,
@@ -64,10 +72,11 @@ impl Chain {
         accept: bool,
     ) -> Result<Loaded, Fault> {
         let known = index.head()?;
-        let names: Vec<Name> = bucket.list(DIRECTORY)?.iter().filter_map(|(n, _)| Name::parse(n)).collect();
+        let names = Self::names(bucket)?;
         let chain = manifest::chain(&names);
         let generation = chain.last().map_or(0, |n| n.to);
-        let newest = names.iter().map(|n| n.to).max().unwrap_or(0);
+        let last_epoch = chain.last().map_or(0, |n| n.epoch);
+        let newest = names.iter().filter(|n| n.epoch >= last_epoch).map(|n| n.to).max().unwrap_or(0);
         if newest > generation && !accept {
             return Err(Fault::Suspicious(format!(
                 "the manifest has a gap: generation {newest} is there, and what leads to it is not complete after {generation}"
@@ -91,11 +100,22 @@ impl Chain {
         let mut this = Self { segments: chain.clone(), ..Self::empty(owner) };
         // From the segment that ends where the index stands; its digest is checked on the way.
         let at_boundary = known.generation > 0 && chain.iter().any(|n| n.to == known.generation);
-        let continued = at_boundary && this.read_on(bucket, index, known, anchor)?;
+        let anchor = anchor.filter(|_| !accept);
+        let continued = at_boundary
+            && match this.read_on(bucket, index, known, anchor) {
+                Err(Fault::Suspicious(_)) if accept => false,
+                other => other?,
+            };
         if !continued {
             index.clear()?;
             this = Self { segments: chain, ..Self::empty(owner) };
-            this.read_all(bucket, index, anchor)?;
+            match this.read_all(bucket, index, anchor) {
+                Err(Fault::Suspicious(_)) if accept => this.cut_here(),
+                other => other?,
+            }
+        }
+        if accept {
+            this.only_these(bucket, &names)?;
         }
         let intents = this
             .tail
@@ -154,13 +174,14 @@ impl Chain {
             let Name { from, to, .. } = name;
             let (header, lines) = self.read(bucket, name)?;
             self.follows(&header)?;
-            self.head = Head { generation: to, digest: header.head };
-            if anchor_differs(anchor, self.head) {
+            let head = Head { generation: to, digest: header.head };
+            if anchor_differs(anchor, head) {
                 return Err(Fault::Suspicious(format!(
                     "the bucket's history is not the one of STATE_ANCHOR: generation {to} has another digest"
                 )));
             }
-            index.apply(&lines, Some(self.head))?;
+            index.apply(&lines, Some(head))?;
+            self.head = head;
             if from == 0 {
                 self.base = self.head;
             } else {
@@ -168,6 +189,19 @@ impl Chain {
             }
         }
         Ok(())
+    }
+
+    /// What was read is the chain from now on.
+    fn cut_here(&mut self) {
+        let end = self.head.generation;
+        self.segments.retain(|n| n.to <= end);
+    }
+
+    /// Deletes what does not belong to the chain: the next segments take the numbers of those that
+    /// were given up, and must not be mistaken for theirs.
+    fn only_these(&self, bucket: &Bucket, names: &[Name]) -> Result<(), Fault> {
+        let foreign = names.iter().filter(|n| !self.segments.contains(n));
+        foreign.into_iter().try_for_each(|name| bucket.delete(&format!("{DIRECTORY}/{name}")))
     }
 
     fn follows(&self, header: &Header) -> Result<(), Fault> {

@@ -2,19 +2,22 @@
 //! copied up by the kernel, which does it as one step whoever else writes at the same moment.
 //!
 //! Refuses to copy up what does not match the manifest: that is hidden, and an incident.
-//! May import: `desk`, `entry`, `fault`, `index`, `stage`, `volume`.
+//! May import: `desk`, `entry`, `fault`, `fetch`, `index`, `manifest`, `stage`, `volume`.
 
 use crate::desk::{Desk, Open};
 use crate::entry::{Entry, Kind, Path};
 use crate::fault::Fault;
+use crate::fetch::{Fetcher, Got, Wanted};
 use crate::index::{Row, Sign};
+use crate::manifest::{Line, Word};
 use crate::scan::sign_of;
 use crate::{parallel, stage, volume};
 use cvm_blueprint::paths;
 use cvm_blueprint::storage::Progress;
-use nix::fcntl::OFlag;
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path as FsPath;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -104,12 +107,16 @@ fn settle(open: &Open, desk: &Desk, lifted: Vec<Lifted>) -> Result<bool, Fault> 
 /// What is wrong in the bucket is not there for the gateway. What it has already written over is
 /// its own and stays.
 fn hide(open: &Open, path: &Path) {
-    let above = volume::look(&path.below(&open.volume.upper)).ok().flatten();
-    let written = above.is_some_and(|_| {
-        volume::mark(&path.below(&open.volume.upper), c"trusted.overlay.metacopy").is_none()
-    });
-    if !written {
-        let _ = std::fs::remove_file(path.below(&open.volume.tree));
+    let upper = path.below(&open.volume.upper);
+    let stub = || volume::mark(&upper, c"trusted.overlay.metacopy").is_some();
+    let above = volume::look(&upper).ok().flatten().is_some();
+    if above && !stub() {
+        return;
+    }
+    let removed = std::fs::remove_file(path.below(&open.volume.tree));
+    // Of a stub with nothing below, the overlay finds neither the file nor its absence.
+    if removed.is_err() && above && stub() {
+        let _ = std::fs::remove_file(&upper);
     }
 }
 
@@ -201,6 +208,53 @@ fn copy_up(open: &Open, path: &Path, entry: &Entry) -> Result<Option<Sign>, Faul
     let same = (before.st_size, before.st_ino) == (after.st_size, after.st_ino)
         && volume::mtime_ns(&after) == entry.mtime_ns;
     Ok(same.then(|| sign_of(&upper, &after, false)))
+}
+
+/// What was bad may have been put right in the bucket: it is fetched again, checked, and put where
+/// nobody has written anything meanwhile.
+pub(crate) fn once_more(open: &Open, desk: &Desk) -> Result<(), Fault> {
+    let bad = open.index.bad()?;
+    if bad.is_empty() {
+        return Ok(());
+    }
+    let scratch = open.volume.staging().join("again");
+    let fetcher = Fetcher { bucket: &open.bucket, parts: scratch.join("parts"), progress: &|_, _| {} };
+    let wanted = bad.into_iter().map(|(path, row)| Wanted { path, may_be: vec![row.entry] }).collect();
+    let fetched = scratch.join("tree");
+    for got in fetcher.files(wanted, &fetched)? {
+        if let Got::Good(path, entry) = got
+            && bring_back(open, &path, &path.below(&fetched), &entry)?
+        {
+            desk.settled(&path.to_string());
+            // The next scan finds it, and finds that the bucket has it.
+            open.index.apply(&[Line { path, word: Word::Is(entry) }], None)?;
+        }
+    }
+    Ok(std::fs::remove_dir_all(&scratch)?)
+}
+
+/// By a copy, as the tree may be another file system than the staging area; and through no link,
+/// as the directories are the agent's to replace.
+fn bring_back(open: &Open, path: &Path, from: &FsPath, entry: &Entry) -> Result<bool, Fault> {
+    use std::os::fd::AsRawFd as _;
+    use std::os::unix::ffi::OsStrExt as _;
+    let top = std::fs::File::open(&open.volume.tree)?;
+    let parent = path.parent().map_or_else(|| FsPath::new(".").to_owned(), |p| p.below(FsPath::new("")));
+    let how = OpenHow::new()
+        .flags(OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_BENEATH);
+    let Ok(parent) = openat2(&top, &parent, how) else { return Ok(false) };
+    let parent = std::path::PathBuf::from(format!("/proc/self/fd/{}", parent.as_raw_fd()));
+    let (part, to) = (parent.join(".cvm-again"), parent.join(std::ffi::OsStr::from_bytes(path.name())));
+    if volume::look(&to)?.is_some() {
+        return Ok(false);
+    }
+    let _ = std::fs::remove_file(&part);
+    let mut copy = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&part)?;
+    std::io::copy(&mut std::fs::File::open(from)?, &mut copy)?;
+    volume::dress(&part, entry)?;
+    std::fs::rename(part, to)?;
+    Ok(true)
 }
 
 /// Copies up everything below a directory that was moved while its files were only below, or one

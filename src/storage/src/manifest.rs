@@ -195,13 +195,16 @@ impl Name {
 }
 
 /// The segments that lead from 0 to the newest generation: of the latest owner, and then the
-/// longest first. What is not among them has been merged into one that is.
+/// longest first. What is not among them has been merged into one that is, or was written by an
+/// owner that did not know yet that it had a successor: epochs never go down along the chain.
 pub(crate) fn chain(names: &[Name]) -> Vec<Name> {
-    let mut at = 0;
+    let (mut at, mut epoch) = (0, 0);
     let mut chain = Vec::new();
-    while let Some(next) = names.iter().filter(|n| n.from == at).max_by_key(|n| (n.epoch, n.to)) {
+    while let Some(next) =
+        names.iter().filter(|n| n.from == at && n.epoch >= epoch).max_by_key(|n| (n.epoch, n.to))
+    {
         chain.push(*next);
-        at = next.to;
+        (at, epoch) = (next.to, next.epoch);
     }
     chain
 }

@@ -20,6 +20,7 @@ use crate::manifest::{Head, Line, Word};
 use crate::mount::{self, NoMount, StandIn};
 use crate::owner::{self, Lease, Me, Verdict, uptime};
 use crate::rclone::MountModes;
+use crate::s3::When;
 use crate::volume::{self, Volume};
 use crate::{hydrate, moved, rules, scan};
 use cvm_blueprint::storage::{Mode, Progress, StorageSpec};
@@ -109,22 +110,32 @@ pub(crate) fn open(spec: &StorageSpec, desk: &Desk, word: Said, pause: Pause<'_>
     let survey = bucket.survey()?;
     let held = hold_volume(FsPath::new(cvm_blueprint::paths::DATA))?;
     held.volume.clear_staging_but_parts()?;
-    let known_epoch = held.index.number("epoch")?;
+    let ours = held.index.number("epoch")?;
+    still_there(&held, survey, word)?;
+    // Before the record is read: what is written after it has an epoch that it knows.
+    let written = if survey == Survey::Managed { Chain::newest_epoch(&bucket)? } else { 0 };
+    let known = ours.max(written);
     let beat = Duration::from_secs(u64::from(spec.heartbeat_s.max(1)));
-    let before = wait_for_it(&bucket, desk, &held.me, known_epoch, beat, word, pause)?;
-    let owned_by_others = before.record.as_ref().is_some_and(|(r, _)| r.epoch > known_epoch);
-    if let Some((record, _)) = &before.record
-        && record.epoch < known_epoch
-        && !word.accept
-    {
+    let before = wait_for_it(&bucket, desk, &held.me, known, beat, word, &mut *pause)?;
+    let owned_by_others = before.record.as_ref().is_some_and(|r| r.epoch > ours);
+    if let Some(record) = before.record.as_ref().filter(|r| r.epoch < known && !word.accept) {
         return Err(Fault::Suspicious(format!(
-            "the ownership record is older than this volume: epoch {} in the bucket, {known_epoch} was ours",
+            "the ownership record is older than what its owners have done: epoch {} in the record, {known} was reached",
             record.epoch
         )));
     }
-    past(desk, &held, survey, owned_by_others, word)?;
+    let survey = without_manifest(survey, &before, &held, word)?;
+    past(desk, &held, survey, owned_by_others)?;
     let taken = uptime();
-    let lease = Lease::take(&bucket, &held.me, before.record, before.epoch, beat)?;
+    let lease = Lease::take(&bucket, &held.me, &before.when, before.epoch, beat)?;
+    if let Some(doubt) = lease.doubt(before.forced, before.read_at) {
+        let until = uptime() + doubt;
+        desk.not_ready("waiting", "the last owner gets a moment to see that it has a successor", true);
+        while uptime() < until {
+            pause(until.saturating_sub(uptime()))?;
+        }
+        lease.look(&bucket)?;
+    }
     desk.identity(&held.me.instance, lease.epoch());
     let ready = tree(spec, desk, bucket, held, lease, survey, word, taken);
     if ready.is_err() {
@@ -134,8 +145,49 @@ pub(crate) fn open(spec: &StorageSpec, desk: &Desk, word: Said, pause: Pause<'_>
 }
 
 struct Before {
-    record: Option<(owner::Record, Option<String>)>,
+    record: Option<owner::Record>,
+    /// On what our own record depends.
+    when: When,
     epoch: u64,
+    read_at: Duration,
+    /// The operator did not want to wait.
+    forced: bool,
+}
+
+/// A bucket that this volume has written to, and that has no manifest any more.
+fn still_there(held: &Held, survey: Survey, word: Said) -> Result<(), Fault> {
+    let known = held.index.head()?.generation;
+    if survey == Survey::Managed || known == 0 || word.accept {
+        return Ok(());
+    }
+    Err(Fault::Suspicious(format!(
+        "the bucket holds nothing of what this volume has written (generation {known})"
+    )))
+}
+
+/// Objects with an owner and without a manifest: an adoption of our own goes on, anything else is
+/// for the operator to judge.
+fn without_manifest(survey: Survey, before: &Before, held: &Held, word: Said) -> Result<Survey, Fault> {
+    let ours = before.record.as_ref().is_some_and(|r| r.instance == held.me.instance);
+    match survey {
+        Survey::Bereft if ours || word.accept => Ok(Survey::Unmanaged),
+        Survey::Bereft => Err(Fault::Suspicious(
+            "the bucket holds objects and the record of an owner, and their manifest is gone".to_owned(),
+        )),
+        other => Ok(other),
+    }
+}
+
+/// The record with what a write of ours depends on. One that is not authentic is written over if
+/// the operator has accepted that.
+fn record(bucket: &Bucket, word: Said) -> Result<(Option<owner::Record>, When), Fault> {
+    Ok(match owner::read(bucket) {
+        Err(Fault::Suspicious(_)) if word.accept => (None, When::Always),
+        other => match other? {
+            None => (None, When::Absent),
+            Some((record, etag)) => (Some(record), etag.map_or(When::Always, When::Unchanged)),
+        },
+    })
 }
 
 fn wait_for_it(
@@ -147,47 +199,50 @@ fn wait_for_it(
     word: Said,
     pause: Pause<'_>,
 ) -> Result<Before, Fault> {
-    let mut seen: Option<(owner::Record, Duration)> = None;
-    let mut takeover = word.takeover;
+    let mut seen: Option<(Option<owner::Record>, Duration)> = None;
+    let mut forced = word.takeover;
     loop {
-        let read = owner::read(bucket)?;
-        let record = read.as_ref().map(|(r, _)| r.clone());
-        let since = match (&seen, &record) {
-            (Some((old, since)), Some(new)) if old == new => *since,
-            _ => uptime(),
+        let (record, when) = record(bucket, word)?;
+        let read_at = uptime();
+        let since = match &seen {
+            Some((old, since)) if *old == record => *since,
+            _ => read_at,
         };
-        seen = record.clone().map(|r| (r, since));
-        let unchanged = if takeover { Duration::MAX } else { uptime().saturating_sub(since) };
-        if let Verdict::Take(epoch) = owner::judge(record.as_ref(), me, known, unchanged, beat) {
+        seen = Some((record.clone(), since));
+        let unchanged = read_at.saturating_sub(since);
+        let judged = |unchanged| owner::judge(record.as_ref(), me, known, unchanged, beat);
+        let free = judged(unchanged);
+        let verdict = if forced { judged(Duration::MAX) } else { free.clone() };
+        if let Verdict::Take(epoch) = verdict {
             desk.held_by(None);
-            return Ok(Before { record: read, epoch });
+            return Ok(Before { record, when, epoch, read_at, forced: free == Verdict::Held });
         }
-        let who = record.map(|r| owner::short(&r.instance).to_owned()).unwrap_or_default();
-        desk.held_by(Some(who.clone()));
-        let left = (beat * 3).saturating_sub(unchanged);
-        desk.not_ready(
-            "waiting",
-            format!(
-                "instance {who} owns the bucket; it is taken over when that has said nothing for {} s. If you know that it is gone: `cvm storage takeover`",
-                (beat * 3).as_secs()
-            ),
-            true,
-        );
-        takeover |= pause(left.min(beat / 4).max(Duration::from_millis(200)))?;
+        let patience = owner::stale_after(record.as_ref(), beat);
+        desk.not_ready("waiting", held_words(record.as_ref(), patience), true);
+        desk.held_by(record.map(|r| owner::short(&r.instance).to_owned()));
+        let left = patience.saturating_sub(unchanged);
+        forced |= pause(left.min(beat / 4).max(Duration::from_millis(200)))?;
     }
 }
 
+fn held_words(record: Option<&owner::Record>, patience: Duration) -> String {
+    let (who, gone) = match record {
+        Some(record) => {
+            (format!("instance {} owns the bucket", owner::short(&record.instance)), "that has said nothing")
+        }
+        None => ("the ownership record has vanished from the bucket".to_owned(), "nobody has written it"),
+    };
+    format!(
+        "{who}; it is taken over when {gone} for {} s. If you know that no other instance runs: `cvm storage takeover`",
+        patience.as_secs()
+    )
+}
+
 /// Whether what is on the volume belongs to what is in the bucket.
-fn past(desk: &Desk, held: &Held, survey: Survey, owned_by_others: bool, word: Said) -> Result<(), Fault> {
+fn past(desk: &Desk, held: &Held, survey: Survey, owned_by_others: bool) -> Result<(), Fault> {
     let known = held.index.head()?;
     let empty = held.volume.is_empty()?;
     if survey != Survey::Managed {
-        if known.generation > 0 && !word.accept {
-            return Err(Fault::Suspicious(format!(
-                "the bucket holds nothing of what this volume has written (generation {})",
-                known.generation
-            )));
-        }
         if known.generation > 0 {
             held.index.clear()?;
         }
@@ -201,7 +256,8 @@ fn past(desk: &Desk, held: &Held, survey: Survey, owned_by_others: bool, word: S
     if foreign && !empty {
         let name = format!("epoch-{}-{}", held.index.number("epoch")?, crate::chain::now_ms());
         mount::clear()?;
-        held.volume.set_aside(&name)?;
+        // With the overlay gone, the volume is at /data again, wherever it was found.
+        Volume::plain(FsPath::new(cvm_blueprint::paths::DATA))?.set_aside(&name)?;
         held.index.clear()?;
         desk.warn(format!(
             "The volume holds a state with another past than the bucket's; it is set aside in .cvm/storage/aside/{name} on the volume and neither merged nor pushed"
@@ -236,7 +292,8 @@ fn tree(
         _ => Loaded { chain: Chain::empty(owner), intents: Vec::new(), continued: false },
     };
     let Loaded { mut chain, intents, continued } = loaded;
-    let adopted = survey == Survey::Unmanaged;
+    let nothing_left = survey == Survey::Managed && chain.head.generation == 0;
+    let adopted = survey == Survey::Unmanaged || nothing_left;
     if adopted {
         adopt(&bucket, &index, &mut chain, desk, owner, &lease, taken)?;
     }
@@ -314,6 +371,9 @@ fn settle(lease: &Lease, bucket: &Bucket, index: &Index, taken: Duration) -> Res
 
 fn opened(desk: &Desk, bucket: Bucket, index: Index, volume: Volume) -> std::sync::Arc<Open> {
     let open = std::sync::Arc::new(Open { bucket, index, volume, boot: desk.boot.clone() });
+    if let Err(fault) = hydrate::once_more(&open, desk) {
+        desk.failed(&fault, None);
+    }
     desk.opened(Some(std::sync::Arc::clone(&open)));
     open
 }
@@ -361,11 +421,9 @@ fn adopt(
         }),
     };
     lines.extend(directories.into_iter().map(directory));
-    for lines in lines.chunks(10_000) {
-        let head = chain.append(bucket, lease.epoch(), lines)?;
-        index.apply(lines, Some(head))?;
-    }
-    Ok(())
+    // One segment: half of an adoption must not look like all of it.
+    let head = chain.append(bucket, lease.epoch(), &lines)?;
+    index.apply(&lines, Some(head))
 }
 
 /// The old sync mode kept databases apart. Each goes to where it belongs, unless one is there.

@@ -2,8 +2,9 @@
 //!
 //! ```text
 //! absent, released, or our own dead session's      -> take it with the next epoch
-//! held, and unchanged for three beats of ours      -> take it with the next epoch
+//! held, and unchanged for three beats               -> take it with the next epoch
 //! held                                             -> wait
+//! absent, and yet others have written              -> as if it were held: they may still be there
 //! ours, and somebody else's now                    -> we are fenced: write nothing more
 //! ```
 //!
@@ -30,6 +31,8 @@ const NAME: &str = "owner";
 const STALE_BEATS: u32 = 3;
 /// Between our writing and our second look, where the server has no conditions.
 const SETTLE: Duration = Duration::from_millis(600);
+/// For how long the bucket's last word that it is ours is believed, if beats are not even shorter.
+const FRESH: Duration = Duration::from_secs(5);
 
 /// Who we are, for as long as this worker lives.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -51,6 +54,9 @@ pub(crate) struct Record {
     place: String,
     /// Counts renewals, so that each writes something new.
     beat: u64,
+    /// Seconds between two of them: whoever beats faster must not be the more impatient.
+    #[serde(default)]
+    beat_s: u64,
     released: bool,
 }
 
@@ -68,7 +74,13 @@ pub(crate) enum Verdict {
     Held,
 }
 
-/// Whether the record may be taken now. `unchanged` is how long we have seen this very record.
+/// After how long without a change an owner counts as gone.
+pub(crate) fn stale_after(record: Option<&Record>, beat: Duration) -> Duration {
+    beat.max(Duration::from_secs(record.map_or(0, |r| r.beat_s))) * STALE_BEATS
+}
+
+/// Whether the record may be taken now. `known_epoch` is the latest that this volume or the
+/// manifest speaks of. `unchanged` is how long we have seen this very record.
 pub(crate) fn judge(
     record: Option<&Record>,
     me: &Me,
@@ -76,10 +88,14 @@ pub(crate) fn judge(
     unchanged: Duration,
     beat: Duration,
 ) -> Verdict {
-    let Some(record) = record else { return Verdict::Take(known_epoch + 1) };
+    let stale = unchanged >= stale_after(record, beat);
+    let Some(record) = record else {
+        let nobody_ever = known_epoch == 0;
+        return if nobody_ever || stale { Verdict::Take(known_epoch + 1) } else { Verdict::Held };
+    };
     let next = record.epoch.max(known_epoch) + 1;
     let our_own = record.instance == me.instance && record.place == me.place;
-    if record.released || our_own || unchanged >= beat * STALE_BEATS {
+    if record.released || our_own || stale {
         Verdict::Take(next)
     } else {
         Verdict::Held
@@ -139,24 +155,20 @@ impl Lease {
     pub(crate) fn take(
         bucket: &Bucket,
         me: &Me,
-        read: Option<(Record, Option<String>)>,
+        when: &When,
         epoch: u64,
         beat: Duration,
     ) -> Result<Self, Fault> {
-        let when = match read {
-            None => When::Absent,
-            Some((_, Some(etag))) => When::Unchanged(etag),
-            Some((_, None)) => When::Always,
-        };
         let record = Record {
             epoch,
             instance: me.instance.clone(),
             session: me.session.clone(),
             place: me.place.clone(),
             beat: 0,
+            beat_s: beat.as_secs(),
             released: false,
         };
-        let etag = match write(bucket, &record, &when) {
+        let etag = match write(bucket, &record, when) {
             Err(Fault::NotImplemented) => write(bucket, &record, &When::Always)?,
             other => other?,
         };
@@ -187,6 +199,13 @@ impl Lease {
         self.state().record.epoch
     }
 
+    /// How long others may go on in good faith, because they have not seen our record yet. `forced`:
+    /// nobody waited for the last owner to fall silent. `read`: when the record was free to take.
+    pub(crate) fn doubt(&self, forced: bool, read: Duration) -> Option<Duration> {
+        let late = !self.state().conditional && uptime().saturating_sub(read) > SETTLE / 2;
+        (forced || late).then(|| fresh(self.beat) + SETTLE)
+    }
+
     /// Waits out the moment in which another instance may have written over our record. Nothing
     /// is written, and no gateway started, before this has said yes.
     pub(crate) fn settle(&self, bucket: &Bucket, taken: Duration) -> Result<(), Fault> {
@@ -199,14 +218,14 @@ impl Lease {
         Ok(())
     }
 
-    /// Whether we may write: known from at most a beat and a half ago, or asked now.
+    /// Whether we may write: known from a moment ago, or asked now.
     pub(crate) fn confirm(&self, bucket: &Bucket) -> Result<(), Fault> {
         let fresh = {
             let state = self.state();
             if let Some(why) = &state.lost {
                 return Err(Fault::Fenced(why.clone()));
             }
-            uptime().saturating_sub(state.confirmed) < self.beat * 3 / 2
+            uptime().saturating_sub(state.confirmed) < fresh(self.beat)
         };
         if fresh { Ok(()) } else { self.look(bucket) }
     }
@@ -246,7 +265,7 @@ impl Lease {
     }
 
     /// Reads the record, and gives up for ever if it is somebody else's.
-    fn look(&self, bucket: &Bucket) -> Result<(), Fault> {
+    pub(crate) fn look(&self, bucket: &Bucket) -> Result<(), Fault> {
         let found = read(bucket)?;
         let mut state = self.state();
         let Some((record, etag)) = found else {
@@ -280,6 +299,10 @@ impl Lease {
     }
 }
 
+fn fresh(beat: Duration) -> Duration {
+    FRESH.min(beat * 3 / 2)
+}
+
 /// Enough of a random name for people.
 pub(crate) fn short(name: &str) -> &str {
     name.get(..8).unwrap_or(name)
@@ -302,6 +325,7 @@ mod tests {
             session: "x".into(),
             place: place.into(),
             beat: 1,
+            beat_s: 0,
             released,
         }
     }
@@ -311,13 +335,20 @@ mod tests {
         let judged = |record: Option<Record>, unchanged| {
             judge(record.as_ref(), &me(), 3, Duration::from_secs(unchanged), BEAT)
         };
-        assert_eq!(judged(None, 0), Verdict::Take(4));
+        // Somebody has written with epoch 3, and may still be there.
+        assert_eq!(judged(None, 179), Verdict::Held);
+        assert_eq!(judged(None, 180), Verdict::Take(4));
+        assert_eq!(judge(None, &me(), 0, Duration::ZERO, BEAT), Verdict::Take(1));
         assert_eq!(judged(Some(record("other", "there", true)), 0), Verdict::Take(8));
         assert_eq!(judged(Some(record("other", "there", false)), 0), Verdict::Held);
         assert_eq!(judged(Some(record("other", "there", false)), 179), Verdict::Held);
         assert_eq!(judged(Some(record("other", "there", false)), 180), Verdict::Take(8));
         // Our own volume after a crash on the same kernel: the lock says that nobody else is alive.
         assert_eq!(judged(Some(record("volume", "here", false)), 0), Verdict::Take(8));
+        // Whoever beats once in five minutes is not gone after three of ours.
+        let slow = Record { beat_s: 300, ..record("other", "there", false) };
+        assert_eq!(judged(Some(slow.clone()), 899), Verdict::Held);
+        assert_eq!(judged(Some(slow), 900), Verdict::Take(8));
         // A copy of our volume on another machine is somebody else.
         assert_eq!(judged(Some(record("volume", "there", false)), 0), Verdict::Held);
     }

@@ -175,9 +175,12 @@ impl Pusher<'_> {
             .map(|s| Line { path: s.path.clone(), word: Word::WillBe(s.entry.clone()) })
             .collect();
         self.write(&intents)?;
-        let (bucket, staging) = (self.bucket, self.volume.staging());
+        let (bucket, lease, staging) = (self.bucket, self.lease, self.volume.staging());
         let sent = parallel::each(to_send, UPLOADERS, |staged| {
-            let sent = bucket.rclone.upload(&staging, &staged.name, &staged.path.object());
+            // Asked for each: between two of them this machine may have slept, and been succeeded.
+            let sent = lease
+                .confirm(bucket)
+                .and_then(|()| bucket.rclone.upload(&staging, &staged.name, &staged.path.object()));
             (staged, sent)
         });
         let mut fault = None;
@@ -225,9 +228,9 @@ impl Pusher<'_> {
                 return Ok(());
             }
             self.lease.confirm(self.bucket)?;
-            let bucket = self.bucket;
+            let (bucket, lease) = (self.bucket, self.lease);
             let buried = parallel::each(tombs, UPLOADERS, |path| {
-                let deleted = bucket.rclone.delete(&path.object());
+                let deleted = lease.confirm(bucket).and_then(|()| bucket.rclone.delete(&path.object()));
                 (path, deleted)
             });
             let mut fault = None;

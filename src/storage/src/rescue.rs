@@ -29,7 +29,7 @@ pub(crate) fn restore(spec: &StorageSpec, to: &FsPath) -> Result<u64, Fault> {
         Survey::Empty => {
             return Err(Fault::config("the prefix is empty: is it S3_BUCKET and S3_PREFIX of the instance?"));
         }
-        Survey::Unmanaged => {
+        Survey::Unmanaged | Survey::Bereft => {
             return Err(Fault::config(
                 "the bucket has no manifest; stock rclone reads it: see S3_STORAGE.md",
             ));

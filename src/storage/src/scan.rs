@@ -237,6 +237,8 @@ impl<'a> Scanner<'a> {
         at: &FsPath,
     ) -> Result<(), Fault> {
         match row {
+            // What it is made of is bad: there is nothing to be had from below.
+            Some(row) if row.bad.is_some() && volume::mark(at, REDIRECT).is_none() => {}
             Some(row) if row.lower && volume::mark(at, REDIRECT).is_none() => {
                 let entry = dressed(row.entry.kind.clone(), stat);
                 if differs(&row.entry, &entry) {

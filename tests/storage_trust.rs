@@ -1,0 +1,1047 @@
+//! A hostile bucket, a broken network, a second machine: what may never be served, never be
+//! started on, never be overwritten, and never be told.
+
+use cvm_harness::cloud::{Cloud, HEALTHY, flush, independent, storage};
+use cvm_harness::machine::{MASTER_KEY, PATIENCE};
+use cvm_harness::tools::Rclone;
+use cvm_harness::{Builder, Fault, Garage, Machine, Network, Proxy, Rule, digest, until};
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+/// What [`MASTER_KEY`] derives: see tests/vectors/keys.json.
+const PASSWORD: &str = "fWxyhzuLSQizHmoLLNCIFuPKNGAgWm3D5LziNPZ2UdM=";
+const SALT: &str = "H4BgUUYEIHkdwOCdLFt/MPbFWIl/8cxJmZmD5D/fVwU=";
+const PREFIX: &str = "openclaw-data";
+/// A cipher block and the header before the first one.
+const BLOCK: usize = 64 * 1024 + 16;
+const HEADER: usize = 32;
+/// For what waits for timeouts of the product's.
+const LONG: Duration = Duration::from_secs(120);
+
+// === What the tests do to a bucket ===
+
+/// The bucket below its encryption, by the names above it.
+struct Raw<'a> {
+    garage: &'a Garage,
+    rclone: Rclone,
+}
+
+impl<'a> Raw<'a> {
+    fn new(garage: &'a Garage) -> Self {
+        Self { garage, rclone: Rclone::new(garage, PREFIX, PASSWORD, SALT) }
+    }
+
+    fn keys<const N: usize>(&self, names: [&str; N]) -> [String; N] {
+        names.map(|name| {
+            let said = self.rclone.ok(&["cryptdecode", "crypt:", "--reverse", name]);
+            let said = String::from_utf8_lossy(&said).into_owned();
+            let encrypted = said.trim_end().rsplit('\t').next().expect("a name and what it becomes").trim();
+            format!("{PREFIX}/{encrypted}")
+        })
+    }
+
+    fn key(&self, name: &str) -> String {
+        let [key] = self.keys([name]);
+        key
+    }
+
+    #[track_caller]
+    fn get(&self, name: &str) -> Vec<u8> {
+        self.garage.get_raw(&self.key(name)).unwrap_or_else(|| panic!("{name} is not in the bucket"))
+    }
+
+    fn put(&self, name: &str, bytes: &[u8]) {
+        self.garage.put_raw(&self.key(name), bytes);
+    }
+
+    fn delete(&self, name: &str) {
+        self.garage.delete_raw(&self.key(name));
+    }
+
+    /// Names directly below a directory of the bucket, in order.
+    fn names(&self, directory: &str) -> Vec<String> {
+        let said = self.rclone.ok(&["lsf", "-R", "--files-only", &format!("crypt:{directory}")]);
+        let mut names: Vec<String> = String::from_utf8_lossy(&said).lines().map(str::to_owned).collect();
+        names.sort();
+        names
+    }
+
+    fn segments(&self) -> Vec<String> {
+        self.names(".cvm/manifest").into_iter().map(|n| format!(".cvm/manifest/{n}")).collect()
+    }
+}
+
+/// Everything in the bucket, to be compared.
+fn all(garage: &Garage) -> BTreeMap<String, Vec<u8>> {
+    garage.all_bytes().collect()
+}
+
+/// To be put back as it was.
+fn put_back(garage: &Garage, was: &BTreeMap<String, Vec<u8>>) {
+    for (key, _) in garage.objects("") {
+        if !was.contains_key(&key) {
+            garage.delete_raw(&key);
+        }
+    }
+    for (key, bytes) in was {
+        garage.put_raw(key, bytes);
+    }
+}
+
+// === Machines ===
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    Fuse,
+    Sync,
+}
+
+/// In sync mode /dev/fuse is there and cannot be opened, as in a container that lacks it.
+fn in_mode(mode: Mode, builder: Builder) -> Builder {
+    let without = "mount --bind /dev/fuse /dev/fuse && mount -o remount,bind,nodev /dev/fuse && exec /usr/local/sbin/cvm-init";
+    match mode {
+        Mode::Fuse => builder,
+        Mode::Sync => builder.command(&["/bin/sh", "-c", without]),
+    }
+}
+
+fn started(builder: Builder) -> Machine {
+    let machine = builder.start();
+    machine.service_in("gateway", &["ready"]);
+    machine
+}
+
+/// Writes files with contents that no other has, of more than three cipher blocks.
+fn write(machine: &Machine, paths: &[&str], salt: &str) {
+    for path in paths {
+        let at = machine.path(&format!("/data/{path}"));
+        std::fs::create_dir_all(at.parent().expect("below /data")).expect("a directory");
+        std::fs::write(at, content(path, salt)).expect("a file");
+    }
+}
+
+fn content(path: &str, salt: &str) -> Vec<u8> {
+    format!("{salt} of {path}; ").into_bytes().into_iter().cycle().take(220_000).collect()
+}
+
+fn read(machine: &Machine, path: &str) -> Option<Vec<u8>> {
+    std::fs::read(machine.path(&format!("/data/{path}"))).ok()
+}
+
+fn tree(machine: &Machine) -> String {
+    format!("{:?}", digest(&machine.path("/data"), &[".cvm", "lost+found"]))
+}
+
+fn incidents(machine: &Machine) -> Vec<String> {
+    let status = storage(machine);
+    let found = status["incidents"].as_array().cloned().unwrap_or_default();
+    found.iter().filter_map(|i| i["path"].as_str().map(str::to_owned)).collect()
+}
+
+/// Waits until the storage says why it does not go on, in a phase and with words.
+#[track_caller]
+fn says(machine: &Machine, phase: &str, words: &[&str]) -> String {
+    let told = || format!("{}\n{:#}", machine.output(), storage(machine));
+    let why = until(&format!("the storage is {phase} with {words:?}"), LONG, || {
+        let status = storage(machine);
+        let why = status["why"].as_str().unwrap_or_default().to_owned();
+        (status["phase"] == phase && words.iter().all(|w| why.contains(w))).then_some(why)
+    });
+    assert!(!why.is_empty(), "{}", told());
+    why
+}
+
+fn gateway_runs(machine: &Machine) -> bool {
+    machine.find("http 18789").is_some()
+}
+
+/// The gateway has not started, sshd is up, and status says why.
+#[track_caller]
+fn refused(machine: &Machine, words: &[&str]) {
+    says(machine, "refused", words);
+    stays_out(machine);
+}
+
+#[track_caller]
+fn stays_out(machine: &Machine) {
+    machine.service_in("sshd", &["up", "ready"]);
+    assert!(!gateway_runs(machine), "the gateway runs:\n{}", machine.output());
+    let status = machine.exec(&["cvm", "status"]);
+    let text = String::from_utf8_lossy(&status.stdout).into_owned();
+    assert!(text.to_lowercase().contains("storage"), "cvm status does not speak of it:\n{text}");
+}
+
+fn accept(machine: &Machine) {
+    machine.ok(&["cvm", "storage", "accept", "--yes"]);
+}
+
+fn epoch(machine: &Machine) -> u64 {
+    storage(machine)["epoch"].as_u64().unwrap_or_default()
+}
+
+// === A. Integrity and age of objects ===
+
+/// Read before the gateway starts, and ordinary ones.
+const PLACES: [&str; 2] = ["openclaw/state", "openclaw/workspace"];
+const ATTACKED: [&str; 10] =
+    ["swap1", "swap2", "cut", "cut-header", "cut-short", "cut-empty", "gone", "old", "flip", "flip-first"];
+
+fn attack(raw: &Raw<'_>, place: &str, old: &[u8]) {
+    let at = |name: &str| format!("{place}/{name}");
+    let (one, two) = (raw.get(&at("swap1")), raw.get(&at("swap2")));
+    raw.put(&at("swap1"), &two);
+    raw.put(&at("swap2"), &one);
+    for (name, length) in [("cut", HEADER + BLOCK), ("cut-header", HEADER), ("cut-short", 10), ("cut-empty", 0)] {
+        let mut bytes = raw.get(&at(name));
+        bytes.truncate(length);
+        raw.put(&at(name), &bytes);
+    }
+    raw.delete(&at("gone"));
+    raw.put(&at("old"), old);
+    for (name, offset) in [("flip", HEADER + BLOCK + 500), ("flip-first", HEADER + 40)] {
+        let mut bytes = raw.get(&at(name));
+        bytes[offset] ^= 1;
+        raw.put(&at(name), &bytes);
+    }
+}
+
+fn objects_are_checked(mode: Mode) {
+    let cloud = Cloud::new();
+    let mut machine = started(in_mode(mode, cloud.machine()));
+    let raw = Raw::new(&cloud.garage);
+    let names: Vec<String> =
+        PLACES.iter().flat_map(|p| ATTACKED.iter().chain(&["good"]).map(move |n| format!("{p}/{n}"))).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    write(&machine, &names, "first");
+    write(&machine, &["openclaw/workspace/removed"], "first");
+    flush(&machine);
+    let old = PLACES.map(|p| raw.get(&format!("{p}/old")));
+    let removed = raw.key("openclaw/workspace/removed");
+    let removed_object = cloud.garage.object(&removed).expect("it was pushed");
+    write(&machine, &PLACES.map(|p| format!("{p}/old")).each_ref().map(String::as_str), "second");
+    std::fs::remove_file(machine.path("/data/openclaw/workspace/removed")).expect("it was there");
+    flush(&machine);
+    independent(&machine);
+    until("its object is deleted", PATIENCE, || cloud.garage.object(&removed).is_none().then_some(()));
+    assert_eq!(machine.stop(), 0, "{}", machine.output());
+    let good = all(&cloud.garage);
+    for (place, old) in PLACES.iter().zip(&old) {
+        attack(&raw, place, old);
+    }
+    cloud.garage.put_object(&removed, &removed_object);
+
+    let machine = started(in_mode(mode, cloud.machine()));
+    let early = |name: &str| read(&machine, &format!("openclaw/state/{name}"));
+    for name in ATTACKED {
+        assert_eq!(early(name), None, "{name} was there when the gateway started");
+    }
+    let mut expected: Vec<String> =
+        PLACES.iter().flat_map(|p| ATTACKED.iter().map(move |n| format!("{p}/{n}"))).collect();
+    expected.sort();
+    until("all is detected", LONG, || (incidents(&machine).len() >= expected.len()).then_some(()));
+    let mut found = incidents(&machine);
+    found.sort();
+    assert_eq!(found, expected);
+    for path in &expected {
+        assert_eq!(read(&machine, path), None, "{path} is served");
+        let log = machine.read("/var/log/openclaw-cvm/storage.log");
+        assert!(log.contains(path.as_str()), "{path} is not named in the worker's log:\n{log}");
+        assert!(!machine.output().contains(path.as_str()), "{path} is named in the public log");
+    }
+    assert_eq!(read(&machine, "openclaw/workspace/removed"), None, "what was deleted is back");
+    for place in PLACES {
+        let path = format!("{place}/good");
+        assert_eq!(read(&machine, &path), Some(content(&path, "first")));
+    }
+    // What is bad has not been deleted, and nothing was taken for a deletion.
+    independent(&machine);
+    flush(&machine);
+    let listed = machine.ok(&["cvm", "storage", "ls", "openclaw"]);
+    for path in &expected {
+        assert!(listed.contains(path.as_str()), "{path} was taken for a deletion:\n{listed}");
+    }
+    for (key, bytes) in &good {
+        let now = cloud.garage.get_raw(key);
+        let ours = raw.key(".cvm");
+        assert!(now.is_some() || key.starts_with(&ours) || bytes.is_empty() || key == &raw.key("openclaw/workspace/gone") || key == &raw.key("openclaw/state/gone"), "{key} was deleted");
+    }
+    // What is put right comes back when the storage starts again.
+    for name in ["openclaw/workspace/flip", "openclaw/state/gone"] {
+        let key = raw.key(name);
+        cloud.garage.put_raw(&key, &good[&key]);
+    }
+    machine.ok(&["cvm", "restart", "storage"]);
+    until("what was put right is back", LONG, || {
+        let back = |p: &str| read(&machine, p) == Some(content(p, "first"));
+        (back("openclaw/workspace/flip") && back("openclaw/state/gone")).then_some(())
+    });
+    flush(&machine);
+    until("the rest is still known", PATIENCE, || (incidents(&machine).len() == expected.len() - 2).then_some(()));
+    accept(&machine);
+    flush(&machine);
+    assert_eq!(incidents(&machine), Vec::<String>::new());
+    let listed = machine.ok(&["cvm", "storage", "ls", "openclaw"]);
+    assert!(!listed.contains("swap1") && listed.contains("workspace/good") && listed.contains("workspace/flip"), "{listed}");
+    assert!(gateway_runs(&machine));
+    machine.ok(&["cvm", "storage", "verify", "--deep"]);
+}
+
+#[test]
+fn a_changed_object_is_noticed_named_and_not_served_in_fuse_mode() {
+    objects_are_checked(Mode::Fuse);
+}
+
+#[test]
+fn a_changed_object_is_noticed_named_and_not_served_in_sync_mode() {
+    objects_are_checked(Mode::Sync);
+}
+
+#[test]
+fn the_tests_have_both_modes() {
+    let cloud = Cloud::new();
+    for (mode, name) in [(Mode::Fuse, "fuse"), (Mode::Sync, "sync")] {
+        let mut machine = started(in_mode(mode, cloud.machine()));
+        assert_eq!(storage(&machine)["mode"], name, "{}", machine.output());
+        write(&machine, &["openclaw/workspace/a"], "words");
+        assert_eq!(machine.stop(), 0);
+    }
+}
+
+// === A. The manifest ===
+
+/// A bucket of some generations, left in order; the machine's volume too, if it is wanted.
+fn history(cloud: &Cloud) -> Machine {
+    let mut machine = started(cloud.machine());
+    for round in 0..4 {
+        write(&machine, &[&format!("openclaw/workspace/{round}")], "words");
+        flush(&machine);
+    }
+    independent(&machine);
+    assert_eq!(machine.stop(), 0, "{}", machine.output());
+    machine
+}
+
+fn anchor(machine: &Machine) -> String {
+    storage(machine)["anchor"].as_str().expect("a bucket with a manifest has an anchor").to_owned()
+}
+
+#[test]
+fn a_bucket_that_was_rolled_back_is_refused_by_who_knows_better() {
+    let cloud = Cloud::new();
+    let machine = started(cloud.machine());
+    write(&machine, &["openclaw/workspace/one"], "words");
+    flush(&machine);
+    independent(&machine);
+    flush(&machine);
+    let early = all(&cloud.garage);
+    let earlier = anchor(&machine);
+    write(&machine, &["openclaw/workspace/two"], "words");
+    flush(&machine);
+    let later = anchor(&machine);
+    assert_ne!(earlier, later);
+    let machine = machine.again(|b| b);
+    machine.service_in("gateway", &["ready"]);
+    flush(&machine);
+    let mut machine = machine;
+    assert_eq!(machine.stop(), 0);
+    // Only the newest segments go; the record of the owner stays.
+    let now = all(&cloud.garage);
+    let raw = Raw::new(&cloud.garage);
+    let segments = raw.segments();
+    let old: Vec<String> = segments.iter().filter(|s| early.contains_key(&raw.key(s))).cloned().collect();
+    for segment in segments.iter().filter(|s| !old.contains(s)) {
+        raw.delete(segment);
+    }
+    // The same volume knows its own generation.
+    let machine = machine.again(|b| b);
+    refused(&machine, &["older than this volume", "cvm storage accept"]);
+    drop(machine);
+    // Without a volume, the operator's anchor knows.
+    let machine = cloud.machine().environment("STATE_ANCHOR", &later).start();
+    refused(&machine, &["STATE_ANCHOR"]);
+    accept(&machine);
+    machine.service_in("gateway", &["ready"]);
+    drop(machine);
+    // As it was, both anchors are good: it is neither older than the one nor than the other.
+    put_back(&cloud.garage, &now);
+    for anchor in [&later, &earlier] {
+        let mut machine = started(cloud.machine().environment("STATE_ANCHOR", anchor));
+        independent(&machine);
+        assert!(read(&machine, "openclaw/workspace/two").is_some());
+        assert_eq!(machine.stop(), 0);
+    }
+    // Another history of the same length is none.
+    let (generation, digest) = later.split_once(':').expect("an anchor has two parts");
+    let other: String = digest.chars().map(|c| if c == 'a' { 'b' } else { 'a' }).collect();
+    let machine = cloud.machine().environment("STATE_ANCHOR", &format!("{generation}:{other}")).start();
+    refused(&machine, &["STATE_ANCHOR"]);
+}
+
+#[test]
+fn a_manifest_that_was_tampered_with_is_refused_until_the_operator_accepts() {
+    let cloud = Cloud::new();
+    drop(history(&cloud));
+    let good = all(&cloud.garage);
+    let raw = Raw::new(&cloud.garage);
+    let segments = raw.segments();
+    assert!(segments.len() > 5, "{segments:?}");
+    let middle = segments.len() / 2;
+    let forge = |raw: &Raw<'_>| {
+        let mut bytes = raw.get(&segments[middle]);
+        let last = bytes.len() - 1;
+        bytes[last] ^= 1;
+        raw.put(&segments[middle], &bytes);
+    };
+    let swap = |raw: &Raw<'_>| {
+        let (a, b) = (raw.get(&segments[middle]), raw.get(&segments[middle + 1]));
+        raw.put(&segments[middle], &b);
+        raw.put(&segments[middle + 1], &a);
+    };
+    let hole = |raw: &Raw<'_>| raw.delete(&segments[middle]);
+    let first = |raw: &Raw<'_>| raw.delete(&segments[0]);
+    let attacks: [(&str, &dyn Fn(&Raw<'_>), &str); 4] = [
+        ("forged", &forge, "does not decrypt"),
+        ("swapped", &swap, "swapped"),
+        ("with a hole", &hole, "gap"),
+        ("without a beginning", &first, "gap"),
+    ];
+    for (name, attack, words) in attacks {
+        put_back(&cloud.garage, &good);
+        attack(&raw);
+        let machine = cloud.machine().start();
+        refused(&machine, &[words]);
+        accept(&machine);
+        machine.service_in("gateway", &["ready"]);
+        write(&machine, &["openclaw/workspace/after"], name);
+        flush(&machine);
+        let mut machine = machine;
+        assert_eq!(machine.stop(), 0);
+        // What was accepted is a history like any other.
+        let mut machine = started(cloud.machine());
+        independent(&machine);
+        assert_eq!(read(&machine, "openclaw/workspace/after"), Some(content("openclaw/workspace/after", name)));
+        assert_eq!(machine.stop(), 0);
+    }
+}
+
+#[test]
+fn objects_without_their_manifest_are_not_adopted_by_who_knows_of_one() {
+    let cloud = Cloud::new();
+    let machine = history(&cloud);
+    let good = all(&cloud.garage);
+    let raw = Raw::new(&cloud.garage);
+    let ours = raw.key(".cvm");
+    let volume = machine;
+    let without = |what: &str| {
+        put_back(&cloud.garage, &good);
+        for key in good.keys().filter(|k| k.starts_with(what)) {
+            cloud.garage.delete_raw(key);
+        }
+    };
+    // Everything of ours: the volume knows, and so does the operator.
+    without(&ours);
+    let machine = volume.again(|b| b);
+    refused(&machine, &["nothing of what this volume has written"]);
+    drop(machine);
+    let machine = cloud.machine().environment("STATE_ANCHOR", &format!("1:{}", "a".repeat(64))).start();
+    refused(&machine, &["STATE_ANCHOR"]);
+    drop(machine);
+    // Only the manifest: the owner's record says that there was one.
+    without(&raw.key(".cvm/manifest"));
+    let before = all(&cloud.garage);
+    let machine = cloud.machine().start();
+    refused(&machine, &["manifest is gone"]);
+    assert_eq!(before, all(&cloud.garage));
+    accept(&machine);
+    machine.service_in("gateway", &["ready"]);
+    assert!(read(&machine, "openclaw/workspace/1").is_some());
+    drop(machine);
+    // Nothing is known to anybody: the contract's one adoption, and not silently.
+    without(&ours);
+    let machine = started(cloud.machine());
+    machine.line("The bucket has no manifest");
+    assert!(read(&machine, "openclaw/workspace/1").is_some());
+}
+
+#[test]
+fn an_ownership_record_that_was_rolled_back_or_deleted_is_noticed() {
+    let cloud = Cloud::new();
+    let machine = started(cloud.machine());
+    write(&machine, &["openclaw/workspace/a"], "words");
+    flush(&machine);
+    let raw = Raw::new(&cloud.garage);
+    let early = raw.get(".cvm/owner");
+    let mut machine = machine;
+    assert_eq!(machine.stop(), 0);
+    let mut machine = machine.again(|b| b);
+    machine.service_in("gateway", &["ready"]);
+    write(&machine, &["openclaw/workspace/b"], "words");
+    flush(&machine);
+    let late = epoch(&machine);
+    assert_eq!(machine.stop(), 0);
+    // Older than the manifest: a new machine sees it too.
+    raw.put(".cvm/owner", &early);
+    let other = cloud.machine().start();
+    refused(&other, &["ownership record is older"]);
+    drop(other);
+    let machine = machine.again(|b| b);
+    refused(&machine, &["ownership record is older"]);
+    // Damaged: nobody's, until the operator accepts.
+    let mut bytes = early.clone();
+    bytes[40] ^= 1;
+    raw.put(".cvm/owner", &bytes);
+    drop(machine);
+    let machine = cloud.machine().start();
+    refused(&machine, &[".cvm/owner"]);
+    accept(&machine);
+    machine.service_in("gateway", &["ready"]);
+    assert!(epoch(&machine) > late);
+    let mut machine = machine;
+    assert_eq!(machine.stop(), 0);
+    // Deleted: as good as held, for as long as somebody may be there.
+    raw.delete(".cvm/owner");
+    let machine = cloud.machine().environment("S3_HEARTBEAT", "3").start();
+    says(&machine, "waiting", &["vanished"]);
+    machine.service_in("gateway", &["ready"]);
+    assert!(epoch(&machine) > late + 1);
+}
+
+// === B. Fail closed ===
+
+/// Starts nothing, changes nothing, and says why and what to do.
+#[track_caller]
+fn closed(cloud: &Cloud, builder: Builder, phase: &str, words: &[&str]) -> Machine {
+    let before = all(&cloud.garage);
+    let machine = builder.start();
+    says(&machine, phase, words);
+    stays_out(&machine);
+    for word in words {
+        machine.line(word);
+    }
+    assert!(before == all(&cloud.garage), "something in the bucket has changed");
+    machine
+}
+
+#[test]
+fn what_cannot_get_better_by_itself_is_refused_with_its_remedy() {
+    let cloud = Cloud::new();
+    drop(history(&cloud));
+    let wrong = |name: &str, value: &str| cloud.machine().environment(name, value);
+    drop(closed(
+        &cloud,
+        wrong("MASTER_KEY", "another horse, another battery"),
+        "refused",
+        &["none of their names decrypts", "use the MASTER_KEY"],
+    ));
+    // Right names and contents, and a manifest that is somebody else's.
+    let override_ = |b: Builder| {
+        b.environment("RCLONE_CRYPT_PASSWORD", &cvm_harness::tools::obscure(PASSWORD))
+            .environment("RCLONE_CRYPT_PASSWORD2", &cvm_harness::tools::obscure(SALT))
+    };
+    drop(closed(
+        &cloud,
+        override_(wrong("MASTER_KEY", "another horse, another battery")),
+        "refused",
+        &["MASTER_KEY"],
+    ));
+    // And the key may be overridden with what it derives anyway.
+    let mut machine = started(override_(cloud.machine()));
+    assert_eq!(machine.stop(), 0);
+    // A prefix of somebody else's.
+    cloud.garage.put_raw("elsewhere/a", b"not ours");
+    cloud.garage.put_raw("elsewhere/b/c", b"not ours either");
+    drop(closed(&cloud, wrong("S3_PREFIX", "elsewhere"), "refused", &["none of their names decrypts"]));
+}
+
+#[test]
+fn what_can_get_better_starts_the_gateway_when_it_does() {
+    let cloud = Cloud::new();
+    drop(history(&cloud));
+    let machine = closed(
+        &cloud,
+        cloud.machine().environment("S3_BUCKET", "not-there-yet"),
+        "opening",
+        &["no bucket of this name", "create the bucket"],
+    );
+    cloud.garage.new_bucket("not-there-yet");
+    until("the gateway runs on the new bucket", LONG, || gateway_runs(&machine).then_some(()));
+    drop(machine);
+
+    cloud.garage.deny();
+    let machine = cloud.machine().start();
+    says(&machine, "opening", &["denies access", "AWS_ACCESS_KEY_ID"]);
+    stays_out(&machine);
+    cloud.garage.allow();
+    until("the gateway runs with the permission", LONG, || gateway_runs(&machine).then_some(()));
+    let mut machine = machine;
+    assert_eq!(machine.stop(), 0);
+
+    drop(closed(
+        &cloud,
+        cloud.machine().environment("AWS_SECRET_ACCESS_KEY", &"deadbeef".repeat(8)),
+        "opening",
+        &["denies access", "AWS_SECRET_ACCESS_KEY"],
+    ));
+
+    cloud.proxy.refuse(true);
+    let machine = closed(&cloud, cloud.machine(), "opening", &["connection is refused", "S3_ENDPOINT"]);
+    cloud.proxy.heal();
+    until("the gateway runs with the network", LONG, || gateway_runs(&machine).then_some(()));
+    let mut machine = machine;
+    assert_eq!(machine.stop(), 0);
+
+    cloud.proxy.fault(Fault::Hang);
+    let machine = closed(&cloud, cloud.machine(), "opening", &["no answer in time", "S3_ENDPOINT"]);
+    cloud.proxy.heal();
+    until("the gateway runs with an answer", LONG, || gateway_runs(&machine).then_some(()));
+}
+
+#[test]
+fn a_server_that_cannot_prove_who_it_is_gets_nothing() {
+    let cloud = Cloud::new();
+    let builder = cloud.machine();
+    let dir = builder.scratch().join("tls");
+    std::fs::create_dir_all(&dir).expect("a directory");
+    let made = std::process::Command::new("openssl")
+        .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"])
+        .args(["-keyout", "key.pem", "-out", "cert.pem", "-days", "2", "-subj", "/CN=localhost"])
+        .args(["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"])
+        .current_dir(&dir)
+        .output()
+        .expect("openssl runs");
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let machine = builder.bind(&dir, "/etc/tls-of-the-test").environment("S3_ENDPOINT", "https://127.0.0.1:9443").start();
+    machine.service_in("sshd", &["up", "ready"]);
+    let mut server = machine
+        .command(&["openssl", "s_server", "-accept", "9443", "-quiet", "-www"])
+        .args(["-key", "/etc/tls-of-the-test/key.pem", "-cert", "/etc/tls-of-the-test/cert.pem"])
+        .spawn()
+        .expect("openssl runs");
+    let why = says(&machine, "opening", &["no trusted connection"]);
+    assert!(why.contains("certificate"), "{why}");
+    stays_out(&machine);
+    let _ = server.kill();
+    let _ = server.wait();
+}
+
+// === C. Outages ===
+
+fn gateway_pid(machine: &Machine) -> i64 {
+    machine.service("gateway")["pid"].as_i64().unwrap_or_default()
+}
+
+/// Kilobytes of memory that are the worker's alone or shared with its binary.
+fn resident(machine: &Machine) -> u64 {
+    let worker = machine.find("cvm-storage").expect("the worker runs");
+    let text = machine.read(&format!("/proc/{}/status", worker.pid));
+    let line = text.lines().find_map(|l| l.strip_prefix("VmRSS:")).expect("a process has a size");
+    line.trim().trim_end_matches(" kB").parse().expect("a number")
+}
+
+#[test]
+fn the_gateway_does_not_notice_an_outage_and_nothing_is_lost_by_it() {
+    let cloud = Cloud::new();
+    let machine = started(cloud.machine());
+    independent(&machine);
+    flush(&machine);
+    let pid = gateway_pid(&machine);
+    let faults = [
+        Fault::Reset,
+        Fault::Hang,
+        Fault::Status(403),
+        Fault::Status(429),
+        Fault::Status(503),
+        Fault::HalfRequest,
+        Fault::HalfResponse,
+        Fault::NoResponse,
+    ];
+    for (round, fault) in faults.iter().map(Some).chain([None]).enumerate() {
+        let path = format!("openclaw/workspace/{round}");
+        match fault {
+            Some(fault) => cloud.proxy.fault(*fault),
+            None => cloud.proxy.refuse(true),
+        }
+        write(&machine, &[&path], "written meanwhile");
+        until(&format!("{fault:?} is seen"), LONG, || {
+            let status = storage(&machine);
+            let waits = status["oldest_unreplicated_ms"].as_u64().is_some_and(|ms| ms > 1500);
+            (waits && status["pending_files"].as_u64() > Some(0) && status["phase"] == "ready").then_some(())
+        });
+        cloud.proxy.heal();
+        until(&format!("after {fault:?} all is pushed"), LONG, || {
+            let status = storage(&machine);
+            (status["pending_files"] == 0 && status["oldest_unreplicated_ms"].is_null()).then_some(())
+        });
+        assert_eq!(gateway_pid(&machine), pid, "the gateway has noticed {fault:?}");
+    }
+    // One of twenty, for as long as a hundred files take.
+    cloud.proxy.add(Rule::new(Fault::Status(503)).some(50, 1));
+    for n in 0..100 {
+        write(&machine, &[&format!("openclaw/workspace/many/{n}")], "one of many");
+    }
+    until("a hundred files arrive in spite of it", LONG, || machine.exec(&["cvm", "storage", "flush"]).status.success().then_some(()));
+    cloud.proxy.heal();
+    assert!(resident(&machine) < 400 * 1024, "{} kB", resident(&machine));
+    let before = tree(&machine);
+    assert_eq!(incidents(&machine), Vec::<String>::new());
+    let mut machine = machine;
+    assert_eq!(machine.stop(), 0);
+    let machine = started(cloud.machine());
+    independent(&machine);
+    assert_eq!(tree(&machine), before);
+}
+
+#[test]
+fn retries_are_few() {
+    let cloud = Cloud::new();
+    let machine = started(cloud.machine().environment("S3_HEARTBEAT", "60"));
+    flush(&machine);
+    cloud.proxy.fault(Fault::Status(503));
+    cloud.proxy.clear_log();
+    let began = Instant::now();
+    write(&machine, &["openclaw/workspace/a"], "words");
+    until("three tries have failed", LONG, || {
+        (storage(&machine)["retry_in_ms"].as_u64() > Some(5000)).then_some(())
+    });
+    let (requests, seconds) = (cloud.proxy.log().len() as u64, began.elapsed().as_secs());
+    // Waits of 2, 4 and 8 s, and a few requests for each try.
+    assert!(seconds >= 5, "three tries took {seconds} s");
+    assert!(requests < 60, "{requests} requests in {seconds} s");
+}
+
+// === D. One writer ===
+
+/// Another machine on the same bucket, in a network of its own.
+struct Elsewhere {
+    network: Network,
+    proxy: Proxy,
+}
+
+impl Elsewhere {
+    fn new(cloud: &Cloud) -> Self {
+        let network = Network::new();
+        let proxy = Proxy::start_in(&network, cloud.garage.address());
+        Self { network, proxy }
+    }
+
+    fn machine(&self, cloud: &Cloud) -> Builder {
+        Builder::product().fake_gateway(HEALTHY).s3(&self.network, &self.proxy.endpoint(), &cloud.garage)
+    }
+}
+
+/// Two machines of one network differ by the port of their sshd.
+fn two_at_once(conditional: bool) {
+    let cloud = Cloud::new();
+    cloud.proxy.conditional_puts(conditional.then(|| cloud.garage.s3()));
+    let (one, two) = (cloud.machine(), cloud.machine().environment("SSH_PORT", "2222"));
+    let (mut one, mut two) = std::thread::scope(|scope| {
+        let two = scope.spawn(|| two.start());
+        (one.start(), two.join().expect("it starts"))
+    });
+    until("one of them runs its gateway", LONG, || (gateway_runs(&one) || gateway_runs(&two)).then_some(()));
+    if gateway_runs(&two) {
+        std::mem::swap(&mut one, &mut two);
+    }
+    let why = says(&two, "waiting", &["owns the bucket", "cvm storage takeover"]);
+    let owner = storage(&one)["instance"].as_str().expect("an owner has a name").to_owned();
+    assert!(why.contains(&owner[..8]), "{why}");
+    write(&one, &["openclaw/workspace/a"], "words");
+    flush(&one);
+    assert!(gateway_runs(&one) && !gateway_runs(&two));
+    let first = epoch(&one);
+    // Lost: succeeded after three beats.
+    one.destroy();
+    two.service_in("gateway", &["ready"]);
+    assert!(epoch(&two) > first);
+    assert!(read(&two, "openclaw/workspace/a").is_some());
+    // Stopped in order: succeeded without waiting for anything.
+    independent(&two);
+    let slow = cloud.machine().environment("S3_HEARTBEAT", "60").start();
+    says(&slow, "waiting", &["owns the bucket"]);
+    assert_eq!(two.stop(), 0);
+    slow.service_in("gateway", &["ready"]);
+    assert!(read(&slow, "openclaw/workspace/a").is_some());
+}
+
+#[test]
+fn of_two_that_start_at_once_one_runs_where_writes_have_conditions() {
+    two_at_once(true);
+}
+
+#[test]
+fn of_two_that_start_at_once_one_runs_where_writes_have_none() {
+    two_at_once(false);
+}
+
+#[test]
+fn an_impatient_machine_counts_the_beats_of_the_owner() {
+    let cloud = Cloud::new();
+    let elsewhere = Elsewhere::new(&cloud);
+    let owner = started(cloud.machine().environment("S3_HEARTBEAT", "60"));
+    flush(&owner);
+    let other = elsewhere.machine(&cloud).environment("S3_HEARTBEAT", "1").start();
+    let why = says(&other, "waiting", &["180 s"]);
+    assert!(why.contains("takeover"), "{why}");
+    // By force, and the owner finds out before anything of its successor's is at stake.
+    other.ok(&["cvm", "storage", "takeover", "--yes"]);
+    other.service_in("gateway", &["ready"]);
+    write(&owner, &["openclaw/workspace/late"], "too late");
+    says(&owner, "waiting", &["owns the bucket"]);
+    until("the old owner's gateway is stopped", PATIENCE, || (!gateway_runs(&owner)).then_some(()));
+    write(&other, &["openclaw/workspace/mine"], "words");
+    flush(&other);
+    independent(&other);
+    assert_eq!(read(&other, "openclaw/workspace/late"), None);
+}
+
+/// Every process of a machine, process 1 last when it is frozen and first when it goes on.
+fn freeze(machine: &Machine, signal: &str) {
+    for process in machine.processes() {
+        if process.pid != 1 {
+            machine.kill(process.pid.into(), signal);
+        }
+    }
+}
+
+fn a_frozen_owner(mode: Mode) {
+    let cloud = Cloud::new();
+    let elsewhere = Elsewhere::new(&cloud);
+    let old = started(in_mode(mode, cloud.machine()));
+    old.ok(&["sh", "-c", "mkdir -m 711 /data/openclaw/empty && ln -s empty /data/openclaw/link"]);
+    write(&old, &["openclaw/workspace/a"], "words");
+    flush(&old);
+    independent(&old);
+    flush(&old);
+    freeze(&old, "STOP");
+    let new = started(in_mode(mode, elsewhere.machine(&cloud)));
+    independent(&new);
+    write(&new, &["openclaw/workspace/a"], "the new owner's");
+    flush(&new);
+    // Written while nobody looked: it belongs to nobody's history.
+    write(&old, &["openclaw/workspace/a", "openclaw/workspace/frozen"], "the old owner's");
+    freeze(&old, "CONT");
+    says(&old, "waiting", &["owns the bucket"]);
+    until("the old owner's gateway is stopped", PATIENCE, || (!gateway_runs(&old)).then_some(()));
+    new.ok(&["cvm", "storage", "verify", "--deep"]);
+    let before = tree(&new);
+    let mut new = new;
+    assert_eq!(new.stop(), 0, "{}", new.output());
+    // The old owner comes after it: its volume is set aside, and it goes on with the bucket's.
+    old.service_in("gateway", &["ready"]);
+    old.line("neither merged nor pushed");
+    independent(&old);
+    assert_eq!(read(&old, "openclaw/workspace/a"), Some(content("openclaw/workspace/a", "the new owner's")));
+    assert_eq!(read(&old, "openclaw/workspace/frozen"), None);
+    assert_eq!(tree(&old), before);
+    let aside = old.ok(&["find", "/run/openclaw-cvm/volume/.cvm", "/data/.cvm", "-path", "*aside*", "-name", "frozen"]);
+    assert!(aside.contains("frozen"), "what was set aside is there");
+}
+
+#[test]
+fn an_owner_that_was_frozen_stops_when_it_finds_its_successor_in_fuse_mode() {
+    a_frozen_owner(Mode::Fuse);
+}
+
+#[test]
+fn an_owner_that_was_frozen_stops_when_it_finds_its_successor_in_sync_mode() {
+    a_frozen_owner(Mode::Sync);
+}
+
+fn local_volume(cloud: &Cloud) -> Builder {
+    // What a machine in local mode leaves behind.
+    let builder = cloud.machine();
+    let at = builder.scratch().join("data/openclaw/workspace");
+    std::fs::create_dir_all(&at).expect("a directory");
+    std::fs::write(at.join("local"), "of the volume").expect("a file");
+    builder
+}
+
+#[test]
+fn a_local_volume_goes_into_an_empty_bucket_and_never_into_another() {
+    let cloud = Cloud::new();
+    let mut machine = started(local_volume(&cloud));
+    assert_eq!(machine.read("/data/openclaw/workspace/local"), "of the volume");
+    flush(&machine);
+    assert_eq!(machine.stop(), 0);
+    let mut machine = started(cloud.machine());
+    assert_eq!(machine.read("/data/openclaw/workspace/local"), "of the volume");
+    machine.ok(&["sh", "-c", "echo of the bucket > /data/openclaw/workspace/local"]);
+    flush(&machine);
+    assert_eq!(machine.stop(), 0);
+    let machine = started(local_volume(&cloud));
+    machine.line("neither merged nor pushed");
+    assert_eq!(machine.read("/data/openclaw/workspace/local"), "of the bucket\n");
+}
+
+#[test]
+fn a_volume_that_has_not_written_yet_is_no_stranger_to_its_own_record() {
+    let cloud = Cloud::new();
+    // The record of ownership arrives, and nothing after it.
+    cloud.proxy.conditional_puts(Some(cloud.garage.s3()));
+    let machine = local_volume(&cloud).start();
+    until("the record is there", LONG, || {
+        let there = !cloud.garage.objects("").is_empty();
+        if there {
+            cloud.proxy.refuse(true);
+        }
+        there.then_some(())
+    });
+    let raw = Raw::new(&cloud.garage);
+    let machine = machine.again(|b| b);
+    for segment in raw.segments() {
+        raw.delete(&segment);
+    }
+    cloud.proxy.heal();
+    machine.service_in("gateway", &["ready"]);
+    assert_eq!(machine.read("/data/openclaw/workspace/local"), "of the volume");
+}
+
+// === E. Secrets ===
+
+fn contains(bytes: &[u8], text: &[u8]) -> bool {
+    bytes.windows(text.len()).any(|w| w == text)
+}
+
+/// The secrets of a run, in all forms in which they could be written down.
+fn secrets(cloud: &Cloud) -> Vec<(&'static str, Vec<u8>)> {
+    use cvm_blueprint::secret::Secret;
+    use cvm_blueprint::keys::{KeyRing, MasterKey};
+    let master = MasterKey::new(Secret::copy_of(MASTER_KEY.as_bytes())).expect("it is not empty");
+    let manifest = *KeyRing::derive(&master).manifest_key.expose();
+    let hex: String = manifest.iter().map(|b| format!("{b:02x}")).collect();
+    vec![
+        ("MASTER_KEY", MASTER_KEY.as_bytes().to_vec()),
+        ("the bucket's secret", cloud.garage.secret_key().as_bytes().to_vec()),
+        ("the bucket's access key", cloud.garage.access_key().as_bytes().to_vec()),
+        ("the crypt password", PASSWORD.as_bytes().to_vec()),
+        ("the crypt salt", SALT.as_bytes().to_vec()),
+        ("the manifest key", manifest.to_vec()),
+        ("the manifest key in hex", hex.into_bytes()),
+    ]
+}
+
+/// Every regular file below a directory of the machine, and every file that a process has open
+/// and that has no name any more.
+fn files(machine: &Machine, dir: &str) -> Vec<(String, Vec<u8>)> {
+    let (mut found, mut open) = (Vec::new(), vec![machine.path(dir)]);
+    while let Some(dir) = open.pop() {
+        for entry in std::fs::read_dir(&dir).into_iter().flatten().flatten() {
+            let Ok(kind) = entry.file_type() else { continue };
+            if kind.is_dir() {
+                open.push(entry.path());
+            } else if kind.is_file() {
+                found.push((entry.path().display().to_string(), std::fs::read(entry.path()).unwrap_or_default()));
+            }
+        }
+    }
+    found
+}
+
+#[track_caller]
+fn tells_nothing(machine: &Machine, secrets: &[(&'static str, Vec<u8>)]) {
+    let mut places: Vec<(String, Vec<u8>)> = ["/run", "/tmp", "/var/log", "/var/tmp", "/data", "/root", "/home", "/etc/openclaw-cvm"]
+        .iter()
+        .flat_map(|d| files(machine, d))
+        .collect();
+    for process in machine.processes() {
+        for file in ["environ", "cmdline"] {
+            let bytes = std::fs::read(machine.path(&format!("/proc/{}/{file}", process.pid)));
+            places.push((format!("{file} of {} {}", process.pid, process.arguments), bytes.unwrap_or_default()));
+        }
+        let limits = machine.read(&format!("/proc/{}/limits", process.pid));
+        if process.arguments.contains("cvm-storage") {
+            assert!(!limits.is_empty());
+        }
+    }
+    places.push(("standard output".to_owned(), machine.output().into_bytes()));
+    for words in [&["cvm", "storage", "status", "--json"][..], &["cvm", "status"], &["cvm", "doctor"]] {
+        let output = machine.exec(words);
+        places.push((format!("{words:?}"), [output.stdout, output.stderr].concat()));
+    }
+    for (place, bytes) in &places {
+        for (name, secret) in secrets {
+            assert!(!contains(bytes, secret), "{name} is in {place}");
+        }
+        // A remote as rclone writes it has them in obscured form.
+        assert!(!contains(bytes, b"password2="), "a connection string is in {place}");
+        assert!(!contains(bytes, b"secret_access_key="), "a connection string is in {place}");
+    }
+}
+
+#[test]
+fn no_run_and_no_failure_writes_a_secret_down() {
+    let cloud = Cloud::new();
+    let secrets = secrets(&cloud);
+    let noisy = || cloud.machine().environment("LOG_LEVEL", "trace").environment("LOG_SERVICES", "1");
+    let machine = started(noisy());
+    write(&machine, &["openclaw/workspace/a"], "words");
+    flush(&machine);
+    for fault in [Fault::Status(403), Fault::Status(400), Fault::Status(503), Fault::Reset, Fault::HalfResponse] {
+        cloud.proxy.fault(fault);
+        write(&machine, &["openclaw/workspace/b"], &format!("{fault:?}"));
+        let _ = machine.exec(&["cvm", "storage", "flush"]);
+        let _ = machine.exec(&["cvm", "storage", "verify"]);
+        let _ = machine.exec(&["cvm", "storage", "get", "openclaw/workspace/a"]);
+        tells_nothing(&machine, &secrets);
+        cloud.proxy.heal();
+    }
+    let mut machine = machine;
+    until("all is pushed", LONG, || machine.exec(&["cvm", "storage", "flush"]).status.success().then_some(()));
+    // Nor does the bucket hold what only its keys should open.
+    for (key, bytes) in all(&cloud.garage) {
+        for (name, secret) in &secrets {
+            assert!(!contains(&bytes, secret), "{name} is in {key}");
+        }
+        assert!(!contains(&bytes, b"words of openclaw"), "{key} is not encrypted");
+    }
+    assert_eq!(machine.stop(), 0);
+    let failing = [
+        (noisy().environment("MASTER_KEY", "another horse, another battery"), "refused"),
+        (noisy().environment("AWS_SECRET_ACCESS_KEY", &"deadbeef".repeat(8)), "opening"),
+        (noisy().environment("S3_ENDPOINT", "http://127.0.0.1:9"), "opening"),
+        (noisy().environment("RCLONE_CRYPT_PASSWORD", PASSWORD).environment("RCLONE_CRYPT_PASSWORD2", SALT), "refused"),
+    ];
+    let mut more = secrets.clone();
+    more.extend([("another key", b"another horse, another battery".to_vec()), ("a wrong secret", b"deadbeef".repeat(8))]);
+    for (builder, phase) in failing {
+        let machine = builder.start();
+        says(&machine, phase, &[]);
+        tells_nothing(&machine, &more);
+    }
+}
+
+#[test]
+fn only_the_worker_has_the_keys_in_memory_and_it_leaves_no_core() {
+    let cloud = Cloud::new();
+    let machine = started(cloud.machine());
+    let secrets = secrets(&cloud);
+    let mut looked_at = 0;
+    for process in machine.processes() {
+        if process.arguments.contains("lib/openclaw-cvm/cvm-storage") {
+            continue;
+        }
+        let maps = machine.read(&format!("/proc/{}/maps", process.pid));
+        let Ok(memory) = std::fs::File::open(machine.path(&format!("/proc/{}/mem", process.pid))) else { continue };
+        for line in maps.lines().filter(|l| l.split(' ').nth(1).is_some_and(|m| m.starts_with("rw"))) {
+            let Some((from, to)) = line.split(' ').next().and_then(|r| r.split_once('-')) else { continue };
+            let (Ok(from), Ok(to)) = (u64::from_str_radix(from, 16), u64::from_str_radix(to, 16)) else { continue };
+            let mut bytes = vec![0; usize::try_from((to - from).min(64 << 20)).expect("it fits")];
+            if std::os::unix::fs::FileExt::read_exact_at(&memory, &mut bytes, from).is_err() {
+                continue;
+            }
+            looked_at += bytes.len();
+            for (name, secret) in &secrets {
+                assert!(!contains(&bytes, secret), "{name} is in the memory of {} at {line}", process.arguments);
+            }
+        }
+    }
+    assert!(looked_at > 100 * 1024, "only {looked_at} bytes were readable");
+    let worker = machine.find("lib/openclaw-cvm/cvm-storage").expect("the worker runs");
+    // What is not dumpable belongs to root, whoever runs it, and leaves no core behind.
+    machine.kill(worker.pid.into(), "SEGV");
+    until("another worker is there", LONG, || {
+        machine.find("lib/openclaw-cvm/cvm-storage").filter(|p| p.pid != worker.pid).map(drop)
+    });
+    let cores = machine.ok(&["find", "/", "-xdev", "-name", "core*", "-newer", "/proc/1/comm", "-type", "f", "-size", "+1M"]);
+    assert_eq!(cores, "");
+}
