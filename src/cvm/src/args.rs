@@ -143,7 +143,8 @@ Examples:
   cvm derive gateway-token                       asks for the key
   MASTER_KEY_FILE=key.txt cvm derive device-id
   pass show openclaw/master-key | cvm derive gateway-token -
-  cvm derive ssh-known-hosts --host vm.example.org >> ~/.ssh/known_hosts")]
+  cvm derive ssh-known-hosts --host vm.example.org >> ~/.ssh/known_hosts
+  (umask 077; cvm derive rclone-config > rclone.conf)")]
     Derive(DeriveArgs),
 
     /// Look for what is wrong with this machine, and say what to do
@@ -290,6 +291,39 @@ Examples:
         #[command(flatten)]
         key: KeySource,
     },
+    /// The password of the bucket's encryption: with the salt it opens everything in the bucket
+    #[command(after_help = "\
+Example:
+  rclone config password REMOTE password \"$(cvm derive crypt-password < key.txt)\"
+
+Not the right one if RCLONE_CRYPT_PASSWORD was set when the bucket was written.")]
+    CryptPassword(CryptArgs),
+    /// The salt of the bucket's encryption, which rclone calls password2: a secret
+    #[command(after_help = "\
+Example:
+  cvm derive crypt-salt --obscured < key.txt")]
+    CryptSalt(CryptArgs),
+    /// An rclone.conf with which stock rclone opens the bucket: every secret of the bucket is in it
+    ///
+    /// Takes the S3_* and the AWS_* variables, and RCLONE_CRYPT_PASSWORD and _PASSWORD2 if they
+    /// are set, from the environment, as the VM does; secrets also as NAME_FILE. The remote in it
+    /// is called `openclaw:`.
+    #[command(after_help = "\
+Example:
+  export S3_BUCKET=state S3_ENDPOINT=https://s3.example.org AWS_ACCESS_KEY_ID=...
+  export AWS_SECRET_ACCESS_KEY_FILE=secret.txt MASTER_KEY_FILE=key.txt
+  (umask 077; cvm derive rclone-config > rclone.conf)
+  rclone --config rclone.conf lsf -R openclaw:")]
+    RcloneConfig(KeySource),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CryptArgs {
+    /// In the form that rclone.conf holds, which hides it from a glance and from nothing else
+    #[arg(long)]
+    pub obscured: bool,
+    #[command(flatten)]
+    pub key: KeySource,
 }
 
 #[derive(Debug, Args)]
@@ -438,6 +472,8 @@ mod tests {
         assert!(parse(&["derive", "gateway-token"]).is_ok());
         assert!(parse(&["derive", "gateway-token", "-"]).is_ok());
         assert!(parse(&["derive", "gateway-token", "the key itself"]).is_err());
+        assert!(parse(&["derive", "crypt-salt", "--obscured", "-"]).is_ok());
+        assert!(parse(&["derive", "rclone-config", "-"]).is_ok());
         assert!(parse(&["derive", "ssh-known-hosts"]).is_err());
         assert!(parse(&["derive", "ssh-known-hosts", "--host", "h", "--port", "0"]).is_err());
         match parse(&["derive", "ssh-known-hosts", "--host", "a", "--host", "b", "-"]) {

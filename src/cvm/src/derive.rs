@@ -4,15 +4,15 @@
 //! give the same warnings.
 //!
 //! Refuses the key as an argument, where every user of the machine could read it, and to
-//! print a secret other than the token that was asked for.
+//! print a secret other than the one that was asked for.
 //! May import: `args`, `input`, `out`, `prompt`, `trouble`.
 
 use crate::args::{DeriveArgs, Derived, KeySource};
 use crate::input;
 use crate::out;
 use crate::prompt;
-use crate::trouble::{Exit, Trouble, warn};
-use cvm_blueprint::config::{Config, MasterKey};
+use crate::trouble::{Exit, Trouble, mistakes, warn};
+use cvm_blueprint::config::{Config, MasterKey, S3, Storage};
 use cvm_blueprint::env::{Environment, file_twin};
 use cvm_blueprint::keys::KeyRing;
 use std::ffi::OsStr;
@@ -28,6 +28,11 @@ const INPUT_MAX: usize = 64 * 1024;
 pub(crate) fn run(args: &DeriveArgs) -> Result<Exit, Trouble> {
     let source = match &args.what {
         Derived::GatewayToken(key) | Derived::DeviceId(key) | Derived::SshKnownHosts { key, .. } => key,
+        Derived::CryptPassword(args) | Derived::CryptSalt(args) => {
+            warn("what follows is a secret: password and salt together open everything in the bucket");
+            &args.key
+        }
+        Derived::RcloneConfig(key) => return rclone_config(key),
     };
     let master = master_key(source)?;
     let text = derived(&args.what, &KeyRing::derive(&master))?;
@@ -38,7 +43,16 @@ pub(crate) fn run(args: &DeriveArgs) -> Result<Exit, Trouble> {
 
 fn derived(what: &Derived, keys: &KeyRing) -> Result<Zeroizing<String>, Trouble> {
     let mut text = Zeroizing::new(String::with_capacity(1024));
+    let mut crypt = |clear: &str, form_of_rclone: bool| -> Result<(), Trouble> {
+        let _ =
+            if form_of_rclone { writeln!(text, "{}", *obscured(clear)?) } else { writeln!(text, "{clear}") };
+        Ok(())
+    };
     match what {
+        Derived::CryptPassword(args) => crypt(keys.crypt_password.expose(), args.obscured)?,
+        Derived::CryptSalt(args) => crypt(keys.crypt_salt.expose(), args.obscured)?,
+        // Needs more than keys: see `rclone_config`.
+        Derived::RcloneConfig(_) => {}
         Derived::GatewayToken(_) => {
             let _ = writeln!(text, "{}", keys.gateway_token.expose()); // a String takes all
         }
@@ -59,6 +73,91 @@ fn derived(what: &Derived, keys: &KeyRing) -> Result<Zeroizing<String>, Trouble>
     Ok(text)
 }
 
+fn obscured(clear: &str) -> Result<Zeroizing<String>, Trouble> {
+    cvm_obscure::obscure(clear.as_bytes())
+        .map_err(|_| Trouble::new(Exit::Bad, "derive", "the kernel gives no random numbers"))
+}
+
+// === rclone.conf ===
+
+const RCLONE_CONFIG: &str = "derive rclone-config";
+
+fn rclone_config(source: &KeySource) -> Result<Exit, Trouble> {
+    let environment = with_key(source)?;
+    let (config, warnings) = Config::parse(&environment)
+        .map_err(|problems| mistakes(RCLONE_CONFIG, &problems, "nothing was derived"))?;
+    for warning in warnings {
+        warn(&warning.to_string());
+    }
+    let (Storage::S3(s3), Some(master)) = (&config.storage, &config.master_key) else {
+        let hint = "set S3_BUCKET and the credentials as they are set for the VM";
+        return Err(Trouble::new(Exit::Usage, RCLONE_CONFIG, "S3_BUCKET is not set, so there is no bucket")
+            .hint(hint));
+    };
+    warn("what follows holds every secret of the bucket: keep it where only you can read it");
+    out::print(&rclone_conf(s3, &KeyRing::derive(master))?)?;
+    Ok(Exit::Good)
+}
+
+/// All variables, and the key from where the help promises it.
+fn with_key(source: &KeySource) -> Result<Environment, Trouble> {
+    let twin = file_twin(NAME);
+    let given = |name: &str| std::env::var_os(name).is_some_and(|v| !v.is_empty());
+    if source.from_stdin.is_none() && (given(NAME) || given(&twin)) {
+        return Ok(input::environment());
+    }
+    let all = std::env::vars_os().filter(|(name, _)| name != NAME && *name != *twin);
+    let all = all.map(|(n, v)| (n.as_bytes().to_vec(), v.as_bytes().to_vec()));
+    let mut environment = Environment::new(all.chain([(twin.clone().into_bytes(), b"-".to_vec())]));
+    for (name, path) in environment.wanted_files() {
+        let content = if name == NAME { Ok(typed_or_piped()?) } else { input::read_file(&path, INPUT_MAX) };
+        environment.with_file(name, content);
+    }
+    Ok(environment)
+}
+
+/// Two remotes, as the storage worker has them: the bucket, and what encrypts for it.
+fn rclone_conf(s3: &S3, keys: &KeyRing) -> Result<Zeroizing<String>, Trouble> {
+    let mut text = Zeroizing::new(String::with_capacity(4096));
+    text.push_str(
+        "# Every secret of the bucket is in here. Read with it; what is written with it is not in the\n\
+         # manifest, and a machine that runs does not look at it.\n\
+         [openclaw-bucket]\ntype = s3\nforce_path_style = true\nno_check_bucket = true\nenv_auth = false\n",
+    );
+    let mut add = |name: &str, value: &[u8]| -> Result<(), Trouble> {
+        let value = std::str::from_utf8(value).map_err(|_| {
+            Trouble::new(Exit::Usage, RCLONE_CONFIG, format!("{name} is no text that rclone.conf can hold"))
+        })?;
+        let _ = writeln!(text, "{name} = {value}");
+        Ok(())
+    };
+    add("provider", s3.provider.as_str().as_bytes())?;
+    add("region", s3.region.as_str().as_bytes())?;
+    if let Some(endpoint) = &s3.endpoint {
+        add("endpoint", endpoint.as_str().as_bytes())?;
+    }
+    add("access_key_id", s3.access_key_id.expose())?;
+    add("secret_access_key", s3.secret_access_key.expose())?;
+    if let Some(token) = &s3.session_token {
+        add("session_token", token.expose())?;
+    }
+    let root = format!("openclaw-bucket:{}/{}", s3.bucket.as_str(), s3.prefix.as_str());
+    add("\n[openclaw]\ntype = crypt\nremote", root.as_bytes())?;
+    if let Some(given) = &s3.crypt_override {
+        add("password", given.password.expose())?;
+        add("password2", given.salt.expose())?;
+    } else {
+        add("password", obscured(keys.crypt_password.expose())?.as_bytes())?;
+        add("password2", obscured(keys.crypt_salt.expose())?.as_bytes())?;
+    }
+    text.push_str(
+        "filename_encryption = standard\ndirectory_name_encryption = true\nfilename_encoding = base32\n",
+    );
+    Ok(text)
+}
+
+// === MASTER_KEY ===
+
 /// Where the key comes from, in the order that the help promises.
 fn master_key(source: &KeySource) -> Result<MasterKey, Trouble> {
     let twin = file_twin(NAME);
@@ -74,15 +173,17 @@ fn master_key(source: &KeySource) -> Result<MasterKey, Trouble> {
             return checked(&environment, None);
         }
     }
-    // What comes in otherwise is treated as the content of a file.
-    let content = if std::io::stdin().is_terminal() {
-        prompt::secret("MASTER_KEY (not shown): ")?.to_vec()
-    } else {
-        input::read_limited(&mut std::io::stdin().lock(), INPUT_MAX).map_err(|cause| {
-            Trouble::new(Exit::Usage, "derive: standard input", cause).hint("give the key as one line")
-        })?
-    };
-    from_input(content)
+    from_input(typed_or_piped()?)
+}
+
+/// Treated as the content of a file.
+fn typed_or_piped() -> Result<Vec<u8>, Trouble> {
+    if std::io::stdin().is_terminal() {
+        return Ok(prompt::secret("MASTER_KEY (not shown): ")?.to_vec());
+    }
+    input::read_limited(&mut std::io::stdin().lock(), INPUT_MAX).map_err(|cause| {
+        Trouble::new(Exit::Usage, "derive: standard input", cause).hint("give the key as one line")
+    })
 }
 
 /// A key that was typed or piped in, line breaks at its end not included.
@@ -121,6 +222,7 @@ fn checked(environment: &Environment, rule: Option<&str>) -> Result<MasterKey, T
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::args::CryptArgs;
 
     fn source() -> KeySource {
         KeySource { from_stdin: None }
@@ -143,6 +245,18 @@ mod tests {
             assert_eq!(token.as_str(), format!("{}\n", of("gatewayAuthToken")));
             let id = derived(&Derived::DeviceId(source()), &keys).unwrap();
             assert_eq!(id.as_str(), format!("{}\n", of("deviceId")));
+            let clear = |obscured| CryptArgs { obscured, key: source() };
+            for (what, name) in [
+                (Derived::CryptPassword as fn(CryptArgs) -> Derived, "rcloneCryptPassword"),
+                (Derived::CryptSalt, "rcloneCryptSalt"),
+            ] {
+                assert_eq!(derived(&what(clear(false)), &keys).unwrap().as_str(), format!("{}\n", of(name)));
+                let hidden = derived(&what(clear(true)), &keys).unwrap();
+                assert_eq!(
+                    cvm_obscure::reveal(hidden.trim_end().as_bytes()).unwrap()[..],
+                    *of(name).as_bytes()
+                );
+            }
         }
     }
 
@@ -183,5 +297,42 @@ mod tests {
         for bad in ["a b", "*", "a,b", "", "root@h"] {
             assert!(lines(&[bad], 22).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn an_rclone_conf_has_the_bucket_and_what_opens_it() {
+        let conf = |more: &[(&str, &str)]| {
+            let given = [
+                ("MASTER_KEY", "correct horse battery staple"),
+                ("S3_BUCKET", "claws"),
+                ("S3_ENDPOINT", "https://s3.example.org"),
+                ("AWS_ACCESS_KEY_ID", "AKIDEXAMPLE"),
+                ("AWS_SECRET_ACCESS_KEY", "not/a+secret="),
+            ];
+            let pairs = given.iter().chain(more).map(|(n, v)| (n.as_bytes().to_vec(), v.as_bytes().to_vec()));
+            let Ok((config, _)) = Config::parse(&Environment::new(pairs)) else { panic!("it is complete") };
+            let Storage::S3(s3) = &config.storage else { panic!("S3_BUCKET is set") };
+            rclone_conf(s3, &ring(b"correct horse battery staple")).unwrap().to_string()
+        };
+        let value = |text: &str, name: &str| {
+            let all: Vec<_> = text
+                .lines()
+                .filter_map(|l| l.strip_prefix(name)?.strip_prefix(" = "))
+                .map(str::to_owned)
+                .collect();
+            all.join("|")
+        };
+        let text = conf(&[("S3_PREFIX", "a/b")]);
+        assert_eq!(value(&text, "remote"), "openclaw-bucket:claws/a/b");
+        assert_eq!(value(&text, "secret_access_key"), "not/a+secret=");
+        assert_eq!((value(&text, "type"), value(&text, "session_token")), ("s3|crypt".into(), String::new()));
+        let password = cvm_obscure::reveal(value(&text, "password").as_bytes()).unwrap();
+        assert_eq!(&password[..], b"fWxyhzuLSQizHmoLLNCIFuPKNGAgWm3D5LziNPZ2UdM=");
+        let mine = cvm_obscure::obscure(b"mine").unwrap();
+        let text = conf(&[("RCLONE_CRYPT_PASSWORD", &mine), ("RCLONE_CRYPT_PASSWORD2", &mine)]);
+        assert_eq!(
+            (value(&text, "password").as_str(), value(&text, "password2").as_str()),
+            (&**mine, &**mine)
+        );
     }
 }

@@ -6,14 +6,15 @@
 //! doctor                                          ── looks at ──> kernel, disks, services
 //! storage                                         ── asks ──>     the storage worker's socket
 //! storage restore                                 ── becomes ──>  cvm-storage, on any machine
-//! derive                                          ── needs ──>    MASTER_KEY, and nothing else
+//! derive                                          ── needs ──>    MASTER_KEY; for rclone.conf the bucket too
 //! ```
 //!
 //! Linked as `openclaw` it is the gateway's own command line, run as the gateway's user.
 //!
 //! Refuses: to change anything but through the supervisor, to print a secret other than the
 //! one that was asked for by name, and to panic because nobody reads its output.
-//! May import: `cvm-blueprint`, and of `cvm-process` the memory file in which secrets are handed on.
+//! May import: `cvm-blueprint`, `cvm-obscure`, and of `cvm-process` the memory file in which secrets
+//! are handed on.
 
 mod args;
 mod completions;

@@ -9,6 +9,7 @@
 //! May import: `words`.
 
 use crate::words;
+use cvm_blueprint::env::Problem;
 use std::io::Write as _;
 use std::process::ExitCode;
 
@@ -111,6 +112,18 @@ impl std::fmt::Display for Trouble {
 /// A remark on standard error that stops nothing.
 pub(crate) fn warn(text: &str) {
     let _ = writeln!(std::io::stderr().lock(), "cvm: warning: {}", words::clean(text));
+}
+
+/// Every mistake of a configuration, as `cvm-init --check` tells them.
+pub(crate) fn mistakes(what: &str, problems: &[Problem], so: &str) -> Trouble {
+    let mut stderr = std::io::stderr().lock();
+    let number = words::count(problems.len() as u64, "mistake", "mistakes");
+    // Standard error may be closed; then there is nobody to tell.
+    let _ = writeln!(stderr, "cvm: {what}: the configuration has {number}; {so}");
+    for problem in problems {
+        let _ = writeln!(stderr, "  {}", words::clean(&problem.to_string()));
+    }
+    Trouble::silent(Exit::Usage)
 }
 
 #[cfg(test)]

@@ -10,13 +10,13 @@
 //! ```
 //!
 //! Refuses: to do I/O, and to accept a block that does not authenticate.
-//! May import: nothing of ours.
+//! May import: `cvm-obscure`.
 
 use aes::Aes256;
 use aes::cipher::{Block, BlockCipherDecrypt, BlockCipherEncrypt, KeyInit};
 use crypto_secretbox::XSalsa20Poly1305;
 use crypto_secretbox::aead::{Aead, KeyInit as _};
-use ctr::cipher::{KeyIvInit, StreamCipher};
+pub(crate) use cvm_obscure::{obscure, reveal};
 use zeroize::{Zeroize, Zeroizing};
 
 const MAGIC: &[u8; 8] = b"RCLONE\0\0";
@@ -29,12 +29,6 @@ const BLOCK: usize = 16;
 const SEGMENT_MAX: usize = 128 * BLOCK - 1;
 /// base32hex of RFC 4648 in lower case.
 const ALPHABET: &[u8; 32] = b"0123456789abcdefghijklmnopqrstuv";
-/// The key with which rclone obscures passwords in its configuration. Public; it hides a
-/// password from a glance and from nothing else.
-const OBSCURE_KEY: [u8; 32] = [
-    0x9c, 0x93, 0x5b, 0x48, 0x73, 0x0a, 0x55, 0x4d, 0x6b, 0xfd, 0x7c, 0x63, 0xc8, 0x86, 0xa9, 0x2b, 0xd3,
-    0x90, 0x19, 0x8e, 0xb8, 0x12, 0x8a, 0xfb, 0xf4, 0xde, 0x16, 0x2b, 0x8b, 0x95, 0xf6, 0x38,
-];
 
 /// Both directions for one password and salt.
 pub(crate) struct Crypt {
@@ -202,28 +196,6 @@ pub(crate) fn encrypted_len(path: &str) -> Option<usize> {
     Some(lengths.iter().sum::<usize>() + lengths.len().saturating_sub(1))
 }
 
-/// The clear form of what rclone obscured: base64url of an AES-CTR ciphertext behind its IV.
-pub(crate) fn reveal(obscured: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
-    use base64::Engine as _;
-    let mut bytes = Zeroizing::new(base64::engine::general_purpose::URL_SAFE_NO_PAD.decode(obscured).ok()?);
-    let iv = <[u8; BLOCK]>::try_from(bytes.get(..BLOCK)?).ok()?;
-    let mut clear = Zeroizing::new(bytes.split_off(BLOCK));
-    ctr::Ctr128BE::<Aes256>::new(&OBSCURE_KEY.into(), &iv.into()).apply_keystream(&mut clear);
-    Some(clear)
-}
-
-/// The obscured form of a password: what rclone wants in a remote's definition.
-pub(crate) fn obscure(clear: &[u8]) -> Result<Zeroizing<String>, getrandom::Error> {
-    use base64::Engine as _;
-    let mut iv = [0u8; BLOCK];
-    getrandom::fill(&mut iv)?;
-    let mut bytes = Zeroizing::new(iv.to_vec());
-    let mut body = Zeroizing::new(clear.to_vec());
-    ctr::Ctr128BE::<Aes256>::new(&OBSCURE_KEY.into(), &iv.into()).apply_keystream(&mut body);
-    bytes.extend_from_slice(&body);
-    Ok(Zeroizing::new(base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(&bytes[..])))
-}
-
 fn xor(a: [u8; BLOCK], b: [u8; BLOCK]) -> [u8; BLOCK] {
     let mut out = a;
     out.iter_mut().zip(b).for_each(|(x, y)| *x ^= y);
@@ -292,13 +264,6 @@ mod tests {
         static CRYPT: std::sync::LazyLock<Crypt> =
             std::sync::LazyLock::new(|| Crypt::new(b"a password", b"and a salt"));
         &CRYPT
-    }
-
-    #[test]
-    fn what_is_obscured_is_revealed() {
-        let obscured = obscure("pässword".as_bytes()).unwrap();
-        assert_eq!(&reveal(obscured.as_bytes()).unwrap()[..], "pässword".as_bytes());
-        assert!(reveal(b"short").is_none());
     }
 
     #[test]

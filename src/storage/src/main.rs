@@ -18,7 +18,7 @@
 //!
 //! Refuses: arguments with secrets, an environment with secrets, and to end on a signal: Go takes
 //! those for itself, so the lifeline is the message.
-//! May import: `cvm-blueprint`, `cvm-process`, and the rooms below.
+//! May import: `cvm-blueprint`, `cvm-obscure`, `cvm-process`, and the rooms below.
 
 mod boots;
 mod bucket;

@@ -8,15 +8,15 @@
 //! May import: `input`, `trouble`, `words`.
 
 use crate::input;
-use crate::trouble::{Exit, Trouble, warn};
-use crate::words::{self, clean, count};
+use crate::trouble::{Exit, Trouble, mistakes, warn};
+use crate::words;
 use cvm_blueprint::config::{Config, Storage};
-use cvm_blueprint::env::{Environment, Problem};
+use cvm_blueprint::env::Environment;
 use cvm_blueprint::keys::KeyRing;
 use cvm_blueprint::storage::StorageSpec;
 use cvm_blueprint::wire;
 use cvm_process::descriptor;
-use std::io::{ErrorKind, Write as _};
+use std::io::ErrorKind;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -95,7 +95,8 @@ fn beside_us() -> Result<PathBuf, Trouble> {
 
 /// What the worker has to know, from variables as the VM is given them.
 fn specification(environment: &Environment) -> Result<StorageSpec, Trouble> {
-    let (config, warnings) = Config::parse(environment).map_err(|problems| refused(&problems))?;
+    let (config, warnings) =
+        Config::parse(environment).map_err(|problems| mistakes(WHAT, &problems, "nothing was started"))?;
     for warning in warnings {
         warn(&warning.to_string());
     }
@@ -104,18 +105,6 @@ fn specification(environment: &Environment) -> Result<StorageSpec, Trouble> {
         return Err(Trouble::new(Exit::Usage, WHAT, "S3_BUCKET is not set, so there is no bucket").hint(hint));
     };
     Ok(StorageSpec::of(s3, &KeyRing::derive(master), config.gateway.user.as_str()))
-}
-
-/// Every mistake, as `cvm-init --check` tells them.
-fn refused(problems: &[Problem]) -> Trouble {
-    let mut stderr = std::io::stderr().lock();
-    let number = count(problems.len() as u64, "mistake", "mistakes");
-    // Standard error may be closed; then there is nobody to tell.
-    let _ = writeln!(stderr, "cvm: {WHAT}: the configuration has {number}; nothing was started");
-    for problem in problems {
-        let _ = writeln!(stderr, "  {}", clean(&problem.to_string()));
-    }
-    Trouble::silent(Exit::Usage)
 }
 
 #[cfg(test)]
