@@ -67,7 +67,20 @@ fn plant(at: &Path) {
     for n in 0..60 {
         put(at.join(format!("many/d{}/f{n}", n % 6)), format!("{n} {}", "x".repeat(n * 97)));
     }
-    for name in ["edited", "appended", "cut", "renamed", "removed", "again", "mode", "owner", "touched", "becomes-directory", "becomes-link", "becomes-pipe"] {
+    for name in [
+        "edited",
+        "appended",
+        "cut",
+        "renamed",
+        "removed",
+        "again",
+        "mode",
+        "owner",
+        "touched",
+        "becomes-directory",
+        "becomes-link",
+        "becomes-pipe",
+    ] {
         put(at.join(name), format!("{name} as it was\n"));
     }
     for dir in ["moved", "deep/er", "gone", "becomes-file", "emptied"] {
@@ -148,9 +161,34 @@ fn add_new(at: &Path) {
 fn names() -> Vec<Vec<u8>> {
     let long = "ä".repeat(127) + "x";
     let mut names: Vec<Vec<u8>> = [
-        "größe", "gro\u{308}ße", "new\nline", " leading", "trailing ", "trailing.", "\"quoted'", "back\\slash",
-        "*?[]{}#", "#first", "; semi", "- dash", "\u{201b}", "a\u{201b}FFb", "full／width", "\u{2400}\u{240a}",
-        "tab\t", "\r", "del\u{7f}", "日本語", "👩‍👩‍👧", "CON", "~tilde", "$(x)`y`", "%41", "a:b", "x.part", &long,
+        "größe",
+        "gro\u{308}ße",
+        "new\nline",
+        " leading",
+        "trailing ",
+        "trailing.",
+        "\"quoted'",
+        "back\\slash",
+        "*?[]{}#",
+        "#first",
+        "; semi",
+        "- dash",
+        "\u{201b}",
+        "a\u{201b}FFb",
+        "full／width",
+        "\u{2400}\u{240a}",
+        "tab\t",
+        "\r",
+        "del\u{7f}",
+        "日本語",
+        "👩‍👩‍👧",
+        "CON",
+        "~tilde",
+        "$(x)`y`",
+        "%41",
+        "a:b",
+        "x.part",
+        &long,
     ]
     .iter()
     .map(|n| n.as_bytes().to_vec())
@@ -411,7 +449,6 @@ fn a_restore_that_was_killed_deletes_nothing_when_the_mode_changes() {
 
 // === In the eyes of others ===
 
-
 /// What HKDF makes of the harness's `MASTER_KEY`, by another program's reckoning.
 const PASSWORD: &str = "fWxyhzuLSQizHmoLLNCIFuPKNGAgWm3D5LziNPZ2UdM=";
 const SALT: &str = "H4BgUUYEIHkdwOCdLFt/MPbFWIl/8cxJmZmD5D/fVwU=";
@@ -491,9 +528,7 @@ fn nothing_of_names_or_contents_is_in_any_stored_byte() {
     fs::rename(at.join("small"), at.join(format!("{CANARY}-2"))).unwrap();
     let mut machine = machine;
     assert_eq!(machine.stop(), 0);
-    let has = |bytes: &[u8]| {
-        bytes.windows(CANARY.len()).any(|w| w.eq_ignore_ascii_case(CANARY.as_bytes()))
-    };
+    let has = |bytes: &[u8]| bytes.windows(CANARY.len()).any(|w| w.eq_ignore_ascii_case(CANARY.as_bytes()));
     let mut objects = 0;
     for (key, bytes) in cloud.garage.all_bytes() {
         assert!(!has(key.as_bytes()) && !has(&bytes), "{key}");
@@ -507,7 +542,11 @@ fn nothing_of_names_or_contents_is_in_any_stored_byte() {
 
 fn sqlite(program: &str, database: &Path) -> String {
     let output = Command::new("python3")
-        .args(["-c", &format!("import sqlite3,sys,os\nc=sqlite3.connect(sys.argv[1])\n{program}"), &database.display().to_string()])
+        .args([
+            "-c",
+            &format!("import sqlite3,sys,os\nc=sqlite3.connect(sys.argv[1])\n{program}"),
+            &database.display().to_string(),
+        ])
         .output()
         .expect("python3 runs");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -531,15 +570,24 @@ fn a_bucket_of_the_old_entrypoint_is_adopted() {
     put(old.path().join("openclaw/workspace/notes.md"), "from before");
     put(old.path().join(".config/tool/settings"), "kept");
     fs::create_dir_all(old.path().join("sqlite")).unwrap();
-    sqlite("c.execute('create table m(x)');c.execute('insert into m values(42)');c.commit()", &old.path().join("sqlite/main-memory.db"));
+    sqlite(
+        "c.execute('create table m(x)');c.execute('insert into m values(42)');c.commit()",
+        &old.path().join("sqlite/main-memory.db"),
+    );
     sqlite(TORN, &old.path().join("openclaw/workspace/x.sqlite"));
     assert!(old.path().join("openclaw/workspace/x.sqlite-wal").exists());
     let rclone = stock_rclone(&cloud);
     rclone.ok(&["copy", &old.path().display().to_string(), "crypt:"]);
     let machine = Fuse.start(&cloud);
-    assert!(machine.read("/var/log/openclaw-cvm/supervisor.log").contains("adopted") || machine.output().contains("adopted"), "{}", machine.output());
+    assert!(
+        machine.read("/var/log/openclaw-cvm/supervisor.log").contains("adopted")
+            || machine.output().contains("adopted"),
+        "{}",
+        machine.output()
+    );
     let data = machine.path("/data");
-    for (path, content) in [("openclaw/workspace/notes.md", "from before"), (".config/tool/settings", "kept")] {
+    for (path, content) in [("openclaw/workspace/notes.md", "from before"), (".config/tool/settings", "kept")]
+    {
         assert_eq!(fs::read_to_string(data.join(path)).unwrap(), content);
     }
     flush(&machine);

@@ -111,7 +111,9 @@ impl Search<'_> {
             && from != own
         {
             for (name, row) in self.index.children(from)? {
-                let (Some(old), Some(new)) = (joined(from, &name), Path::child(Some(here), &name)) else { continue };
+                let (Some(old), Some(new)) = (joined(from, &name), Path::child(Some(here), &name)) else {
+                    continue;
+                };
                 let unseen = row.entry.is_file() && row.sign.is_none() && row.bad.is_none();
                 if unseen && volume::look(&new.below(self.upper))?.is_none() {
                     self.missing.push((old, new));

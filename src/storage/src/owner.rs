@@ -95,11 +95,7 @@ pub(crate) fn judge(
     };
     let next = record.epoch.max(known_epoch) + 1;
     let our_own = record.instance == me.instance && record.place == me.place;
-    if record.released || our_own || stale {
-        Verdict::Take(next)
-    } else {
-        Verdict::Held
-    }
+    if record.released || our_own || stale { Verdict::Take(next) } else { Verdict::Held }
 }
 
 /// Time that also passes while the machine sleeps.

@@ -74,7 +74,8 @@ impl Pusher<'_> {
         rest.removals = gone.len() as u64;
         // What stands where a file was comes after the file's removal, which would take it along.
         let leaving: HashSet<&Path> = gone.iter().collect();
-        let (instead, metas): (Vec<_>, Vec<_>) = metas.into_iter().partition(|line| leaving.contains(&line.path));
+        let (instead, metas): (Vec<_>, Vec<_>) =
+            metas.into_iter().partition(|line| leaving.contains(&line.path));
         // Databases first, and then what is small: most of what is lost is lost soonest.
         let size = |path: &Path| {
             crate::volume::look(&path.below(&self.volume.upper))
@@ -84,10 +85,9 @@ impl Pusher<'_> {
         };
         let mut sized: Vec<_> = reads.into_iter().map(|read| (size(&read.0), read)).collect();
         sized.sort_by_key(|(size, (_, database, _))| (!database, *size));
-        let outcome = self
-            .files(sized, &mut rest)
-            .and_then(|()| self.metas(metas))
-            .and_then(|()| if rest.later.is_empty() { self.removals(gone, instead, &mut rest) } else { Ok(()) });
+        let outcome = self.files(sized, &mut rest).and_then(|()| self.metas(metas)).and_then(|()| {
+            if rest.later.is_empty() { self.removals(gone, instead, &mut rest) } else { Ok(()) }
+        });
         let outcome = outcome.and_then(|()| if self.chain.wants_merging() { self.merge() } else { Ok(()) });
         rest.fault = outcome.err();
         rest

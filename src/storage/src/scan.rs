@@ -301,7 +301,8 @@ impl<'a> Scanner<'a> {
         };
         let head = head.get(..n).unwrap_or_default();
         // The log of a database that is being created may have no header yet.
-        let begun = head.iter().all(|b| *b == 0) && volume::look(&base).ok().flatten().is_some_and(|s| s.st_size == 0);
+        let begun = head.iter().all(|b| *b == 0)
+            && volume::look(&base).ok().flatten().is_some_and(|s| s.st_size == 0);
         begun || rules::is_database_log(head)
     }
 

@@ -1,0 +1,76 @@
+//! /data in FUSE mode is a file system like the disk below it.
+
+use cvm_harness::cloud::{Cloud, flush, independent};
+use cvm_harness::machine::repository;
+use cvm_harness::{Builder, Machine, difference, digest};
+use std::collections::BTreeSet;
+
+const SETTINGS: &str = "\
+[features]
+posix_fallocate = {}
+rename_ctime = {}
+utime_now = {}
+utimensat = {}
+[dummy_auth]
+entries = [[\"nobody\", \"nogroup\"], [\"daemon\", \"daemon\"], [\"bin\", \"bin\"]]
+[settings]
+naptime = 0.01
+allow_remount = false
+";
+
+fn with_judges(cloud: &Cloud) -> Builder {
+    let posix = repository().join("target/posix/bin");
+    assert!(posix.exists(), "{} is missing: run `tests/setup test` first", posix.display());
+    cloud.machine().bind(&posix, "/opt/posix").file("/opt/settings.toml", SETTINGS, 0o644)
+}
+
+/// A machine whose tree lies over a bucket with something in it.
+fn over_a_bucket(cloud: &Cloud) -> Machine {
+    let mut first = with_judges(cloud).start();
+    first.service_in("gateway", &["ready"]);
+    first.ok(&["sh", "-c", "mkdir -p /data/openclaw/workspace && seq 1000 > /data/openclaw/workspace/file"]);
+    flush(&first);
+    assert_eq!(first.stop(), 0);
+    let machine = with_judges(cloud).start();
+    machine.service_in("gateway", &["ready"]);
+    independent(&machine);
+    machine
+}
+
+/// The cases that pass in a directory.
+fn passing(machine: &Machine, directory: &str) -> BTreeSet<String> {
+    machine.ok(&["mkdir", "-p", "-m", "755", directory]);
+    let output = machine.exec(&["/opt/posix/pjdfstest", "-c", "/opt/settings.toml", "-p", directory]);
+    let text = String::from_utf8_lossy(&output.stdout);
+    let passed = text.lines().filter(|l| l.ends_with(" ok"));
+    passed.filter_map(|l| l.split_whitespace().next()).map(str::to_owned).collect()
+}
+
+#[test]
+fn no_case_of_pjdfstest_fails_on_data_that_passes_on_the_disk_below() {
+    let cloud = Cloud::new();
+    let machine = over_a_bucket(&cloud);
+    let below = passing(&machine, "/run/openclaw-cvm/volume/.cvm/posix");
+    let here = passing(&machine, "/data/openclaw/workspace/posix");
+    assert!(below.len() > 300, "only {} cases pass on the disk", below.len());
+    let ours: Vec<&String> = below.difference(&here).collect();
+    assert!(ours.is_empty(), "on the disk these pass: {ours:#?}");
+}
+
+#[test]
+fn fsx_finds_no_fault_and_what_it_wrote_survives_the_loss() {
+    let cloud = Cloud::new();
+    let mut machine = over_a_bucket(&cloud);
+    for seed in ["1", "2", "3"] {
+        let file = format!("/data/openclaw/workspace/fsx-{seed}");
+        machine.ok(&["/opt/posix/fsx", "-q", "-S", seed, "-N", "3000", "-P", "/tmp", &file]);
+    }
+    flush(&machine);
+    let before = digest(&machine.path("/data"), &[".cvm", "lost+found"]);
+    assert_eq!(machine.stop(), 0);
+    drop(machine);
+    let machine = cloud.machine().start();
+    machine.service_in("gateway", &["ready"]);
+    independent(&machine);
+    assert_eq!(difference(&before, &digest(&machine.path("/data"), &[".cvm", "lost+found"])), "");
+}
