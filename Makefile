@@ -14,11 +14,11 @@ export PATH := $(CURDIR)/target/go/bin:$(PATH)
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
-demo: ## install what is missing, build, and run the real gateway under the supervisor; Ctrl-C stops it
+demo: ## install what is missing, build, and run the real gateway under the supervisor; Ctrl-C stops it; S3=1: with a bucket
 	@tests/setup $(if $(S3),s3,demo)
 	@echo "== Building (some minutes the first time)"
 	@$(CARGO) build --release --bins
-	@tests/demo
+	@tests/demo $(if $(S3),s3)
 
 test: ## install what is missing and run every test
 	@tests/setup test
