@@ -196,7 +196,9 @@ fn attack(raw: &Raw<'_>, place: &str, old: &[u8]) {
     let (one, two) = (raw.get(&at("swap1")), raw.get(&at("swap2")));
     raw.put(&at("swap1"), &two);
     raw.put(&at("swap2"), &one);
-    for (name, length) in [("cut", HEADER + BLOCK), ("cut-header", HEADER), ("cut-short", 10), ("cut-empty", 0)] {
+    for (name, length) in
+        [("cut", HEADER + BLOCK), ("cut-header", HEADER), ("cut-short", 10), ("cut-empty", 0)]
+    {
         let mut bytes = raw.get(&at(name));
         bytes.truncate(length);
         raw.put(&at(name), &bytes);
@@ -214,8 +216,10 @@ fn objects_are_checked(mode: Mode) {
     let cloud = Cloud::new();
     let mut machine = started(in_mode(mode, cloud.machine()));
     let raw = Raw::new(&cloud.garage);
-    let names: Vec<String> =
-        PLACES.iter().flat_map(|p| ATTACKED.iter().chain(&["good"]).map(move |n| format!("{p}/{n}"))).collect();
+    let names: Vec<String> = PLACES
+        .iter()
+        .flat_map(|p| ATTACKED.iter().chain(&["good"]).map(move |n| format!("{p}/{n}")))
+        .collect();
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
     write(&machine, &names, "first");
     write(&machine, &["openclaw/workspace/removed"], "first");
@@ -270,7 +274,14 @@ fn objects_are_checked(mode: Mode) {
     for (key, bytes) in &good {
         let now = cloud.garage.get_raw(key);
         let ours = raw.key(".cvm");
-        assert!(now.is_some() || key.starts_with(&ours) || bytes.is_empty() || key == &raw.key("openclaw/workspace/gone") || key == &raw.key("openclaw/state/gone"), "{key} was deleted");
+        assert!(
+            now.is_some()
+                || key.starts_with(&ours)
+                || bytes.is_empty()
+                || key == &raw.key("openclaw/workspace/gone")
+                || key == &raw.key("openclaw/state/gone"),
+            "{key} was deleted"
+        );
     }
     // What is put right comes back when the storage starts again.
     for name in ["openclaw/workspace/flip", "openclaw/state/gone"] {
@@ -283,12 +294,17 @@ fn objects_are_checked(mode: Mode) {
         (back("openclaw/workspace/flip") && back("openclaw/state/gone")).then_some(())
     });
     flush(&machine);
-    until("the rest is still known", PATIENCE, || (incidents(&machine).len() == expected.len() - 2).then_some(()));
+    until("the rest is still known", PATIENCE, || {
+        (incidents(&machine).len() == expected.len() - 2).then_some(())
+    });
     accept(&machine);
     flush(&machine);
     assert_eq!(incidents(&machine), Vec::<String>::new());
     let listed = machine.ok(&["cvm", "storage", "ls", "openclaw"]);
-    assert!(!listed.contains("swap1") && listed.contains("workspace/good") && listed.contains("workspace/flip"), "{listed}");
+    assert!(
+        !listed.contains("swap1") && listed.contains("workspace/good") && listed.contains("workspace/flip"),
+        "{listed}"
+    );
     assert!(gateway_runs(&machine));
     machine.ok(&["cvm", "storage", "verify", "--deep"]);
 }
@@ -426,7 +442,10 @@ fn a_manifest_that_was_tampered_with_is_refused_until_the_operator_accepts() {
         // What was accepted is a history like any other.
         let mut machine = started(cloud.machine());
         independent(&machine);
-        assert_eq!(read(&machine, "openclaw/workspace/after"), Some(content("openclaw/workspace/after", name)));
+        assert_eq!(
+            read(&machine, "openclaw/workspace/after"),
+            Some(content("openclaw/workspace/after", name))
+        );
         assert_eq!(machine.stop(), 0);
     }
 }
@@ -619,7 +638,10 @@ fn a_server_that_cannot_prove_who_it_is_gets_nothing() {
         .output()
         .expect("openssl runs");
     assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
-    let machine = builder.bind(&dir, "/etc/tls-of-the-test").environment("S3_ENDPOINT", "https://127.0.0.1:9443").start();
+    let machine = builder
+        .bind(&dir, "/etc/tls-of-the-test")
+        .environment("S3_ENDPOINT", "https://127.0.0.1:9443")
+        .start();
     machine.service_in("sshd", &["up", "ready"]);
     let mut server = machine
         .command(&["openssl", "s_server", "-accept", "9443", "-quiet", "-www"])
@@ -688,7 +710,9 @@ fn the_gateway_does_not_notice_an_outage_and_nothing_is_lost_by_it() {
     for n in 0..100 {
         write(&machine, &[&format!("openclaw/workspace/many/{n}")], "one of many");
     }
-    until("a hundred files arrive in spite of it", LONG, || machine.exec(&["cvm", "storage", "flush"]).status.success().then_some(()));
+    until("a hundred files arrive in spite of it", LONG, || {
+        machine.exec(&["cvm", "storage", "flush"]).status.success().then_some(())
+    });
     cloud.proxy.heal();
     assert!(resident(&machine) < 400 * 1024, "{} kB", resident(&machine));
     let before = tree(&machine);
@@ -742,11 +766,10 @@ impl Elsewhere {
 fn two_at_once(conditional: bool) {
     let cloud = Cloud::new();
     cloud.proxy.conditional_puts(conditional.then(|| cloud.garage.s3()));
-    let (one, two) = (cloud.machine(), cloud.machine().environment("SSH_PORT", "2222"));
-    let (mut one, mut two) = std::thread::scope(|scope| {
-        let two = scope.spawn(|| two.start());
-        (one.start(), two.join().expect("it starts"))
-    });
+    // Both have read that there is no record before either of them writes one.
+    cloud.proxy.add(Rule::new(Fault::Latency(Duration::from_millis(1500))).method("PUT").times(2));
+    let two = cloud.machine().environment("SSH_PORT", "2222");
+    let (mut one, mut two) = (cloud.machine().start(), two.start());
     until("one of them runs its gateway", LONG, || (gateway_runs(&one) || gateway_runs(&two)).then_some(()));
     if gateway_runs(&two) {
         std::mem::swap(&mut one, &mut two);
@@ -843,7 +866,15 @@ fn a_frozen_owner(mode: Mode) {
     assert_eq!(read(&old, "openclaw/workspace/frozen"), None);
     assert_eq!(tree(&old), before);
     // The find of a path that is only there in one of the modes ends with an error.
-    let aside = old.exec(&["find", "/run/openclaw-cvm/volume/.cvm", "/data/.cvm", "-path", "*aside*", "-name", "frozen"]);
+    let aside = old.exec(&[
+        "find",
+        "/run/openclaw-cvm/volume/.cvm",
+        "/data/.cvm",
+        "-path",
+        "*aside*",
+        "-name",
+        "frozen",
+    ]);
     assert!(String::from_utf8_lossy(&aside.stdout).contains("frozen"), "what was set aside is there");
 }
 
@@ -914,8 +945,8 @@ fn contains(bytes: &[u8], text: &[u8]) -> bool {
 
 /// The secrets of a run, in all forms in which they could be written down.
 fn secrets(cloud: &Cloud) -> Vec<(&'static str, Vec<u8>)> {
-    use cvm_blueprint::secret::Secret;
     use cvm_blueprint::keys::{KeyRing, MasterKey};
+    use cvm_blueprint::secret::Secret;
     let master = MasterKey::new(Secret::copy_of(MASTER_KEY.as_bytes())).expect("it is not empty");
     let manifest = *KeyRing::derive(&master).manifest_key.expose();
     let hex: String = manifest.iter().map(|b| format!("{b:02x}")).collect();
@@ -940,7 +971,10 @@ fn files(machine: &Machine, dir: &str) -> Vec<(String, Vec<u8>)> {
             if kind.is_dir() {
                 open.push(entry.path());
             } else if kind.is_file() {
-                found.push((entry.path().display().to_string(), std::fs::read(entry.path()).unwrap_or_default()));
+                found.push((
+                    entry.path().display().to_string(),
+                    std::fs::read(entry.path()).unwrap_or_default(),
+                ));
             }
         }
     }
@@ -949,14 +983,15 @@ fn files(machine: &Machine, dir: &str) -> Vec<(String, Vec<u8>)> {
 
 #[track_caller]
 fn tells_nothing(machine: &Machine, secrets: &[(&'static str, Vec<u8>)]) {
-    let mut places: Vec<(String, Vec<u8>)> = ["/run", "/tmp", "/var/log", "/data", "/root/.ssh"]
-        .iter()
-        .flat_map(|d| files(machine, d))
-        .collect();
+    let mut places: Vec<(String, Vec<u8>)> =
+        ["/run", "/tmp", "/var/log", "/data", "/root/.ssh"].iter().flat_map(|d| files(machine, d)).collect();
     for process in machine.processes() {
         for file in ["environ", "cmdline"] {
             let bytes = std::fs::read(machine.path(&format!("/proc/{}/{file}", process.pid)));
-            places.push((format!("{file} of {} {}", process.pid, process.arguments), bytes.unwrap_or_default()));
+            places.push((
+                format!("{file} of {} {}", process.pid, process.arguments),
+                bytes.unwrap_or_default(),
+            ));
         }
     }
     places.push(("standard output".to_owned(), machine.output().into_bytes()));
@@ -982,7 +1017,9 @@ fn no_run_and_no_failure_writes_a_secret_down() {
     let machine = started(noisy());
     write(&machine, &["openclaw/workspace/a"], "words");
     flush(&machine);
-    for fault in [Fault::Status(403), Fault::Status(400), Fault::Status(503), Fault::Reset, Fault::HalfResponse] {
+    for fault in
+        [Fault::Status(403), Fault::Status(400), Fault::Status(503), Fault::Reset, Fault::HalfResponse]
+    {
         cloud.proxy.fault(fault);
         write(&machine, &["openclaw/workspace/b"], &format!("{fault:?}"));
         let _ = machine.exec(&["cvm", "storage", "flush"]);
@@ -992,7 +1029,9 @@ fn no_run_and_no_failure_writes_a_secret_down() {
         cloud.proxy.heal();
     }
     let mut machine = machine;
-    until("all is pushed", LONG, || machine.exec(&["cvm", "storage", "flush"]).status.success().then_some(()));
+    until("all is pushed", LONG, || {
+        machine.exec(&["cvm", "storage", "flush"]).status.success().then_some(())
+    });
     // Nor does the bucket hold what only its keys should open.
     for (key, bytes) in all(&cloud.garage) {
         for (name, secret) in &secrets {
@@ -1005,10 +1044,18 @@ fn no_run_and_no_failure_writes_a_secret_down() {
         (noisy().environment("MASTER_KEY", "another horse, another battery"), "refused"),
         (noisy().environment("AWS_SECRET_ACCESS_KEY", &"deadbeef".repeat(8)), "opening"),
         (noisy().environment("S3_ENDPOINT", "http://127.0.0.1:9"), "opening"),
-        (noisy().environment("RCLONE_CRYPT_PASSWORD", PASSWORD).environment("RCLONE_CRYPT_PASSWORD2", SALT), "refused"),
+        (
+            noisy()
+                .environment("RCLONE_CRYPT_PASSWORD", &cvm_harness::tools::obscure("another password"))
+                .environment("RCLONE_CRYPT_PASSWORD2", &cvm_harness::tools::obscure(SALT)),
+            "refused",
+        ),
     ];
     let mut more = secrets.clone();
-    more.extend([("another key", b"another horse, another battery".to_vec()), ("a wrong secret", b"deadbeef".repeat(8))]);
+    more.extend([
+        ("another key", b"another horse, another battery".to_vec()),
+        ("a wrong secret", b"deadbeef".repeat(8)),
+    ]);
     for (builder, phase) in failing {
         let machine = builder.start();
         says(&machine, phase, &[]);
@@ -1027,17 +1074,25 @@ fn only_the_worker_has_the_keys_in_memory_and_it_leaves_no_core() {
             continue;
         }
         let maps = machine.read(&format!("/proc/{}/maps", process.pid));
-        let Ok(memory) = std::fs::File::open(machine.path(&format!("/proc/{}/mem", process.pid))) else { continue };
+        let Ok(memory) = std::fs::File::open(machine.path(&format!("/proc/{}/mem", process.pid))) else {
+            continue;
+        };
         for line in maps.lines().filter(|l| l.split(' ').nth(1).is_some_and(|m| m.starts_with("rw"))) {
             let Some((from, to)) = line.split(' ').next().and_then(|r| r.split_once('-')) else { continue };
-            let (Ok(from), Ok(to)) = (u64::from_str_radix(from, 16), u64::from_str_radix(to, 16)) else { continue };
+            let (Ok(from), Ok(to)) = (u64::from_str_radix(from, 16), u64::from_str_radix(to, 16)) else {
+                continue;
+            };
             let mut bytes = vec![0; usize::try_from((to - from).min(64 << 20)).expect("it fits")];
             if std::os::unix::fs::FileExt::read_exact_at(&memory, &mut bytes, from).is_err() {
                 continue;
             }
             looked_at += bytes.len();
             for (name, secret) in &secrets {
-                assert!(!contains(&bytes, secret), "{name} is in the memory of {} at {line}", process.arguments);
+                assert!(
+                    !contains(&bytes, secret),
+                    "{name} is in the memory of {} at {line}",
+                    process.arguments
+                );
             }
         }
     }
@@ -1048,6 +1103,18 @@ fn only_the_worker_has_the_keys_in_memory_and_it_leaves_no_core() {
     until("another worker is there", LONG, || {
         machine.find("lib/openclaw-cvm/cvm-storage").filter(|p| p.pid != worker.pid).map(drop)
     });
-    let cores = machine.ok(&["find", "/", "-xdev", "-name", "core*", "-newer", "/proc/1/comm", "-type", "f", "-size", "+1M"]);
+    let cores = machine.ok(&[
+        "find",
+        "/",
+        "-xdev",
+        "-name",
+        "core*",
+        "-newer",
+        "/proc/1/comm",
+        "-type",
+        "f",
+        "-size",
+        "+1M",
+    ]);
     assert_eq!(cores, "");
 }

@@ -246,9 +246,16 @@ fn understood(method: &str, said: &str) -> Fault {
         Fault::other("the file changed while it was sent")
     } else if has("fusermount") {
         Fault::other("fusermount3 cannot be run or refuses to mount")
-    } else if ["bad block", "decrypt", "not an encrypted file", "too short to be encrypted", "truncated block"]
-        .into_iter()
-        .any(has) {
+    } else if [
+        "bad block",
+        "decrypt",
+        "not an encrypted file",
+        "too short to be encrypted",
+        "truncated block",
+    ]
+    .into_iter()
+    .any(has)
+    {
         Fault::WrongKey("an object does not decrypt".to_owned())
     } else {
         Fault::other(format!("rclone's {method} failed for a reason that has no words here"))
