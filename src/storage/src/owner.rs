@@ -13,7 +13,7 @@
 //! the same moment, one finds its own record and goes on, the other finds the other's and waits.
 //!
 //! Time is only ever measured, never compared with another machine's, and never written into the
-//! record: spans of CLOCK_BOOTTIME, which nobody can set and which goes on while a machine sleeps.
+//! record: spans of `CLOCK_BOOTTIME`, which nobody can set and which goes on while a machine sleeps.
 //! A wall clock that jumps changes nothing here; how long a record was unchanged is an argument of
 //! [`judge`], and the tests below are those of the clock.
 //!
