@@ -220,10 +220,10 @@ pub(crate) fn once_more(open: &Open, desk: &Desk) -> Result<(), Fault> {
     let scratch = open.volume.staging().join("again");
     let fetcher = Fetcher { bucket: &open.bucket, parts: scratch.join("parts"), progress: &|_, _| {} };
     let wanted = bad.into_iter().map(|(path, row)| Wanted { path, may_be: vec![row.entry] }).collect();
-    let fetched = scratch.join("tree");
-    for got in fetcher.files(wanted, &fetched)? {
+    let whole = scratch.join("tree");
+    for got in fetcher.files(wanted, &whole)? {
         if let Got::Good(path, entry) = got
-            && bring_back(open, &path, &path.below(&fetched), &entry)?
+            && bring_back(open, &path, &path.below(&whole), &entry)?
         {
             desk.settled(&path.to_string());
             // The next scan finds it, and finds that the bucket has it.

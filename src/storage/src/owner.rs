@@ -12,8 +12,10 @@
 //! on our own record, where it cannot hurt) gets a second look after a pause: of two that wrote at
 //! the same moment, one finds its own record and goes on, the other finds the other's and waits.
 //!
-//! Time is only ever measured, never compared with another machine's: a clock that jumps changes
-//! nothing. The clock that counts is the one that goes on while a machine sleeps.
+//! Time is only ever measured, never compared with another machine's, and never written into the
+//! record: spans of `CLOCK_BOOTTIME`, which nobody can set and which goes on while a machine sleeps.
+//! A wall clock that jumps changes nothing here; how long a record was unchanged is an argument of
+//! [`judge`], and the tests below are those of the clock.
 //!
 //! Refuses to write a record that is not authenticated, and to believe one.
 //! May import: `bucket`, `fault`, `manifest`, `s3`.

@@ -68,8 +68,9 @@ impl Rclone {
         let this = Self { remote, calls: AtomicU64::new(0) };
         // No configuration file: an empty path keeps everything in memory, and nothing is saved.
         this.call("config/setpath", &json!({ "path": "" }))?;
-        // Its log goes to our standard error, which operators read: errors only.
-        this.call("options/set", &json!({ "main": { "LogLevel": "ERROR", "LowLevelRetries": 3, "Retries": 1,
+        // Its log goes to our standard error, past us: even an error quotes the remote that it could
+        // not open, with every password in it.
+        this.call("options/set", &json!({ "main": { "LogLevel": "EMERGENCY", "LowLevelRetries": 3, "Retries": 1,
             // A connection that says nothing for this long is dead. 10 s to connect.
             "Timeout": 60_000_000_000u64, "ConnectTimeout": 10_000_000_000u64,
             "BufferSize": 256 * 1024, "UseMmap": true, "MultiThreadStreams": 0, "UserAgent": "openclaw-cvm" } }))?;
