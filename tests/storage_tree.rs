@@ -361,7 +361,7 @@ fn switches(hydrated: bool) {
         reachable(&cloud);
         machine = ready(machine.again(|builder| match mode {
             Sync => builder.bind(Path::new("/etc/passwd"), "/dev/fuse:ro"),
-            Fuse => builder.bind(Path::new("/dev/fuse"), "/dev/fuse"),
+            Fuse => builder.unbind("/dev/fuse"),
         }));
         let status = storage(&machine);
         assert_eq!(status["mode"], if mode == Fuse { "fuse" } else { "sync" }, "{status:#}");
@@ -402,7 +402,7 @@ fn a_restore_that_was_killed_deletes_nothing_when_the_mode_changes() {
     machine.destroy();
     assert!(!machine.data().join("openclaw/workspace/large").exists(), "it was too fast for this test");
     cloud.proxy.heal();
-    let machine = ready(machine.again(|builder| builder.bind(Path::new("/dev/fuse"), "/dev/fuse")));
+    let machine = ready(machine.again(|builder| builder.unbind("/dev/fuse")));
     assert_eq!(storage(&machine)["mode"], "fuse");
     independent(&machine);
     flush(&machine);
@@ -505,13 +505,17 @@ fn nothing_of_names_or_contents_is_in_any_stored_byte() {
     }
 }
 
+const SQLITE: &str = "import sqlite3,sys,os\nc=sqlite3.connect(sys.argv[1])\n";
+
 fn sqlite(program: &str, database: &Path) -> String {
-    let output = Command::new("python3")
-        .args(["-c", &format!("import sqlite3,sys,os\nc=sqlite3.connect(sys.argv[1])\n{program}"), &database.display().to_string()])
-        .output()
-        .expect("python3 runs");
+    let mut python = Command::new("python3");
+    let output = python.args(["-c", &format!("{SQLITE}{program}")]).arg(database).output().expect("python3 runs");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8_lossy(&output.stdout).trim().to_owned()
+}
+
+fn sqlite_in(machine: &Machine, program: &str, database: &str) -> String {
+    machine.ok(&["python3", "-c", &format!("{SQLITE}{program}"), database]).trim().to_owned()
 }
 
 /// Committed, with the log left beside it as a killed writer leaves it, and cut short.
@@ -544,15 +548,15 @@ fn a_bucket_of_the_old_entrypoint_is_adopted() {
     }
     flush(&machine);
     let memory = "openclaw/agents/main/memory.db";
-    assert_eq!(sqlite("print(c.execute('select x from m').fetchone()[0])", &data.join(memory)), "42");
+    let memory_at = format!("/data/{memory}");
+    assert_eq!(sqlite_in(&machine, "print(c.execute('select x from m').fetchone()[0])", &memory_at), "42");
     let rows = "print(c.execute('select count(*) from t').fetchone()[0], c.execute('pragma integrity_check').fetchone()[0])";
     let mut machine = machine;
     for mode in [Fuse, Sync] {
         machine = restored(&cloud, machine, mode);
         assert!(!machine.output().contains("adopted"), "{}", machine.output());
-        let data = machine.path("/data");
-        assert_eq!(sqlite("print(c.execute('select x from m').fetchone()[0])", &data.join(memory)), "42");
-        let found = sqlite(rows, &data.join("openclaw/workspace/x.sqlite"));
+        assert_eq!(sqlite_in(&machine, "print(c.execute('select x from m').fetchone()[0])", &memory_at), "42");
+        let found = sqlite_in(&machine, rows, &format!("{WORKSPACE}/x.sqlite"));
         let (count, check) = found.split_once(' ').unwrap();
         assert!(count.parse::<u32>().unwrap() >= 45 && check == "ok", "{found}");
     }
@@ -595,7 +599,7 @@ fn an_operator_sees_checks_and_fetches_what_the_bucket_has() {
     let machine = Fuse.start(&cloud);
     let at = machine.path(WORKSPACE);
     plant(&at);
-    sqlite("c.execute('create table m(x)');c.commit()", &at.join("a.sqlite"));
+    sqlite_in(&machine, "c.execute('create table m(x)');c.commit()", &format!("{WORKSPACE}/a.sqlite"));
     flush(&machine);
     let listed = machine.ok(&["cvm", "storage", "ls", "openclaw/workspace/many"]);
     assert_eq!(listed.lines().filter(|l| l.contains("/f")).count(), 60, "{listed}");
