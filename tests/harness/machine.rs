@@ -191,6 +191,15 @@ impl Builder {
         self.option("--bind", &format!("{}:{target}", source.display()))
     }
 
+    /// Takes back what was bound there.
+    #[must_use]
+    pub fn unbind(mut self, target: &str) -> Self {
+        let there = |value: &str| value.split(':').nth(1) == Some(target);
+        let kept = self.options.chunks(2).filter(|pair| !(pair[0] == "--bind" && there(&pair[1])));
+        self.options = kept.flatten().cloned().collect();
+        self
+    }
+
     #[must_use]
     pub fn file(mut self, path: &str, content: &str, mode: u32) -> Self {
         self.files.push(FileInside { path: path.into(), content: content.into(), mode });
@@ -499,7 +508,12 @@ impl Machine {
 
     /// Loses the machine: everything in it is killed at once.
     pub fn destroy(&mut self) {
-        let _ = kill(self.pid, Signal::SIGKILL);
+        // 0 would be this process and its whole group: the machine never came to be.
+        if self.pid.as_raw() > 0 {
+            let _ = kill(self.pid, Signal::SIGKILL);
+        } else {
+            let _ = self.child.kill();
+        }
         let _ = self.child.wait();
     }
 

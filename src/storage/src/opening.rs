@@ -651,7 +651,9 @@ fn take_over(index: &Index, volume: &Volume, got: Vec<Got>) -> Result<Vec<(Path,
         match one {
             Got::Good(path, entry) => {
                 let at = path.below(&volume.upper);
-                if let Some(stat) = volume::look(&at)? {
+                // One that was adopted as a plain file has to be looked at as what it is, log included.
+                let unknown = !entry.is_database() && crate::database::has_magic(&at);
+                if let Some(stat) = volume::look(&at)?.filter(|_| !unknown) {
                     signs.push((path.clone(), scan::sign_of(&at, &stat, entry.is_database())));
                 }
                 lines.push(Line { path, word: Word::Is(entry) });
