@@ -104,17 +104,20 @@ fn settle(open: &Open, desk: &Desk, lifted: Vec<Lifted>) -> Result<bool, Fault> 
 /// What is wrong in the bucket is not there for the gateway. What it has already written over is
 /// its own and stays.
 fn hide(open: &Open, path: &Path) {
-    let above = volume::look(&path.below(&open.volume.upper)).ok().flatten();
-    let written = above.is_some_and(|_| {
-        volume::mark(&path.below(&open.volume.upper), c"trusted.overlay.metacopy").is_none()
-    });
-    if !written {
+    if !written(open, path) {
         let _ = std::fs::remove_file(path.below(&open.volume.tree));
     }
 }
 
+/// Whether the upper layer has content of its own for it.
+fn written(open: &Open, path: &Path) -> bool {
+    let above = path.below(&open.volume.upper);
+    volume::look(&above).ok().flatten().is_some()
+        && volume::mark(&above, c"trusted.overlay.metacopy").is_none()
+}
+
 fn lift(open: &Open, path: &Path, row: &Row) -> Lifted {
-    if !row.entry.is_file() {
+    if !row.entry.is_file() || written(open, path) {
         return Lifted::Up(path.clone(), None);
     }
     for attempt in 1..=TRIES {
@@ -125,6 +128,8 @@ fn lift(open: &Open, path: &Path, row: &Row) -> Lifted {
                     Err(_) => Lifted::Later,
                 };
             }
+            // Written over while it was read, and pushed: the object is the new one, and ours.
+            Ok(Err(_)) if written(open, path) => return Lifted::Up(path.clone(), None),
             Ok(Err(why)) => return Lifted::Bad(path.clone(), why),
             Err(Fault::Missing) => {
                 return Lifted::Bad(path.clone(), "its object is missing from the bucket".to_owned());

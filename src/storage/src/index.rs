@@ -28,6 +28,8 @@ pub(crate) struct Row {
     pub(crate) lower: bool,
     /// An upload was begun whose end is not known: it is pushed again, whatever it looks like.
     pub(crate) unsure: bool,
+    /// Unsure, and never settled before: that nothing has arrived is no loss.
+    pub(crate) promised: bool,
     /// The bucket does not have what it should, and why.
     pub(crate) bad: Option<String>,
 }
@@ -41,6 +43,10 @@ pub(crate) struct Totals {
     pub(crate) files: u64,
     pub(crate) bytes: u64,
 }
+
+/// Values of the column `unsure`; 1 is an entry that is settled and about to be another.
+const SURE: i64 = 0;
+const PROMISED: i64 = 2;
 
 const COLUMNS: &str = "dir, name, kind, size, sha, target, mode, uid, gid, mtime, link, s_size, s_mtime, s_change, lower, unsure, bad";
 
@@ -94,7 +100,7 @@ impl Index {
     /// Forgets everything about the tree, not who this volume is.
     pub(crate) fn clear(&self) -> Result<(), Fault> {
         self.db().execute_batch(
-            "DELETE FROM entry; DELETE FROM tomb; DELETE FROM meta WHERE name IN ('head', 'independent');",
+            "DELETE FROM entry; DELETE FROM tomb; DELETE FROM meta WHERE name IN ('head', 'independent', 'lowered', 'restored');",
         )?;
         Ok(())
     }
@@ -146,6 +152,14 @@ impl Index {
     pub(crate) fn set_all_lower(&self, lower: bool) -> Result<(), Fault> {
         self.db().execute("UPDATE entry SET lower = ? WHERE bad IS NULL", [lower])?;
         Ok(())
+    }
+
+    /// As if it had never been heard of.
+    pub(crate) fn forget(&self, path: &Path) -> Result<(), Fault> {
+        self.each(&[path], "DELETE FROM entry WHERE dir = ?1 AND name = ?2", |path, run| {
+            let (dir, name) = path.split();
+            run(params![dir, name])
+        })
     }
 
     fn each<T>(
@@ -255,13 +269,13 @@ impl Index {
 fn apply_line(db: &Connection, line: &Line) -> rusqlite::Result<()> {
     let (dir, name) = line.path.split();
     match &line.word {
-        Word::Is(entry) => put(db, dir, name, entry, false)?,
+        Word::Is(entry) => put(db, dir, name, entry, SURE)?,
         Word::WillBe(entry) => {
             let known = db
-                .prepare_cached("UPDATE entry SET unsure = 1 WHERE dir = ? AND name = ?")?
+                .prepare_cached("UPDATE entry SET unsure = max(unsure, 1) WHERE dir = ? AND name = ?")?
                 .execute(params![dir, name])?;
             if known == 0 {
-                put(db, dir, name, entry, true)?;
+                put(db, dir, name, entry, PROMISED)?;
             }
         }
         Word::Gone => {
@@ -280,7 +294,7 @@ fn apply_line(db: &Connection, line: &Line) -> rusqlite::Result<()> {
     Ok(())
 }
 
-fn put(db: &Connection, dir: &[u8], name: &[u8], entry: &Entry, unsure: bool) -> rusqlite::Result<()> {
+fn put(db: &Connection, dir: &[u8], name: &[u8], entry: &Entry, unsure: i64) -> rusqlite::Result<()> {
     let (kind, size, sha, target) = match &entry.kind {
         Kind::File { size, sha, database } => (i64::from(*database), *size, sha.map(|d| d.0.to_vec()), None),
         Kind::Directory => (2, 0, None, None),
@@ -327,7 +341,9 @@ fn row(r: &SqlRow<'_>) -> rusqlite::Result<(Vec<u8>, Vec<u8>, Row)> {
         (Some(size), Some(mtime_ns), Some(change)) => Some(Sign { size: unsigned(size), mtime_ns, change }),
         _ => None,
     };
-    Ok((r.get(0)?, r.get(1)?, Row { entry, sign, lower: r.get(14)?, unsure: r.get(15)?, bad: r.get(16)? }))
+    let unsure: i64 = r.get(15)?;
+    let (unsure, promised) = (unsure != SURE, unsure == PROMISED);
+    Ok((r.get(0)?, r.get(1)?, Row { entry, sign, lower: r.get(14)?, unsure, promised, bad: r.get(16)? }))
 }
 
 /// SQLite's integers are signed; sizes stay far below the difference.
@@ -390,7 +406,9 @@ mod tests {
         let (_dir, index) = index();
         index.apply(&[line("a", Word::Is(file(5))), line("a", Word::WillBe(file(6)))], None).unwrap();
         let row = index.get(&Path::new(b"a").unwrap()).unwrap().unwrap();
-        assert!(row.unsure && row.entry.size() == 5);
+        assert!(row.unsure && !row.promised && row.entry.size() == 5);
+        index.apply(&[line("b", Word::WillBe(file(6))), line("b", Word::WillBe(file(7)))], None).unwrap();
+        assert!(index.get(&Path::new(b"b").unwrap()).unwrap().unwrap().promised);
         index.apply(&[line("a", Word::Is(file(6)))], None).unwrap();
         let row = index.get(&Path::new(b"a").unwrap()).unwrap().unwrap();
         assert!(!row.unsure && row.entry.size() == 6);

@@ -53,12 +53,12 @@ impl Watcher {
             roots.push(volume.tree.clone());
         }
         let mut this = Self { inotify, roots, watches: HashMap::new(), exhausted: false };
-        this.add(None);
+        this.add(None, &mut Vec::new());
         Ok(this)
     }
 
-    /// Watches a directory and all below it that is in the upper layer.
-    fn add(&mut self, dir: Option<&Path>) {
+    /// Watches a directory and all below it that is in the upper layer, and notes which those are.
+    fn add(&mut self, dir: Option<&Path>, seen: &mut Vec<Hint>) {
         if dir.is_some_and(rules::is_volatile) {
             return;
         }
@@ -74,6 +74,7 @@ impl Watcher {
                 Err(_) => {}
             }
         }
+        seen.push(Hint::Directory(dir.map_or_else(Vec::new, |d| d.as_bytes().to_vec())));
         let Some(upper) = self.roots.first() else { return };
         let at = dir.map_or_else(|| upper.clone(), |d| d.below(upper));
         let Ok(entries) = fs::read_dir(at) else { return };
@@ -81,7 +82,7 @@ impl Watcher {
             if entry.file_type().is_ok_and(|t| t.is_dir())
                 && let Some(path) = Path::child(dir, entry.file_name().as_bytes())
             {
-                self.add(Some(&path));
+                self.add(Some(&path), seen);
             }
         }
     }
@@ -95,16 +96,19 @@ impl Watcher {
         };
         let mut hints = Vec::new();
         for event in events {
-            if let Some(hint) = self.understand(&event)
+            let mut seen = Vec::new();
+            if let Some(hint) = self.understand(&event, &mut seen)
                 && hints.last() != Some(&hint)
             {
                 hints.push(hint);
             }
+            // What was made in it before it was watched has told nobody.
+            hints.append(&mut seen);
         }
         Ok(hints)
     }
 
-    fn understand(&mut self, event: &InotifyEvent) -> Option<Hint> {
+    fn understand(&mut self, event: &InotifyEvent, seen: &mut Vec<Hint>) -> Option<Hint> {
         if event.mask.contains(AddWatchFlags::IN_Q_OVERFLOW) {
             return Some(Hint::Anywhere);
         }
@@ -121,11 +125,11 @@ impl Watcher {
             }
             let appears = event.mask.intersects(AddWatchFlags::IN_CREATE | AddWatchFlags::IN_MOVED_TO);
             if appears && event.mask.contains(AddWatchFlags::IN_ISDIR) {
-                self.add(Some(path));
+                self.add(Some(path), seen);
             }
             // A directory that moved away keeps its watches under a name that is not its own.
             if event.mask.contains(AddWatchFlags::IN_MOVED_FROM | AddWatchFlags::IN_ISDIR) {
-                self.forget(path);
+                self.forget(path, seen);
             }
         } else if event.name.is_some() {
             // Ours, at the top.
@@ -134,7 +138,7 @@ impl Watcher {
         Some(Hint::Directory(dir))
     }
 
-    fn forget(&mut self, path: &Path) {
+    fn forget(&mut self, path: &Path, seen: &mut Vec<Hint>) {
         let inside = |dir: &[u8]| {
             dir == path.as_bytes() || Path::new(dir).is_some_and(|d| d.starts_with(path.as_bytes()))
         };
@@ -150,7 +154,7 @@ impl Watcher {
             .flatten()
             .is_some()
         {
-            self.add(Some(path));
+            self.add(Some(path), seen);
         }
     }
 }

@@ -23,7 +23,7 @@ use crate::scan::{Found, Scanner};
 use crate::watch::{Hint, Watcher};
 use crate::{boots, database, hydrate, volume};
 use cvm_blueprint::storage::{Answer, Ask, Drill, Mode, Progress, StorageSpec};
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
@@ -34,9 +34,13 @@ const QUIET: Duration = Duration::from_millis(100);
 const PATIENCE: Duration = Duration::from_millis(300);
 /// Between two batches: a second is what a crash may cost, and three requests are what it costs.
 const BETWEEN: Duration = Duration::from_millis(700);
+/// Nobody says when a database is not locked any more.
+const LOCKED_MAX: Duration = Duration::from_secs(10);
 /// Hints are hints; the scan is the truth.
 const RESCAN: Duration = Duration::from_secs(300);
 const RETRY: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
+/// What the last request of a drain may take beyond its time.
+const DRAIN_GRACE: Duration = Duration::from_secs(1);
 const LOGS: Duration = Duration::from_secs(60);
 /// Files of a drill besides every database, and what is too large for one.
 const SAMPLE: usize = 50;
@@ -207,6 +211,15 @@ struct Tree<'a> {
     hydrated: bool,
     /// Paths with an incident of the tree's own.
     troubled: HashSet<Path>,
+    /// Files that cannot be had now, as a database that is locked: nothing else waits for them.
+    waiting: HashMap<Path, Waiting>,
+}
+
+struct Waiting {
+    /// When it is tried again.
+    at: Duration,
+    tries: u32,
+    why: String,
 }
 
 impl<'a> Tree<'a> {
@@ -238,6 +251,7 @@ impl<'a> Tree<'a> {
             fetched: HashSet::new(),
             hydrated,
             troubled: HashSet::new(),
+            waiting: HashMap::new(),
             ready,
         };
         this.help()?;
@@ -355,6 +369,7 @@ impl<'a> Tree<'a> {
                 self.everything = true;
                 self.note_change();
             }
+            self.wake(now);
             if self.push_is_due(now)
                 && let Err(fault) = self.push()
             {
@@ -371,10 +386,17 @@ impl<'a> Tree<'a> {
         }
     }
 
+    /// What had to wait is looked at again.
+    fn wake(&mut self, now: Duration) {
+        let due = self.waiting.iter().filter(|(_, w)| now >= w.at);
+        self.dirty.extend(due.map(|(path, _)| path.split().0.to_vec()));
+    }
+
     fn due(&self) -> Duration {
         let push = (self.everything || !self.dirty.is_empty()).then(|| self.push_at());
         let drill = self.drill_at;
-        [Some(self.rescan_at), push, Some(self.logs_at), drill]
+        let waiting = self.waiting.values().map(|w| w.at.max(self.not_before)).min();
+        [Some(self.rescan_at), push, Some(self.logs_at), drill, waiting]
             .into_iter()
             .flatten()
             .min()
@@ -458,31 +480,65 @@ impl<'a> Tree<'a> {
                 return Ok(());
             }
         };
-        self.speak_of(&found, &rest, full);
+        self.speak_of(&found, &rest, full, &dirty);
         if let Some(Fault::Fenced(why)) = rest.fault {
             return Err(Fault::Fenced(why));
         }
         let open = self.open();
         self.worker.desk.head(self.ready.chain.head, open.index.totals()?);
         self.not_before = uptime() + BETWEEN.max((uptime() - began).min(RETRY.1));
-        if rest.fault.is_none() && rest.later.is_empty() {
-            self.retries = 0;
-            self.worker.desk.pushed();
-            self.worker.desk.pending(0, 0, None);
-            for flush in self.flushes.drain(..) {
-                done(&flush, "The bucket has everything", true);
-            }
+        self.dirty.extend(rest.young.iter().map(|path| path.split().0.to_vec()));
+        self.put_off(&rest, began);
+        let first = first.or(Some(began));
+        if let Some(fault) = rest.fault {
+            self.worker.desk.pending(rest.later.len().max(1) as u64, 0, first);
+            self.again(&fault, full, dirty, first);
             return Ok(());
         }
-        let fault = rest.fault.unwrap_or_else(|| have_to_wait(&rest.later));
-        let dirty = if full {
-            dirty
+        self.retries = 0;
+        if self.waiting.is_empty() {
+            self.worker.desk.pushed();
+            self.worker.desk.pending(0, 0, None);
+            self.answer_flushes(Ok(()));
         } else {
-            rest.later.iter().map(|(p, _)| p.split().0.to_vec()).chain(dirty).collect()
-        };
-        self.worker.desk.pending(rest.later.len().max(1) as u64, 0, first.or(Some(began)));
-        self.again(&fault, full, dirty, first.or(Some(began)));
+            self.worker.desk.pending(self.waiting.len() as u64, 0, first);
+            let fault = have_to_wait(self.waiting.iter().map(|(path, w)| (path, w.why.as_str())));
+            self.worker.desk.failed(&fault, None);
+            self.answer_flushes(Err(&fault));
+        }
         Ok(())
+    }
+
+    /// Files that could not be had, and the removals that wait with them.
+    fn put_off(&mut self, rest: &Rest, began: Duration) {
+        let mut before = std::mem::take(&mut self.waiting);
+        for (path, why) in &rest.later {
+            let tries = before.remove(path).map_or(0, |w| w.tries + 1);
+            let at = uptime() + backoff(tries).min(LOCKED_MAX);
+            self.waiting.insert(path.clone(), Waiting { at, tries, why: why.clone() });
+        }
+        // Not looked at in this round.
+        before.retain(|_, w| w.at > began);
+        self.waiting.extend(before);
+        if rest.removals > 0 && rest.fault.is_none() {
+            self.rescan_at = self.rescan_at.min(uptime() + LOCKED_MAX);
+        }
+    }
+
+    fn answer_flushes(&mut self, outcome: Result<(), &Fault>) {
+        for flush in self.flushes.drain(..) {
+            match outcome {
+                Ok(()) => done(&flush, "The bucket has everything", true),
+                Err(fault) => done(
+                    &flush,
+                    format!(
+                        "Not everything is in the bucket: {fault}; {}. It is tried again",
+                        fault.remedy()
+                    ),
+                    false,
+                ),
+            }
+        }
     }
 
     fn again(&mut self, fault: &Fault, full: bool, dirty: BTreeSet<Vec<u8>>, first: Option<Duration>) {
@@ -493,13 +549,7 @@ impl<'a> Tree<'a> {
         self.dirty.extend(dirty);
         self.first = first.or(self.first);
         self.not_before = uptime() + wait;
-        for flush in self.flushes.drain(..) {
-            done(
-                &flush,
-                format!("Not everything is in the bucket: {fault}; {}. It is tried again", fault.remedy()),
-                false,
-            );
-        }
+        self.answer_flushes(Err(fault));
     }
 
     fn round(
@@ -522,6 +572,10 @@ impl<'a> Tree<'a> {
                 self.fetched.insert(path.clone());
             }
             found = look(&self.fetched)?;
+        }
+        if self.flushes.is_empty() {
+            let now = uptime();
+            found.changes.retain(|c| self.waiting.get(c.path()).is_none_or(|w| now >= w.at));
         }
         if !found.changes.is_empty() {
             self.worker.desk.pending(found.changes.len() as u64, 0, first.or(Some(uptime())));
@@ -553,7 +607,7 @@ impl<'a> Tree<'a> {
     }
 
     /// Incidents of the tree itself, and those that are over.
-    fn speak_of(&mut self, found: &Found, rest: &Rest, full: bool) {
+    fn speak_of(&mut self, found: &Found, rest: &Rest, full: bool, dirty: &BTreeSet<Vec<u8>>) {
         let mut now: HashSet<Path> = HashSet::new();
         for (path, why) in &found.impossible {
             self.worker.desk.incident(
@@ -575,7 +629,8 @@ impl<'a> Tree<'a> {
         let over: Vec<Path> = self
             .troubled
             .iter()
-            .filter(|p| !now.contains(*p) && (full || rest.fault.is_none()) && !self.still_there(p, full))
+            // A round that looked elsewhere, or not to its end, says nothing about it.
+            .filter(|p| !now.contains(*p) && rest.fault.is_none() && (full || dirty.contains(p.split().0)))
             .cloned()
             .collect();
         for path in over {
@@ -592,13 +647,6 @@ impl<'a> Tree<'a> {
                 );
             }
         }
-    }
-
-    /// A round that looked elsewhere says nothing about it.
-    fn still_there(&self, path: &Path, full: bool) -> bool {
-        !full
-            && volume::look(&path.below(&self.ready.open.volume.upper)).ok().flatten().is_some()
-            && self.ready.open.index.get(path).ok().flatten().is_none_or(|row| row.sign.is_none())
     }
 
     // === Orders ===
@@ -646,7 +694,7 @@ impl<'a> Tree<'a> {
         for change in &found.changes {
             say(format!("{}: the tree differs from the bucket (not pushed yet)", change.path()));
         }
-        let listed: std::collections::HashMap<String, u64> = open
+        let listed: HashMap<String, u64> = open
             .bucket
             .rclone
             .list_all(false)?
@@ -815,17 +863,20 @@ impl<'a> Tree<'a> {
         self.worker.desk.phase("draining");
         let until = uptime() + Duration::from_secs(u64::from(self.worker.spec.drain_s));
         let open = self.open();
+        self.waiting.clear();
+        self.leave_at(until);
         let (mut left, mut fenced) = ((0u64, 0u64), false);
         loop {
             self.everything = true;
             let outcome = self.round(true, &BTreeSet::new(), None);
             let clean = match outcome {
                 Ok((rest, found)) if rest.fault.is_none() && rest.later.is_empty() => {
-                    self.speak_of(&found, &rest, true);
+                    self.speak_of(&found, &rest, true, &BTreeSet::new());
                     true
                 }
                 Ok((rest, _)) => {
-                    let fault = rest.fault.unwrap_or_else(|| have_to_wait(&rest.later));
+                    let later = || have_to_wait(rest.later.iter().map(|(path, why)| (path, why.as_str())));
+                    let fault = rest.fault.unwrap_or_else(later);
                     self.worker.desk.failed(&fault, None);
                     fenced = matches!(fault, Fault::Fenced(_));
                     false
@@ -838,7 +889,7 @@ impl<'a> Tree<'a> {
             };
             let scanned = Scanner::new(&open.volume, &open.index, &open.bucket.prefix, &self.fetched).full();
             left = match scanned {
-                Ok(found) => self.count(&found),
+                Ok(found) => count(&open, &found),
                 Err(_) => (left.0.max(1), left.1),
             };
             if clean && left.0 == 0 || fenced || uptime() >= until {
@@ -846,7 +897,10 @@ impl<'a> Tree<'a> {
             }
             std::thread::sleep(Duration::from_millis(if clean { 10 } else { 500 }));
         }
-        self.last_words();
+        // Of a bucket that did not answer until now nothing more is asked.
+        if left.0 == 0 {
+            self.last_words();
+        }
         self.leave();
         if left.0 == 0
             && let Err(fault) = self.lease.release(&open.bucket)
@@ -857,20 +911,17 @@ impl<'a> Tree<'a> {
         left.0 == 0
     }
 
-    /// Files that the bucket does not have as they are, and their names for the log.
-    fn count(&self, found: &Found) -> (u64, u64) {
-        let files: Vec<_> =
-            found.changes.iter().filter(|c| !matches!(c, crate::scan::Change::Meta { .. })).collect();
-        let upper = &self.ready.open.volume.upper;
-        let bytes = files
-            .iter()
-            .filter_map(|c| volume::look(&c.path().below(upper)).ok().flatten())
-            .map(|s| crate::scan::size_of(&s))
-            .sum();
-        for change in files.iter().take(100) {
-            tracing::warn!("not in the bucket: {}", change.path());
-        }
-        (files.len() as u64, bytes)
+    /// A request that hangs must not hold up the end for longer than was asked for.
+    fn leave_at(&self, until: Duration) {
+        let (open, desk, fetched) = (self.open(), Arc::clone(&self.worker.desk), self.fetched.clone());
+        std::thread::spawn(move || {
+            std::thread::sleep(until.saturating_sub(uptime()) + DRAIN_GRACE);
+            let scanned = Scanner::new(&open.volume, &open.index, &open.bucket.prefix, &fetched).full();
+            let (files, bytes) = scanned.map_or((1, 0), |found| count(&open, &found));
+            desk.drained(files.max(1), bytes);
+            #[allow(clippy::exit)] // the other threads wait for the network; dying loses nothing
+            std::process::exit(i32::from(crate::UNDRAINED));
+        });
     }
 
     fn leave(&mut self) {
@@ -879,9 +930,25 @@ impl<'a> Tree<'a> {
     }
 }
 
-fn have_to_wait(later: &[(Path, String)]) -> Fault {
-    let first = later.first().map(|(path, why)| format!("; the first is {path}: {why}")).unwrap_or_default();
-    Fault::other(format!("{} files have to wait{first}", later.len()))
+/// Files that the bucket does not have as they are, and their names for the log.
+fn count(open: &Open, found: &Found) -> (u64, u64) {
+    let files: Vec<_> =
+        found.changes.iter().filter(|c| !matches!(c, crate::scan::Change::Meta { .. })).collect();
+    let bytes = files
+        .iter()
+        .filter_map(|c| volume::look(&c.path().below(&open.volume.upper)).ok().flatten())
+        .map(|s| crate::scan::size_of(&s))
+        .sum();
+    for change in files.iter().take(100) {
+        tracing::warn!("not in the bucket: {}", change.path());
+    }
+    (files.len() as u64, bytes)
+}
+
+fn have_to_wait<'a>(later: impl ExactSizeIterator<Item = (&'a Path, &'a str)>) -> Fault {
+    let count = later.len();
+    let first = later.min().map(|(path, why)| format!("; the first is {path}: {why}")).unwrap_or_default();
+    Fault::other(format!("{count} files have to wait{first}"))
 }
 
 /// Logs of earlier boots, for operators.
