@@ -1,0 +1,57 @@
+//! One bucket, the network in which machines find it, and what is asked of machines in S3 mode.
+
+use crate::machine::PATIENCE;
+use crate::wait::until;
+use crate::{Builder, Garage, Machine, Network, Proxy};
+use serde_json::Value;
+
+/// Healthy at once, for ever.
+pub const HEALTHY: &str = "#!/bin/sh\nexec cvm-victim http 18789\n";
+
+/// A store behind a network that fails on demand. It outlives its machines.
+pub struct Cloud {
+    pub garage: Garage,
+    pub network: Network,
+    pub proxy: Proxy,
+}
+
+impl Default for Cloud {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Cloud {
+    pub fn new() -> Self {
+        let garage = Garage::start();
+        let network = Network::new();
+        let proxy = Proxy::start_in(&network, garage.address());
+        Self { garage, network, proxy }
+    }
+
+    /// A new machine on this bucket, with a healthy gateway.
+    #[must_use]
+    pub fn machine(&self) -> Builder {
+        Builder::product().fake_gateway(HEALTHY).s3(&self.network, &self.proxy.endpoint(), &self.garage)
+    }
+}
+
+/// What `cvm storage status` says; null when it says nothing.
+pub fn storage(machine: &Machine) -> Value {
+    let output = machine.exec(&["cvm", "storage", "status", "--json"]);
+    serde_json::from_slice(&output.stdout).unwrap_or_default()
+}
+
+/// Everything is in the bucket when this returns.
+#[track_caller]
+pub fn flush(machine: &Machine) {
+    machine.ok(&["cvm", "storage", "flush"]);
+}
+
+/// Nothing is left that only the bucket has.
+#[track_caller]
+pub fn independent(machine: &Machine) {
+    until("nothing depends on the bucket any more", PATIENCE, || {
+        (storage(machine)["independent"] == true).then_some(())
+    });
+}
