@@ -89,14 +89,16 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // nsenter forks into the machine; what it started there dies of its machine or of this.
-        let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", self.0.id()));
-        for pid in children.unwrap_or_default().split_whitespace() {
-            if let Ok(pid) = pid.parse() {
-                let _ = nix::sys::signal::kill(
-                    nix::unistd::Pid::from_raw(pid),
-                    nix::sys::signal::Signal::SIGKILL,
-                );
+        // nsenter forks into the machine, and what it started there does not die of its death.
+        let me = self.0.id().to_string();
+        for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+            let stat = fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
+            let parent = stat.rsplit_once(") ").and_then(|(_, rest)| rest.split(' ').nth(1));
+            if parent == Some(&me)
+                && let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok())
+            {
+                let pid = nix::unistd::Pid::from_raw(pid);
+                let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
             }
         }
         let _ = self.0.kill();
@@ -441,7 +443,10 @@ impl Load {
             .iter()
             .map(|mode| {
                 let log = outside.join(format!("{}-{mode}", self.life));
-                let rows = examine(&machine.path(&format!("/data/openclaw/agents/{mode}/agent/a.sqlite"))).unwrap_or_else(|why| panic!("{why}\n{}", logs(machine)));
+                let db = machine.path(&format!("/data/openclaw/agents/{mode}/agent/a.sqlite"));
+                // Lost before it was first pushed.
+                let rows = if db.exists() { examine(&db) } else { Ok(0) };
+                let rows = rows.unwrap_or_else(|why| panic!("{why}\n{}", logs(machine)));
                 let promised = committed(&log, flushed);
                 assert!(rows >= promised, "{mode}: {rows} rows of {promised} that were flushed");
                 let missing = entries(&log).into_iter().find(|(_, w)| w[0] == "end" && number(&w[1]) > rows);
@@ -496,4 +501,371 @@ fn a_machine_lost_at_any_moment_comes_back_whole() {
     }
     lags.sort_unstable();
     eprintln!("{lives} machines lost; oldest lost transaction in ms: {lags:?}");
+}
+
+// === The worker and its stand-in ===
+
+/// Kills it and waits until it is another one.
+fn kill(machine: &Machine, program: &str) {
+    let Some(old) = machine.find(program) else { return };
+    machine.kill(old.pid.into(), "KILL");
+    until(&format!("{program} is dead"), PATIENCE, || {
+        machine.processes().iter().all(|p| p.pid != old.pid || p.state == 'Z').then_some(())
+    });
+}
+
+fn gateway(machine: &Machine) -> i64 {
+    machine.service_in("gateway", &["ready"])["pid"].as_i64().expect("a running gateway has a pid")
+}
+
+/// Waits until the worker has a tree again.
+#[track_caller]
+fn tree(machine: &Machine) {
+    until("the worker has its tree", LONG, || (storage(machine)["phase"] == "ready").then_some(()));
+}
+
+/// A state in the bucket with more files than are fetched before the gateway starts.
+fn filled(cloud: &Cloud, files: u32) -> Vec<String> {
+    let mut machine = hasty(cloud).start();
+    machine.service_in("gateway", &["ready"]);
+    let script = format!(
+        "mkdir -p /data/openclaw/workspace/many; cd /data/openclaw/workspace/many; for i in $(seq {files}); do echo $i > $i; done"
+    );
+    machine.ok(&["sh", "-c", &script]);
+    flush(&machine);
+    let state = digest(&machine.path("/data"), &EXCLUDED);
+    assert_eq!(machine.stop(), 0, "{}", logs(&machine));
+    state
+}
+
+#[test]
+fn a_worker_killed_before_all_is_fetched_costs_the_gateway_a_restart_and_nothing_else() {
+    let _turn = turn();
+    let cloud = Cloud::new();
+    let before = filled(&cloud, 300);
+    cloud.proxy.latency(Duration::from_millis(200));
+    let mut dice = Dice(0xc0ff_ee00_0000_0002);
+    let machine = hasty(&cloud).start();
+    for round in 0..if soak() { 30 } else { 4 } {
+        let old = gateway(&machine);
+        machine.ok(&["sh", "-c", &format!("echo {round} > /data/openclaw/workspace/new-{round}")]);
+        dice.pause(Duration::from_millis(600));
+        if storage(&machine)["independent"] == true {
+            break;
+        }
+        kill(&machine, "cvm-storage");
+        until("the gateway stands on another tree", LONG, || {
+            let gateway = machine.service("gateway");
+            (gateway["state"] == "ready" && gateway["pid"] != old).then_some(())
+        });
+    }
+    cloud.proxy.heal();
+    tree(&machine);
+    independent(&machine);
+    no_incidents(&machine);
+    let named = |line: &&String| !line.contains("new-") && !line.contains(" openclaw/workspace ");
+    let after = digest(&machine.path("/data"), &EXCLUDED);
+    let (before, after): (Vec<_>, Vec<_>) = (before.iter().filter(named).cloned().collect(), after.iter().filter(named).cloned().collect());
+    let changed = difference(&before, &after);
+    assert!(!changed.contains("many"), "{changed}");
+    flush(&machine);
+    let rclone = judge(&cloud);
+    assert_eq!(rclone.ok(&["cat", "crypt:openclaw/workspace/new-0"]), b"0\n");
+    assert_eq!(names(&rclone).iter().filter(|n| n.contains("/many/")).count(), 300);
+}
+
+#[test]
+fn a_worker_killed_later_is_not_missed() {
+    let _turn = turn();
+    let cloud = Cloud::new();
+    drop(filled(&cloud, 20));
+    let outside = tempfile::tempdir().expect("a temporary directory");
+    let mut dice = Dice(0xc0ff_ee00_0000_0003);
+    let machine = hasty(&cloud).bind(outside.path(), "/outside").start();
+    let pid = gateway(&machine);
+    independent(&machine);
+    let load = Load::start(&machine, 0, 7);
+    for round in 0..if soak() { 100 } else { 8 } {
+        dice.pause(Duration::from_millis(1500));
+        // In order, and both at once; each starts again whatever the other does.
+        match round % 4 {
+            2 => kill(&machine, "cvm-standin"),
+            _ => kill(&machine, "cvm-storage"),
+        }
+        let file = format!("/data/openclaw/workspace/meanwhile-{round}");
+        machine.ok(&["sh", "-c", &format!("echo {round} > {file}.part && mv {file}.part {file} && cat /data/openclaw/workspace/many/1")]);
+        assert_eq!(machine.service("gateway")["pid"], pid, "{}", logs(&machine));
+        tree(&machine);
+    }
+    let began = now_us();
+    flush(&machine);
+    no_incidents(&machine);
+    let rclone = judge(&cloud);
+    assert_eq!(rclone.ok(&["cat", "crypt:openclaw/workspace/meanwhile-1"]), b"1\n");
+    let mut machine = machine;
+    machine.destroy();
+    let machine = hasty(&cloud).start();
+    machine.service_in("gateway", &["ready"]);
+    load.compare(&machine, outside.path(), began, now_us());
+    no_incidents(&machine);
+}
+
+#[test]
+fn worker_and_stand_in_killed_together_leave_a_gateway_that_runs_on_the_whole_tree() {
+    let _turn = turn();
+    let cloud = Cloud::new();
+    let before = filled(&cloud, 50);
+    let machine = hasty(&cloud).start();
+    machine.service_in("gateway", &["ready"]);
+    independent(&machine);
+    let pids: Vec<String> = ["cvm-storage", "cvm-standin"].iter().filter_map(|name| machine.find(name)).map(|p| p.pid.to_string()).collect();
+    machine.ok(&["kill", "-KILL", &pids[0], &pids[1]]);
+    until("the worker has its tree, and the gateway is well", LONG, || {
+        let other = machine.find("cvm-storage").is_some_and(|p| p.pid.to_string() != pids[0]);
+        let well = storage(&machine)["phase"] == "ready" && machine.service("gateway")["state"] == "ready";
+        (other && well).then_some(())
+    });
+    machine.ok(&["sh", "-c", "echo new > /data/openclaw/workspace/new && cat /data/openclaw/workspace/many/*"]);
+    flush(&machine);
+    no_incidents(&machine);
+    let after = digest(&machine.path("/data"), &EXCLUDED);
+    assert!(!difference(&before, &after).contains("many/"), "{}", difference(&before, &after));
+}
+
+// === The end, in order ===
+
+#[test]
+fn a_stop_pushes_what_is_pending_and_gives_the_bucket_away() {
+    let _turn = turn();
+    let cloud = Cloud::new();
+    // Sixty seconds between beats: a machine that had to wait for a dead one would wait for minutes.
+    let mut machine = cloud.machine().start();
+    machine.service_in("gateway", &["ready"]);
+    machine.ok(&["sh", "-c", "cd /data/openclaw/workspace; for i in $(seq 500); do echo $i > $i; done; mkdir sub; mv 1 sub/one; rm 2"]);
+    let before = digest(&machine.path("/data"), &EXCLUDED);
+    assert_eq!(machine.stop(), 0, "{}", logs(&machine));
+    drop(machine);
+    let machine = cloud.machine().start();
+    machine.service_in("gateway", &["ready"]);
+    independent(&machine);
+    assert_eq!(difference(&before, &digest(&machine.path("/data"), &EXCLUDED)), "");
+    assert!(!machine.output().contains("owns the bucket"), "{}", machine.output());
+}
+
+#[test]
+fn a_stop_without_a_bucket_ends_in_its_time_and_says_what_is_missing() {
+    let _turn = turn();
+    for hangs in [false, true] {
+        let cloud = Cloud::new();
+        let mut machine = hasty(&cloud).environment("S3_DRAIN_TIMEOUT", "2").start();
+        machine.service_in("gateway", &["ready"]);
+        flush(&machine);
+        if hangs {
+            cloud.proxy.fault(Fault::Hang);
+        } else {
+            cloud.proxy.refuse(true);
+        }
+        machine.ok(&["sh", "-c", "cd /data/openclaw/workspace; for i in 1 2 3 4 5 6 7; do echo $i > late-$i; done"]);
+        if !hangs {
+            let told = machine.exec(&["cvm", "storage", "flush"]);
+            let words = String::from_utf8_lossy(&[told.stdout, told.stderr].concat()).into_owned();
+            assert_eq!(told.status.code(), Some(1), "{words}");
+            assert!(words.contains("Not everything is in the bucket"), "{words}");
+        }
+        let began = Instant::now();
+        assert_eq!(machine.stop(), 75, "{}", logs(&machine));
+        let took = began.elapsed();
+        assert!(took < Duration::from_secs(12), "it took {took:?}, hanging: {hangs}");
+        let output = machine.output();
+        let last = output.lines().last().unwrap_or_default();
+        assert!(last.contains("Not everything is in the bucket: 7 files"), "{output}");
+        cloud.proxy.heal();
+        // A machine that was stopped, on the same volume: it pushes what it kept.
+        let machine = machine.again(|b| b);
+        machine.service_in("gateway", &["ready"]);
+        flush(&machine);
+        let rclone = judge(&cloud);
+        assert_eq!(names(&rclone).iter().filter(|n| n.contains("/late-")).count(), 7);
+        no_incidents(&machine);
+    }
+}
+
+#[test]
+fn thousands_of_changes_without_a_bucket_cost_no_memory_and_all_of_them_arrive() {
+    let _turn = turn();
+    let cloud = Cloud::new();
+    let machine = hasty(&cloud).start();
+    machine.service_in("gateway", &["ready"]);
+    flush(&machine);
+    let used = || -> i64 {
+        let pid = machine.find("cvm-storage").expect("the worker runs").pid;
+        let status = machine.read(&format!("/proc/{pid}/status"));
+        let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:")).expect("it has memory");
+        number(line.trim().trim_end_matches(" kB")) / 1024
+    };
+    let pid = machine.find("cvm-storage").expect("the worker runs").pid;
+    cloud.proxy.refuse(true);
+    let rounds = if soak() { 40 } else { 4 };
+    let mut memory = vec![used()];
+    for round in 0..rounds {
+        let script = format!(
+            "mkdir -p /data/openclaw/workspace/day; cd /data/openclaw/workspace/day; for i in $(seq 1500); do echo {round} $i > $i; done; rm -f 1{round}*; mkdir -p d{round}; mv 2* d{round}/"
+        );
+        machine.ok(&["sh", "-c", &script]);
+        memory.push(used());
+    }
+    let status = storage(&machine);
+    assert!(status["oldest_unreplicated_ms"].as_u64().is_some(), "{status:#}");
+    cloud.proxy.heal();
+    until("everything is there again", LONG, || {
+        machine.exec(&["cvm", "storage", "flush"]).status.success().then_some(())
+    });
+    memory.push(used());
+    eprintln!("MiB in use: {memory:?}");
+    let (first, last) = (memory[1], memory[memory.len() - 2]);
+    assert!(last - first < 40, "memory grows with what is pending: {memory:?}");
+    assert_eq!(machine.find("cvm-storage").map(|p| p.pid), Some(pid), "the worker has survived");
+    let before = digest(&machine.path("/data"), &EXCLUDED);
+    let mut machine = machine;
+    assert_eq!(machine.stop(), 0, "{}", logs(&machine));
+    let machine = hasty(&cloud).start();
+    machine.service_in("gateway", &["ready"]);
+    independent(&machine);
+    assert_eq!(difference(&before, &digest(&machine.path("/data"), &EXCLUDED)), "");
+    no_incidents(&machine);
+}
+
+// === The real gateway ===
+
+/// A model that keeps what it was asked, and always says the same.
+struct Model(Arc<Mutex<Vec<String>>>);
+
+impl Model {
+    fn start(cloud: &Cloud) -> Self {
+        let listener = cloud.network.listen((Ipv4Addr::LOCALHOST, 9100).into()).expect("a free port");
+        let asked = Arc::new(Mutex::new(Vec::new()));
+        let keep = Arc::clone(&asked);
+        std::thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let keep = Arc::clone(&keep);
+                std::thread::spawn(move || answer(stream, &keep));
+            }
+        });
+        Self(asked)
+    }
+
+    fn asked(&self) -> Vec<String> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+fn answer(mut stream: TcpStream, keep: &Mutex<Vec<String>>) -> Option<()> {
+    let mut reader = BufReader::new(stream.try_clone().ok()?);
+    let mut length = 0;
+    loop {
+        let mut line = String::new();
+        reader.read_line(&mut line).ok()?;
+        if line.trim().is_empty() {
+            break;
+        }
+        if let Some((name, value)) = line.split_once(':')
+            && name.eq_ignore_ascii_case("content-length")
+        {
+            length = value.trim().parse().ok()?;
+        }
+    }
+    let mut body = vec![0; length];
+    reader.read_exact(&mut body).ok()?;
+    let body = String::from_utf8_lossy(&body).into_owned();
+    let streams = body.contains("\"stream\":true");
+    keep.lock().unwrap_or_else(PoisonError::into_inner).push(body);
+    let head = r#""id":"c1","created":1,"model":"m""#;
+    let usage = r#""usage":{"prompt_tokens":5,"completion_tokens":2,"total_tokens":7}"#;
+    let (kind, text) = if streams {
+        let chunk = |delta: &str, end: &str| {
+            format!("data: {{{head},\"object\":\"chat.completion.chunk\",\"choices\":[{{\"index\":0,\"delta\":{delta},\"finish_reason\":{end}}}]}}\n\n")
+        };
+        let text = [
+            chunk(r#"{"role":"assistant","content":"understood"}"#, "null"),
+            chunk("{}", "\"stop\""),
+            format!("data: {{{head},\"object\":\"chat.completion.chunk\",\"choices\":[],{usage}}}\n\ndata: [DONE]\n\n"),
+        ];
+        ("text/event-stream", text.concat())
+    } else {
+        let choice = r#"{"index":0,"message":{"role":"assistant","content":"understood"},"finish_reason":"stop"}"#;
+        ("application/json", format!("{{{head},\"object\":\"chat.completion\",\"choices\":[{choice}],{usage}}}"))
+    };
+    let length = text.len();
+    write!(stream, "HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{text}").ok()
+}
+
+const CONFIG: &str = r#"{
+  "gateway": {"mode": "local", "bind": "lan", "port": 18789,
+    "auth": {"mode": "token", "token": "${OPENCLAW_GATEWAY_TOKEN}"},
+    "http": {"endpoints": {"chatCompletions": {"enabled": true}}}},
+  "update": {"checkOnStart": false},
+  "agents": {"defaults": {"model": {"primary": "local/m"}}},
+  "models": {"mode": "merge", "providers": {"local": {"baseUrl": "http://127.0.0.1:9100/v1", "apiKey": "sk-local",
+    "api": "openai-completions", "models": [{"id": "m", "name": "M", "contextWindow": 120000, "maxTokens": 4096}]}}}
+}
+"#;
+
+fn say(machine: &Machine, words: &str) -> String {
+    let body = format!(r#"{{"model":"openclaw/default","messages":[{{"role":"user","content":"{words}"}}]}}"#);
+    let bearer = format!("Authorization: Bearer {TOKEN}");
+    machine.ok(&[
+        "curl", "-sS", "-m", "120", "-H", &bearer, "-H", "Content-Type: application/json", "-H",
+        "x-openclaw-session-key: agent:main:crash", "-d", &body, "http://127.0.0.1:18789/v1/chat/completions",
+    ])
+}
+
+/// The device in the gateway's own database, as the bucket has it.
+fn device(cloud: &Cloud) -> String {
+    let bytes = judge(cloud).ok(&["cat", "crypt:openclaw/state/openclaw.sqlite"]);
+    let file = tempfile::NamedTempFile::new().expect("a temporary file");
+    fs::write(file.path(), bytes).expect("it has room");
+    let db = rusqlite::Connection::open(file.path()).expect("it opens");
+    let sql = "SELECT device_id FROM device_identities WHERE identity_key = 'primary'";
+    db.query_row(sql, [], |row| row.get(0)).expect("the device is there")
+}
+
+#[test]
+fn a_conversation_goes_on_after_its_machine_was_lost() {
+    let _turn = turn();
+    let cloud = Cloud::new();
+    let model = Model::start(&cloud);
+    let config = base64::Engine::encode(&base64::prelude::BASE64_STANDARD, CONFIG);
+    let start = || {
+        let machine = Builder::product()
+            .real_gateway()
+            .s3(&cloud.network, &cloud.proxy.endpoint(), &cloud.garage)
+            .environment("S3_HEARTBEAT", "1")
+            .environment("OPENCLAW_CONFIG_B64", &config)
+            .start();
+        until("the gateway is ready", Duration::from_secs(240), || {
+            (machine.service("gateway")["state"] == "ready").then_some(())
+        });
+        machine
+    };
+    let mut machine = start();
+    let said = say(&machine, "the secret colour is heliotrope");
+    assert!(said.contains("understood"), "{said}\n{}", machine.read("/var/log/openclaw-cvm/gateway.log"));
+    flush(&machine);
+    assert_eq!(device(&cloud), DEVICE);
+    machine.destroy();
+    let before = model.asked().len();
+    let lost = Instant::now();
+    let machine = start();
+    eprintln!("from the loss to a gateway that is ready: {:?}", lost.elapsed());
+    let said = say(&machine, "which colour was it");
+    assert!(said.contains("understood"), "{said}");
+    let asked = model.asked();
+    assert!(
+        asked[before..].iter().any(|body| body.contains("which colour") && body.contains("heliotrope")),
+        "the model is not told what was said before: {:#?}",
+        &asked[before..]
+    );
+    flush(&machine);
+    assert_eq!(device(&cloud), DEVICE);
+    no_incidents(&machine);
 }

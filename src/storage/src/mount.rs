@@ -45,6 +45,30 @@ pub(crate) fn overlay_is_alive() -> bool {
         && fs::read_dir(paths::DATA).is_ok_and(|entries| entries.filter(Result::is_err).count() == 0)
 }
 
+pub(crate) fn overlay_is_there() -> bool {
+    kind_at(paths::DATA).as_deref() == Some("overlay")
+}
+
+/// Whether the mount below the overlay has died with whoever answered for it. Asked for a name that
+/// no cache knows.
+pub(crate) fn is_dead(number: u64) -> bool {
+    let name = Path::new(paths::DATA).join(format!(".cvm-look-{number}"));
+    matches!(
+        nix::sys::stat::lstat(&name),
+        Err(nix::errno::Errno::ENOTCONN | nix::errno::Errno::EIO | nix::errno::Errno::ESTALE)
+    )
+}
+
+/// A dead tree may only be rebuilt when nobody stands on it any more. Who finds it dead says so and
+/// ends; process 1 starts the next worker when everybody has left.
+pub(crate) fn is_first_to_find_it_dead() -> bool {
+    let said = Path::new(paths::RUN).join("tree-is-dead");
+    if fs::remove_file(&said).is_ok() {
+        return false;
+    }
+    fs::write(&said, "").is_ok()
+}
+
 /// Takes down what an earlier worker left, so that the volume is at /data again. Whoever still
 /// holds something open there keeps a dead tree, and nobody new finds it.
 pub(crate) fn clear() -> Result<(), Fault> {

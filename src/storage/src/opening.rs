@@ -259,6 +259,10 @@ fn tree(
             _lock: lock,
         });
     }
+    let counted_on = continued && index.meta("independent")?.is_some();
+    if counted_on && mount::overlay_is_there() && mount::is_first_to_find_it_dead() {
+        return Err(Fault::Tree);
+    }
     mount::clear()?;
     volume = Volume::plain(FsPath::new(cvm_blueprint::paths::DATA))?;
     let built = if adopted {
@@ -488,6 +492,7 @@ fn by_mount(
     }
     let bad = lay_upper(desk, bucket, index, &overlaid, intents, owner).map_err(no)?;
     let (names, modes) = lower_of(index, owner).map_err(no)?;
+    forget_origins(&overlaid.upper).map_err(no)?;
     mount::mount_bucket(&bucket.rclone, &names, &modes)?;
     mount::overlay(&overlaid, Some(cvm_blueprint::paths::BUCKET_MOUNT))?;
     desk.info("rclone FUSE mount ready at /data");
@@ -499,6 +504,28 @@ fn by_mount(
         }
     };
     Ok((overlaid, stand_in, bad))
+}
+
+/// By these marks overlayfs finds the file below that one above was copied from, by a number that
+/// the mount gave it. An earlier mount's numbers are other files' now: two files above would be
+/// taken for copies of one, and the second could not be opened (ESTALE). Empty means unknown.
+fn forget_origins(dir: &FsPath) -> Result<(), Fault> {
+    const ORIGIN: &std::ffi::CStr = c"trusted.overlay.origin";
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        let Some(stat) = volume::look(&path)? else { continue };
+        // Links and whiteouts: nobody opens them twice.
+        if !matches!(volume::kind_of(&stat), libc::S_IFREG | libc::S_IFDIR) {
+            continue;
+        }
+        if volume::mark(&path, ORIGIN).is_some_and(|handle| !handle.is_empty()) {
+            volume::set_mark(&path, ORIGIN, b"")?;
+        }
+        if volume::kind_of(&stat) == libc::S_IFDIR {
+            forget_origins(&path)?;
+        }
+    }
+    Ok(())
 }
 
 /// What the mount shows, and how: the modes that most files have, so that few need a correction.

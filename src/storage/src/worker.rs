@@ -21,7 +21,7 @@ use crate::owner::uptime;
 use crate::push::{Pusher, Rest};
 use crate::scan::{Found, Scanner};
 use crate::watch::{Hint, Watcher};
-use crate::{boots, database, hydrate, volume};
+use crate::{boots, database, hydrate, mount, volume};
 use cvm_blueprint::storage::{Answer, Ask, Drill, Mode, Progress, StorageSpec};
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
@@ -41,6 +41,8 @@ const RESCAN: Duration = Duration::from_secs(300);
 const RETRY: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
 /// What the last request of a drain may take beyond its time.
 const DRAIN_GRACE: Duration = Duration::from_secs(1);
+/// Between two looks at whether a mount that was inherited still answers.
+const LOOK: Duration = Duration::from_secs(2);
 const LOGS: Duration = Duration::from_secs(60);
 /// Files of a drill besides every database, and what is too large for one.
 const SAMPLE: usize = 50;
@@ -52,6 +54,8 @@ pub(crate) enum Order {
     /// Nothing is only below any more.
     Hydrated,
     Fenced(String),
+    /// What is below the tree has died.
+    TreeIsDead,
     Stop,
 }
 
@@ -98,6 +102,10 @@ impl Worker {
             };
             self.desk.not_ready(phase, format!("{fault}; {}", fault.remedy()), retry);
             self.desk.failed(&fault, Some(wait));
+            if matches!(fault, Fault::Tree) {
+                // Somebody may still stand on it: process 1 starts the next worker when nobody does.
+                return false;
+            }
             self.pause(wait);
         }
     }
@@ -327,11 +335,22 @@ impl<'a> Tree<'a> {
             Arc::clone(&self.worker.desk),
         );
         let beat = Duration::from_secs(u64::from(self.worker.spec.heartbeat_s.max(1)));
+        // A mount that an earlier worker left is answered by the stand-in, which may die too.
+        let inherited = self.ready.mode == Mode::Fuse
+            && self.ready.stand_in.is_none()
+            && mount::is_mount(cvm_blueprint::paths::BUCKET_MOUNT);
+        let (mut looks, mut look_at) = (now_ms(), uptime());
         self.helpers.push(std::thread::spawn(move || {
             let mut due = uptime() + beat;
             while !stop.load(Ordering::Relaxed) {
                 // Short sleeps, so that a stop is not waited for, on a clock that counts sleep.
                 std::thread::sleep(Duration::from_millis(200).min(beat));
+                if inherited && uptime() >= look_at {
+                    (looks, look_at) = (looks + 1, uptime() + LOOK);
+                    if mount::is_dead(looks) {
+                        return drop(sender.send(Order::TreeIsDead));
+                    }
+                }
                 if uptime() < due {
                     continue;
                 }
@@ -438,6 +457,11 @@ impl<'a> Tree<'a> {
             Order::Ask(ask, answer) => self.answer(&ask, &answer),
             Order::Hydrated => self.on_hydrated(),
             Order::Fenced(why) => return Some(End::Again(Fault::Fenced(why))),
+            Order::TreeIsDead => {
+                // The next worker need not find out for itself.
+                let _ = mount::is_first_to_find_it_dead();
+                return Some(End::Again(Fault::Tree));
+            }
             Order::Stop => return Some(End::Stop),
         }
         None
@@ -704,9 +728,11 @@ impl<'a> Tree<'a> {
             .collect();
         let rows = open.index.all()?;
         let mut known = HashSet::new();
+        // What a push was cut short in is a difference of the tree's, named above.
         for (path, row) in rows.iter().filter(|(_, row)| row.entry.is_file()) {
             let object = path.object();
             match listed.get(&object) {
+                _ if row.unsure => {}
                 None => say(format!("{path}: its object is missing from the bucket")),
                 Some(size) if *size != row.entry.size() => say(format!(
                     "{path}: its object has {size} bytes, the manifest says {}",
@@ -726,7 +752,7 @@ impl<'a> Tree<'a> {
         if deep {
             let wanted: Vec<Wanted> = rows
                 .into_iter()
-                .filter(|(_, row)| row.entry.is_file())
+                .filter(|(_, row)| row.entry.is_file() && !row.unsure)
                 .map(|(path, row)| Wanted { path, may_be: vec![row.entry] })
                 .collect();
             for (path, why) in self.read_back(wanted, Some(to))? {
