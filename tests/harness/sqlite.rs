@@ -17,8 +17,7 @@ pub fn examine(file: &Path) -> Result<i64, String> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let db = Connection::open_with_flags(file, flags).map_err(words)?;
     db.busy_timeout(std::time::Duration::from_secs(10)).map_err(words)?;
-    let verdict: String =
-        db.query_row("PRAGMA integrity_check", [], |row| row.get(0)).map_err(words)?;
+    let verdict: String = db.query_row("PRAGMA integrity_check", [], |row| row.get(0)).map_err(words)?;
     if verdict != "ok" {
         return Err(format!("{}: {verdict}", file.display()));
     }

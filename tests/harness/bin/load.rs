@@ -9,7 +9,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-pub fn now_us() -> i64 {
+pub(crate) fn now_us() -> i64 {
     nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)
         .map_or(0, |t| t.tv_sec() * 1_000_000 + t.tv_nsec() / 1000)
 }
@@ -41,7 +41,7 @@ impl Dice {
 }
 
 /// `begin ID`, then a line for each path: `is PATH VERSION` or `gone PATH`; and `end ID`.
-pub fn files(dir: &str, log: &str, seed: i32) {
+pub(crate) fn files(dir: &str, log: &str, seed: i32) {
     let (dir, mut log) = (PathBuf::from(dir), Log::open(log));
     fs::create_dir_all(&dir).expect("a directory can be made");
     let mut dice = Dice(u64::from(seed.unsigned_abs()) * 2 + 0x9e37_79b9);
@@ -103,7 +103,7 @@ fn open(database: &str) -> Connection {
 }
 
 /// `begin N`, `end N MICROSECONDS`.
-pub fn rows(database: &str, mode: &str, every_ms: i32, log: &str) {
+pub(crate) fn rows(database: &str, mode: &str, every_ms: i32, log: &str) {
     let (mut db, mut log) = (open(database), Log::open(log));
     db.execute_batch(&format!("PRAGMA journal_mode = {mode}; {TABLE}")).expect("a table can be made");
     let writer = std::process::id().to_string();
@@ -126,7 +126,7 @@ pub fn rows(database: &str, mode: &str, every_ms: i32, log: &str) {
     }
 }
 
-pub fn sql(database: &str, sql: &str) {
+pub(crate) fn sql(database: &str, sql: &str) {
     let db = open(database);
     if let Err(error) = db.execute_batch(sql) {
         println!("error: {error}");
