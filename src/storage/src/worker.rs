@@ -19,7 +19,7 @@ use crate::fetch::{Fetcher, Got, Wanted};
 use crate::opening::{self, Ready, Said};
 use crate::owner::uptime;
 use crate::push::{Pusher, Rest};
-use crate::scan::{Found, Scanner};
+use crate::scan::{Change, Found, Scanner};
 use crate::watch::{Hint, Watcher};
 use crate::{boots, database, hydrate, mount, volume};
 use cvm_blueprint::storage::{Answer, Ask, Drill, Mode, Progress, StorageSpec};
@@ -597,6 +597,7 @@ impl<'a> Tree<'a> {
             }
             found = look(&self.fetched)?;
         }
+        self.make_sure_of_removals(&mut found)?;
         if self.flushes.is_empty() {
             let now = uptime();
             found.changes.retain(|c| self.waiting.get(c.path()).is_none_or(|w| now >= w.at));
@@ -628,6 +629,29 @@ impl<'a> Tree<'a> {
         };
         let rest = pusher.round(std::mem::take(&mut found.changes));
         Ok((rest, found))
+    }
+
+    /// What was moved while we looked may have been missed at both names. So what is gone is only
+    /// believed when it was gone before a second look at everything, which sees its new name.
+    fn make_sure_of_removals(&mut self, found: &mut Found) -> Result<(), Fault> {
+        let gone = |change: &Change| matches!(change, Change::Gone { .. });
+        let first: HashSet<Path> =
+            found.changes.iter().filter(|c| gone(c)).map(|c| c.path().clone()).collect();
+        if first.is_empty() {
+            return Ok(());
+        }
+        let open = self.open();
+        *found = Scanner::new(&open.volume, &open.index, &open.bucket.prefix, &self.fetched).full()?;
+        let whole = found.to_fetch.is_empty();
+        let dirty = &mut self.dirty;
+        found.changes.retain(|change| {
+            let sure = !gone(change) || whole && first.contains(change.path());
+            if !sure {
+                dirty.insert(change.path().split().0.to_vec());
+            }
+            sure
+        });
+        Ok(())
     }
 
     /// Incidents of the tree itself, and those that are over.
