@@ -3,7 +3,9 @@
 
 use cvm_harness::machine::PATIENCE;
 use cvm_harness::tools::{Rclone, rclone_crypt_python};
-use cvm_harness::{Builder, Cloud, Fault, Machine, Rule, difference, digest, flush, independent, storage, until};
+use cvm_harness::{
+    Builder, Cloud, Fault, Machine, Rule, difference, digest, flush, independent, storage, until,
+};
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::Write;
@@ -66,7 +68,20 @@ fn plant(at: &Path) {
     for n in 0..60 {
         put(at.join(format!("many/d{}/f{n}", n % 6)), format!("{n} {}", "x".repeat(n * 97)));
     }
-    for name in ["edited", "appended", "cut", "renamed", "removed", "again", "mode", "owner", "touched", "becomes-directory", "becomes-link", "becomes-pipe"] {
+    for name in [
+        "edited",
+        "appended",
+        "cut",
+        "renamed",
+        "removed",
+        "again",
+        "mode",
+        "owner",
+        "touched",
+        "becomes-directory",
+        "becomes-link",
+        "becomes-pipe",
+    ] {
         put(at.join(name), format!("{name} as it was\n"));
     }
     for dir in ["moved", "deep/er", "gone", "becomes-file", "emptied"] {
@@ -147,9 +162,34 @@ fn add_new(at: &Path) {
 fn names() -> Vec<Vec<u8>> {
     let long = "ä".repeat(127) + "x";
     let mut names: Vec<Vec<u8>> = [
-        "größe", "gro\u{308}ße", "new\nline", " leading", "trailing ", "trailing.", "\"quoted'", "back\\slash",
-        "*?[]{}#", "#first", "; semi", "- dash", "\u{201b}", "a\u{201b}FFb", "full／width", "\u{2400}\u{240a}",
-        "tab\t", "\r", "del\u{7f}", "日本語", "👩‍👩‍👧", "CON", "~tilde", "$(x)`y`", "%41", "a:b", "x.part", &long,
+        "größe",
+        "gro\u{308}ße",
+        "new\nline",
+        " leading",
+        "trailing ",
+        "trailing.",
+        "\"quoted'",
+        "back\\slash",
+        "*?[]{}#",
+        "#first",
+        "; semi",
+        "- dash",
+        "\u{201b}",
+        "a\u{201b}FFb",
+        "full／width",
+        "\u{2400}\u{240a}",
+        "tab\t",
+        "\r",
+        "del\u{7f}",
+        "日本語",
+        "👩‍👩‍👧",
+        "CON",
+        "~tilde",
+        "$(x)`y`",
+        "%41",
+        "a:b",
+        "x.part",
+        &long,
     ]
     .iter()
     .map(|n| n.as_bytes().to_vec())
@@ -160,7 +200,13 @@ fn names() -> Vec<Vec<u8>> {
 
 /// Locks and logs of open databases are nobody's state, and a database's copy is not its bytes.
 fn without_volatile(lines: Vec<String>) -> Vec<String> {
-    let volatile = |l: &String| l.contains(".sqlite\" file") || l.contains("-wal\" file") || l.contains("-shm\" file") || l.starts_with("\"tmp") || l.starts_with("\"cache");
+    let volatile = |l: &String| {
+        l.contains(".sqlite\" file")
+            || l.contains("-wal\" file")
+            || l.contains("-shm\" file")
+            || l.starts_with("\"tmp")
+            || l.starts_with("\"cache")
+    };
     lines.into_iter().filter(|l| !volatile(l)).collect()
 }
 
@@ -420,7 +466,6 @@ fn a_restore_that_was_killed_deletes_nothing_when_the_mode_changes() {
 
 // === In the eyes of others ===
 
-
 /// What HKDF makes of the harness's `MASTER_KEY`, by another program's reckoning.
 const PASSWORD: &str = "fWxyhzuLSQizHmoLLNCIFuPKNGAgWm3D5LziNPZ2UdM=";
 const SALT: &str = "H4BgUUYEIHkdwOCdLFt/MPbFWIl/8cxJmZmD5D/fVwU=";
@@ -455,7 +500,17 @@ fn stock_rclone_reads_everything_that_is_written() {
     let machine = Fuse.start(&cloud);
     plant(&machine.path(WORKSPACE));
     add_new(&machine.path(WORKSPACE));
-    for name in ["\u{2400}\u{240a}", "full／width", "\r", "new\nline", "tab\t", "del\u{7f}", "gro\u{308}ße", "\u{201b}", "a\u{201b}FFb"] {
+    for name in [
+        "\u{2400}\u{240a}",
+        "full／width",
+        "\r",
+        "new\nline",
+        "tab\t",
+        "del\u{7f}",
+        "gro\u{308}ße",
+        "\u{201b}",
+        "a\u{201b}FFb",
+    ] {
         // rclone's own names for these differ from the kernel's, or are one name to it.
         fs::remove_file(machine.path(WORKSPACE).join("new/names").join(name)).unwrap();
         fs::remove_dir_all(machine.path(WORKSPACE).join("new/below").join(name)).unwrap();
@@ -512,9 +567,7 @@ fn nothing_of_names_or_contents_is_in_any_stored_byte() {
     fs::rename(at.join("small"), at.join(format!("{CANARY}-2"))).unwrap();
     let mut machine = machine;
     assert_eq!(machine.stop(), 0);
-    let has = |bytes: &[u8]| {
-        bytes.windows(CANARY.len()).any(|w| w.eq_ignore_ascii_case(CANARY.as_bytes()))
-    };
+    let has = |bytes: &[u8]| bytes.windows(CANARY.len()).any(|w| w.eq_ignore_ascii_case(CANARY.as_bytes()));
     let mut objects = 0;
     for (key, bytes) in cloud.garage.all_bytes() {
         assert!(!has(key.as_bytes()) && !has(&bytes), "{key}");
@@ -530,7 +583,8 @@ const SQLITE: &str = "import sqlite3,sys,os\nc=sqlite3.connect(sys.argv[1])\n";
 
 fn sqlite(program: &str, database: &Path) -> String {
     let mut python = Command::new("python3");
-    let output = python.args(["-c", &format!("{SQLITE}{program}")]).arg(database).output().expect("python3 runs");
+    let output =
+        python.args(["-c", &format!("{SQLITE}{program}")]).arg(database).output().expect("python3 runs");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8_lossy(&output.stdout).trim().to_owned()
 }
@@ -556,15 +610,24 @@ fn a_bucket_of_the_old_entrypoint_is_adopted() {
     put(old.path().join("openclaw/workspace/notes.md"), "from before");
     put(old.path().join(".config/tool/settings"), "kept");
     fs::create_dir_all(old.path().join("sqlite")).unwrap();
-    sqlite("c.execute('create table m(x)');c.execute('insert into m values(42)');c.commit()", &old.path().join("sqlite/main-memory.db"));
+    sqlite(
+        "c.execute('create table m(x)');c.execute('insert into m values(42)');c.commit()",
+        &old.path().join("sqlite/main-memory.db"),
+    );
     sqlite(TORN, &old.path().join("openclaw/workspace/x.sqlite"));
     assert!(old.path().join("openclaw/workspace/x.sqlite-wal").exists());
     let rclone = stock_rclone(&cloud);
     rclone.ok(&["copy", &old.path().display().to_string(), "crypt:"]);
     let machine = Fuse.start(&cloud);
-    assert!(machine.read("/var/log/openclaw-cvm/supervisor.log").contains("adopted") || machine.output().contains("adopted"), "{}", machine.output());
+    assert!(
+        machine.read("/var/log/openclaw-cvm/supervisor.log").contains("adopted")
+            || machine.output().contains("adopted"),
+        "{}",
+        machine.output()
+    );
     let data = machine.path("/data");
-    for (path, content) in [("openclaw/workspace/notes.md", "from before"), (".config/tool/settings", "kept")] {
+    for (path, content) in [("openclaw/workspace/notes.md", "from before"), (".config/tool/settings", "kept")]
+    {
         assert_eq!(fs::read_to_string(data.join(path)).unwrap(), content);
     }
     flush(&machine);
@@ -576,7 +639,10 @@ fn a_bucket_of_the_old_entrypoint_is_adopted() {
     for mode in [Fuse, Sync] {
         machine = restored(&cloud, machine, mode);
         assert!(!machine.output().contains("adopted"), "{}", machine.output());
-        assert_eq!(sqlite_in(&machine, "print(c.execute('select x from m').fetchone()[0])", &memory_at), "42");
+        assert_eq!(
+            sqlite_in(&machine, "print(c.execute('select x from m').fetchone()[0])", &memory_at),
+            "42"
+        );
         let found = sqlite_in(&machine, rows, &format!("{WORKSPACE}/x.sqlite"));
         let (count, check) = found.split_once(' ').unwrap();
         assert!(count.parse::<u32>().unwrap() >= 45 && check == "ok", "{found}");
@@ -641,14 +707,23 @@ fn an_operator_sees_checks_and_fetches_what_the_bucket_has() {
     };
     let output = restore();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    assert_eq!(difference(&without_volatile(tree(&machine)), &without_volatile(digest(&machine.path("/tmp/whole/openclaw"), &[]))), "");
+    assert_eq!(
+        difference(
+            &without_volatile(tree(&machine)),
+            &without_volatile(digest(&machine.path("/tmp/whole/openclaw"), &[]))
+        ),
+        ""
+    );
     // Not over what is there.
     assert!(!restore().status.success());
     // One object less: seen by name and size. One replaced by another of its size: by content.
     let one_size = machine.read("/data/openclaw/workspace/deep/er/two/three").len();
     put(at.join("same-size"), "z".repeat(one_size));
     flush(&machine);
-    let (one, two) = (key(&cloud, "openclaw/workspace/deep/er/two/three"), key(&cloud, "openclaw/workspace/moved/two/three"));
+    let (one, two) = (
+        key(&cloud, "openclaw/workspace/deep/er/two/three"),
+        key(&cloud, "openclaw/workspace/moved/two/three"),
+    );
     let other = cloud.garage.object(&key(&cloud, "openclaw/workspace/same-size")).unwrap();
     cloud.garage.put_object(&one, &other);
     machine.ok(&["cvm", "storage", "verify"]);

@@ -8,6 +8,7 @@
 //! * [`proxy`]: what networks and providers do to requests.
 //! * [`cloud`]: a bucket behind such a network, and machines in S3 mode on it.
 //! * [`digest`]: whether two trees are the same.
+//! * [`sqlite`]: what a database holds that the test programs write to.
 //! * [`tools`]: programs that know nothing of the product and judge what it stores.
 //! * [`wait`]: waiting for something to become true, with words for when it does not.
 
@@ -20,6 +21,7 @@ pub mod network;
 pub mod proxy;
 pub mod s3;
 pub mod sandbox;
+pub mod sqlite;
 pub mod tools;
 pub mod wait;
 

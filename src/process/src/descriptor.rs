@@ -43,6 +43,22 @@ pub fn pipe() -> nix::Result<(OwnedFd, OwnedFd)> {
     nix::unistd::pipe2(OFlag::O_CLOEXEC)
 }
 
+/// Gives the calling thread a table of descriptors of its own, with nothing in it but the standard
+/// three. What it opens from now on is its own too, and ends with it.
+///
+/// For threads that may wait for an answer of this very process, as those of a FUSE server do that
+/// look at its mount. A process that is killed closes what it holds when its last thread lets go of
+/// it: a thread that waits for an answer which only that close can end would keep it for ever.
+/// Descriptors of other threads must not be used by one that has called this.
+#[allow(unsafe_code)]
+pub fn own_table() -> nix::Result<()> {
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_FILES)?;
+    // SAFETY: closes descriptors of the table that was just copied for this thread alone; other
+    // threads keep theirs, and this one has no owner of any of these numbers.
+    let closed = unsafe { libc::syscall(libc::SYS_close_range, 3u32, u32::MAX, 0u32) };
+    Errno::result(closed).map(drop)
+}
+
 pub fn set_nonblocking<F: AsFd>(fd: F) -> nix::Result<()> {
     let flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);
     fcntl(&fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).map(drop)

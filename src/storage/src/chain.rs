@@ -30,7 +30,8 @@ pub(crate) struct Chain {
 #[derive(Default)]
 struct Last {
     settled: Option<Word>,
-    intent: Option<Word>,
+    /// Each of them may have arrived: an answer that was lost says nothing.
+    intents: Vec<Word>,
 }
 
 /// What loading found.
@@ -120,7 +121,9 @@ impl Chain {
         let intents = this
             .tail
             .iter()
-            .filter_map(|(path, last)| Some(Line { path: path.clone(), word: last.intent.clone()? }))
+            .flat_map(|(path, last)| {
+                last.intents.iter().map(|word| Line { path: path.clone(), word: word.clone() })
+            })
             .collect();
         Ok(Loaded { chain: this, intents, continued })
     }
@@ -232,8 +235,9 @@ impl Chain {
         for Line { path, word } in lines {
             let last = self.tail.entry(path.clone()).or_default();
             match word {
-                Word::WillBe(_) => last.intent = Some(word.clone()),
-                _ => *last = Last { settled: Some(word.clone()), intent: None },
+                Word::WillBe(_) if last.intents.contains(word) => {}
+                Word::WillBe(_) => last.intents.push(word.clone()),
+                _ => *last = Last { settled: Some(word.clone()), intents: Vec::new() },
             }
         }
     }
@@ -263,7 +267,7 @@ impl Chain {
     /// One segment in place of many. What it replaces is deleted afterwards.
     pub(crate) fn merge(&mut self, bucket: &Bucket, index: &Index, epoch: u64) -> Result<(), Fault> {
         // An intent has no place in a summary of the index.
-        let open = self.tail.values().any(|last| last.intent.is_some());
+        let open = self.tail.values().any(|last| !last.intents.is_empty());
         let files = usize::try_from(index.totals()?.files).unwrap_or(usize::MAX);
         let all = self.tail.len() > TAIL_MAX.min(files / 2 + 500) && !open;
         let (from, lines) =
@@ -296,9 +300,9 @@ impl Chain {
     fn tail_lines(&self) -> Vec<Line> {
         let words = |path: &Path, last: &Last| {
             let line = |word: &Word| Line { path: path.clone(), word: word.clone() };
-            [last.settled.as_ref().map(line), last.intent.as_ref().map(line)]
+            last.settled.iter().chain(&last.intents).map(line).collect::<Vec<_>>()
         };
-        self.tail.iter().flat_map(|(path, last)| words(path, last)).flatten().collect()
+        self.tail.iter().flat_map(|(path, last)| words(path, last)).collect()
     }
 }
 

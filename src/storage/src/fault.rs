@@ -32,6 +32,8 @@ pub(crate) enum Fault {
     Fenced(String),
     /// The machine's own disk.
     Disk(String),
+    /// The tree at /data does not answer any more.
+    Tree,
     Other(String),
 }
 
@@ -96,6 +98,7 @@ impl Fault {
             Self::Suspicious(_) => {
                 "look at the bucket and its versions; `cvm storage accept` goes on with what it holds now"
             }
+            Self::Tree => "nothing to do here: it is rebuilt",
             Self::Disk(_) => "make room on the volume, or mend it",
         }
     }
@@ -111,6 +114,7 @@ impl fmt::Display for Fault {
             Self::NotImplemented => f.write_str("the server does not implement this"),
             Self::Unreachable(why) => write!(f, "the bucket cannot be reached: {why}"),
             Self::Tls(why) => write!(f, "no trusted connection to the bucket: {why}"),
+            Self::Tree => f.write_str("the tree does not answer any more: what is below it has died"),
             Self::Clock => f.write_str("the server refuses our clock"),
             Self::Busy(status) => write!(f, "the server cannot answer now (status {status})"),
             Self::Config(why)

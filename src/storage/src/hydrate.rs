@@ -34,6 +34,8 @@ enum Lifted {
     /// With the sign by which it is known, unless somebody has written to it.
     Up(Path, Option<Sign>),
     Bad(Path, String),
+    /// The mount says "I/O error" for everything; rclone says what it is.
+    Unclear(Path),
     Later,
 }
 
@@ -63,7 +65,7 @@ pub(crate) fn run(open: &Open, desk: &Desk, stop: &AtomicBool) -> Result<bool, F
             if stop.load(Ordering::Relaxed) {
                 return Ok(false);
             }
-            let lifted = parallel::each(batch.to_vec(), THREADS, |(path, row)| {
+            let lifted = parallel::each_apart(batch.to_vec(), THREADS, |(path, row)| {
                 let lifted = lift(open, &path, &row);
                 if matches!(lifted, Lifted::Up(..)) {
                     files.fetch_add(u64::from(row.entry.is_file()), Ordering::Relaxed);
@@ -85,6 +87,10 @@ fn settle(open: &Open, desk: &Desk, lifted: Vec<Lifted>) -> Result<bool, Fault> 
     let (mut up, mut known) = (Vec::new(), Vec::new());
     let mut progressed = false;
     for one in lifted {
+        let one = match one {
+            Lifted::Unclear(path) => ask_rclone(open, &path),
+            one => one,
+        };
         match one {
             Lifted::Up(path, Some(sign)) => known.push((path, sign)),
             Lifted::Up(path, None) => up.push(path),
@@ -92,10 +98,10 @@ fn settle(open: &Open, desk: &Desk, lifted: Vec<Lifted>) -> Result<bool, Fault> 
                 progressed = true;
                 open.index.set_bad(&path, Some(&why))?;
                 open.index.set_lower(std::slice::from_ref(&path), false)?;
-                hide(open, &path);
+                parallel::apart(|| hide(open, &path));
                 desk.incident(&path.to_string(), &why, REMEDY);
             }
-            Lifted::Later => {}
+            Lifted::Later | Lifted::Unclear(_) => {}
         }
     }
     progressed |= !up.is_empty() || !known.is_empty();
@@ -108,20 +114,26 @@ fn settle(open: &Open, desk: &Desk, lifted: Vec<Lifted>) -> Result<bool, Fault> 
 /// its own and stays.
 fn hide(open: &Open, path: &Path) {
     let upper = path.below(&open.volume.upper);
-    let stub = || volume::mark(&upper, c"trusted.overlay.metacopy").is_some();
-    let above = volume::look(&upper).ok().flatten().is_some();
-    if above && !stub() {
+    if written(open, path) {
         return;
     }
+    let stub = volume::look(&upper).ok().flatten().is_some();
     let removed = std::fs::remove_file(path.below(&open.volume.tree));
     // Of a stub with nothing below, the overlay finds neither the file nor its absence.
-    if removed.is_err() && above && stub() {
+    if removed.is_err() && stub {
         let _ = std::fs::remove_file(&upper);
     }
 }
 
+/// Whether the upper layer has content of its own for it.
+fn written(open: &Open, path: &Path) -> bool {
+    let above = path.below(&open.volume.upper);
+    volume::look(&above).ok().flatten().is_some()
+        && volume::mark(&above, c"trusted.overlay.metacopy").is_none()
+}
+
 fn lift(open: &Open, path: &Path, row: &Row) -> Lifted {
-    if !row.entry.is_file() {
+    if !row.entry.is_file() || written(open, path) {
         return Lifted::Up(path.clone(), None);
     }
     for attempt in 1..=TRIES {
@@ -132,13 +144,14 @@ fn lift(open: &Open, path: &Path, row: &Row) -> Lifted {
                     Err(_) => Lifted::Later,
                 };
             }
+            // Written over while it was read, and pushed: the object is the new one, and ours.
+            Ok(Err(_)) if written(open, path) => return Lifted::Up(path.clone(), None),
             Ok(Err(why)) => return Lifted::Bad(path.clone(), why),
             Err(Fault::Missing) => {
                 return Lifted::Bad(path.clone(), "its object is missing from the bucket".to_owned());
             }
             Err(_) if attempt < TRIES => {}
-            // The mount says "I/O error" for everything; rclone says what it is.
-            Err(_) => return ask_rclone(open, path),
+            Err(_) => return Lifted::Unclear(path.clone()),
         }
     }
     Lifted::Later
@@ -223,7 +236,7 @@ pub(crate) fn once_more(open: &Open, desk: &Desk) -> Result<(), Fault> {
     let whole = scratch.join("tree");
     for got in fetcher.files(wanted, &whole)? {
         if let Got::Good(path, entry) = got
-            && bring_back(open, &path, &path.below(&whole), &entry)?
+            && parallel::apart(|| bring_back(open, &path, &path.below(&whole), &entry))?
         {
             desk.settled(&path.to_string());
             // The next scan finds it, and finds that the bucket has it.
@@ -244,7 +257,7 @@ fn bring_back(open: &Open, path: &Path, from: &FsPath, entry: &Entry) -> Result<
         .flags(OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC)
         .resolve(ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_BENEATH);
     let Ok(parent) = openat2(&top, &parent, how) else { return Ok(false) };
-    let parent = std::path::PathBuf::from(format!("/proc/self/fd/{}", parent.as_raw_fd()));
+    let parent = std::path::PathBuf::from(format!("/proc/thread-self/fd/{}", parent.as_raw_fd()));
     let (part, to) = (parent.join(".cvm-again"), parent.join(std::ffi::OsStr::from_bytes(path.name())));
     if volume::look(&to)?.is_some() {
         return Ok(false);

@@ -28,6 +28,8 @@ pub(crate) struct Row {
     pub(crate) lower: bool,
     /// An upload was begun whose end is not known: it is pushed again, whatever it looks like.
     pub(crate) unsure: bool,
+    /// Unsure, and never settled before: that nothing has arrived is no loss.
+    pub(crate) promised: bool,
     /// The bucket does not have what it should, and why.
     pub(crate) bad: Option<String>,
 }
@@ -41,6 +43,10 @@ pub(crate) struct Totals {
     pub(crate) files: u64,
     pub(crate) bytes: u64,
 }
+
+/// Values of the column `unsure`; 1 is an entry that is settled and about to be another.
+const SURE: i64 = 0;
+const PROMISED: i64 = 2;
 
 const COLUMNS: &str = "dir, name, kind, size, sha, target, mode, uid, gid, mtime, link, s_size, s_mtime, s_change, lower, unsure, bad";
 
@@ -94,7 +100,7 @@ impl Index {
     /// Forgets everything about the tree, not who this volume is.
     pub(crate) fn clear(&self) -> Result<(), Fault> {
         self.db().execute_batch(
-            "DELETE FROM entry; DELETE FROM tomb; DELETE FROM meta WHERE name IN ('head', 'independent', 'laid', 'restored');",
+            "DELETE FROM entry; DELETE FROM tomb; DELETE FROM meta WHERE name IN ('head', 'independent', 'laid', 'lowered', 'restored');",
         )?;
         Ok(())
     }
@@ -118,13 +124,6 @@ impl Index {
         self.each(signs, "UPDATE entry SET s_size = ?3, s_mtime = ?4, s_change = ?5, lower = 0 WHERE dir = ?1 AND name = ?2", |(path, sign), run| {
             let (dir, name) = path.split();
             run(params![dir, name, signed(sign.size), sign.mtime_ns, sign.change])
-        })
-    }
-
-    pub(crate) fn set_unsure(&self, paths: &[Path]) -> Result<(), Fault> {
-        self.each(paths, "UPDATE entry SET unsure = 1 WHERE dir = ?1 AND name = ?2", |path, run| {
-            let (dir, name) = path.split();
-            run(params![dir, name])
         })
     }
 
@@ -152,6 +151,14 @@ impl Index {
     pub(crate) fn set_unseen_lower(&self) -> Result<(), Fault> {
         self.db().execute("UPDATE entry SET lower = 1 WHERE bad IS NULL AND s_size IS NULL", [])?;
         Ok(())
+    }
+
+    /// As if it had never been heard of.
+    pub(crate) fn forget(&self, path: &Path) -> Result<(), Fault> {
+        self.each(&[path], "DELETE FROM entry WHERE dir = ?1 AND name = ?2", |path, run| {
+            let (dir, name) = path.split();
+            run(params![dir, name])
+        })
     }
 
     fn each<T>(
@@ -214,10 +221,6 @@ impl Index {
         self.select("WHERE bad IS NOT NULL", [])
     }
 
-    pub(crate) fn databases(&self) -> Result<Vec<(Path, Row)>, Fault> {
-        self.select("WHERE kind = 1", [])
-    }
-
     fn select(&self, which: &str, values: impl rusqlite::Params) -> Result<Vec<(Path, Row)>, Fault> {
         let sql = format!("SELECT {COLUMNS} FROM entry {which}");
         let db = self.db();
@@ -261,13 +264,13 @@ impl Index {
 fn apply_line(db: &Connection, line: &Line) -> rusqlite::Result<()> {
     let (dir, name) = line.path.split();
     match &line.word {
-        Word::Is(entry) => put(db, dir, name, entry, false)?,
+        Word::Is(entry) => put(db, dir, name, entry, SURE)?,
         Word::WillBe(entry) => {
             let known = db
-                .prepare_cached("UPDATE entry SET unsure = 1 WHERE dir = ? AND name = ?")?
+                .prepare_cached("UPDATE entry SET unsure = max(unsure, 1) WHERE dir = ? AND name = ?")?
                 .execute(params![dir, name])?;
             if known == 0 {
-                put(db, dir, name, entry, true)?;
+                put(db, dir, name, entry, PROMISED)?;
             }
         }
         Word::Gone => {
@@ -287,7 +290,7 @@ fn apply_line(db: &Connection, line: &Line) -> rusqlite::Result<()> {
     Ok(())
 }
 
-fn put(db: &Connection, dir: &[u8], name: &[u8], entry: &Entry, unsure: bool) -> rusqlite::Result<()> {
+fn put(db: &Connection, dir: &[u8], name: &[u8], entry: &Entry, unsure: i64) -> rusqlite::Result<()> {
     let (kind, size, sha, target) = match &entry.kind {
         Kind::File { size, sha, database } => (i64::from(*database), *size, sha.map(|d| d.0.to_vec()), None),
         Kind::Directory => (2, 0, None, None),
@@ -334,7 +337,9 @@ fn row(r: &SqlRow<'_>) -> rusqlite::Result<(Vec<u8>, Vec<u8>, Row)> {
         (Some(size), Some(mtime_ns), Some(change)) => Some(Sign { size: unsigned(size), mtime_ns, change }),
         _ => None,
     };
-    Ok((r.get(0)?, r.get(1)?, Row { entry, sign, lower: r.get(14)?, unsure: r.get(15)?, bad: r.get(16)? }))
+    let unsure: i64 = r.get(15)?;
+    let (unsure, promised) = (unsure != SURE, unsure == PROMISED);
+    Ok((r.get(0)?, r.get(1)?, Row { entry, sign, lower: r.get(14)?, unsure, promised, bad: r.get(16)? }))
 }
 
 /// SQLite's integers are signed; sizes stay far below the difference.
@@ -397,7 +402,9 @@ mod tests {
         let (_dir, index) = index();
         index.apply(&[line("a", Word::Is(file(5))), line("a", Word::WillBe(file(6)))], None).unwrap();
         let row = index.get(&Path::new(b"a").unwrap()).unwrap().unwrap();
-        assert!(row.unsure && row.entry.size() == 5);
+        assert!(row.unsure && !row.promised && row.entry.size() == 5);
+        index.apply(&[line("b", Word::WillBe(file(6))), line("b", Word::WillBe(file(7)))], None).unwrap();
+        assert!(index.get(&Path::new(b"b").unwrap()).unwrap().unwrap().promised);
         index.apply(&[line("a", Word::Is(file(6)))], None).unwrap();
         let row = index.get(&Path::new(b"a").unwrap()).unwrap().unwrap();
         assert!(!row.unsure && row.entry.size() == 6);

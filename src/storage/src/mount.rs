@@ -11,6 +11,7 @@
 //! May import: `fault`, `rclone`, `volume`.
 
 use crate::fault::Fault;
+use crate::parallel;
 use crate::rclone::{MountModes, Rclone};
 use crate::volume::{self, Volume};
 use cvm_blueprint::paths;
@@ -43,6 +44,30 @@ pub(crate) fn overlay_is_alive() -> bool {
     kind_at(paths::DATA).as_deref() == Some("overlay")
         && is_mount(paths::VOLUME)
         && fs::read_dir(paths::DATA).is_ok_and(|entries| entries.filter(Result::is_err).count() == 0)
+}
+
+pub(crate) fn overlay_is_there() -> bool {
+    kind_at(paths::DATA).as_deref() == Some("overlay")
+}
+
+/// Whether the mount below the overlay has died with whoever answered for it. Asked for a name that
+/// no cache knows.
+pub(crate) fn is_dead(number: u64) -> bool {
+    let name = Path::new(paths::DATA).join(format!(".cvm-look-{number}"));
+    matches!(
+        nix::sys::stat::lstat(&name),
+        Err(nix::errno::Errno::ENOTCONN | nix::errno::Errno::EIO | nix::errno::Errno::ESTALE)
+    )
+}
+
+/// A dead tree may only be rebuilt when nobody stands on it any more. Who finds it dead says so and
+/// ends; process 1 starts the next worker when everybody has left.
+pub(crate) fn is_first_to_find_it_dead() -> bool {
+    let said = Path::new(paths::RUN).join("tree-is-dead");
+    if fs::remove_file(&said).is_ok() {
+        return false;
+    }
+    fs::write(&said, "").is_ok()
 }
 
 /// Takes down what an earlier worker left, so that the volume is at /data again. Whoever still
@@ -129,14 +154,12 @@ pub(crate) fn overlay(volume: &Volume, lower: Option<&str>) -> Result<(), NoMoun
         volume.upper.display(),
         volume.own.join("work").display()
     );
-    mount(Some("overlay"), &volume.tree, Some("overlay"), MsFlags::MS_NODEV, Some(options.as_str())).map_err(
-        |error| {
-            NoMount(format!(
-                "overlayfs cannot be mounted with its upper layer on the volume: {}",
-                error.desc()
-            ))
-        },
-    )
+    let mounted = parallel::apart(|| {
+        mount(Some("overlay"), &volume.tree, Some("overlay"), MsFlags::MS_NODEV, Some(options.as_str()))
+    });
+    mounted.map_err(|error| {
+        NoMount(format!("overlayfs cannot be mounted with its upper layer on the volume: {}", error.desc()))
+    })
 }
 
 /// Keeps the bucket's own directory, which the mount would show, out of the merged tree.

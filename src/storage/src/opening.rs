@@ -316,6 +316,10 @@ fn tree(
             _lock: lock,
         });
     }
+    let counted_on = continued && index.meta("independent")?.is_some();
+    if counted_on && mount::overlay_is_there() && mount::is_first_to_find_it_dead() {
+        return Err(Fault::Tree);
+    }
     mount::clear()?;
     volume = Volume::plain(FsPath::new(cvm_blueprint::paths::DATA))?;
     let built = if adopted {
@@ -327,6 +331,7 @@ fn tree(
         match built.and_then(|()| by_mount(desk, &bucket, &index, &volume, &intents, continued, owner)) {
             Ok((overlaid, stand_in, bad)) => {
                 settle(&lease, &bucket, &index, taken)?;
+                keep_promises(&mut chain, &bucket, &index, &lease, &intents)?;
                 let open = opened(desk, bucket, index, overlaid);
                 for (path, why) in bad {
                     desk.incident(&path.to_string(), &why, hydrate::REMEDY);
@@ -347,11 +352,12 @@ fn tree(
     desk.info(format!("Reason: {reason}"));
     mount::clear()?;
     let volume = Volume::plain(FsPath::new(cvm_blueprint::paths::DATA))?;
-    by_download(desk, &bucket, &index, &volume, &intents)?;
+    by_download(desk, &bucket, &index, &volume, &intents, continued)?;
     if adopted {
         old_databases(desk, &volume)?;
     }
     settle(&lease, &bucket, &index, taken)?;
+    keep_promises(&mut chain, &bucket, &index, &lease, &intents)?;
     let open = opened(desk, bucket, index, volume);
     Ok(Ready {
         open,
@@ -362,6 +368,32 @@ fn tree(
         stand_in: None,
         _lock: lock,
     })
+}
+
+/// What became of the promises of a worker that died, for those who read the manifest next.
+fn keep_promises(
+    chain: &mut Chain,
+    bucket: &Bucket,
+    index: &Index,
+    lease: &Lease,
+    intents: &[Line],
+) -> Result<(), Fault> {
+    let paths: std::collections::BTreeSet<&Path> = intents.iter().map(|line| &line.path).collect();
+    let mut lines = Vec::new();
+    for path in paths {
+        let word = match index.get(path)? {
+            None => Word::Gone,
+            // Not fetched, because this volume has it: it is pushed again.
+            Some(row) if row.unsure || row.bad.is_some() => continue,
+            Some(row) => Word::Is(row.entry),
+        };
+        lines.push(Line { path: path.clone(), word });
+    }
+    if lines.is_empty() {
+        return Ok(());
+    }
+    let head = chain.append(bucket, lease.epoch(), &lines)?;
+    index.apply(&lines, Some(head))
 }
 
 fn settle(lease: &Lease, bucket: &Bucket, index: &Index, taken: Duration) -> Result<(), Fault> {
@@ -462,20 +494,19 @@ fn forget_bad(desk: &Desk, index: &Index) -> Result<(), Fault> {
 fn rows_and_wanted(
     index: &Index,
     intents: &[Line],
-) -> Result<(Vec<(Path, Row)>, HashMap<Path, Entry>), Fault> {
-    let intended = intents
-        .iter()
-        .filter_map(|line| match &line.word {
-            Word::WillBe(entry) => Some((line.path.clone(), entry.clone())),
-            _ => None,
-        })
-        .collect();
+) -> Result<(Vec<(Path, Row)>, HashMap<Path, Vec<Entry>>), Fault> {
+    let mut intended: HashMap<Path, Vec<Entry>> = HashMap::new();
+    for line in intents {
+        if let Word::WillBe(entry) = &line.word {
+            intended.entry(line.path.clone()).or_default().push(entry.clone());
+        }
+    }
     Ok((index.all()?, intended))
 }
 
-fn wanted(path: &Path, row: &Row, intended: &HashMap<Path, Entry>) -> Wanted {
+fn wanted(path: &Path, row: &Row, intended: &HashMap<Path, Vec<Entry>>) -> Wanted {
     let mut may_be = vec![row.entry.clone()];
-    may_be.extend(intended.get(path).cloned());
+    may_be.extend(intended.get(path).into_iter().flatten().cloned());
     Wanted { path: path.clone(), may_be }
 }
 
@@ -501,8 +532,9 @@ fn by_mount(
     let upper_was_empty = fs::read_dir(&overlaid.upper).is_ok_and(|mut entries| entries.next().is_none());
     let at_top = Volume::move_tree(&volume.root, &overlaid.upper).map_err(no)?;
     mount::hide_reserved(&overlaid).map_err(no)?;
-    let restored = at_top > 0 && continued && index.meta("restored").map_err(no)?.is_some();
-    let independent = index.meta("independent").map_err(no)?.is_some() || restored;
+    // A tree at the top that was only half restored is not the whole one.
+    let whole = at_top > 0 && continued && index.meta("restored").map_err(no)?.is_some();
+    let independent = index.meta("independent").map_err(no)?.is_some() || whole;
     if independent || index.totals().map_err(no)?.files == 0 {
         index.set_all_lower(false).map_err(no)?;
         index.set_meta("independent", "1").map_err(no)?;
@@ -513,11 +545,16 @@ fn by_mount(
     if at_top > 0 && continued {
         // A restore in sync mode did not come to its end.
         index.set_unseen_lower().map_err(no)?;
-    } else if !continued || upper_was_empty {
+        index.set_meta("lowered", "1").map_err(no)?;
+    } else if !continued || upper_was_empty || index.meta("lowered").map_err(no)?.is_none() {
+        // Remembered apart: a worker that died before this must not take what it had not even
+        // looked at for removed.
         index.set_all_lower(true).map_err(no)?;
+        index.set_meta("lowered", "1").map_err(no)?;
     }
     let bad = lay_upper(desk, bucket, index, &overlaid, intents, owner).map_err(no)?;
     let (names, modes) = lower_of(index, owner).map_err(no)?;
+    forget_origins(&overlaid.upper).map_err(no)?;
     mount::mount_bucket(&bucket.rclone, &names, &modes)?;
     mount::overlay(&overlaid, Some(cvm_blueprint::paths::BUCKET_MOUNT))?;
     desk.info("rclone FUSE mount ready at /data");
@@ -529,6 +566,28 @@ fn by_mount(
         }
     };
     Ok((overlaid, stand_in, bad))
+}
+
+/// By these marks overlayfs finds the file below that one above was copied from, by a number that
+/// the mount gave it. An earlier mount's numbers are other files' now: two files above would be
+/// taken for copies of one, and the second could not be opened (ESTALE). Empty means unknown.
+fn forget_origins(dir: &FsPath) -> Result<(), Fault> {
+    const ORIGIN: &std::ffi::CStr = c"trusted.overlay.origin";
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        let Some(stat) = volume::look(&path)? else { continue };
+        // Links and whiteouts: nobody opens them twice.
+        if !matches!(volume::kind_of(&stat), libc::S_IFREG | libc::S_IFDIR) {
+            continue;
+        }
+        if volume::mark(&path, ORIGIN).is_some_and(|handle| !handle.is_empty()) {
+            volume::set_mark(&path, ORIGIN, b"")?;
+        }
+        if volume::kind_of(&stat) == libc::S_IFDIR {
+            forget_origins(&path)?;
+        }
+    }
+    Ok(())
 }
 
 /// What the mount shows, and how: the modes that most files have, so that few need a correction.
@@ -658,6 +717,8 @@ fn take_over(index: &Index, volume: &Volume, got: Vec<Got>) -> Result<Vec<(Path,
                 }
                 lines.push(Line { path, word: Word::Is(entry) });
             }
+            // We died between the promise and the deed: nothing was lost that anybody had.
+            Got::Bad(path, _) if index.get(&path)?.is_some_and(|row| row.promised) => index.forget(&path)?,
             Got::Bad(path, why) => bad.push((path, why)),
             Got::Later(_, fault) => return Err(fault),
         }
@@ -729,13 +790,18 @@ fn by_download(
     index: &Index,
     volume: &Volume,
     intents: &[Line],
+    continued: bool,
 ) -> Result<(), Fault> {
     desk.phase("restoring");
     let times = flatten(bucket, index, volume)?;
     let laid = index.meta("laid")?.is_some();
     let (rows, intended) = rows_and_wanted(index, intents)?;
-    let missing: Vec<&(Path, Row)> =
-        rows.iter().filter(|(_, row)| row.bad.is_none() && row.sign.is_none()).collect();
+    // Once it has all been here, what is not there was removed.
+    let whole = continued && index.meta("restored")?.is_some();
+    let missing: Vec<&(Path, Row)> = rows
+        .iter()
+        .filter(|(_, row)| row.bad.is_none() && row.sign.is_none() && (row.lower || !whole))
+        .collect();
     let (mut files, mut skeleton) = (Vec::new(), Vec::new());
     for (path, row) in missing {
         let there = volume::look(&path.below(&volume.tree))?.is_some();

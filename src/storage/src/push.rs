@@ -58,6 +58,27 @@ pub(crate) struct Rest {
     pub(crate) fault: Option<Fault>,
     /// Removals that were put off.
     pub(crate) removals: u64,
+    /// To be looked at once more, for their times are too fresh to tell one change from the next.
+    pub(crate) young: Vec<Path>,
+    /// What may have been moved to a name that the bucket does not have yet.
+    holds: Holds,
+}
+
+/// Which removals have to wait for what is still to come.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+enum Holds {
+    #[default]
+    Nothing,
+    /// A new database is locked, as one may be for ever.
+    Databases,
+    Everything,
+}
+
+impl Rest {
+    fn wait(&mut self, path: Path, why: String, holds: Holds) {
+        self.later.push((path, why));
+        self.holds = self.holds.max(holds);
+    }
 }
 
 impl Pusher<'_> {
@@ -85,9 +106,11 @@ impl Pusher<'_> {
         };
         let mut sized: Vec<_> = reads.into_iter().map(|read| (size(&read.0), read)).collect();
         sized.sort_by_key(|(size, (_, database, _))| (!database, *size));
-        let outcome = self.files(sized, &mut rest).and_then(|()| self.metas(metas)).and_then(|()| {
-            if rest.later.is_empty() { self.removals(gone, instead, &mut rest) } else { Ok(()) }
-        });
+        let outcome = self
+            .files(sized, &mut rest)
+            .and_then(|()| self.metas(metas))
+            .and_then(|()| self.may_go(gone, rest.holds))
+            .and_then(|gone| self.removals(gone, instead, &mut rest));
         let outcome = outcome.and_then(|()| if self.chain.wants_merging() { self.merge() } else { Ok(()) });
         rest.fault = outcome.err();
         rest
@@ -123,14 +146,22 @@ impl Pusher<'_> {
     fn batch(&mut self, batch: Vec<(Path, bool, Option<Box<Row>>)>, rest: &mut Rest) -> Result<(), Fault> {
         let volume = self.volume;
         let numbered: Vec<_> = batch.into_iter().enumerate().collect();
-        let staged = parallel::each(numbered, STAGERS, |(number, (path, database, was))| {
-            let outcome = stage::stage(volume, &path, database, format!("push-{number}"));
-            (path, was, outcome)
+        let staged = parallel::each_apart(numbered, STAGERS, |(number, (path, database, was))| {
+            let was_database = was.as_ref().is_some_and(|row| row.entry.is_database());
+            let outcome = stage::stage(volume, &path, database, was_database, format!("push-{number}"));
+            (path, database, was, outcome)
         });
         let (mut to_send, mut lines, mut signs) = (Vec::new(), Vec::new(), Vec::new());
-        for (path, was, outcome) in staged {
+        for (path, database, was, outcome) in staged {
+            let settled = was.as_ref().is_some_and(|row| !row.promised);
+            let held = match (settled, database) {
+                (true, _) => Holds::Nothing,
+                (false, true) => Holds::Databases,
+                (false, false) => Holds::Everything,
+            };
             match outcome {
                 Ok(Outcome::Ready(staged)) => {
+                    rest.young.extend(staged.young.then(|| path.clone()));
                     let same = was.as_ref().is_some_and(|row| {
                         !row.unsure && row.bad.is_none() && row.entry.same_content(&staged.entry)
                     });
@@ -146,10 +177,10 @@ impl Pusher<'_> {
                     }
                 }
                 Ok(Outcome::Vanished) => {}
-                Ok(Outcome::Later(why)) => rest.later.push((path, why)),
+                Ok(Outcome::Later(why)) => rest.wait(path, why, held),
                 Ok(Outcome::Damaged(why)) => rest.damaged.push((path, why)),
                 Err(Fault::Missing) => {}
-                Err(fault) => rest.later.push((path, fault.to_string())),
+                Err(fault) => rest.wait(path, fault.to_string(), held),
             }
         }
         let sent = self.send(to_send, rest)?;
@@ -190,7 +221,7 @@ impl Pusher<'_> {
             match sent {
                 Ok(()) => done.push((staged, true)),
                 Err(why) => {
-                    rest.later.push((staged.path.clone(), why.to_string()));
+                    rest.wait(staged.path.clone(), why.to_string(), Holds::Everything);
                     done.push((staged, false));
                     fault = Some(why);
                 }
@@ -207,6 +238,22 @@ impl Pusher<'_> {
 
     fn metas(&mut self, metas: Vec<Line>) -> Result<(), Fault> {
         metas.chunks(LINES).try_for_each(|lines| self.write(lines))
+    }
+
+    fn may_go(&self, gone: Vec<Path>, holds: Holds) -> Result<Vec<Path>, Fault> {
+        match holds {
+            Holds::Nothing => Ok(gone),
+            Holds::Everything => Ok(Vec::new()),
+            Holds::Databases => {
+                let mut others = Vec::new();
+                for path in gone {
+                    if !self.index.get(&path)?.is_some_and(|row| row.entry.is_database()) {
+                        others.push(path);
+                    }
+                }
+                Ok(others)
+            }
+        }
     }
 
     fn removals(&mut self, gone: Vec<Path>, instead: Vec<Line>, rest: &mut Rest) -> Result<(), Fault> {

@@ -65,11 +65,13 @@ pub(crate) fn restore(spec: &StorageSpec, to: &FsPath) -> Result<u64, Fault> {
     if std::io::stdout().is_terminal() {
         println!();
     }
-    let mut lost = 0;
+    let (mut lost, mut promised) = (0, 0);
     let mut restored: Vec<(Path, Entry)> = entries.into_iter().filter(|(_, e)| !e.is_file()).collect();
     for one in got {
         match one {
             Got::Good(path, entry) => restored.push((path, entry)),
+            // Its push was cut short: the bucket never had it.
+            Got::Bad(path, _) if index.get(&path)?.is_some_and(|row| row.promised) => promised += 1,
             Got::Bad(path, why) => {
                 lost += 1;
                 eprintln!("{path}: {why}");
@@ -83,7 +85,7 @@ pub(crate) fn restore(spec: &StorageSpec, to: &FsPath) -> Result<u64, Fault> {
     fetch::finish(&restored, to)?;
     drop(index);
     std::fs::remove_dir_all(&scratch)?;
-    println!("{} of {files} files restored to {}", files - lost, to.display());
+    println!("{} of {files} files restored to {}", files - lost - promised, to.display());
     Ok(lost)
 }
 

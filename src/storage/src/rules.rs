@@ -25,7 +25,10 @@ pub(crate) fn is_volatile(path: &Path) -> bool {
 /// restore. In its workspace such names are the agent's own (`Cargo.lock`).
 fn is_lock(path: &Path) -> bool {
     let bytes = path.as_bytes();
-    bytes.starts_with(b"openclaw/") && !bytes.starts_with(b"openclaw/workspace") && bytes.ends_with(b".lock")
+    // Its reindexing holds a database as a lock, for as long as it runs.
+    let name = database_of(bytes).unwrap_or(bytes);
+    let locks = bytes.ends_with(b".lock") || name.ends_with(b"-lock.sqlite");
+    bytes.starts_with(b"openclaw/") && !bytes.starts_with(b"openclaw/workspace") && locks
 }
 
 /// The database that a file would be the log, shared memory or journal of.
@@ -81,6 +84,8 @@ mod tests {
             "openclaw/cache/x/y",
             "openclaw/tmp/a",
             "openclaw/agents/a/sessions/s.jsonl.lock",
+            "openclaw/agents/a/agent/openclaw-agent.sqlite.reindex-lock.sqlite",
+            "openclaw/agents/a/agent/openclaw-agent.sqlite.reindex-lock.sqlite-journal",
             "lost+found",
         ] {
             assert!(is_volatile(&path(out)), "{out}");

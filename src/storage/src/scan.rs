@@ -320,7 +320,7 @@ impl<'a> Scanner<'a> {
 }
 
 /// The write-ahead log beside a database.
-fn log_of(database: &FsPath) -> Option<FileStat> {
+pub(crate) fn log_of(database: &FsPath) -> Option<FileStat> {
     let mut name = database.as_os_str().to_owned();
     name.push("-wal");
     volume::look(FsPath::new(&name)).ok().flatten()

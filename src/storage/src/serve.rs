@@ -4,12 +4,13 @@
 //! the rest is an order for the worker's loop.
 //!
 //! Refuses anybody but root, lines over the limit, and to keep silent for long.
-//! May import: `desk`, `entry`, `fault`, `fetch`, `worker`.
+//! May import: `desk`, `entry`, `fault`, `fetch`, `index`, `worker`.
 
 use crate::desk::{Desk, Open};
 use crate::entry::{Kind, Path};
 use crate::fault::Fault;
 use crate::fetch::{Fetcher, Got, Wanted};
+use crate::index::Row;
 use crate::worker::{self, Order};
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
@@ -28,6 +29,9 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// A sign of life while the work is long.
 const ALIVE: Duration = Duration::from_secs(10);
 const PIECE: usize = 48 * 1024;
+/// Reads of one file that is written to all the time, and the pause between them.
+const TRIES: u32 = 30;
+const AGAIN: Duration = Duration::from_millis(150);
 
 pub(crate) async fn serve(desk: Arc<Desk>, orders: Sender<Order>) {
     let path = paths::STORAGE_SOCKET;
@@ -163,23 +167,44 @@ fn get(open: &Open, ask: &Ask, to: &UnboundedSender<Answer>) -> Result<String, F
     let path = relative(path);
     let missing = || Fault::other("the bucket has no file of this name; `cvm storage ls` lists what it has");
     let path = Path::new(path.as_bytes()).ok_or_else(missing)?;
-    let row = open.index.get(&path)?.filter(|row| row.entry.is_file()).ok_or_else(missing)?;
     let scratch = open.volume.staging().join(format!("get-{}", crate::chain::now_ms()));
-    std::fs::create_dir_all(&scratch)?;
-    let outcome = (|| {
-        let fetcher = Fetcher { bucket: &open.bucket, parts: scratch.join("parts"), progress: &|_, _| {} };
-        let wanted = vec![Wanted { path: path.clone(), may_be: vec![row.entry] }];
-        for got in fetcher.files(wanted, &scratch.join("tree"))? {
-            match got {
-                Got::Good(path, _) => send_file(&path.below(&scratch.join("tree")), to)?,
-                Got::Bad(_, why) => return Err(Fault::Suspicious(why)),
-                Got::Later(_, fault) => return Err(fault),
+    let look = || open.index.get(&path);
+    for _ in 0..TRIES {
+        let row = look()?.filter(|row| row.entry.is_file()).ok_or_else(missing)?;
+        let fetched = fetch(open, &path, &row, &scratch);
+        let changed = || look().map(|now| now.is_none_or(|now| now.unsure || now.entry != row.entry));
+        let outcome = match fetched {
+            // Pushed anew while it was read: the object is another one, and ours.
+            Err(Fault::Suspicious(_)) if changed()? => {
+                std::thread::sleep(AGAIN);
+                continue;
             }
-        }
-        Ok(())
-    })();
+            Err(fault) => Err(fault),
+            Ok(file) => send_file(&file, to),
+        };
+        let _ = std::fs::remove_dir_all(&scratch);
+        return outcome.map(|()| "checked against the manifest".to_owned());
+    }
     let _ = std::fs::remove_dir_all(&scratch);
-    outcome.map(|()| "checked against the manifest".to_owned())
+    Err(Fault::other("the file changed each time that it was read; try again"))
+}
+
+fn fetch(
+    open: &Open,
+    path: &Path,
+    row: &Row,
+    scratch: &std::path::Path,
+) -> Result<std::path::PathBuf, Fault> {
+    std::fs::create_dir_all(scratch)?;
+    let fetcher = Fetcher { bucket: &open.bucket, parts: scratch.join("parts"), progress: &|_, _| {} };
+    let wanted = vec![Wanted { path: path.clone(), may_be: vec![row.entry.clone()] }];
+    let root = scratch.join("tree");
+    match fetcher.files(wanted, &root)?.pop() {
+        Some(Got::Good(path, _)) => Ok(path.below(&root)),
+        Some(Got::Bad(_, why)) => Err(Fault::Suspicious(why)),
+        Some(Got::Later(_, fault)) => Err(fault),
+        None => Err(Fault::other("nothing was fetched")),
+    }
 }
 
 /// As the manifest has it, from a path below /data or relative to it.

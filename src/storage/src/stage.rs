@@ -20,6 +20,8 @@ use std::path::Path as FsPath;
 /// Copies of a file that changes under our hands before the last one is taken as it is: a log that
 /// is always written to is never still, and its beginning is as good as any.
 const TRIES: u32 = 3;
+/// The longest tick of a kernel's clock, twice.
+const TICK_NS: i64 = 20_000_000;
 const PIECE: usize = 256 * 1024;
 
 /// A copy that can be sent.
@@ -27,6 +29,8 @@ pub(crate) struct Staged {
     pub(crate) path: Path,
     pub(crate) entry: Entry,
     pub(crate) sign: Sign,
+    /// It has to be looked at once more.
+    pub(crate) young: bool,
     /// Name in the staging area.
     pub(crate) name: String,
 }
@@ -41,13 +45,27 @@ pub(crate) enum Outcome {
     Damaged(String),
 }
 
-pub(crate) fn stage(volume: &Volume, path: &Path, database: bool, name: String) -> Result<Outcome, Fault> {
+/// `database` is what the scan saw, and `was_database` what the bucket has.
+pub(crate) fn stage(
+    volume: &Volume,
+    path: &Path,
+    mut database: bool,
+    was_database: bool,
+    name: String,
+) -> Result<Outcome, Fault> {
     let at = path.below(&volume.upper);
     let to = volume.staging().join(&name);
     for attempt in 1..=TRIES {
         let Some(before) = volume::look(&at)? else { return Ok(Outcome::Vanished) };
         if volume::kind_of(&before) != libc::S_IFREG {
             return Ok(Outcome::Vanished);
+        }
+        if before.st_size > 0 {
+            // It may have been replaced since the scan.
+            database = database::has_magic(&at);
+            if was_database && !database {
+                return Ok(Outcome::Damaged("it does not begin like one any more".to_owned()));
+            }
         }
         let sign = scan::sign_of(&at, &before, database);
         let _ = std::fs::remove_file(&to);
@@ -61,6 +79,8 @@ pub(crate) fn stage(volume: &Volume, path: &Path, database: bool, name: String) 
         } else {
             match copy(&at, &to) {
                 Err(Fault::Missing) => return Ok(Outcome::Vanished),
+                // Made in this moment: bytes of it are not a state of it.
+                Ok(_) if database::has_magic(&to) && attempt < TRIES => continue,
                 other => other?,
             }
         };
@@ -74,11 +94,21 @@ pub(crate) fn stage(volume: &Volume, path: &Path, database: bool, name: String) 
             // It goes up with the object, for those who read the bucket with stock rclone.
             volume::set_mtime(&to, entry.mtime_ns)?;
             // A file that changed meanwhile is not known by any sign, and so looked at again.
-            let sign = if still { sign } else { Sign { change: 0, ..sign } };
-            return Ok(Outcome::Ready(Staged { path: path.clone(), entry, sign, name }));
+            let young = !still || is_young(&at, &before);
+            let sign = if young { Sign { change: 0, ..sign } } else { sign };
+            return Ok(Outcome::Ready(Staged { path: path.clone(), entry, sign, young, name }));
         }
     }
     Ok(Outcome::Vanished)
+}
+
+/// Whether the next change may carry the same time: kernels before 6.13 stamp files by the tick.
+/// Such a file is read once more.
+fn is_young(at: &FsPath, stat: &nix::sys::stat::FileStat) -> bool {
+    let changed = scan::log_of(at).map_or(0, |log| volume::ctime_ns(&log)).max(volume::ctime_ns(stat));
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_REALTIME)
+        .map_or(0, |now| now.tv_sec().saturating_mul(1_000_000_000).saturating_add(now.tv_nsec()));
+    now.saturating_sub(changed) < TICK_NS
 }
 
 /// Copies up to where the file ended when it was opened; holes stay holes.

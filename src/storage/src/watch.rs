@@ -23,6 +23,22 @@ pub(crate) enum Hint {
     Directory(Vec<u8>),
     /// Nobody knows where.
     Anywhere,
+    /// From now on some changes are found by the scan only.
+    NoMoreWatches,
+}
+
+/// Said once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Told {
+    Nothing,
+    Now,
+    Before,
+}
+
+impl Told {
+    fn or_now(self) -> Self {
+        if self == Self::Nothing { Self::Now } else { self }
+    }
 }
 
 pub(crate) struct Watcher {
@@ -30,7 +46,7 @@ pub(crate) struct Watcher {
     roots: Vec<std::path::PathBuf>,
     watches: HashMap<WatchDescriptor, (usize, Vec<u8>)>,
     /// The kernel had no more watches to give; said once.
-    pub(crate) exhausted: bool,
+    exhausted: Told,
 }
 
 fn mask() -> AddWatchFlags {
@@ -52,13 +68,13 @@ impl Watcher {
         if volume.overlay {
             roots.push(volume.tree.clone());
         }
-        let mut this = Self { inotify, roots, watches: HashMap::new(), exhausted: false };
-        this.add(None);
+        let mut this = Self { inotify, roots, watches: HashMap::new(), exhausted: Told::Nothing };
+        this.add(None, &mut Vec::new());
         Ok(this)
     }
 
-    /// Watches a directory and all below it that is in the upper layer.
-    fn add(&mut self, dir: Option<&Path>) {
+    /// Watches a directory and all below it that is in the upper layer, and notes which those are.
+    fn add(&mut self, dir: Option<&Path>, seen: &mut Vec<Hint>) {
         if dir.is_some_and(rules::is_volatile) {
             return;
         }
@@ -69,11 +85,12 @@ impl Watcher {
                 Ok(watch) => drop(
                     self.watches.insert(watch, (root, dir.map_or_else(Vec::new, |d| d.as_bytes().to_vec()))),
                 ),
-                Err(nix::errno::Errno::ENOSPC) => self.exhausted = true,
+                Err(nix::errno::Errno::ENOSPC) => self.exhausted = self.exhausted.or_now(),
                 // Gone again, or no directory any more.
                 Err(_) => {}
             }
         }
+        seen.push(Hint::Directory(dir.map_or_else(Vec::new, |d| d.as_bytes().to_vec())));
         let Some(upper) = self.roots.first() else { return };
         let at = dir.map_or_else(|| upper.clone(), |d| d.below(upper));
         let Ok(entries) = fs::read_dir(at) else { return };
@@ -81,7 +98,7 @@ impl Watcher {
             if entry.file_type().is_ok_and(|t| t.is_dir())
                 && let Some(path) = Path::child(dir, entry.file_name().as_bytes())
             {
-                self.add(Some(&path));
+                self.add(Some(&path), seen);
             }
         }
     }
@@ -94,17 +111,24 @@ impl Watcher {
             Err(error) => return Err(error.into()),
         };
         let mut hints = Vec::new();
+        if self.exhausted == Told::Now {
+            self.exhausted = Told::Before;
+            hints.push(Hint::NoMoreWatches);
+        }
         for event in events {
-            if let Some(hint) = self.understand(&event)
+            let mut seen = Vec::new();
+            if let Some(hint) = self.understand(&event, &mut seen)
                 && hints.last() != Some(&hint)
             {
                 hints.push(hint);
             }
+            // What was made in it before it was watched has told nobody.
+            hints.append(&mut seen);
         }
         Ok(hints)
     }
 
-    fn understand(&mut self, event: &InotifyEvent) -> Option<Hint> {
+    fn understand(&mut self, event: &InotifyEvent, seen: &mut Vec<Hint>) -> Option<Hint> {
         if event.mask.contains(AddWatchFlags::IN_Q_OVERFLOW) {
             return Some(Hint::Anywhere);
         }
@@ -121,11 +145,11 @@ impl Watcher {
             }
             let appears = event.mask.intersects(AddWatchFlags::IN_CREATE | AddWatchFlags::IN_MOVED_TO);
             if appears && event.mask.contains(AddWatchFlags::IN_ISDIR) {
-                self.add(Some(path));
+                self.add(Some(path), seen);
             }
             // A directory that moved away keeps its watches under a name that is not its own.
             if event.mask.contains(AddWatchFlags::IN_MOVED_FROM | AddWatchFlags::IN_ISDIR) {
-                self.forget(path);
+                self.forget(path, seen);
             }
         } else if event.name.is_some() {
             // Ours, at the top.
@@ -134,7 +158,7 @@ impl Watcher {
         Some(Hint::Directory(dir))
     }
 
-    fn forget(&mut self, path: &Path) {
+    fn forget(&mut self, path: &Path, seen: &mut Vec<Hint>) {
         let inside = |dir: &[u8]| {
             dir == path.as_bytes() || Path::new(dir).is_some_and(|d| d.starts_with(path.as_bytes()))
         };
@@ -150,7 +174,7 @@ impl Watcher {
             .flatten()
             .is_some()
         {
-            self.add(Some(path));
+            self.add(Some(path), seen);
         }
     }
 }

@@ -19,11 +19,11 @@ use crate::fetch::{Fetcher, Got, Wanted};
 use crate::opening::{self, Ready, Said};
 use crate::owner::uptime;
 use crate::push::{Pusher, Rest};
-use crate::scan::{Found, Scanner};
+use crate::scan::{Change, Found, Scanner};
 use crate::watch::{Hint, Watcher};
-use crate::{boots, database, hydrate, volume};
+use crate::{boots, database, hydrate, mount, parallel, volume};
 use cvm_blueprint::storage::{Answer, Ask, Drill, Mode, Progress, StorageSpec};
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
@@ -34,9 +34,15 @@ const QUIET: Duration = Duration::from_millis(100);
 const PATIENCE: Duration = Duration::from_millis(300);
 /// Between two batches: a second is what a crash may cost, and three requests are what it costs.
 const BETWEEN: Duration = Duration::from_millis(700);
+/// Nobody says when a database is not locked any more.
+const LOCKED_MAX: Duration = Duration::from_secs(10);
 /// Hints are hints; the scan is the truth.
 const RESCAN: Duration = Duration::from_secs(300);
 const RETRY: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
+/// What the last request of a drain may take beyond its time.
+const DRAIN_GRACE: Duration = Duration::from_secs(1);
+/// Between two looks at whether a mount that was inherited still answers.
+const LOOK: Duration = Duration::from_secs(2);
 const LOGS: Duration = Duration::from_secs(60);
 /// Files of a drill besides every database, and what is too large for one.
 const SAMPLE: usize = 50;
@@ -48,6 +54,8 @@ pub(crate) enum Order {
     /// Nothing is only below any more.
     Hydrated,
     Fenced(String),
+    /// What is below the tree has died.
+    TreeIsDead,
     Stop,
 }
 
@@ -94,6 +102,10 @@ impl Worker {
             };
             self.desk.not_ready(phase, format!("{fault}; {}", fault.remedy()), retry);
             self.desk.failed(&fault, Some(wait));
+            if matches!(fault, Fault::Tree) {
+                // Somebody may still stand on it: process 1 starts the next worker when nobody does.
+                return false;
+            }
             self.pause(wait);
         }
     }
@@ -212,6 +224,15 @@ struct Tree<'a> {
     whole: bool,
     /// Paths with an incident of the tree's own.
     troubled: HashSet<Path>,
+    /// Files that cannot be had now, as a database that is locked: nothing else waits for them.
+    waiting: HashMap<Path, Waiting>,
+}
+
+struct Waiting {
+    /// When it is tried again.
+    at: Duration,
+    tries: u32,
+    why: String,
 }
 
 impl<'a> Tree<'a> {
@@ -245,6 +266,7 @@ impl<'a> Tree<'a> {
             hydrated,
             whole: ready.mode == Mode::Sync || ready.open.index.meta("independent")?.is_some(),
             troubled: HashSet::new(),
+            waiting: HashMap::new(),
             ready,
         };
         this.help()?;
@@ -264,18 +286,18 @@ impl<'a> Tree<'a> {
     // === Helpers ===
 
     fn help(&mut self) -> Result<(), Fault> {
-        let mut watcher = Watcher::new(&self.ready.open.volume)?;
-        let sender = self.worker.sender.clone();
-        let desk = Arc::clone(&self.worker.desk);
-        let stop = Arc::clone(&self.stop);
+        let (sender, stop, open) = (self.worker.sender.clone(), Arc::clone(&self.stop), self.open());
+        let (tell, watching) = std::sync::mpsc::channel();
         self.helpers.push(std::thread::spawn(move || {
-            let mut told = false;
-            while !stop.load(Ordering::Relaxed) {
-                let Ok(hints) = watcher.next() else { return };
-                if watcher.exhausted && !told {
-                    told = true;
-                    desk.warn("The kernel gives no more inotify watches (fs.inotify.max_user_watches): some changes are only found by the scan every 5 minutes");
-                }
+            // It looks at the merged tree.
+            parallel::set_apart();
+            let mut watcher = match Watcher::new(&open.volume) {
+                Ok(watcher) => watcher,
+                Err(fault) => return drop(tell.send(Err(fault))),
+            };
+            // From here on nothing is missed: the first scan may begin.
+            let _ = tell.send(Ok(()));
+            while let Ok(hints) = watcher.next() {
                 for hint in hints {
                     if stop.load(Ordering::Relaxed) || sender.send(Order::Hint(hint)).is_err() {
                         return;
@@ -283,6 +305,7 @@ impl<'a> Tree<'a> {
                 }
             }
         }));
+        watching.recv().map_err(|_| Fault::other("the watcher did not start"))??;
         self.beat();
         if !self.hydrated {
             let (open, desk, stop, sender) = (
@@ -316,11 +339,22 @@ impl<'a> Tree<'a> {
             Arc::clone(&self.worker.desk),
         );
         let beat = Duration::from_secs(u64::from(self.worker.spec.heartbeat_s.max(1)));
+        // A mount that an earlier worker left is answered by the stand-in, which may die too.
+        let inherited = self.ready.mode == Mode::Fuse
+            && self.ready.stand_in.is_none()
+            && mount::is_mount(cvm_blueprint::paths::BUCKET_MOUNT);
+        let (mut looks, mut look_at) = (now_ms(), uptime());
         self.helpers.push(std::thread::spawn(move || {
             let mut due = uptime() + beat;
             while !stop.load(Ordering::Relaxed) {
                 // Short sleeps, so that a stop is not waited for, on a clock that counts sleep.
                 std::thread::sleep(Duration::from_millis(200).min(beat));
+                if inherited && uptime() >= look_at {
+                    (looks, look_at) = (looks + 1, uptime() + LOOK);
+                    if mount::is_dead(looks) {
+                        return drop(sender.send(Order::TreeIsDead));
+                    }
+                }
                 if uptime() < due {
                     continue;
                 }
@@ -358,6 +392,7 @@ impl<'a> Tree<'a> {
                 self.everything = true;
                 self.note_change();
             }
+            self.wake(now);
             if self.push_is_due(now)
                 && let Err(fault) = self.push()
             {
@@ -374,10 +409,17 @@ impl<'a> Tree<'a> {
         }
     }
 
+    /// What had to wait is looked at again.
+    fn wake(&mut self, now: Duration) {
+        let due = self.waiting.iter().filter(|(_, w)| now >= w.at);
+        self.dirty.extend(due.map(|(path, _)| path.split().0.to_vec()));
+    }
+
     fn due(&self) -> Duration {
         let push = (self.everything || !self.dirty.is_empty()).then(|| self.push_at());
         let drill = self.drill_at;
-        [Some(self.rescan_at), push, Some(self.logs_at), drill]
+        let waiting = self.waiting.values().map(|w| w.at.max(self.not_before)).min();
+        [Some(self.rescan_at), push, Some(self.logs_at), drill, waiting]
             .into_iter()
             .flatten()
             .min()
@@ -409,6 +451,9 @@ impl<'a> Tree<'a> {
                 match hint {
                     Hint::Directory(dir) => drop(self.dirty.insert(dir)),
                     Hint::Anywhere => self.everything = true,
+                    Hint::NoMoreWatches => self.worker.desk.warn(
+                        "The kernel gives no more inotify watches (fs.inotify.max_user_watches): some changes are only found by the scan every 5 minutes",
+                    ),
                 }
                 self.worker.desk.changed(self.first);
             }
@@ -419,6 +464,11 @@ impl<'a> Tree<'a> {
             Order::Ask(ask, answer) => self.answer(&ask, &answer),
             Order::Hydrated => self.on_hydrated(),
             Order::Fenced(why) => return Some(End::Again(Fault::Fenced(why))),
+            Order::TreeIsDead => {
+                // The next worker need not find out for itself.
+                let _ = mount::is_first_to_find_it_dead();
+                return Some(End::Again(Fault::Tree));
+            }
             Order::Stop => return Some(End::Stop),
         }
         None
@@ -475,24 +525,58 @@ impl<'a> Tree<'a> {
         // A pause that is worth something beside what the round took: it must not take all there is.
         let took = uptime().saturating_sub(began);
         self.not_before = (began + BETWEEN).max(began + took + took / 4);
-        if rest.fault.is_none() && rest.later.is_empty() {
-            self.retries = 0;
-            self.worker.desk.pushed();
-            self.worker.desk.pending(0, 0, None);
-            for flush in self.flushes.drain(..) {
-                done(&flush, "The bucket has everything", true);
-            }
+        self.dirty.extend(rest.young.iter().map(|path| path.split().0.to_vec()));
+        self.put_off(&rest, began);
+        let first = first.or(Some(began));
+        if let Some(fault) = rest.fault {
+            self.worker.desk.pending(rest.later.len().max(1) as u64, 0, first);
+            self.again(&fault, full, dirty, first);
             return Ok(());
         }
-        let fault = rest.fault.unwrap_or_else(|| have_to_wait(&rest.later));
-        let dirty = if full {
-            dirty
+        self.retries = 0;
+        if self.waiting.is_empty() {
+            self.worker.desk.pushed();
+            self.worker.desk.pending(0, 0, None);
+            self.answer_flushes(Ok(()));
         } else {
-            rest.later.iter().map(|(p, _)| p.split().0.to_vec()).chain(dirty).collect()
-        };
-        self.worker.desk.pending(rest.later.len().max(1) as u64, 0, first.or(Some(began)));
-        self.again(&fault, full, dirty, first.or(Some(began)));
+            self.worker.desk.pending(self.waiting.len() as u64, 0, first);
+            let fault = have_to_wait(self.waiting.iter().map(|(path, w)| (path, w.why.as_str())));
+            self.worker.desk.failed(&fault, None);
+            self.answer_flushes(Err(&fault));
+        }
         Ok(())
+    }
+
+    /// Files that could not be had, and the removals that wait with them.
+    fn put_off(&mut self, rest: &Rest, began: Duration) {
+        let mut before = std::mem::take(&mut self.waiting);
+        for (path, why) in &rest.later {
+            let tries = before.remove(path).map_or(0, |w| w.tries + 1);
+            let at = uptime() + backoff(tries).min(LOCKED_MAX);
+            self.waiting.insert(path.clone(), Waiting { at, tries, why: why.clone() });
+        }
+        // Not looked at in this round.
+        before.retain(|_, w| w.at > began);
+        self.waiting.extend(before);
+        if rest.removals > 0 && rest.fault.is_none() {
+            self.rescan_at = self.rescan_at.min(uptime() + LOCKED_MAX);
+        }
+    }
+
+    fn answer_flushes(&mut self, outcome: Result<(), &Fault>) {
+        for flush in self.flushes.drain(..) {
+            match outcome {
+                Ok(()) => done(&flush, "The bucket has everything", true),
+                Err(fault) => done(
+                    &flush,
+                    format!(
+                        "Not everything is in the bucket: {fault}; {}. It is tried again",
+                        fault.remedy()
+                    ),
+                    false,
+                ),
+            }
+        }
     }
 
     fn again(&mut self, fault: &Fault, full: bool, dirty: BTreeSet<Vec<u8>>, first: Option<Duration>) {
@@ -503,13 +587,7 @@ impl<'a> Tree<'a> {
         self.dirty.extend(dirty);
         self.first = first.or(self.first);
         self.not_before = uptime() + wait;
-        for flush in self.flushes.drain(..) {
-            done(
-                &flush,
-                format!("Not everything is in the bucket: {fault}; {}. It is tried again", fault.remedy()),
-                false,
-            );
-        }
+        self.answer_flushes(Err(fault));
     }
 
     fn round(
@@ -528,13 +606,18 @@ impl<'a> Tree<'a> {
         // What was moved while it was only below has to be above before its old name may go.
         while !found.to_fetch.is_empty() {
             for path in &found.to_fetch {
-                hydrate::lift_tree(&open, path)?;
+                parallel::apart(|| hydrate::lift_tree(&open, path))?;
                 self.fetched.insert(path.clone());
             }
             found = look(&self.fetched)?;
         }
         if full && self.hydrated && !self.whole {
             self.on_whole()?;
+        }
+        self.make_sure_of_removals(&mut found)?;
+        if self.flushes.is_empty() {
+            let now = uptime();
+            found.changes.retain(|c| self.waiting.get(c.path()).is_none_or(|w| now >= w.at));
         }
         if !found.changes.is_empty() {
             self.worker.desk.pending(found.changes.len() as u64, 0, first.or(Some(uptime())));
@@ -565,6 +648,29 @@ impl<'a> Tree<'a> {
         Ok((rest, found))
     }
 
+    /// What was moved while we looked may have been missed at both names. So what is gone is only
+    /// believed when it was gone before a second look at everything, which sees its new name.
+    fn make_sure_of_removals(&mut self, found: &mut Found) -> Result<(), Fault> {
+        let gone = |change: &Change| matches!(change, Change::Gone { .. });
+        let first: HashSet<Path> =
+            found.changes.iter().filter(|c| gone(c)).map(|c| c.path().clone()).collect();
+        if first.is_empty() {
+            return Ok(());
+        }
+        let open = self.open();
+        *found = Scanner::new(&open.volume, &open.index, &open.bucket.prefix, &self.fetched).full()?;
+        let whole = found.to_fetch.is_empty();
+        let dirty = &mut self.dirty;
+        found.changes.retain(|change| {
+            let sure = !gone(change) || whole && first.contains(change.path());
+            if !sure {
+                dirty.insert(change.path().split().0.to_vec());
+            }
+            sure
+        });
+        Ok(())
+    }
+
     /// Incidents of the tree itself, and those that are over.
     fn speak_of(&mut self, found: &Found, rest: &Rest, full: bool, dirty: &BTreeSet<Vec<u8>>) {
         let mut now: HashSet<Path> = HashSet::new();
@@ -588,7 +694,8 @@ impl<'a> Tree<'a> {
         let over: Vec<Path> = self
             .troubled
             .iter()
-            .filter(|p| !now.contains(*p) && (full || dirty.contains(p.split().0) || !self.is_there(p)))
+            // A round that looked elsewhere, or not to its end, says nothing about it.
+            .filter(|p| !now.contains(*p) && rest.fault.is_none() && (full || dirty.contains(p.split().0)))
             .cloned()
             .collect();
         for path in over {
@@ -605,11 +712,6 @@ impl<'a> Tree<'a> {
                 );
             }
         }
-    }
-
-    /// A round that looked elsewhere says nothing about what is.
-    fn is_there(&self, path: &Path) -> bool {
-        volume::look(&path.below(&self.ready.open.volume.upper)).ok().flatten().is_some()
     }
 
     // === Orders ===
@@ -657,7 +759,7 @@ impl<'a> Tree<'a> {
         for change in &found.changes {
             say(format!("{}: the tree differs from the bucket (not pushed yet)", change.path()));
         }
-        let listed: std::collections::HashMap<String, u64> = open
+        let listed: HashMap<String, u64> = open
             .bucket
             .rclone
             .list_all(false)?
@@ -667,9 +769,11 @@ impl<'a> Tree<'a> {
             .collect();
         let rows = open.index.all()?;
         let mut known = HashSet::new();
+        // What a push was cut short in is a difference of the tree's, named above.
         for (path, row) in rows.iter().filter(|(_, row)| row.entry.is_file()) {
             let object = path.object();
             match listed.get(&object) {
+                _ if row.unsure => {}
                 None => say(format!("{path}: its object is missing from the bucket")),
                 Some(size) if *size != row.entry.size() => say(format!(
                     "{path}: its object has {size} bytes, the manifest says {}",
@@ -689,7 +793,7 @@ impl<'a> Tree<'a> {
         if deep {
             let wanted: Vec<Wanted> = rows
                 .into_iter()
-                .filter(|(_, row)| row.entry.is_file())
+                .filter(|(_, row)| row.entry.is_file() && !row.unsure)
                 .map(|(path, row)| Wanted { path, may_be: vec![row.entry] })
                 .collect();
             for (path, why) in self.read_back(wanted, Some(to))? {
@@ -827,6 +931,8 @@ impl<'a> Tree<'a> {
         self.worker.desk.phase("draining");
         let until = uptime() + Duration::from_secs(u64::from(self.worker.spec.drain_s));
         let open = self.open();
+        self.waiting.clear();
+        self.leave_at(until);
         let (mut left, mut fenced) = ((0u64, 0u64), false);
         loop {
             self.everything = true;
@@ -837,7 +943,8 @@ impl<'a> Tree<'a> {
                     true
                 }
                 Ok((rest, _)) => {
-                    let fault = rest.fault.unwrap_or_else(|| have_to_wait(&rest.later));
+                    let later = || have_to_wait(rest.later.iter().map(|(path, why)| (path, why.as_str())));
+                    let fault = rest.fault.unwrap_or_else(later);
                     self.worker.desk.failed(&fault, None);
                     fenced = matches!(fault, Fault::Fenced(_));
                     false
@@ -850,7 +957,7 @@ impl<'a> Tree<'a> {
             };
             let scanned = Scanner::new(&open.volume, &open.index, &open.bucket.prefix, &self.fetched).full();
             left = match scanned {
-                Ok(found) => self.count(&found),
+                Ok(found) => count(&open, &found),
                 Err(_) => (left.0.max(1), left.1),
             };
             if clean && left.0 == 0 || fenced || uptime() >= until {
@@ -858,7 +965,10 @@ impl<'a> Tree<'a> {
             }
             std::thread::sleep(Duration::from_millis(if clean { 10 } else { 500 }));
         }
-        self.last_words();
+        // Of a bucket that did not answer until now nothing more is asked.
+        if left.0 == 0 {
+            self.last_words();
+        }
         self.leave();
         if left.0 == 0
             && let Err(fault) = self.lease.release(&open.bucket)
@@ -869,20 +979,17 @@ impl<'a> Tree<'a> {
         left.0 == 0
     }
 
-    /// Files that the bucket does not have as they are, and their names for the log.
-    fn count(&self, found: &Found) -> (u64, u64) {
-        let files: Vec<_> =
-            found.changes.iter().filter(|c| !matches!(c, crate::scan::Change::Meta { .. })).collect();
-        let upper = &self.ready.open.volume.upper;
-        let bytes = files
-            .iter()
-            .filter_map(|c| volume::look(&c.path().below(upper)).ok().flatten())
-            .map(|s| crate::scan::size_of(&s))
-            .sum();
-        for change in files.iter().take(100) {
-            tracing::warn!("not in the bucket: {}", change.path());
-        }
-        (files.len() as u64, bytes)
+    /// A request that hangs must not hold up the end for longer than was asked for.
+    fn leave_at(&self, until: Duration) {
+        let (open, desk, fetched) = (self.open(), Arc::clone(&self.worker.desk), self.fetched.clone());
+        std::thread::spawn(move || {
+            std::thread::sleep(until.saturating_sub(uptime()) + DRAIN_GRACE);
+            let scanned = Scanner::new(&open.volume, &open.index, &open.bucket.prefix, &fetched).full();
+            let (files, bytes) = scanned.map_or((1, 0), |found| count(&open, &found));
+            desk.drained(files.max(1), bytes);
+            #[allow(clippy::exit)] // the other threads wait for the network; dying loses nothing
+            std::process::exit(i32::from(crate::UNDRAINED));
+        });
     }
 
     fn leave(&mut self) {
@@ -891,9 +998,24 @@ impl<'a> Tree<'a> {
     }
 }
 
-fn have_to_wait(later: &[(Path, String)]) -> Fault {
-    let first = later.first().map(|(path, why)| format!("; the first is {path}: {why}")).unwrap_or_default();
-    Fault::other(format!("{} files have to wait{first}", later.len()))
+/// Files that the bucket does not have as they are, and their names for the log.
+fn count(open: &Open, found: &Found) -> (u64, u64) {
+    let files: Vec<_> = found.changes.iter().filter(|c| !matches!(c, Change::Meta { .. })).collect();
+    let bytes = files
+        .iter()
+        .filter_map(|c| volume::look(&c.path().below(&open.volume.upper)).ok().flatten())
+        .map(|s| crate::scan::size_of(&s))
+        .sum();
+    for change in files.iter().take(100) {
+        tracing::warn!("not in the bucket: {}", change.path());
+    }
+    (files.len() as u64, bytes)
+}
+
+fn have_to_wait<'a>(later: impl ExactSizeIterator<Item = (&'a Path, &'a str)>) -> Fault {
+    let count = later.len();
+    let first = later.min().map(|(path, why)| format!("; the first is {path}: {why}")).unwrap_or_default();
+    Fault::other(format!("{count} files have to wait{first}"))
 }
 
 /// Logs of earlier boots, for operators.

@@ -1,5 +1,7 @@
 //! `cvm-victim`: small programs that misbehave on request, for tests of what keeps them.
 
+mod load;
+
 use nix::sys::signal::{SigHandler, Signal, raise, signal};
 use nix::unistd::{ForkResult, Pid, fork, pause, setsid};
 use std::io::{Read, Write};
@@ -19,6 +21,9 @@ cvm-victim chatty N LENGTH    write N lines
 cvm-victim http PORT          answer 200 to everything; SIGUSR1 makes it hang
 cvm-victim hog MEBIBYTES      take that much memory, and wait
 cvm-victim stamp FILE CMD...  append the monotonic clock in microseconds to FILE, then execute CMD
+cvm-victim load DIR LOG SEED  make, change, rename and delete files in DIR, and note it in LOG first and last
+cvm-victim rows DB MODE MS LOG  commit a row every MS milliseconds in that journal mode, and note it in LOG
+cvm-victim sql DB SQL         execute it, say \"done\", and keep the database open
 cvm-victim wait               wait for a signal
 Under the name `node` it takes the gateway's place.
 ";
@@ -41,6 +46,9 @@ fn main() {
         ["http", port] => http(port),
         ["hog", size] => hog(number(size)),
         ["stamp", file, command @ ..] => stamp(file, command),
+        ["load", dir, log, seed] => load::files(dir, log, number(seed)),
+        ["rows", database, mode, every, log] => load::rows(database, mode, number(every), log),
+        ["sql", database, sql] => load::sql(database, sql),
         ["wait"] => loop {
             pause();
         },
