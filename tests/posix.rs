@@ -53,7 +53,14 @@ fn no_case_of_pjdfstest_fails_on_data_that_passes_on_the_disk_below() {
     let below = passing(&machine, "/run/openclaw-cvm/volume/.cvm/posix");
     let here = passing(&machine, "/data/openclaw/workspace/posix");
     assert!(below.len() > 300, "only {} cases pass on the disk", below.len());
-    let ours: Vec<&String> = below.difference(&here).collect();
+    // What overlayfs is by its nature: a character device 0:0 is how it writes down that something
+    // is gone, so it makes none for others, and it has no entry in the table by which the C library
+    // guesses how many links a file may have.
+    for words in [&["mknod", "/data/zero", "c", "0", "0"][..], &["mknod", "/data/one", "c", "1", "3"]] {
+        assert_eq!(machine.exec(words).status.success(), words[1] == "/data/one", "{words:?}");
+    }
+    let by_nature = |case: &str| case.ends_with("::char") || case == "link::link_count_max";
+    let ours: Vec<&String> = below.difference(&here).filter(|case| !by_nature(case)).collect();
     assert!(ours.is_empty(), "on the disk these pass: {ours:#?}");
 }
 

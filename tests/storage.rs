@@ -1,7 +1,11 @@
 //! S3 mode, end to end: the real worker, a real S3 server behind a network that fails on demand,
 //! and machines that are lost.
 
-use cvm_harness::{Cloud, difference, digest, flush, independent};
+use cvm_harness::cloud::storage;
+use cvm_harness::machine::PATIENCE;
+use cvm_harness::{Cloud, difference, digest, flush, independent, until};
+use nix::sys::signal::Signal;
+use std::time::Duration;
 
 #[test]
 fn what_is_written_survives_the_loss_of_the_machine() {
@@ -18,4 +22,29 @@ fn what_is_written_survives_the_loss_of_the_machine() {
     independent(&machine);
     let after = digest(&machine.path("/data"), &[".cvm", "lost+found"]);
     assert_eq!(difference(&before, &after), "");
+}
+
+/// Threads that wait for the mount of their own process must not keep it from dying: nobody could
+/// end such a container any more.
+#[test]
+fn a_machine_that_is_killed_while_files_are_fetched_is_gone() {
+    let cloud = Cloud::new();
+    let mut machine = cloud.machine().start();
+    machine.service_in("gateway", &["ready"]);
+    machine.ok(&[
+        "sh",
+        "-c",
+        "cd /data/openclaw && mkdir many && for n in $(seq 300); do echo $n > many/$n; done",
+    ]);
+    flush(&machine);
+    assert_eq!(machine.stop(), 0);
+    drop(machine);
+    cloud.proxy.latency(Duration::from_millis(200));
+    let mut machine = cloud.machine().start();
+    until("files are being fetched", PATIENCE, || {
+        let done = storage(&machine)["progress"]["files_done"].as_u64()?;
+        (done > 0).then_some(())
+    });
+    machine.signal(Signal::SIGKILL);
+    until("nothing is left of it", PATIENCE, || (!machine.is_running()).then_some(()));
 }

@@ -275,8 +275,8 @@ fn what_can_happen_to_a_database_happens_in_the_bucket_too() {
     assert_eq!((look("quiet"), look("quiet-wal")), before, "a snapshot must not write a writer's log back");
 
     // Locked: everything else goes on, and it is pushed when it is free again.
-    let lock = format!("{make}; {row}; PRAGMA locking_mode=EXCLUSIVE; BEGIN EXCLUSIVE; {row};");
-    let mut locked = Running::as_gateway(&machine, &["cvm-victim", "sql", &place("locked"), &lock]);
+    let exclusive = format!("{make}; {row}; PRAGMA locking_mode=EXCLUSIVE; BEGIN EXCLUSIVE; {row};");
+    let mut locked = Running::as_gateway(&machine, &["cvm-victim", "sql", &place("locked"), &exclusive]);
     locked.says("done");
     machine.ok(&["sh", "-c", "echo goes on > /data/openclaw/x/beside"]);
     until("a file goes up beside a locked database", PATIENCE, || {
@@ -535,10 +535,10 @@ fn a_machine_lost_at_any_moment_comes_back_whole() {
         }
         dice.pause(Duration::from_millis(1500));
         no_incidents(&machine);
-        let lost = now_us();
+        let end = now_us();
         let mut machine = machine;
         machine.destroy();
-        last = Some((load, flushed, lost));
+        last = Some((load, flushed, end));
     }
     lags.sort_unstable();
     eprintln!("{lives} machines lost; oldest lost transaction in ms: {lags:?}");

@@ -434,7 +434,6 @@ fn the_mode_may_change_on_a_volume_that_has_everything() {
 }
 
 #[test]
-#[ignore = "did not end in its time on a loaded machine: not yet understood"]
 fn the_mode_may_change_on_a_volume_that_has_not() {
     switches(false);
 }

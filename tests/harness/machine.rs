@@ -442,7 +442,7 @@ impl Machine {
     }
 
     /// Does something in the machine's file system, on a thread of its own. For what resolves
-    /// links itself, as SQLite does: a path through /proc leads it astray.
+    /// links itself, as `SQLite` does: a path through /proc leads it astray.
     pub fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         use nix::sched::{CloneFlags, setns, unshare};
         let namespace = fs::File::open(format!("/proc/{}/ns/mnt", self.pid)).expect("the machine runs");

@@ -10,6 +10,7 @@ use cvm_blueprint::paths;
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{Read as _, Seek as _, SeekFrom};
+use std::os::unix::fs::MetadataExt as _;
 
 const DIRECTORY: &str = "boots";
 /// Of each log; the end is what tells.
@@ -40,7 +41,6 @@ impl Boots {
             let name = entry.file_name().to_string_lossy().into_owned();
             let Some(log) = name.strip_suffix(".log") else { continue };
             let Ok(metadata) = entry.metadata() else { continue };
-            use std::os::unix::fs::MetadataExt as _;
             let look = (metadata.len(), metadata.mtime());
             if metadata.len() == 0 || self.sent.get(log) == Some(&look) {
                 continue;
@@ -53,14 +53,14 @@ impl Boots {
             self.sent.insert(log.to_owned(), look);
         }
         if !self.pruned {
-            self.prune(bucket)?;
+            Self::prune(bucket)?;
             self.pruned = true;
         }
         Ok(())
     }
 
     /// Deletes what is older than the last boots.
-    fn prune(&self, bucket: &Bucket) -> Result<(), Fault> {
+    fn prune(bucket: &Bucket) -> Result<(), Fault> {
         let all = list(bucket)?;
         let mut boots: Vec<&str> = all.iter().filter_map(|n| n.split('/').next()).collect();
         boots.sort_unstable();

@@ -25,6 +25,9 @@ pub(crate) struct Bucket {
     crypt: Crypt,
 }
 
+/// The bytes of a control object, and its ETag.
+pub(crate) type Found = (Vec<u8>, Option<String>);
+
 /// What lies at the crypt root.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Survey {
@@ -95,8 +98,8 @@ impl Bucket {
         ))
     }
 
-    /// One of our own objects, with its ETag.
-    pub(crate) fn read(&self, name: &str) -> Result<Option<(Vec<u8>, Option<String>)>, Fault> {
+    /// One of our own objects, with its `ETag`.
+    pub(crate) fn read(&self, name: &str) -> Result<Option<Found>, Fault> {
         let Some(object) = self.s3.get(&self.key_of(name)?)? else { return Ok(None) };
         let plain = self.crypt.open(&object.bytes).map_err(|_| {
             Fault::Suspicious(format!(

@@ -106,9 +106,9 @@ impl Crypt {
         let crypt = |block: [u8; BLOCK]| {
             let mut block = Block::<Aes256>::from(block);
             if encrypt {
-                self.names.encrypt_block(&mut block)
+                self.names.encrypt_block(&mut block);
             } else {
-                self.names.decrypt_block(&mut block)
+                self.names.decrypt_block(&mut block);
             }
             <[u8; BLOCK]>::from(block)
         };

@@ -1,7 +1,7 @@
-//! SQLite: telling a database from other files, taking a consistent copy of one that is in use,
+//! `SQLite`: telling a database from other files, taking a consistent copy of one that is in use,
 //! and knowing whether a copy is good.
 //!
-//! A copy is taken through SQLite's own backup, which reads one committed state under SQLite's own
+//! A copy is taken through `SQLite`'s own backup, which reads one committed state under `SQLite`'s own
 //! locks. So a database is opened here through the same path as its writers, and by nobody else in
 //! this process meanwhile: POSIX drops all locks of a process on a file with its first close.
 //!
@@ -53,7 +53,7 @@ pub(crate) fn copy(from: &Path, to: &Path) -> Result<(), NoCopy> {
     verdict.map_err(NoCopy::Damaged)
 }
 
-/// Writable, because a journal that a crash left behind must be rolled back first, as SQLite does
+/// Writable, because a journal that a crash left behind must be rolled back first, as `SQLite` does
 /// for whoever comes first; and without a checkpoint when we close.
 fn open(file: &Path) -> rusqlite::Result<Connection> {
     let flags =
@@ -86,7 +86,7 @@ fn judge(error: &rusqlite::Error) -> NoCopy {
     }
 }
 
-/// SQLite's code, not its message, which may quote the schema.
+/// `SQLite`'s code, not its message, which may quote the schema.
 fn words(error: &rusqlite::Error) -> String {
     match error.sqlite_error_code() {
         Some(ErrorCode::NotADatabase) => "it is not a database".to_owned(),

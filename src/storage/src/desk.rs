@@ -114,7 +114,7 @@ impl Desk {
             (status.why, status.progress) = (None, if independent { None } else { status.progress.take() });
             (status.mode, status.reason, status.independent) = (Some(mode), reason.clone(), independent);
         }
-        self.say_once(StorageReport::Ready { mode, reason, independent });
+        self.say_once(&StorageReport::Ready { mode, reason, independent });
     }
 
     /// The state in which nothing may stand on the tree, in one word, and why.
@@ -125,23 +125,23 @@ impl Desk {
             phase.clone_into(&mut status.phase);
             status.why = Some(why.clone());
         }
-        self.say_once(StorageReport::NotReady { why, retry });
+        self.say_once(&StorageReport::NotReady { why, retry });
     }
 
     /// PID 1 hears of changes, not of each try.
-    fn say_once(&self, report: StorageReport) {
+    fn say_once(&self, report: &StorageReport) {
         {
             let mut board = self.board();
-            if board.said.as_ref() == Some(&report) {
+            if board.said.as_ref() == Some(report) {
                 return;
             }
             board.said = Some(report.clone());
         }
-        match &report {
+        match report {
             StorageReport::NotReady { why, .. } => tracing::warn!("not ready: {why}"),
             other => tracing::info!("{other:?}"),
         }
-        self.report(&report);
+        self.report(report);
     }
 
     pub(crate) fn drained(&self, files: u64, bytes: u64) {

@@ -81,7 +81,7 @@ impl Path {
                 name.push(c);
             }
             for byte in chunk.invalid() {
-                name.push_str(&format!("{QUOTE}{byte:02X}"));
+                let _ = fmt::Write::write_fmt(&mut name, format_args!("{QUOTE}{byte:02X}"));
             }
         }
         name

@@ -115,15 +115,13 @@ impl Fetcher<'_> {
     }
 
     fn check_and_place(&self, wanted: &Wanted, part: &FsPath, root: &FsPath) -> Got {
-        match self.place(wanted, part, root) {
-            Ok(entry) => Got::Good(wanted.path.clone(), entry),
-            // Once more, alone: the first try may have been cut short, and its error is lost.
-            Err(_) => {
-                let _ = fs::remove_file(part);
-                let part = self.parts.join(format!("again-{:016x}", fingerprint(&wanted.path)));
-                self.single(wanted, &part, root)
-            }
+        if let Ok(entry) = place(wanted, part, root) {
+            return Got::Good(wanted.path.clone(), entry);
         }
+        // Once more, alone: the first try may have been cut short, and its error is lost.
+        let _ = fs::remove_file(part);
+        let part = self.parts.join(format!("again-{:016x}", fingerprint(&wanted.path)));
+        self.single(wanted, &part, root)
     }
 
     fn single(&self, wanted: &Wanted, part: &FsPath, root: &FsPath) -> Got {
@@ -142,7 +140,7 @@ impl Fetcher<'_> {
             }
             Err(fault) => return Got::Later(wanted.path.clone(), fault),
         }
-        match self.place(wanted, part, root) {
+        match place(wanted, part, root) {
             Ok(entry) => Got::Good(wanted.path.clone(), entry),
             Err(Fault::Suspicious(why)) => {
                 let _ = fs::remove_file(part);
@@ -151,17 +149,17 @@ impl Fetcher<'_> {
             Err(fault) => Got::Later(wanted.path.clone(), fault),
         }
     }
+}
 
-    /// Into its place, if it is what it should be.
-    fn place(&self, wanted: &Wanted, part: &FsPath, root: &FsPath) -> Result<Entry, Fault> {
-        let (size, sha) = stage::hash(part)?;
-        let entry = verified(wanted, size, sha)?;
-        volume::make_parents(root, &wanted.path)?;
-        let to = wanted.path.below(root);
-        fs::rename(part, &to)?;
-        volume::dress(&to, &entry)?;
-        Ok(entry)
-    }
+/// Into its place, if it is what it should be.
+fn place(wanted: &Wanted, part: &FsPath, root: &FsPath) -> Result<Entry, Fault> {
+    let (size, sha) = stage::hash(part)?;
+    let entry = verified(wanted, size, sha)?;
+    volume::make_parents(root, &wanted.path)?;
+    let to = wanted.path.below(root);
+    fs::rename(part, &to)?;
+    volume::dress(&to, &entry)?;
+    Ok(entry)
 }
 
 /// Which of its possible entries a fetched object is.
@@ -257,8 +255,7 @@ pub(crate) fn finish(entries: &[(Path, Entry)], root: &FsPath) -> Result<(), Fau
 
 pub(crate) fn dress_directories(entries: &[(Path, Entry)], root: &FsPath) -> Result<(), Fault> {
     let mut directories: Vec<_> = entries.iter().filter(|(_, e)| e.kind == Kind::Directory).collect();
-    directories
-        .sort_by_key(|(path, _)| std::cmp::Reverse(path.as_bytes().iter().filter(|b| **b == b'/').count()));
+    directories.sort_by_key(|(path, _)| std::cmp::Reverse(path.as_bytes().split(|b| *b == b'/').count()));
     for (path, entry) in directories {
         volume::dress(&path.below(root), entry)?;
     }

@@ -311,7 +311,7 @@ fn put(db: &Connection, dir: &[u8], name: &[u8], entry: &Entry, unsure: i64) -> 
         entry.uid,
         entry.gid,
         entry.mtime_ns,
-        entry.link.map(|n| n.cast_signed()),
+        entry.link.map(u64::cast_signed),
         unsure
     ])?;
     Ok(())
@@ -342,7 +342,7 @@ fn row(r: &SqlRow<'_>) -> rusqlite::Result<(Vec<u8>, Vec<u8>, Row)> {
     Ok((r.get(0)?, r.get(1)?, Row { entry, sign, lower: r.get(14)?, unsure, promised, bad: r.get(16)? }))
 }
 
-/// SQLite's integers are signed; sizes stay far below the difference.
+/// `SQLite`'s integers are signed; sizes stay far below the difference.
 fn signed(n: u64) -> i64 {
     i64::try_from(n).unwrap_or(i64::MAX)
 }

@@ -245,11 +245,11 @@ pub(crate) fn merged_segment<'a>(
 }
 
 fn seal(key: &ManifestKey, header: &Header, body: &[u8]) -> std::io::Result<Vec<u8>> {
-    let mut packer = GzEncoder::new(Vec::new(), Compression::fast());
-    serde_json::to_writer(&mut packer, header)?;
-    packer.write_all(b"\n")?;
-    packer.write_all(body)?;
-    let packed = packer.finish()?;
+    let mut gzip = GzEncoder::new(Vec::new(), Compression::fast());
+    serde_json::to_writer(&mut gzip, header)?;
+    gzip.write_all(b"\n")?;
+    gzip.write_all(body)?;
+    let packed = gzip.finish()?;
     let mut segment = format!("{MAGIC}{}\n", key.tag("segment", &[&packed])).into_bytes();
     segment.extend_from_slice(&packed);
     Ok(segment)
@@ -308,7 +308,7 @@ struct Written<'a> {
     p: Option<std::borrow::Cow<'a, str>>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pb: Option<String>,
-    /// `f` file, `s` SQLite database, `d` directory, `l` symbolic link, `x` gone, `xx` deleted.
+    /// `f` file, `s` `SQLite` database, `d` directory, `l` symbolic link, `x` gone, `xx` deleted.
     t: std::borrow::Cow<'a, str>,
     /// 1: not yet, but soon.
     #[serde(default, skip_serializing_if = "is_zero")]

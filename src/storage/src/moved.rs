@@ -52,7 +52,7 @@ fn directories(upper: &FsPath, dir: Option<&Path>) -> Result<Vec<Path>, Fault> {
 /// goes on where it was.
 pub(crate) fn bring_up(bucket: &Bucket, index: &Index, volume: &Volume) -> Result<(), Fault> {
     let mut missing = Vec::new();
-    Search { index, upper: &volume.upper, missing: &mut missing }.directory(None, Some(Vec::new()))?;
+    Search { index, upper: &volume.upper, missing: &mut missing }.directory(None, Some(b""))?;
     if missing.is_empty() {
         return Ok(());
     }
@@ -105,9 +105,9 @@ struct Search<'a> {
 impl Search<'_> {
     /// `from` is where the lower layer's part of this directory lies: "" is the top, and nothing
     /// when it has none.
-    fn directory(&mut self, here: Option<&Path>, from: Option<Vec<u8>>) -> Result<(), Fault> {
+    fn directory(&mut self, here: Option<&Path>, from: Option<&[u8]>) -> Result<(), Fault> {
         let own = here.map_or(&b""[..], Path::as_bytes);
-        if let (Some(here), Some(from)) = (here, &from)
+        if let (Some(here), Some(from)) = (here, from)
             && from != own
         {
             for (name, row) in self.index.children(from)? {
@@ -123,9 +123,9 @@ impl Search<'_> {
         for path in names(self.upper, here)? {
             let at = path.below(self.upper);
             let Some(stat) = volume::look(&at)? else { continue };
-            let origin = self.origin(&path, &at, from.as_deref());
+            let origin = origin(&path, &at, from);
             match volume::kind_of(&stat) {
-                libc::S_IFDIR => self.directory(Some(&path), origin)?,
+                libc::S_IFDIR => self.directory(Some(&path), origin.as_deref())?,
                 libc::S_IFREG if volume::mark(&at, c"trusted.overlay.metacopy").is_some() => {
                     let old = origin.and_then(|o| Path::new(&o)).filter(|old| *old != path);
                     self.missing.extend(old.map(|old| (old, path)));
@@ -135,24 +135,24 @@ impl Search<'_> {
         }
         Ok(())
     }
-
-    /// Where the lower part of something lies, as overlayfs has it: a mark with a whole path, one
-    /// with a name beside it, or the same name.
-    fn origin(&self, path: &Path, at: &FsPath, from: Option<&[u8]>) -> Option<Vec<u8>> {
-        if volume::mark(at, c"trusted.overlay.opaque").is_some_and(|v| v == b"y") {
-            return None;
-        }
-        let name = match volume::mark(at, c"trusted.overlay.redirect") {
-            Some(redirect) => match redirect.strip_prefix(b"/") {
-                Some(whole) => return Some(whole.to_vec()),
-                None => redirect,
-            },
-            None => path.name().to_vec(),
-        };
-        joined(from?, &name).map(|path| path.as_bytes().to_vec())
-    }
 }
 
 fn joined(dir: &[u8], name: &[u8]) -> Option<Path> {
     Path::child(Path::new(dir).as_ref(), name)
+}
+
+/// Where the lower part of something lies, as overlayfs has it: a mark with a whole path, one
+/// with a name beside it, or the same name.
+fn origin(path: &Path, at: &FsPath, from: Option<&[u8]>) -> Option<Vec<u8>> {
+    if volume::mark(at, c"trusted.overlay.opaque").is_some_and(|v| v == b"y") {
+        return None;
+    }
+    let name = match volume::mark(at, c"trusted.overlay.redirect") {
+        Some(redirect) => match redirect.strip_prefix(b"/") {
+            Some(whole) => return Some(whole.to_vec()),
+            None => redirect,
+        },
+        None => path.name().to_vec(),
+    };
+    joined(from?, &name).map(|path| path.as_bytes().to_vec())
 }

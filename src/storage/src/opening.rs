@@ -84,13 +84,12 @@ pub(crate) fn hold_volume(data: &FsPath) -> Result<Held, Fault> {
     let lock = nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusiveNonblock)
         .map_err(|_| Fault::Fenced("another storage worker holds this volume".to_owned()))?;
     let index = Index::open(&volume.own.join("index"))?;
-    let instance = match index.meta("instance")? {
-        Some(instance) => instance,
-        None => {
-            let instance = random()?;
-            index.set_meta("instance", &instance)?;
-            instance
-        }
+    let instance = if let Some(instance) = index.meta("instance")? {
+        instance
+    } else {
+        let instance = random()?;
+        index.set_meta("instance", &instance)?;
+        instance
     };
     let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     let place = format!("{}/{}/{}", boot.trim(), inode.dev(), inode.ino());
@@ -100,7 +99,7 @@ pub(crate) fn hold_volume(data: &FsPath) -> Result<Held, Fault> {
 fn random() -> Result<String, Fault> {
     let mut bytes = [0u8; 16];
     getrandom::fill(&mut bytes).map_err(|_| Fault::other("the kernel gives no random numbers"))?;
-    Ok(bytes.iter().map(|b| format!("{b:02x}")).collect())
+    Ok(u128::from_le_bytes(bytes)).map(|number| format!("{number:032x}"))
 }
 
 /// The whole way. `pause` is called while another instance owns the bucket.
@@ -491,10 +490,10 @@ fn forget_bad(desk: &Desk, index: &Index) -> Result<(), Fault> {
     Ok(())
 }
 
-fn rows_and_wanted(
-    index: &Index,
-    intents: &[Line],
-) -> Result<(Vec<(Path, Row)>, HashMap<Path, Vec<Entry>>), Fault> {
+/// What each path may become besides what it is.
+type Intended = HashMap<Path, Vec<Entry>>;
+
+fn rows_and_wanted(index: &Index, intents: &[Line]) -> Result<(Vec<(Path, Row)>, Intended), Fault> {
     let mut intended: HashMap<Path, Vec<Entry>> = HashMap::new();
     for line in intents {
         if let Word::WillBe(entry) = &line.word {
@@ -504,7 +503,7 @@ fn rows_and_wanted(
     Ok((index.all()?, intended))
 }
 
-fn wanted(path: &Path, row: &Row, intended: &HashMap<Path, Vec<Entry>>) -> Wanted {
+fn wanted(path: &Path, row: &Row, intended: &Intended) -> Wanted {
     let mut may_be = vec![row.entry.clone()];
     may_be.extend(intended.get(path).into_iter().flatten().cloned());
     Wanted { path: path.clone(), may_be }

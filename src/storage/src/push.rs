@@ -42,9 +42,14 @@ pub(crate) struct Pusher<'a> {
     pub(crate) chain: &'a mut Chain,
     /// Whether objects may be deleted: not while a mount still shows them.
     pub(crate) may_delete: bool,
+    /// Whether what vanishes while it is looked at no longer holds up removals.
+    pub(crate) insists: bool,
     /// Told after every batch: files and bytes that are left.
     pub(crate) progress: &'a dyn Fn(u64, u64),
 }
+
+/// A file to be read, whether it is a database, and what it was.
+type Read = (Path, bool, Option<Box<Row>>);
 
 /// What a round could not do.
 #[derive(Debug, Default)]
@@ -60,6 +65,9 @@ pub(crate) struct Rest {
     pub(crate) removals: u64,
     /// To be looked at once more, for their times are too fresh to tell one change from the next.
     pub(crate) young: Vec<Path>,
+    /// Something new vanished before it could be read: it may have moved on to another name, and
+    /// what is gone may be it under an older one.
+    pub(crate) moving: bool,
     /// What may have been moved to a name that the bucket does not have yet.
     holds: Holds,
 }
@@ -75,6 +83,13 @@ enum Holds {
 }
 
 impl Rest {
+    fn moves(&mut self, holds: Holds, insists: bool) {
+        if holds != Holds::Nothing && !insists {
+            self.moving = true;
+            self.holds = Holds::Everything;
+        }
+    }
+
     fn wait(&mut self, path: Path, why: String, holds: Holds) {
         self.later.push((path, why));
         self.holds = self.holds.max(holds);
@@ -108,19 +123,15 @@ impl Pusher<'_> {
         sized.sort_by_key(|(size, (_, database, _))| (!database, *size));
         let outcome = self
             .files(sized, &mut rest)
-            .and_then(|()| self.metas(metas))
+            .and_then(|()| self.metas(&metas))
             .and_then(|()| self.may_go(gone, rest.holds))
-            .and_then(|gone| self.removals(gone, instead, &mut rest));
+            .and_then(|gone| self.removals(&gone, &instead, &mut rest));
         let outcome = outcome.and_then(|()| if self.chain.wants_merging() { self.merge() } else { Ok(()) });
         rest.fault = outcome.err();
         rest
     }
 
-    fn files(
-        &mut self,
-        sized: Vec<(u64, (Path, bool, Option<Box<Row>>))>,
-        rest: &mut Rest,
-    ) -> Result<(), Fault> {
+    fn files(&mut self, sized: Vec<(u64, Read)>, rest: &mut Rest) -> Result<(), Fault> {
         let mut left: u64 = sized.iter().map(|(size, _)| size).sum();
         let mut files = sized.len() as u64;
         let mut queue = sized.into_iter().peekable();
@@ -143,7 +154,7 @@ impl Pusher<'_> {
         Ok(())
     }
 
-    fn batch(&mut self, batch: Vec<(Path, bool, Option<Box<Row>>)>, rest: &mut Rest) -> Result<(), Fault> {
+    fn batch(&mut self, batch: Vec<Read>, rest: &mut Rest) -> Result<(), Fault> {
         let volume = self.volume;
         let numbered: Vec<_> = batch.into_iter().enumerate().collect();
         let staged = parallel::each_apart(numbered, STAGERS, |(number, (path, database, was))| {
@@ -170,16 +181,16 @@ impl Pusher<'_> {
                         signs.push((path.clone(), staged.sign));
                         lines.extend(
                             changed(was.as_deref(), &staged.entry)
-                                .then(|| Line { path, word: Word::Is(staged.entry) }),
+                                .then_some(Line { path, word: Word::Is(staged.entry) }),
                         );
                     } else {
                         to_send.push(staged);
                     }
                 }
-                Ok(Outcome::Vanished) => {}
+                Ok(Outcome::Vanished) => rest.moves(held, self.insists),
                 Ok(Outcome::Later(why)) => rest.wait(path, why, held),
                 Ok(Outcome::Damaged(why)) => rest.damaged.push((path, why)),
-                Err(Fault::Missing) => {}
+                Err(Fault::Missing) => rest.moves(held, self.insists),
                 Err(fault) => rest.wait(path, fault.to_string(), held),
             }
         }
@@ -236,7 +247,7 @@ impl Pusher<'_> {
         Ok(done)
     }
 
-    fn metas(&mut self, metas: Vec<Line>) -> Result<(), Fault> {
+    fn metas(&mut self, metas: &[Line]) -> Result<(), Fault> {
         metas.chunks(LINES).try_for_each(|lines| self.write(lines))
     }
 
@@ -256,7 +267,7 @@ impl Pusher<'_> {
         }
     }
 
-    fn removals(&mut self, gone: Vec<Path>, instead: Vec<Line>, rest: &mut Rest) -> Result<(), Fault> {
+    fn removals(&mut self, gone: &[Path], instead: &[Line], rest: &mut Rest) -> Result<(), Fault> {
         for paths in gone.chunks(LINES) {
             let lines: Vec<Line> =
                 paths.iter().map(|path| Line { path: path.clone(), word: Word::Gone }).collect();

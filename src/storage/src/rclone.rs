@@ -67,13 +67,16 @@ impl Rclone {
         let remote = connection_string(spec, passwords)?;
         let this = Self { remote, calls: AtomicU64::new(0) };
         // No configuration file: an empty path keeps everything in memory, and nothing is saved.
-        this.call("config/setpath", &json!({ "path": "" }))?;
+        Self::call("config/setpath", &json!({ "path": "" }))?;
         // Its log goes to our standard error, past us: even an error quotes the remote that it could
         // not open, with every password in it.
-        this.call("options/set", &json!({ "main": { "LogLevel": "EMERGENCY", "LowLevelRetries": 3, "Retries": 1,
+        Self::call(
+            "options/set",
+            &json!({ "main": { "LogLevel": "EMERGENCY", "LowLevelRetries": 3, "Retries": 1,
             // A connection that says nothing for this long is dead. 10 s to connect.
             "Timeout": 60_000_000_000u64, "ConnectTimeout": 10_000_000_000u64,
-            "BufferSize": 256 * 1024, "UseMmap": true, "MultiThreadStreams": 0, "UserAgent": "openclaw-cvm" } }))?;
+            "BufferSize": 256 * 1024, "UseMmap": true, "MultiThreadStreams": 0, "UserAgent": "openclaw-cvm" } }),
+        )?;
         Ok(this)
     }
 
@@ -85,7 +88,7 @@ impl Rclone {
     /// One local file to its object. The file's modification time goes with it.
     pub(crate) fn upload(&self, directory: &std::path::Path, name: &str, object: &str) -> Result<(), Fault> {
         self.calls.fetch_add(1, Ordering::Relaxed);
-        self.call(
+        Self::call(
             "operations/copyfile",
             &json!({ "srcFs": directory, "srcRemote": name, "dstFs": *self.remote, "dstRemote": object,
                 // Ours is the newer one, whatever rclone would make of sizes and times.
@@ -102,7 +105,7 @@ impl Rclone {
         name: &str,
     ) -> Result<(), Fault> {
         self.calls.fetch_add(1, Ordering::Relaxed);
-        self.call(
+        Self::call(
             "operations/copyfile",
             &json!({ "srcFs": *self.remote, "srcRemote": object, "dstFs": directory, "dstRemote": name,
                 "_config": { "IgnoreTimes": true, "NoCheckDest": true, "Inplace": true, "MultiThreadStreams": 0 }, "_filter": no_filter() }),
@@ -113,7 +116,7 @@ impl Rclone {
     /// All objects but our own to the same names below a directory, many at a time. What fails is
     /// seen by what is not there afterwards.
     pub(crate) fn download_all(&self, directory: &std::path::Path, parallel: u32) -> Result<(), Fault> {
-        self.call(
+        Self::call(
             "sync/copy",
             &json!({ "srcFs": *self.remote, "dstFs": directory,
                 // What an earlier try fetched is not fetched again; it is checked like the rest.
@@ -126,14 +129,14 @@ impl Rclone {
 
     /// Files and bytes that rclone has transferred since the start.
     pub(crate) fn progress(&self) -> Option<(u64, u64)> {
-        let stats = self.call("core/stats", &json!({})).ok()?;
+        let stats = Self::call("core/stats", &json!({})).ok()?;
         Some((stats["transfers"].as_u64()?, stats["bytes"].as_u64()?))
     }
 
     /// Deletes an object; one that is not there is as good.
     pub(crate) fn delete(&self, object: &str) -> Result<(), Fault> {
         self.calls.fetch_add(1, Ordering::Relaxed);
-        match self.call("operations/deletefile", &json!({ "fs": *self.remote, "remote": object })) {
+        match Self::call("operations/deletefile", &json!({ "fs": *self.remote, "remote": object })) {
             Ok(_) | Err(Fault::Missing) => Ok(()),
             Err(fault) => Err(fault),
         }
@@ -142,7 +145,7 @@ impl Rclone {
     /// Every object whose name decrypts.
     pub(crate) fn list_all(&self, with_times: bool) -> Result<Vec<Listed>, Fault> {
         self.calls.fetch_add(1, Ordering::Relaxed);
-        let answer = self.call(
+        let answer = Self::call(
             "operations/list",
             &json!({ "fs": *self.remote, "remote": "", "_filter": no_filter(), "_config": { "UseServerModTime": !with_times },
                 "opt": { "recurse": true, "filesOnly": true, "noModTime": !with_times, "noMimeType": true } }),
@@ -173,10 +176,10 @@ impl Rclone {
         modes: &MountModes,
     ) -> Result<(), Fault> {
         // The mount has no filter of its own; every other call brings its own with it.
-        self.call("options/set", &json!({ "filter": { "FilesFromRaw": [names] } }))?;
+        Self::call("options/set", &json!({ "filter": { "FilesFromRaw": [names] } }))?;
         // Longer than any uptime: the lower layer of an overlay must not change.
         let never = "87600h";
-        self.call(
+        Self::call(
             "mount/mount",
             &json!({ "fs": *self.remote, "mountPoint": point, "mountType": "mount",
                 "vfsOpt": { "ReadOnly": true, "DirCacheTime": never, "PollInterval": "0s", "CacheMode": "off",
@@ -188,7 +191,7 @@ impl Rclone {
     }
 
     /// The one place where rclone is called.
-    fn call(&self, method: &'static str, input: &Value) -> Result<Value, Fault> {
+    fn call(method: &'static str, input: &Value) -> Result<Value, Fault> {
         let text = Zeroizing::new(input.to_string());
         // The crate unwraps what Go returns; a name that is no UTF-8 must not end the worker.
         let answer = catch_unwind(|| librclone::rpc(method, text.as_str()))

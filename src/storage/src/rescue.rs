@@ -58,7 +58,7 @@ pub(crate) fn restore(spec: &StorageSpec, to: &FsPath) -> Result<u64, Fault> {
     let (files, bytes): (u64, u64) =
         (wanted.len() as u64, wanted.iter().filter_map(|w| w.may_be.first()).map(Entry::size).sum());
     fetch::skeleton(&entries, to)?;
-    let shown = Mutex::new(Instant::now() - Duration::from_secs(10));
+    let shown = Mutex::new(None);
     let progress = |done: u64, had: u64| show(&shown, done.min(files), files, had.min(bytes), bytes);
     let fetcher = Fetcher { bucket: &bucket, parts: scratch.join("parts"), progress: &progress };
     let got = fetcher.files(wanted, to)?;
@@ -90,14 +90,14 @@ pub(crate) fn restore(spec: &StorageSpec, to: &FsPath) -> Result<u64, Fault> {
 }
 
 /// One line that is redrawn on a terminal, and a line every few seconds elsewhere.
-fn show(shown: &Mutex<Instant>, done: u64, files: u64, had: u64, bytes: u64) {
+fn show(shown: &Mutex<Option<Instant>>, done: u64, files: u64, had: u64, bytes: u64) {
     let terminal = std::io::stdout().is_terminal();
     let every = if terminal { Duration::from_millis(100) } else { Duration::from_secs(5) };
     let Ok(mut last) = shown.try_lock() else { return };
-    if last.elapsed() < every {
+    if last.is_some_and(|at: Instant| at.elapsed() < every) {
         return;
     }
-    *last = Instant::now();
+    *last = Some(Instant::now());
     let line = format!("{done} of {files} files, {} of {} MiB", had >> 20, bytes >> 20);
     if terminal {
         print!("\r\x1b[K{line}");

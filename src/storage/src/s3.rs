@@ -110,7 +110,7 @@ impl S3 {
         }
     }
 
-    /// Writes, and yields the new ETag.
+    /// Writes, and yields the new `ETag`.
     pub(crate) fn put(&self, key: &str, bytes: &[u8], when: &When) -> Result<Option<String>, Fault> {
         let url = self.bucket.put_object(Some(&self.credentials), key).sign(SIGNED_FOR);
         let mut request = self.agent.put(url.as_str()).header("content-type", "application/octet-stream");

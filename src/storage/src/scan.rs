@@ -206,7 +206,8 @@ impl<'a> Scanner<'a> {
     fn file(&mut self, path: &Path, stat: &FileStat, row: Option<Row>) -> Result<(), Fault> {
         let at = path.below(&self.volume.upper);
         if self.volume.overlay && stat.st_nlink > 0 && volume::mark(&at, METACOPY).is_some() {
-            return self.data_below(path, stat, row, &at);
+            self.data_below(path, stat, row.as_ref(), &at);
+            return Ok(());
         }
         self.replaced_directory(path, row.as_ref())?;
         if let Some(why) = rules::too_long(self.prefix, path) {
@@ -229,13 +230,7 @@ impl<'a> Scanner<'a> {
     }
 
     /// Its data is still only below: at the same path nothing but mode, owner and times is new.
-    fn data_below(
-        &mut self,
-        path: &Path,
-        stat: &FileStat,
-        row: Option<Row>,
-        at: &FsPath,
-    ) -> Result<(), Fault> {
+    fn data_below(&mut self, path: &Path, stat: &FileStat, row: Option<&Row>, at: &FsPath) {
         match row {
             // What it is made of is bad: there is nothing to be had from below.
             Some(row) if row.bad.is_some() && volume::mark(at, REDIRECT).is_none() => {}
@@ -247,7 +242,6 @@ impl<'a> Scanner<'a> {
             }
             _ => self.found.to_fetch.push(path.clone()),
         }
-        Ok(())
     }
 
     /// Directories and links: the manifest holds all there is to them.

@@ -69,7 +69,7 @@ async fn converse(stream: UnixStream, desk: Arc<Desk>, orders: Sender<Order>) {
     let (sender, answers) = unbounded_channel();
     match question {
         Some(Question { v, .. }) if v != VERSION => {
-            refuse(&sender, "this worker speaks another version; use the `cvm` of the same image")
+            refuse(&sender, "this worker speaks another version; use the `cvm` of the same image");
         }
         None => refuse(&sender, "this is not a question; `cvm storage --help` lists what can be asked"),
         Some(Question { verb, .. }) => direct(verb, &desk, &orders, &sender),
@@ -227,7 +227,9 @@ fn send_file(file: &std::path::Path, to: &UnboundedSender<Answer>) -> Result<(),
 fn boots(open: &Open, _: &Ask, to: &UnboundedSender<Answer>) -> Result<String, Fault> {
     let lines = worker::boots(open)?;
     let count = lines.len();
-    lines.into_iter().for_each(|text| drop(to.send(Answer::Line { text })));
+    for text in lines {
+        let _ = to.send(Answer::Line { text });
+    }
     Ok(format!("{count} boots"))
 }
 

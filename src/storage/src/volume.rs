@@ -75,9 +75,9 @@ impl Volume {
             let entry = entry?;
             if entry.file_name() != "parts" {
                 if entry.file_type()?.is_dir() {
-                    fs::remove_dir_all(entry.path())?
+                    fs::remove_dir_all(entry.path())?;
                 } else {
-                    fs::remove_file(entry.path())?
+                    fs::remove_file(entry.path())?;
                 }
             }
         }

@@ -48,6 +48,10 @@ const LOGS: Duration = Duration::from_secs(60);
 const SAMPLE: usize = 50;
 const SAMPLE_BYTES: u64 = 64 << 20;
 
+/// Rounds for which removals wait for what is on the move; a tree in which something always is must
+/// not keep what is gone for ever.
+const MOVING_MAX: u32 = 8;
+
 pub(crate) enum Order {
     Hint(Hint),
     Ask(Ask, tokio::sync::mpsc::UnboundedSender<Answer>),
@@ -226,6 +230,8 @@ struct Tree<'a> {
     troubled: HashSet<Path>,
     /// Files that cannot be had now, as a database that is locked: nothing else waits for them.
     waiting: HashMap<Path, Waiting>,
+    /// Rounds in a row in which something moved while it was looked at.
+    moving: u32,
 }
 
 struct Waiting {
@@ -267,6 +273,7 @@ impl<'a> Tree<'a> {
             whole: ready.mode == Mode::Sync || ready.open.index.meta("independent")?.is_some(),
             troubled: HashSet::new(),
             waiting: HashMap::new(),
+            moving: 0,
             ready,
         };
         this.help()?;
@@ -633,7 +640,9 @@ impl<'a> Tree<'a> {
                 bytes_done: 0,
                 bytes_total: bytes,
             };
-            answers.iter().for_each(|to| drop(to.send(Answer::Progress(progress.clone()))));
+            for to in &answers {
+                let _ = to.send(Answer::Progress(progress.clone()));
+            }
         };
         let mut pusher = Pusher {
             bucket: &open.bucket,
@@ -642,9 +651,13 @@ impl<'a> Tree<'a> {
             lease: &self.lease,
             chain: &mut self.ready.chain,
             may_delete: self.whole,
+            insists: self.moving >= MOVING_MAX,
             progress: &progress,
         };
         let rest = pusher.round(std::mem::take(&mut found.changes));
+        // What moved on is found where it is now, and then what it left may go.
+        self.moving = if rest.moving { self.moving + 1 } else { 0 };
+        self.everything |= rest.moving && rest.removals > 0;
         Ok((rest, found))
     }
 
