@@ -407,7 +407,10 @@ fn switches(hydrated: bool) {
         put(at.join("touched"), "anew");
         File::options().write(true).open(at.join("touched")).unwrap().set_modified(time).unwrap();
     }
-    let expected = timeless(digest(model.path(), &[]));
+    // Looks that were changed while the data was only below, and were not pushed, are the overlay's
+    // alone; without it the manifest's count again.
+    let seen = |lines: Vec<String>| if hydrated { timeless(lines) } else { contents(lines) };
+    let expected = seen(digest(model.path(), &[]));
     assert_eq!(storage(&machine)["independent"], hydrated);
     let mut machine = machine;
     for mode in [Sync, Fuse, Sync] {
@@ -420,12 +423,22 @@ fn switches(hydrated: bool) {
         let status = storage(&machine);
         assert_eq!(status["mode"], if mode == Fuse { "fuse" } else { "sync" }, "{status:#}");
         independent(&machine);
-        let found = timeless(digest(&machine.path(WORKSPACE), &[]));
+        let found = seen(digest(&machine.path(WORKSPACE), &[]));
         assert_eq!(difference(&expected, &found), "", "in {mode:?}");
     }
     flush(&machine);
     let machine = restored(&cloud, machine, Fuse);
-    assert_eq!(difference(&expected, &timeless(digest(&machine.path(WORKSPACE), &[]))), "");
+    assert_eq!(difference(&expected, &seen(digest(&machine.path(WORKSPACE), &[]))), "");
+}
+
+/// Files by name, size and hash.
+fn contents(lines: Vec<String>) -> Vec<String> {
+    let of = |line: String| {
+        let (name, rest) = line.split_once("\" file ")?;
+        let words: Vec<&str> = rest.split(' ').collect();
+        Some(format!("{name}\" {} {}", words.get(2)?, words.get(4)?))
+    };
+    lines.into_iter().filter_map(of).collect()
 }
 
 #[test]
