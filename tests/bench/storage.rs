@@ -269,7 +269,8 @@ fn idle(cloud: &Cloud) -> Vec<Figure> {
     eprintln!("   idle for {} s", IDLE.as_secs());
     std::thread::sleep(IDLE);
     let cpu = (ticks() - before) / IDLE.as_secs_f64();
-    let requests = cloud.proxy.log().len() as f64 * 60.0 / IDLE.as_secs_f64();
+    let requests =
+        f64::from(u32::try_from(cloud.proxy.log().len()).unwrap_or(u32::MAX)) * 60.0 / IDLE.as_secs_f64();
     vec![
         figure("memory, idle", "100k files", "MiB", vec![worker_memory(&machine, "VmRSS")], "80"),
         figure("processor, idle", "100k files", "%", vec![cpu], "1"),
@@ -288,28 +289,17 @@ pub(crate) fn lag() -> Vec<Figure> {
         cloud.latency(latency);
         cloud.proxy.clear_log();
         let who = if latency.is_zero() { "0 ms" } else { "20 ms" };
-        figures.push(figure(
-            "commit to restorable, p99",
-            who,
-            "s",
-            vec![percentile(database_lag(&machine), 0.99)],
-            "2",
-        ));
-        figures.push(figure(
-            "small file to bucket, p99",
-            who,
-            "s",
-            vec![percentile(file_lag(&machine), 0.99)],
-            "2",
-        ));
+        figures.push(figure("commit to restorable, p99", who, "s", vec![p99(database_lag(&machine))], "2"));
+        figures.push(figure("small file to bucket, p99", who, "s", vec![p99(file_lag(&machine))], "2"));
     }
     figures
 }
 
-fn percentile(mut values: Vec<f64>, at: f64) -> f64 {
+/// All but one in a hundred are below it.
+fn p99(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
-    let index = ((values.len() as f64 - 1.0) * at).round();
-    values.get(index as usize).copied().unwrap_or(f64::NAN)
+    let index = (values.len() * 99).div_ceil(100).saturating_sub(1);
+    values.get(index).copied().unwrap_or(f64::NAN)
 }
 
 /// Ten transactions a second for half a minute; each is there when a copy of the object has it.
