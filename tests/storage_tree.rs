@@ -1,6 +1,9 @@
 //! The tree and the bucket stay equal, whatever is done to the tree: on new machines, on the same
 //! volume, in both modes, and in the eyes of programs that know nothing of the product.
 
+// A disk that fails under a test fails the test, and its words are the system's.
+#![allow(clippy::unwrap_used)]
+
 use cvm_harness::machine::PATIENCE;
 use cvm_harness::tools::{Rclone, rclone_crypt_python};
 use cvm_harness::{

@@ -254,10 +254,10 @@ fn objects_are_checked(mode: Mode) {
     for path in &expected {
         assert_eq!(read(&machine, path), None, "{path} is served");
         until(&format!("the worker's log names {path}"), PATIENCE, || {
-            let named = format!("incident: {path}: ");
-            machine.read("/var/log/openclaw-cvm/storage.log").contains(&named).then_some(())
+            let incident = format!("incident: {path}: ");
+            machine.read("/var/log/openclaw-cvm/storage.log").contains(&incident).then_some(())
         });
-        assert!(!machine.output().contains(path.as_str()), "{path} is named in the public log");
+        assert!(!machine.output().contains(path.as_str()), "{path} is incident in the public log");
     }
     assert_eq!(read(&machine, "openclaw/workspace/removed"), None, "what was deleted is back");
     for place in PLACES {
@@ -308,6 +308,9 @@ fn objects_are_checked(mode: Mode) {
     assert!(gateway_runs(&machine));
     machine.ok(&["cvm", "storage", "verify", "--deep"]);
 }
+
+/// Something that is done to the bucket behind everybody's back.
+type Attack<'a> = &'a dyn Fn(&Raw<'_>);
 
 #[test]
 fn a_changed_object_is_noticed_named_and_not_served_in_fuse_mode() {
@@ -422,7 +425,7 @@ fn a_manifest_that_was_tampered_with_is_refused_until_the_operator_accepts() {
     };
     let hole = |raw: &Raw<'_>| raw.delete(&segments[middle]);
     let first = |raw: &Raw<'_>| raw.delete(&segments[0]);
-    let attacks: [(&str, &dyn Fn(&Raw<'_>), &str); 4] = [
+    let attacks: [(&str, Attack<'_>, &str); 4] = [
         ("forged", &forge, "does not decrypt"),
         ("swapped", &swap, "swapped"),
         ("with a hole", &hole, "gap"),
@@ -949,7 +952,7 @@ fn secrets(cloud: &Cloud) -> Vec<(&'static str, Vec<u8>)> {
     use cvm_blueprint::secret::Secret;
     let master = MasterKey::new(Secret::copy_of(MASTER_KEY.as_bytes())).expect("it is not empty");
     let manifest = *KeyRing::derive(&master).manifest_key.expose();
-    let hex: String = manifest.iter().map(|b| format!("{b:02x}")).collect();
+    let hex = manifest.iter().fold(String::new(), |text, b| text + &format!("{b:02x}"));
     vec![
         ("MASTER_KEY", MASTER_KEY.as_bytes().to_vec()),
         ("the bucket's secret", cloud.garage.secret_key().as_bytes().to_vec()),

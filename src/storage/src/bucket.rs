@@ -25,7 +25,7 @@ pub(crate) struct Bucket {
     crypt: Crypt,
 }
 
-/// The bytes of a control object, and its ETag.
+/// The bytes of a control object, and by what a later write knows it again.
 pub(crate) type Found = (Vec<u8>, Option<String>);
 
 /// What lies at the crypt root.

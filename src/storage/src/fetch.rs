@@ -91,7 +91,7 @@ impl Fetcher<'_> {
             scope.spawn(|| {
                 while !finished.load(Ordering::Relaxed) {
                     std::thread::sleep(Duration::from_millis(250));
-                    if let Some((files, bytes)) = self.bucket.rclone.progress() {
+                    if let Some((files, bytes)) = crate::rclone::Rclone::progress() {
                         (self.progress)(files, bytes);
                     }
                 }

@@ -128,7 +128,7 @@ impl Rclone {
     }
 
     /// Files and bytes that rclone has transferred since the start.
-    pub(crate) fn progress(&self) -> Option<(u64, u64)> {
+    pub(crate) fn progress() -> Option<(u64, u64)> {
         let stats = Self::call("core/stats", &json!({})).ok()?;
         Some((stats["transfers"].as_u64()?, stats["bytes"].as_u64()?))
     }
