@@ -14,8 +14,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// Everything here has happened long before on any machine that is not broken.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+/// Everything here has happened long before on any machine that is not broken, however busy it is
+/// with others.
+pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// The one of every machine in S3 mode.
 pub const MASTER_KEY: &str = "correct horse battery staple";
