@@ -762,6 +762,9 @@ impl<'a> Tree<'a> {
         deep: bool,
         to: &tokio::sync::mpsc::UnboundedSender<Answer>,
     ) -> Result<(String, bool), Fault> {
+        // What is only on its way is no difference; what cannot be sent now stays one.
+        self.everything = true;
+        self.push()?;
         let open = self.open();
         let mut wrong = 0u64;
         let mut say = |text: String| {
