@@ -223,11 +223,27 @@ fn each_service_comes_back_from_kill_9_again_and_again() {
     assert_no_zombies(&machine);
 }
 
+/// Waits until a process has SIGTERM in one of its signal masks: blocks, catches or ignores it.
+#[track_caller]
+fn until_sigterm_is_in(masks: &[&str], machine: &Machine, pid: i64) {
+    until(&format!("{pid} has SIGTERM in {masks:?}"), PATIENCE, || {
+        let status = machine.read(&format!("/proc/{pid}/status"));
+        status
+            .lines()
+            .filter_map(|line| line.split_once(":\t"))
+            .filter(|(name, _)| masks.contains(name))
+            .filter_map(|(_, bits)| u64::from_str_radix(bits, 16).ok())
+            .any(|bits| bits & (1 << (Signal::SIGTERM as u32 - 1)) != 0)
+            .then_some(())
+    });
+}
+
 #[test]
 fn a_gateway_that_ignores_sigterm_is_killed_at_the_end_of_its_budget_and_the_stop_is_clean() {
     let script = "#!/bin/sh\nexec cvm-victim stubborn\n";
     let mut machine = product(script).environment("OPENCLAW_GATEWAY_STOP_TIMEOUT", "1").start();
     machine.service_in("gateway", &["up"]);
+    until_sigterm_is_in(&["SigIgn"], &machine, pid_of(&machine, "gateway"));
     assert_eq!(machine.stop(), 0, "{}", machine.output());
     machine.line("did not end within its grace period");
 }
@@ -237,6 +253,7 @@ fn a_second_sigterm_does_not_wait_any_longer() {
     let script = "#!/bin/sh\nexec cvm-victim stubborn\n";
     let mut machine = product(script).environment("OPENCLAW_GATEWAY_STOP_TIMEOUT", "3600").start();
     machine.service_in("gateway", &["up"]);
+    until_sigterm_is_in(&["SigIgn"], &machine, pid_of(&machine, "gateway"));
     machine.signal(Signal::SIGTERM);
     machine.line("Stopping");
     machine.signal(Signal::SIGTERM);
@@ -292,6 +309,8 @@ fn sigterm_is_honoured_at_any_moment_of_a_boot() {
     let rounds = soak(40, 500);
     for round in 0..rounds {
         let mut machine = product(HEALTHY).start();
+        // Before that the kernel drops what is sent to a process 1, and it drops it without a word.
+        until_sigterm_is_in(&["SigBlk", "SigCgt"], &machine, 1);
         // Spread over the first 60 ms, in which a boot without dockerd is complete.
         let moment = std::time::Duration::from_micros(60_000 * round as u64 / rounds as u64);
         let begun = std::time::Instant::now();

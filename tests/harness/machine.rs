@@ -2,7 +2,7 @@
 
 use crate::network::Network;
 use crate::sandbox::{FileInside, write_files};
-use crate::wait::until;
+use crate::wait::{before, until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::fs;
@@ -365,10 +365,11 @@ impl Machine {
     /// Waits for a line that contains `text`, the `nth` one (from 1), and yields it.
     #[track_caller]
     pub fn nth_line(&self, text: &str, nth: usize) -> String {
-        until(&format!("line {nth} with {text:?} in:\n{}", self.output()), PATIENCE, || {
+        before(PATIENCE, || {
             let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
             lines.iter().filter(|l| l.contains(text)).nth(nth - 1).cloned()
         })
+        .unwrap_or_else(|| panic!("no line {nth} with {text:?} in {PATIENCE:?}:\n{}", self.output()))
     }
 
     #[track_caller]
@@ -486,8 +487,8 @@ impl Machine {
     #[track_caller]
     pub fn wait(&mut self) -> i32 {
         let lines = Arc::clone(&self.lines);
-        let status =
-            until("the machine ends", PATIENCE, || self.child.try_wait().expect("the sandbox is our child"));
+        let status = before(PATIENCE, || self.child.try_wait().expect("the sandbox is our child"))
+            .unwrap_or_else(|| panic!("the machine did not end in {PATIENCE:?}:\n{}", self.output()));
         self.status = Some(status);
         for reader in self.readers.drain(..) {
             let _ = reader.join();
