@@ -9,6 +9,7 @@
 
 pub mod cached;
 pub mod descriptor;
+pub mod handle;
 pub mod passing;
 pub mod port;
 pub mod reap;

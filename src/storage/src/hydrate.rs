@@ -8,9 +8,9 @@ use crate::desk::{Desk, Open};
 use crate::entry::{Entry, Kind, Path};
 use crate::fault::Fault;
 use crate::fetch::{Fetcher, Got, Wanted};
-use crate::index::{Row, Sign};
+use crate::index::{Known, Row};
 use crate::manifest::{Line, Word};
-use crate::scan::sign_of;
+use crate::scan::known_by;
 use crate::{parallel, stage, volume};
 use cvm_blueprint::paths;
 use cvm_blueprint::storage::Progress;
@@ -31,8 +31,8 @@ const AGAIN: Duration = Duration::from_secs(5);
 pub(crate) const REMEDY: &str = "look at the object's versions in the bucket; put a good one back and restart storage, or give the file up with `cvm storage accept`";
 
 enum Lifted {
-    /// With the sign by which it is known, unless somebody has written to it.
-    Up(Path, Option<Sign>),
+    /// With what it is known by, unless somebody has written to it.
+    Up(Path, Option<Known>),
     Bad(Path, String),
     /// The mount says "I/O error" for everything; rclone says what it is.
     Unclear(Path),
@@ -92,7 +92,7 @@ fn settle(open: &Open, desk: &Desk, lifted: Vec<Lifted>) -> Result<bool, Fault> 
             one => one,
         };
         match one {
-            Lifted::Up(path, Some(sign)) => known.push((path, sign)),
+            Lifted::Up(path, Some(one)) => known.push((path, one)),
             Lifted::Up(path, None) => up.push(path),
             Lifted::Bad(path, why) => {
                 progressed = true;
@@ -106,7 +106,7 @@ fn settle(open: &Open, desk: &Desk, lifted: Vec<Lifted>) -> Result<bool, Fault> 
     }
     progressed |= !up.is_empty() || !known.is_empty();
     open.index.set_lower(&up, false)?;
-    open.index.set_signs(&known)?;
+    open.index.set_known(&known)?;
     Ok(progressed)
 }
 
@@ -140,7 +140,7 @@ fn lift(open: &Open, path: &Path, row: &Row) -> Lifted {
         match check_below(path, &row.entry) {
             Ok(Ok(())) => {
                 return match copy_up(open, path, &row.entry) {
-                    Ok(sign) => Lifted::Up(path.clone(), sign),
+                    Ok(known) => Lifted::Up(path.clone(), known),
                     Err(_) => Lifted::Later,
                 };
             }
@@ -192,7 +192,7 @@ fn ask_rclone(open: &Open, path: &Path) -> Lifted {
 }
 
 /// Opening for writing makes the kernel copy it up; what is up already stays as it is.
-fn copy_up(open: &Open, path: &Path, entry: &Entry) -> Result<Option<Sign>, Fault> {
+fn copy_up(open: &Open, path: &Path, entry: &Entry) -> Result<Option<Known>, Fault> {
     let (at, upper) = (path.below(&open.volume.tree), path.below(&open.volume.upper));
     match OpenOptions::new()
         .read(true)
@@ -220,7 +220,7 @@ fn copy_up(open: &Open, path: &Path, entry: &Entry) -> Result<Option<Sign>, Faul
     let Some(after) = volume::look(&upper)? else { return Ok(None) };
     let same = (before.st_size, before.st_ino) == (after.st_size, after.st_ino)
         && volume::mtime_ns(&after) == entry.mtime_ns;
-    Ok(same.then(|| sign_of(&upper, &after, false)))
+    Ok(same.then(|| known_by(&upper, &after, false)))
 }
 
 /// What was bad may have been put right in the bucket: it is fetched again, checked, and put where

@@ -7,6 +7,7 @@
 use crate::entry::{Entry, Kind, Path};
 use crate::fault::Fault;
 use crate::manifest::{Digest, Head, Line, Word};
+use cvm_process::handle::Handle;
 use rusqlite::{Connection, OptionalExtension as _, Row as SqlRow, params};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -17,6 +18,14 @@ pub(crate) struct Sign {
     pub(crate) mtime_ns: i64,
     /// Of a database: of its log too.
     pub(crate) change: i64,
+}
+
+/// A file on this volume that is what the bucket has.
+#[derive(Debug, Clone)]
+pub(crate) struct Known {
+    pub(crate) sign: Sign,
+    /// By which it is found wherever it is moved; not every file system has one to give.
+    pub(crate) handle: Option<Handle>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -60,10 +69,11 @@ impl Index {
              CREATE TABLE IF NOT EXISTS entry (
                  dir BLOB NOT NULL, name BLOB NOT NULL, kind INTEGER NOT NULL, size INTEGER NOT NULL, sha BLOB, target BLOB,
                  mode INTEGER NOT NULL, uid INTEGER NOT NULL, gid INTEGER NOT NULL, mtime INTEGER NOT NULL, link INTEGER,
-                 s_size INTEGER, s_mtime INTEGER, s_change INTEGER,
+                 s_size INTEGER, s_mtime INTEGER, s_change INTEGER, s_handle BLOB,
                  lower INTEGER NOT NULL DEFAULT 0, unsure INTEGER NOT NULL DEFAULT 0, bad TEXT,
                  PRIMARY KEY (dir, name)) WITHOUT ROWID;
              CREATE INDEX IF NOT EXISTS entry_lower ON entry (lower) WHERE lower = 1;
+             CREATE INDEX IF NOT EXISTS entry_handle ON entry (s_handle) WHERE s_handle IS NOT NULL;
              CREATE INDEX IF NOT EXISTS entry_bad ON entry (bad) WHERE bad IS NOT NULL;
              CREATE INDEX IF NOT EXISTS entry_database ON entry (kind) WHERE kind = 1;
              CREATE TABLE IF NOT EXISTS tomb (path BLOB PRIMARY KEY) WITHOUT ROWID;
@@ -120,11 +130,31 @@ impl Index {
     }
 
     /// By what these files are known from now on.
-    pub(crate) fn set_signs(&self, signs: &[(Path, Sign)]) -> Result<(), Fault> {
-        self.each(signs, "UPDATE entry SET s_size = ?3, s_mtime = ?4, s_change = ?5, lower = 0 WHERE dir = ?1 AND name = ?2", |(path, sign), run| {
+    pub(crate) fn set_known(&self, files: &[(Path, Known)]) -> Result<(), Fault> {
+        let sql = "UPDATE entry SET s_size = ?3, s_mtime = ?4, s_change = ?5, s_handle = ?6, lower = 0
+             WHERE dir = ?1 AND name = ?2";
+        self.each(files, sql, |(path, Known { sign, handle }), run| {
             let (dir, name) = path.split();
-            run(params![dir, name, signed(sign.size), sign.mtime_ns, sign.change])
+            let handle = handle.as_ref().map(Handle::as_bytes);
+            run(params![dir, name, signed(sign.size), sign.mtime_ns, sign.change, handle])
         })
+    }
+
+    /// The handle of the file that was the entry of this path.
+    pub(crate) fn handle(&self, path: &Path) -> Result<Option<Handle>, Fault> {
+        let (dir, name) = path.split();
+        let bytes: Option<Option<Vec<u8>>> = self
+            .db()
+            .prepare_cached("SELECT s_handle FROM entry WHERE dir = ? AND name = ?")?
+            .query_row(params![dir, name], |r| r.get(0))
+            .optional()?;
+        Ok(bytes.flatten().map(Handle::from_bytes))
+    }
+
+    /// Every path whose entry that file was, as the bucket has it.
+    pub(crate) fn settled_as(&self, handle: &Handle) -> Result<Vec<Path>, Fault> {
+        let rows = self.select("WHERE s_handle = ? AND unsure = 0", [handle.as_bytes()])?;
+        Ok(rows.into_iter().map(|(path, _)| path).collect())
     }
 
     pub(crate) fn set_lower(&self, paths: &[Path], lower: bool) -> Result<(), Fault> {

@@ -15,7 +15,7 @@ use crate::desk::{Desk, Open};
 use crate::entry::{Entry, Kind, Path};
 use crate::fault::Fault;
 use crate::fetch::{self, Fetcher, Got, Wanted};
-use crate::index::{Index, Row};
+use crate::index::{Index, Known, Row, Sign};
 use crate::manifest::{Head, Line, Word};
 use crate::mount::{self, NoMount, StandIn};
 use crate::owner::{self, Lease, Me, Verdict, uptime};
@@ -704,7 +704,7 @@ fn early_files(
 
 /// What was fetched is known by its looks from now on; what is bad is remembered as that.
 fn take_over(index: &Index, volume: &Volume, got: Vec<Got>) -> Result<Vec<(Path, String)>, Fault> {
-    let (mut lines, mut signs, mut bad) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut lines, mut known, mut bad) = (Vec::new(), Vec::new(), Vec::new());
     for one in got {
         match one {
             Got::Good(path, entry) => {
@@ -712,7 +712,7 @@ fn take_over(index: &Index, volume: &Volume, got: Vec<Got>) -> Result<Vec<(Path,
                 // One that was adopted as a plain file has to be looked at as what it is, log included.
                 let unknown = !entry.is_database() && crate::database::has_magic(&at);
                 if let Some(stat) = volume::look(&at)?.filter(|_| !unknown) {
-                    signs.push((path.clone(), scan::sign_of(&at, &stat, entry.is_database())));
+                    known.push((path.clone(), scan::known_by(&at, &stat, entry.is_database())));
                 }
                 lines.push(Line { path, word: Word::Is(entry) });
             }
@@ -723,7 +723,7 @@ fn take_over(index: &Index, volume: &Volume, got: Vec<Got>) -> Result<Vec<(Path,
         }
     }
     index.apply(&lines, None)?;
-    index.set_signs(&signs)?;
+    index.set_known(&known)?;
     for (path, why) in &bad {
         index.set_bad(path, Some(why))?;
         index.set_lower(std::slice::from_ref(path), false)?;
@@ -877,9 +877,9 @@ fn flatten(bucket: &Bucket, index: &Index, volume: &Volume) -> Result<Vec<(Path,
     }
     // Not lower any more, and not there: the next scan takes them for what they are.
     index.set_lower(&gone, false)?;
-    let with_sign: Vec<_> =
-        gone.into_iter().map(|p| (p, crate::index::Sign { size: 0, mtime_ns: 0, change: 0 })).collect();
-    index.set_signs(&with_sign)?;
+    let unlike_any = Known { sign: Sign { size: 0, mtime_ns: 0, change: 0 }, handle: None };
+    let known: Vec<_> = gone.into_iter().map(|path| (path, unlike_any.clone())).collect();
+    index.set_known(&known)?;
     strip(&upper)?;
     let _ = fs::remove_dir_all(upper.join(".cvm"));
     Volume::move_tree(&upper, &volume.root)?;

@@ -6,23 +6,28 @@
 //! ```
 //!
 //! Removals come last, so that what was moved is there under its new name before it goes under its
-//! old one. A batch that fails half way leaves intents behind, and its files are pushed again.
+//! old one: a file that lives on under a name that the bucket does not have yet keeps its old one,
+//! however fast it moves. A batch that fails half way leaves intents behind, and its files are pushed again.
 //!
 //! Refuses to write when the lease does not confirm it. May import: `bucket`, `chain`, `entry`,
-//! `fault`, `index`, `manifest`, `owner`, `parallel`, `scan`, `stage`, `volume`.
+//! `fault`, `index`, `manifest`, `owner`, `parallel`, `rules`, `scan`, `stage`, `volume`.
 
 use crate::bucket::Bucket;
 use crate::chain::Chain;
 use crate::entry::{Entry, Path};
 use crate::fault::Fault;
-use crate::index::{Index, Row};
+use crate::index::{Index, Known, Row};
 use crate::manifest::{Line, Word};
 use crate::owner::Lease;
 use crate::parallel;
+use crate::rules;
 use crate::scan::Change;
 use crate::stage::{self, Outcome, Staged};
 use crate::volume::Volume;
+use cvm_process::handle::Fate;
 use std::collections::HashSet;
+use std::fs::File;
+use std::os::unix::ffi::OsStrExt as _;
 
 /// A batch is as large as a loss of half its work is cheap.
 const BATCH_FILES: usize = 400;
@@ -68,6 +73,9 @@ pub(crate) struct Rest {
     /// Something new vanished before it could be read: it may have moved on to another name, and
     /// what is gone may be it under an older one.
     pub(crate) moving: bool,
+    /// Files that were not where the scan looked, by their old names and by those of now: both have
+    /// to be looked at again.
+    pub(crate) elsewhere: Vec<Path>,
     /// What may have been moved to a name that the bucket does not have yet.
     holds: Holds,
 }
@@ -125,6 +133,10 @@ impl Pusher<'_> {
             .files(sized, &mut rest)
             .and_then(|()| self.metas(&metas))
             .and_then(|()| self.may_go(gone, rest.holds))
+            .and_then(|gone| {
+                let living = Living { volume: self.volume, index: self.index, prefix: &self.bucket.prefix };
+                living.left_out(gone, &instead, &mut rest.elsewhere)
+            })
             .and_then(|gone| self.removals(&gone, &instead, &mut rest));
         let outcome = outcome.and_then(|()| if self.chain.wants_merging() { self.merge() } else { Ok(()) });
         rest.fault = outcome.err();
@@ -162,7 +174,8 @@ impl Pusher<'_> {
             let outcome = stage::stage(volume, &path, database, was_database, format!("push-{number}"));
             (path, database, was, outcome)
         });
-        let (mut to_send, mut lines, mut signs) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut to_send, mut lines) = (Vec::new(), Vec::new());
+        let mut known: Vec<(Path, Known)> = Vec::new();
         for (path, database, was, outcome) in staged {
             let settled = was.as_ref().is_some_and(|row| !row.promised);
             let held = match (settled, database) {
@@ -178,7 +191,7 @@ impl Pusher<'_> {
                     });
                     if same {
                         self.discard(&staged.name);
-                        signs.push((path.clone(), staged.sign));
+                        known.push((path.clone(), staged.known));
                         lines.extend(
                             changed(was.as_deref(), &staged.entry)
                                 .then_some(Line { path, word: Word::Is(staged.entry) }),
@@ -199,12 +212,12 @@ impl Pusher<'_> {
             if object_is_there {
                 rest.pushed_files += 1;
                 rest.pushed_bytes += staged.entry.size();
-                signs.push((staged.path.clone(), staged.sign));
+                known.push((staged.path.clone(), staged.known));
                 lines.push(Line { path: staged.path, word: Word::Is(staged.entry) });
             }
         }
         self.write(&lines)?;
-        self.index.set_signs(&signs)
+        self.index.set_known(&known)
     }
 
     /// Intents, then the objects.
@@ -340,4 +353,169 @@ fn changed(was: Option<&Row>, now: &Entry) -> bool {
         }
         old != *now
     })
+}
+
+/// A scan may miss what is renamed without end, under every name it ever has. But a file that the
+/// bucket holds under a name of old is known by its handle: as long as it lives, and the bucket has
+/// it under no other name that stays, the old one stays.
+struct Living<'a> {
+    volume: &'a Volume,
+    index: &'a Index,
+    prefix: &'a str,
+}
+
+impl Living<'_> {
+    /// What may go. Noted are old and present names of what may not, if they can be looked at.
+    fn left_out(
+        &self,
+        gone: Vec<Path>,
+        instead: &[Line],
+        elsewhere: &mut Vec<Path>,
+    ) -> Result<Vec<Path>, Fault> {
+        let top = File::open(&self.volume.upper)?;
+        let leaving: HashSet<&Path> = gone.iter().collect();
+        // Where something else stands already, nothing can stay.
+        let replaced: HashSet<&Path> = instead.iter().map(|line| &line.path).collect();
+        let mut kept = HashSet::new();
+        for path in gone.iter().filter(|path| !replaced.contains(path)) {
+            let Some(handle) = self.index.handle(path)? else { continue };
+            let Fate::Lives(name) = handle.fate(&top) else { continue };
+            let here = self.name_of(&name);
+            let has_another = || -> Result<bool, Fault> {
+                Ok(self.index.settled_as(&handle)?.iter().any(|other| !leaving.contains(other)))
+            };
+            if here.as_ref().is_some_and(rules::may_stay_out) || has_another()? {
+                continue;
+            }
+            // A name that the bucket cannot have is not asked for again at once.
+            let here = here.filter(|here| rules::too_long(self.prefix, here).is_none());
+            elsewhere.extend(here.map(|here| [here, path.clone()]).into_iter().flatten());
+            kept.insert(path.clone());
+        }
+        if kept.is_empty() {
+            return Ok(gone);
+        }
+        // The directories of what stays, stay.
+        let stays =
+            |path: &Path| kept.contains(path) || kept.iter().any(|file| file.starts_with(path.as_bytes()));
+        Ok(gone.into_iter().filter(|path| !stays(path)).collect())
+    }
+
+    /// The kernel knows none for what has several, or is moved at this very moment.
+    fn name_of(&self, whole: &[u8]) -> Option<Path> {
+        let name = whole.strip_prefix(self.volume.upper.as_os_str().as_bytes())?;
+        Path::new(name.strip_prefix(b"/")?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::entry::Kind;
+    use crate::manifest::Digest;
+    use crate::scan;
+    use std::fs;
+
+    struct Tree {
+        dir: tempfile::TempDir,
+        volume: Volume,
+        index: Index,
+    }
+
+    fn path(text: &str) -> Path {
+        Path::new(text.as_bytes()).unwrap()
+    }
+
+    impl Tree {
+        fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let volume = Volume::plain(dir.path()).unwrap();
+            let index = Index::open(&volume.own.join("index")).unwrap();
+            Self { dir, volume, index }
+        }
+
+        fn at(&self, name: &str) -> std::path::PathBuf {
+            self.dir.path().join(name)
+        }
+
+        /// As if it had been pushed.
+        fn has(&self, name: &str) {
+            if !self.at(name).exists() {
+                fs::create_dir_all(self.at(name).parent().unwrap()).unwrap();
+                fs::write(self.at(name), name).unwrap();
+            }
+            let stat = crate::volume::look(&self.at(name)).unwrap().unwrap();
+            let kind = Kind::File { size: 1, sha: Some(Digest([0; 32])), database: false };
+            let line = Line { path: path(name), word: Word::Is(scan::dressed(kind, &stat)) };
+            self.index.apply(&[line], None).unwrap();
+            self.index.set_known(&[(path(name), scan::known_by(&self.at(name), &stat, false))]).unwrap();
+        }
+
+        fn moves(&self, from: &str, to: &str) {
+            fs::rename(self.at(from), self.at(to)).unwrap();
+        }
+
+        /// What a round that found nothing but these removals would remove, and look at again.
+        fn removes(&self, gone: &[&str]) -> (Vec<String>, Vec<String>) {
+            let living = Living { volume: &self.volume, index: &self.index, prefix: "p" };
+            let mut elsewhere = Vec::new();
+            let gone = gone.iter().map(|name| path(name)).collect();
+            let goes = living.left_out(gone, &[], &mut elsewhere).unwrap();
+            let text = |all: Vec<Path>| all.iter().map(ToString::to_string).collect();
+            (text(goes), text(elsewhere))
+        }
+    }
+
+    fn nothing() -> (Vec<String>, Vec<String>) {
+        (Vec::new(), Vec::new())
+    }
+
+    fn these(names: &[&str]) -> Vec<String> {
+        names.iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn a_file_that_no_scan_has_met_on_its_way_keeps_its_old_name_until_it_is_settled() {
+        let tree = Tree::new();
+        tree.has("d/old");
+        tree.moves("d/old", "new");
+        assert_eq!(tree.removes(&["d", "d/old"]), (these(&[]), these(&["new", "d/old"])));
+        tree.has("new");
+        assert_eq!(tree.removes(&["d", "d/old"]), (these(&["d", "d/old"]), Vec::new()));
+    }
+
+    #[test]
+    fn what_was_removed_goes_and_what_was_written_over_goes_with_it() {
+        let tree = Tree::new();
+        tree.has("a");
+        tree.has("b");
+        fs::remove_file(tree.at("a")).unwrap();
+        fs::write(tree.at("a.new"), "2").unwrap();
+        tree.moves("a.new", "b");
+        assert_eq!(tree.removes(&["a", "b"]), (these(&["a", "b"]), Vec::new()));
+        assert_eq!(tree.removes(&[]), nothing());
+    }
+
+    #[test]
+    fn one_of_several_names_may_go() {
+        let tree = Tree::new();
+        tree.has("a");
+        fs::hard_link(tree.at("a"), tree.at("b")).unwrap();
+        tree.has("b");
+        fs::remove_file(tree.at("a")).unwrap();
+        assert_eq!(tree.removes(&["a"]).0, ["a"]);
+        tree.moves("b", "c");
+        assert_eq!(tree.removes(&["a", "b"]).0, these(&[]), "all that the bucket has of it is these two");
+    }
+
+    #[test]
+    fn what_moves_to_where_nothing_is_kept_is_given_up() {
+        let tree = Tree::new();
+        tree.has("openclaw/a");
+        tree.has("openclaw/b");
+        fs::create_dir_all(tree.at("openclaw/cache")).unwrap();
+        tree.moves("openclaw/a", "openclaw/cache/a");
+        tree.moves("openclaw/b", "openclaw/b-wal");
+        assert_eq!(tree.removes(&["openclaw/a", "openclaw/b"]).0.len(), 2);
+    }
 }

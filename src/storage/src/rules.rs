@@ -21,6 +21,11 @@ pub(crate) fn is_volatile(path: &Path) -> bool {
     bytes == b"lost+found" || VOLATILE.iter().any(|v| bytes == *v || path.starts_with(v)) || is_lock(path)
 }
 
+/// Whether something at this path may never be in the bucket.
+pub(crate) fn may_stay_out(path: &Path) -> bool {
+    is_volatile(path) || database_of(path.as_bytes()).is_some()
+}
+
 /// Locks of the gateway name their owner by a process number, which is somebody else's after a
 /// restore. In its workspace such names are the agent's own (`Cargo.lock`).
 fn is_lock(path: &Path) -> bool {

@@ -17,12 +17,13 @@
 
 use crate::entry::{Entry, Kind, Path};
 use crate::fault::Fault;
-use crate::index::{Index, Row, Sign};
+use crate::index::{Index, Known, Row, Sign};
 use crate::rules;
 use crate::volume::{self, Volume};
+use cvm_process::handle::Handle;
 use nix::sys::stat::FileStat;
 use std::collections::{BTreeSet, HashSet};
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::Path as FsPath;
 
@@ -334,6 +335,12 @@ pub(crate) fn sign_of(at: &FsPath, stat: &FileStat, database: bool) -> Sign {
     sign
 }
 
+/// The same, with what stays when it moves.
+pub(crate) fn known_by(at: &FsPath, stat: &FileStat, database: bool) -> Known {
+    let handle = CString::new(at.as_os_str().as_bytes()).ok().and_then(|at| Handle::of(&at));
+    Known { sign: sign_of(at, stat, database), handle }
+}
+
 pub(crate) fn size_of(stat: &FileStat) -> u64 {
     u64::try_from(stat.st_size).unwrap_or(0)
 }
@@ -415,11 +422,11 @@ mod tests {
                     Change::Read { path, database, .. } => {
                         let stat = volume::look(&path.below(&self.volume.upper)).unwrap().unwrap();
                         let kind = Kind::File { size: size_of(&stat), sha: Some(Digest([0; 32])), database };
-                        let sign = sign_of(&path.below(&self.volume.upper), &stat, database);
+                        let known = known_by(&path.below(&self.volume.upper), &stat, database);
                         self.index
                             .apply(&[Line { path: path.clone(), word: Word::Is(dressed(kind, &stat)) }], None)
                             .unwrap();
-                        self.index.set_signs(&[(path, sign)]).unwrap();
+                        self.index.set_known(&[(path, known)]).unwrap();
                         continue;
                     }
                     Change::Meta { path, entry } => (path, Word::Is(entry)),

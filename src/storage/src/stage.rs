@@ -6,7 +6,7 @@
 use crate::database::{self, NoCopy};
 use crate::entry::{Entry, Kind, Path};
 use crate::fault::Fault;
-use crate::index::Sign;
+use crate::index::{Known, Sign};
 use crate::manifest::Digest;
 use crate::scan;
 use crate::volume::{self, Volume};
@@ -28,7 +28,7 @@ const PIECE: usize = 256 * 1024;
 pub(crate) struct Staged {
     pub(crate) path: Path,
     pub(crate) entry: Entry,
-    pub(crate) sign: Sign,
+    pub(crate) known: Known,
     /// It has to be looked at once more.
     pub(crate) young: bool,
     /// Name in the staging area.
@@ -67,7 +67,7 @@ pub(crate) fn stage(
                 return Ok(Outcome::Damaged("it does not begin like one any more".to_owned()));
             }
         }
-        let sign = scan::sign_of(&at, &before, database);
+        let Known { sign, handle } = scan::known_by(&at, &before, database);
         let _ = std::fs::remove_file(&to);
         let (size, sha) = if database {
             // Through the merged tree: SQLite's locks live on the path that its writers use.
@@ -96,7 +96,8 @@ pub(crate) fn stage(
             // A file that changed meanwhile is not known by any sign, and so looked at again.
             let young = !still || is_young(&at, &before);
             let sign = if young { Sign { change: 0, ..sign } } else { sign };
-            return Ok(Outcome::Ready(Staged { path: path.clone(), entry, sign, young, name }));
+            let known = Known { sign, handle };
+            return Ok(Outcome::Ready(Staged { path: path.clone(), entry, known, young, name }));
         }
     }
     Ok(Outcome::Vanished)

@@ -51,6 +51,8 @@ const SAMPLE_BYTES: u64 = 64 << 20;
 /// Rounds for which removals wait for what is on the move; a tree in which something always is must
 /// not keep what is gone for ever.
 const MOVING_MAX: u32 = 8;
+/// Rounds that a flush waits for removals which wait for what is on the move.
+const HELD_MAX: u32 = 20;
 
 pub(crate) enum Order {
     Hint(Hint),
@@ -232,6 +234,8 @@ struct Tree<'a> {
     waiting: HashMap<Path, Waiting>,
     /// Rounds in a row in which something moved while it was looked at.
     moving: u32,
+    /// Rounds in a row that could not write down every removal.
+    held: u32,
 }
 
 struct Waiting {
@@ -274,6 +278,7 @@ impl<'a> Tree<'a> {
             troubled: HashSet::new(),
             waiting: HashMap::new(),
             moving: 0,
+            held: 0,
             ready,
         };
         this.help()?;
@@ -435,7 +440,7 @@ impl<'a> Tree<'a> {
 
     fn push_at(&self) -> Duration {
         let patience = self.first.unwrap_or(self.last) + PATIENCE;
-        if self.flushes.is_empty() {
+        if self.flushes.is_empty() || self.held > 0 {
             (self.last + QUIET).min(patience).max(self.not_before)
         } else {
             Duration::ZERO
@@ -532,7 +537,8 @@ impl<'a> Tree<'a> {
         // A pause that is worth something beside what the round took: it must not take all there is.
         let took = uptime().saturating_sub(began);
         self.not_before = (began + BETWEEN).max(began + took + took / 4);
-        self.dirty.extend(rest.young.iter().map(|path| path.split().0.to_vec()));
+        let again = rest.young.iter().chain(&rest.elsewhere);
+        self.dirty.extend(again.map(|path| path.split().0.to_vec()));
         self.put_off(&rest, began);
         let first = first.or(Some(began));
         if let Some(fault) = rest.fault {
@@ -541,7 +547,16 @@ impl<'a> Tree<'a> {
             return Ok(());
         }
         self.retries = 0;
-        if self.waiting.is_empty() {
+        self.held = if rest.removals > 0 { self.held + 1 } else { 0 };
+        if self.waiting.is_empty() && self.held > 0 {
+            self.worker.desk.pending(rest.removals, 0, Some(began));
+            if self.held >= HELD_MAX {
+                self.answer_flushes(Err(&Fault::other(format!(
+                    "{} names of old stay in it until their files are there under their new ones",
+                    rest.removals
+                ))));
+            }
+        } else if self.waiting.is_empty() {
             self.worker.desk.pushed();
             self.worker.desk.pending(0, 0, None);
             self.answer_flushes(Ok(()));
