@@ -191,15 +191,10 @@ fn ask_rclone(open: &Open, path: &Path) -> Lifted {
     }
 }
 
-/// Opening for writing makes the kernel copy it up; what is up already stays as it is.
+/// What is up already stays as it is.
 fn copy_up(open: &Open, path: &Path, entry: &Entry) -> Result<Option<Known>, Fault> {
     let (at, upper) = (path.below(&open.volume.tree), path.below(&open.volume.upper));
-    match OpenOptions::new()
-        .read(true)
-        .write(true)
-        .custom_flags((OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits())
-        .open(&at)
-    {
+    match open_for_writing(&at) {
         Ok(_) => {}
         // The gateway removed or moved it meanwhile.
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
@@ -271,27 +266,43 @@ fn bring_back(open: &Open, path: &Path, from: &FsPath, entry: &Entry) -> Result<
 }
 
 /// Copies up everything below a directory that was moved while its files were only below, or one
-/// file whose name has changed.
-pub(crate) fn lift_tree(open: &Open, path: &Path) -> Result<(), Fault> {
+/// file whose name has changed. Yields what could not be read there, and why.
+pub(crate) fn lift_tree(open: &Open, path: &Path) -> Result<Vec<(Path, String)>, Fault> {
+    let mut unread = Vec::new();
+    lift_into(open, path, &mut unread)?;
+    Ok(unread)
+}
+
+fn lift_into(open: &Open, path: &Path, unread: &mut Vec<(Path, String)>) -> Result<(), Fault> {
+    use std::os::unix::ffi::OsStrExt as _;
     let at = path.below(&open.volume.tree);
     let Some(stat) = volume::look(&at)? else { return Ok(()) };
+    if volume::kind_of(&stat) == libc::S_IFREG {
+        match open_for_writing(&at) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                let why = Fault::from(error);
+                unread.push((
+                    path.clone(),
+                    format!("its data, still under another name, is not to be had: {why}"),
+                ));
+            }
+            _ => {}
+        }
+        return Ok(());
+    }
     if volume::kind_of(&stat) == libc::S_IFDIR {
         for entry in std::fs::read_dir(&at)? {
-            use std::os::unix::ffi::OsStrExt as _;
             if let Some(child) = Path::child(Some(path), entry?.file_name().as_bytes()) {
-                lift_tree(open, &child)?;
+                lift_into(open, &child, unread)?;
             }
         }
-        // The directory itself too, so that the scan of the upper layer sees it.
-        volume::set_mtime(&at, volume::mtime_ns(&stat))?;
-    } else if volume::kind_of(&stat) == libc::S_IFREG {
-        OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags((OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits())
-            .open(&at)?;
-    } else {
-        volume::set_mtime(&at, volume::mtime_ns(&stat))?;
     }
-    Ok(())
+    // A directory too, so that the scan of the upper layer sees it.
+    volume::set_mtime(&at, volume::mtime_ns(&stat))
+}
+
+/// Which makes the kernel copy up what is only below.
+fn open_for_writing(at: &FsPath) -> std::io::Result<std::fs::File> {
+    let how = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
+    OpenOptions::new().read(true).write(true).custom_flags(how.bits()).open(at)
 }

@@ -73,8 +73,11 @@ pub(crate) fn bring_up(bucket: &Bucket, index: &Index, volume: &Volume) -> Resul
                     place(&from.below(&scratch), &to.below(&volume.upper))?;
                 }
             }
-            // Under its old name it is in the manifest as long as nobody has seen that it moved.
-            Got::Bad(path, why) => return Err(Fault::Suspicious(format!("{path}: {why}"))),
+            // An incident under its old name, under which it stays in the manifest.
+            Got::Bad(path, why) => {
+                index.set_bad(&path, Some(&why))?;
+                index.set_lower(std::slice::from_ref(&path), false)?;
+            }
             Got::Later(_, fault) => return Err(fault),
         }
     }

@@ -326,32 +326,32 @@ fn tree(
     } else {
         mount::possible()
     };
-    let reason =
-        match built.and_then(|()| by_mount(desk, &bucket, &index, &volume, &intents, continued, owner)) {
-            Ok((overlaid, stand_in, bad)) => {
-                settle(&lease, &bucket, &index, taken)?;
-                keep_promises(&mut chain, &bucket, &index, &lease, &intents)?;
-                let open = opened(desk, bucket, index, overlaid);
-                for (path, why) in bad {
-                    desk.incident(&path.to_string(), &why, hydrate::REMEDY);
-                }
-                return Ok(Ready {
-                    open,
-                    lease: lease.into(),
-                    chain,
-                    mode: Mode::Fuse,
-                    reason: None,
-                    stand_in,
-                    _lock: lock,
-                });
-            }
-            Err(NoMount(reason)) => reason,
-        };
+    let reason = match built
+        .and_then(|()| by_mount(desk, &bucket, &index, &volume, &intents, (continued, word.accept), owner))
+    {
+        Ok(mounted) => {
+            let (overlaid, stand_in) = mounted?;
+            settle(&lease, &bucket, &index, taken)?;
+            keep_promises(&mut chain, &bucket, &index, &lease, &intents)?;
+            let open = opened(desk, bucket, index, overlaid);
+            return Ok(Ready {
+                open,
+                lease: lease.into(),
+                chain,
+                mode: Mode::Fuse,
+                reason: None,
+                stand_in,
+                _lock: lock,
+            });
+        }
+        Err(NoMount(reason)) => reason,
+    };
     desk.info("FUSE mount failed, falling back to sync mode.");
     desk.info(format!("Reason: {reason}"));
     mount::clear()?;
     let volume = Volume::plain(FsPath::new(cvm_blueprint::paths::DATA))?;
-    by_download(desk, &bucket, &index, &volume, &intents, continued)?;
+    let bad = by_download(desk, &bucket, &index, &volume, &intents, continued)?;
+    judge(desk, &index, &bad, word.accept)?;
     if adopted {
         old_databases(desk, &volume)?;
     }
@@ -367,6 +367,34 @@ fn tree(
         stand_in: None,
         _lock: lock,
     })
+}
+
+/// Names what the bucket does not have right. Without what the gateway reads while it starts it
+/// would make it anew, and that would take the place of what was lost: then the operator is asked,
+/// and what he accepts is given up.
+fn judge(desk: &Desk, index: &Index, bad: &[(Path, String)], accept: bool) -> Result<(), Fault> {
+    let mut vital = Vec::new();
+    for (path, why) in bad {
+        let database = index.get(path)?.is_some_and(|row| row.entry.is_database());
+        if database || rules::is_read_at_start(path) {
+            vital.push(path.clone());
+        }
+        if !accept || vital.last() != Some(path) {
+            desk.incident(&path.to_string(), why, hydrate::REMEDY);
+        }
+    }
+    for path in &vital {
+        index.set_bad(path, None)?;
+    }
+    // Looked at again by the next try; of what is accepted, nothing is anywhere.
+    index.set_lower(&vital, !accept)?;
+    if vital.is_empty() || accept {
+        return Ok(());
+    }
+    Err(Fault::Suspicious(format!(
+        "{} files that the gateway reads while it starts are missing or damaged in the bucket; `cvm storage status` names them",
+        vital.len()
+    )))
 }
 
 /// What became of the promises of a worker that died, for those who read the manifest next.
@@ -511,7 +539,7 @@ fn wanted(path: &Path, row: &Row, intended: &Intended) -> Wanted {
 
 // === FUSE mode ===
 
-type Mounted = (Volume, Option<StandIn>, Vec<(Path, String)>);
+type Mounted = (Volume, Option<StandIn>);
 
 fn by_mount(
     desk: &Desk,
@@ -519,9 +547,9 @@ fn by_mount(
     index: &Index,
     plain: &Volume,
     intents: &[Line],
-    continued: bool,
+    (continued, accept): (bool, bool),
     owner: (u32, u32),
-) -> Result<Mounted, NoMount> {
+) -> Result<Result<Mounted, Fault>, NoMount> {
     let no = |fault: Fault| NoMount(fault.to_string());
     desk.info("Attempting FUSE mount...");
     mount::bind_volume()?;
@@ -539,7 +567,7 @@ fn by_mount(
         index.set_meta("independent", "1").map_err(no)?;
         mount::overlay(&overlaid, None)?;
         desk.info("The volume holds the whole tree; no mount of the bucket is needed");
-        return Ok((overlaid, None, Vec::new()));
+        return Ok(Ok((overlaid, None)));
     }
     if at_top > 0 && continued {
         // A restore in sync mode did not come to its end.
@@ -552,6 +580,9 @@ fn by_mount(
         index.set_meta("lowered", "1").map_err(no)?;
     }
     let bad = lay_upper(desk, bucket, index, &overlaid, intents, owner).map_err(no)?;
+    if let Err(fault) = judge(desk, index, &bad, accept) {
+        return Ok(Err(fault));
+    }
     let (names, modes) = lower_of(index, owner).map_err(no)?;
     forget_origins(&overlaid.upper).map_err(no)?;
     mount::mount_bucket(&bucket.rclone, &names, &modes)?;
@@ -564,7 +595,7 @@ fn by_mount(
             None
         }
     };
-    Ok((overlaid, stand_in, bad))
+    Ok(Ok((overlaid, stand_in)))
 }
 
 /// By these marks overlayfs finds the file below that one above was copied from, by a number that
@@ -790,7 +821,7 @@ fn by_download(
     volume: &Volume,
     intents: &[Line],
     continued: bool,
-) -> Result<(), Fault> {
+) -> Result<Vec<(Path, String)>, Fault> {
     desk.phase("restoring");
     let times = flatten(bucket, index, volume)?;
     let laid = index.meta("laid")?.is_some();
@@ -847,14 +878,11 @@ fn by_download(
         let _ = volume::set_mtime(&path.below(&volume.tree), time);
     }
     let bad = take_over(index, volume, got)?;
-    for (path, why) in bad {
-        desk.incident(&path.to_string(), &why, hydrate::REMEDY);
-    }
     index.set_all_lower(false)?;
     index.set_meta("laid", "1")?;
     index.set_meta("restored", "1")?;
     let _ = fs::remove_dir_all(volume.own.join("staging/parts"));
-    Ok(())
+    Ok(bad)
 }
 
 /// Makes a plain tree of an upper layer: what it hides is gone, what it holds is at the top. Yields

@@ -105,8 +105,12 @@ impl Rest {
 }
 
 impl Pusher<'_> {
-    pub(crate) fn round(&mut self, changes: Vec<Change>) -> Rest {
+    /// `unread` was moved and cannot be had: until it can, nothing may go that it may be.
+    pub(crate) fn round(&mut self, changes: Vec<Change>, unread: Vec<(Path, String)>) -> Rest {
         let mut rest = Rest::default();
+        for (path, why) in unread {
+            rest.wait(path, why, Holds::Everything);
+        }
         let (mut reads, mut metas, mut gone) = (Vec::new(), Vec::new(), Vec::new());
         for change in changes {
             match change {

@@ -75,7 +75,7 @@ pub(crate) struct Scanner<'a> {
     pub(crate) volume: &'a Volume,
     pub(crate) index: &'a Index,
     pub(crate) prefix: &'a str,
-    /// Moved directories that are known to be whole.
+    /// What was moved and has been fetched as far as it could be had.
     fetched: &'a HashSet<Path>,
     found: Found,
 }
@@ -241,6 +241,7 @@ impl<'a> Scanner<'a> {
                     self.found.changes.push(Change::Meta { path: path.clone(), entry });
                 }
             }
+            _ if self.fetched.contains(path) => {}
             _ => self.found.to_fetch.push(path.clone()),
         }
     }

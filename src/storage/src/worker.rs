@@ -225,6 +225,8 @@ struct Tree<'a> {
     flushes: Vec<tokio::sync::mpsc::UnboundedSender<Answer>>,
     /// Moved directories whose content has come up.
     fetched: HashSet<Path>,
+    /// Those of them that could not be had.
+    unread: Vec<Path>,
     hydrated: bool,
     /// And what was moved before it came up is above too.
     whole: bool,
@@ -273,6 +275,7 @@ impl<'a> Tree<'a> {
             drill_at,
             flushes: Vec::new(),
             fetched: HashSet::new(),
+            unread: Vec::new(),
             hydrated,
             whole: ready.mode == Mode::Sync || ready.open.index.meta("independent")?.is_some(),
             troubled: HashSet::new(),
@@ -626,13 +629,17 @@ impl<'a> Tree<'a> {
         };
         let mut found = look(&self.fetched)?;
         // What was moved while it was only below has to be above before its old name may go.
+        found.to_fetch.append(&mut self.unread);
+        let mut unread = Vec::new();
         while !found.to_fetch.is_empty() {
-            for path in &found.to_fetch {
-                parallel::apart(|| hydrate::lift_tree(&open, path))?;
-                self.fetched.insert(path.clone());
+            for path in found.to_fetch {
+                unread.append(&mut parallel::apart(|| hydrate::lift_tree(&open, &path))?);
+                self.fetched.insert(path);
             }
+            self.fetched.extend(unread.iter().map(|(path, _)| path.clone()));
             found = look(&self.fetched)?;
         }
+        self.unread = unread.iter().map(|(path, _)| path.clone()).collect();
         if full && self.hydrated && !self.whole {
             self.on_whole()?;
         }
@@ -669,7 +676,7 @@ impl<'a> Tree<'a> {
             insists: self.moving >= MOVING_MAX,
             progress: &progress,
         };
-        let rest = pusher.round(std::mem::take(&mut found.changes));
+        let rest = pusher.round(std::mem::take(&mut found.changes), unread);
         // What moved on is found where it is now, and then what it left may go.
         self.moving = if rest.moving { self.moving + 1 } else { 0 };
         self.everything |= rest.moving && rest.removals > 0;
