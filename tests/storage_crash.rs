@@ -659,6 +659,28 @@ fn a_worker_killed_later_is_not_missed() {
 }
 
 #[test]
+fn a_stand_in_killed_alone_is_succeeded_by_one_that_knows_as_much() {
+    let _turn = turn();
+    let cloud = Cloud::new();
+    drop(filled(&cloud, 50));
+    let machine = hasty(&cloud).start();
+    let pid = gateway(&machine);
+    independent(&machine);
+    kill(&machine, "cvm-standin");
+    machine.line("The stand-in for the mount was told again");
+    kill(&machine, "cvm-storage");
+    machine.ok(&[
+        "sh",
+        "-c",
+        "echo new > /data/openclaw/workspace/new && cat /data/openclaw/workspace/many/*",
+    ]);
+    tree(&machine);
+    assert_eq!(machine.service("gateway")["pid"], pid, "{}", logs(&machine));
+    flush(&machine);
+    no_incidents(&machine);
+}
+
+#[test]
 fn a_stand_in_killed_after_its_worker_costs_a_restart_and_nothing_else() {
     let _turn = turn();
     let cloud = Cloud::new();

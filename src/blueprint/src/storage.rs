@@ -114,6 +114,8 @@ pub enum StorageReport {
         /// Whether the worker goes on trying.
         retry: bool,
     },
+    /// There is no tree yet, and nothing is wrong: another instance has the bucket.
+    Waits { why: String },
     /// The last word: what the bucket does not have.
     Drained { files: u64, bytes: u64 },
 }

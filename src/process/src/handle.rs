@@ -9,14 +9,15 @@ use std::ffi::CStr;
 use std::os::fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::os::unix::ffi::OsStringExt as _;
 
-const LONGEST: usize = 128;
+/// The kernel's `MAX_HANDLE_SZ`.
+const LONGEST: u32 = 128;
 
 /// The kernel's `struct file_handle` with room for the longest.
 #[repr(C)]
 struct Raw {
     bytes: u32,
     kind: i32,
-    handle: [u8; LONGEST],
+    handle: [u8; LONGEST as usize],
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -36,7 +37,7 @@ impl Handle {
     /// Of a path itself, links not followed.
     #[allow(unsafe_code)]
     pub fn of(path: &CStr) -> Option<Self> {
-        let mut raw = Raw { bytes: LONGEST as u32, kind: 0, handle: [0; LONGEST] };
+        let mut raw = Raw { bytes: LONGEST, kind: 0, handle: [0; LONGEST as usize] };
         let mut mount = 0;
         // SAFETY: the path ends with NUL; `Raw` begins as the kernel's structure does, and says
         // how many bytes there are for the handle behind it.
@@ -70,7 +71,7 @@ impl Handle {
     #[allow(unsafe_code)]
     fn open(&self, anything: impl AsFd) -> Result<OwnedFd, Errno> {
         let (kind, handle) = self.0.split_first_chunk::<4>().ok_or(Errno::EINVAL)?;
-        let mut raw = Raw { bytes: 0, kind: i32::from_ne_bytes(*kind), handle: [0; LONGEST] };
+        let mut raw = Raw { bytes: 0, kind: i32::from_ne_bytes(*kind), handle: [0; LONGEST as usize] };
         raw.handle.get_mut(..handle.len()).ok_or(Errno::EINVAL)?.copy_from_slice(handle);
         raw.bytes = u32::try_from(handle.len()).map_err(|_| Errno::EINVAL)?;
         // SAFETY: as above; the descriptor is open while the call lasts.

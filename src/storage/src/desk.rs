@@ -118,14 +118,21 @@ impl Desk {
     }
 
     /// The state in which nothing may stand on the tree, in one word, and why.
-    pub(crate) fn not_ready(&self, phase: &str, why: impl Into<String>, retry: bool) {
-        let why = why.into();
-        {
-            let status = &mut self.board().status;
-            phase.clone_into(&mut status.phase);
-            status.why = Some(why.clone());
-        }
+    pub(crate) fn not_ready(&self, phase: &str, why: String, retry: bool) {
+        self.show_phase(phase, &why);
         self.say_once(&StorageReport::NotReady { why, retry });
+    }
+
+    /// Another instance has the bucket.
+    pub(crate) fn waits(&self, why: String) {
+        self.show_phase("waiting", &why);
+        self.say_once(&StorageReport::Waits { why });
+    }
+
+    fn show_phase(&self, phase: &str, why: &str) {
+        let status = &mut self.board().status;
+        phase.clone_into(&mut status.phase);
+        status.why = Some(why.to_owned());
     }
 
     /// PID 1 hears of changes, not of each try.
@@ -138,7 +145,9 @@ impl Desk {
             board.said = Some(report.clone());
         }
         match report {
-            StorageReport::NotReady { why, .. } => tracing::warn!("not ready: {why}"),
+            StorageReport::NotReady { why, .. } | StorageReport::Waits { why } => {
+                tracing::warn!("not ready: {why}");
+            }
             other => tracing::info!("{other:?}"),
         }
         self.report(report);

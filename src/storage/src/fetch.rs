@@ -43,6 +43,21 @@ pub(crate) enum Got {
     Later(Path, Fault),
 }
 
+/// How many files, and how many bytes.
+pub(crate) fn total(wanted: &[Wanted]) -> (u64, u64) {
+    let bytes = wanted.iter().filter_map(|w| w.may_be.first()).map(Entry::size).sum();
+    (wanted.len() as u64, bytes)
+}
+
+/// What is wrong with an object that cannot be had, as far as trying again cannot help.
+pub(crate) fn lost(fault: &Fault) -> Option<&'static str> {
+    match fault {
+        Fault::Missing => Some("its object is missing from the bucket"),
+        Fault::WrongKey(_) => Some("its object does not decrypt: it was damaged or replaced"),
+        _ => None,
+    }
+}
+
 pub(crate) struct Fetcher<'a> {
     pub(crate) bucket: &'a Bucket,
     /// Where parts lie while they are fetched; on the same volume as the target.
@@ -129,16 +144,12 @@ impl Fetcher<'_> {
         let name = part.file_name().unwrap_or_default().to_string_lossy().into_owned();
         match self.bucket.rclone.download(&wanted.path.object(), &self.parts, &name) {
             Ok(()) => {}
-            Err(Fault::Missing) => {
-                return Got::Bad(wanted.path.clone(), "its object is missing from the bucket".to_owned());
+            Err(fault) => {
+                return match lost(&fault) {
+                    Some(why) => Got::Bad(wanted.path.clone(), why.to_owned()),
+                    None => Got::Later(wanted.path.clone(), fault),
+                };
             }
-            Err(Fault::WrongKey(_)) => {
-                return Got::Bad(
-                    wanted.path.clone(),
-                    "its object does not decrypt: it was damaged or replaced".to_owned(),
-                );
-            }
-            Err(fault) => return Got::Later(wanted.path.clone(), fault),
         }
         match place(wanted, part, root) {
             Ok(entry) => Got::Good(wanted.path.clone(), entry),
@@ -178,14 +189,19 @@ pub(crate) fn verified(wanted: &Wanted, size: u64, sha: Digest) -> Result<Entry,
         }
     }
     let expected = wanted.may_be.first().map_or(0, Entry::size);
-    Err(Fault::Suspicious(if size == expected {
+    Err(Fault::Suspicious(unlike(size, expected)))
+}
+
+/// What is wrong with an object that has this size, and is not what it should be.
+pub(crate) fn unlike(size: u64, expected: u64) -> String {
+    if size == expected {
         "its object has other content than the manifest says: replaced, swapped, or an older version"
             .to_owned()
     } else {
         format!(
             "its object has {size} bytes, the manifest says {expected}: cut, replaced, swapped, or an older version"
         )
-    }))
+    }
 }
 
 fn place_empty(wanted: &Wanted, root: &FsPath) -> Got {

@@ -7,7 +7,7 @@
 use crate::desk::{Desk, Open};
 use crate::entry::{Entry, Kind, Path};
 use crate::fault::Fault;
-use crate::fetch::{Fetcher, Got, Wanted};
+use crate::fetch::{self, Fetcher, Got, Wanted};
 use crate::index::{Known, Row};
 use crate::manifest::{Line, Word};
 use crate::scan::known_by;
@@ -148,7 +148,7 @@ fn lift(open: &Open, path: &Path, row: &Row) -> Lifted {
             Ok(Err(_)) if written(open, path) => return Lifted::Up(path.clone(), None),
             Ok(Err(why)) => return Lifted::Bad(path.clone(), why),
             Err(Fault::Missing) => {
-                return Lifted::Bad(path.clone(), "its object is missing from the bucket".to_owned());
+                return lost(path, &Fault::Missing);
             }
             Err(_) if attempt < TRIES => {}
             Err(_) => return Lifted::Unclear(path.clone()),
@@ -165,16 +165,7 @@ fn check_below(path: &Path, entry: &Entry) -> Result<Result<(), String>, Fault> 
         return Err(Fault::Missing);
     }
     let (found_size, found) = stage::hash(&at)?;
-    Ok(match (found_size == size, found == sha) {
-        (true, true) => Ok(()),
-        (true, false) => {
-            Err("its object has other content than the manifest says: replaced, swapped, or an older version"
-                .to_owned())
-        }
-        (false, _) => Err(format!(
-            "its object has {found_size} bytes, the manifest says {size}: cut, replaced, swapped, or an older version"
-        )),
-    })
+    Ok(if (found_size, found) == (size, sha) { Ok(()) } else { Err(fetch::unlike(found_size, size)) })
 }
 
 fn ask_rclone(open: &Open, path: &Path) -> Lifted {
@@ -182,13 +173,11 @@ fn ask_rclone(open: &Open, path: &Path) -> Lifted {
     let staging = open.volume.staging();
     let asked = open.bucket.rclone.download(&path.object(), &staging, &name);
     let _ = std::fs::remove_file(staging.join(&name));
-    match asked {
-        Err(Fault::WrongKey(_)) => {
-            Lifted::Bad(path.clone(), "its object does not decrypt: it was damaged or replaced".to_owned())
-        }
-        Err(Fault::Missing) => Lifted::Bad(path.clone(), "its object is missing from the bucket".to_owned()),
-        _ => Lifted::Later,
-    }
+    asked.map_or_else(|fault| lost(path, &fault), |()| Lifted::Later)
+}
+
+fn lost(path: &Path, fault: &Fault) -> Lifted {
+    fetch::lost(fault).map_or(Lifted::Later, |why| Lifted::Bad(path.clone(), why.to_owned()))
 }
 
 /// What is up already stays as it is.

@@ -40,6 +40,7 @@ mod parallel;
 mod push;
 mod rclone;
 mod rescue;
+mod review;
 mod rules;
 mod s3;
 mod scan;
@@ -147,8 +148,15 @@ fn work() -> ExitCode {
         let _ = stopper.send(Order::Stop);
     });
     let boots = boots::Boots::new(desk.boot.clone());
-    let worker =
-        Worker { spec, desk, orders, sender, said: opening::Said::default(), stopping: false, boots };
+    let worker = Worker {
+        spec: Arc::new(spec),
+        desk,
+        orders,
+        sender,
+        said: opening::Said::default(),
+        stopping: false,
+        boots,
+    };
     let clean = worker.run();
     runtime.shutdown_background();
     if clean { ExitCode::SUCCESS } else { ExitCode::from(UNDRAINED) }

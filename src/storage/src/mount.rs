@@ -185,6 +185,11 @@ fn fuse_descriptor() -> Option<i32> {
     })
 }
 
+/// Whether this process serves the mount, and not one before it.
+pub(crate) fn is_served_here() -> bool {
+    fuse_descriptor().is_some()
+}
+
 /// The one who answers for the mount when we are gone: see `cvm-standin`.
 pub(crate) struct StandIn {
     stream: std::os::unix::net::UnixStream,
@@ -216,6 +221,14 @@ impl StandIn {
         let this = Self { stream };
         this.answered()?;
         Ok(this)
+    }
+
+    /// Whether it still holds on.
+    pub(crate) fn is_there(&self) -> bool {
+        use nix::sys::socket::{MsgFlags, recv};
+        let how = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+        // It says nothing unasked: what can be read is the end.
+        recv(self.stream.as_raw_fd(), &mut [0u8; 1], how) == Err(nix::errno::Errno::EAGAIN)
     }
 
     /// From now on it answers for us if we die.

@@ -129,7 +129,7 @@ pub(crate) fn open(spec: &StorageSpec, desk: &Desk, word: Said, pause: Pause<'_>
     let lease = Lease::take(&bucket, &held.me, &before.when, before.epoch, beat)?;
     if let Some(doubt) = lease.doubt(before.forced, before.read_at) {
         let until = uptime() + doubt;
-        desk.not_ready("waiting", "the last owner gets a moment to see that it has a successor", true);
+        desk.waits("the last owner gets a moment to see that it has a successor".to_owned());
         while uptime() < until {
             pause(until.saturating_sub(uptime()))?;
         }
@@ -217,7 +217,7 @@ fn wait_for_it(
             return Ok(Before { record, when, epoch, read_at, forced: free == Verdict::Held });
         }
         let patience = owner::stale_after(record.as_ref(), beat);
-        desk.not_ready("waiting", held_words(record.as_ref(), patience), true);
+        desk.waits(held_words(record.as_ref(), patience));
         desk.held_by(record.map(|r| owner::short(&r.instance).to_owned()));
         let left = patience.saturating_sub(unchanged);
         forced |= pause(left.min(beat / 4).max(Duration::from_millis(200)))?;
@@ -296,8 +296,10 @@ fn tree(
     if adopted {
         adopt(&bucket, &index, &mut chain, desk, owner, &lease, taken)?;
     }
+    // What still holds is found again.
+    desk.forget_incidents();
     if word.accept {
-        forget_bad(desk, &index)?;
+        forget_bad(&index)?;
     }
     desk.head(chain.head, index.totals()?);
     let alive = continued && mount::overlay_is_alive() && index.meta("independent")?.is_some();
@@ -510,11 +512,10 @@ fn old_databases(desk: &Desk, volume: &Volume) -> Result<(), Fault> {
 }
 
 /// The operator has looked: what the bucket does not have right is given up.
-fn forget_bad(desk: &Desk, index: &Index) -> Result<(), Fault> {
+fn forget_bad(index: &Index) -> Result<(), Fault> {
     for (path, _) in index.bad()? {
         index.set_bad(&path, None)?;
     }
-    desk.forget_incidents();
     Ok(())
 }
 
@@ -716,8 +717,7 @@ fn early_files(
     volume: &Volume,
     early: Vec<Wanted>,
 ) -> Result<Vec<(Path, String)>, Fault> {
-    let total = early.len() as u64;
-    let bytes_total = early.iter().filter_map(|w| w.may_be.first()).map(Entry::size).sum();
+    let (total, bytes_total) = fetch::total(&early);
     let progress = |files: u64, bytes: u64| {
         desk.progress(Some(Progress {
             what: "fetching what the gateway reads first".to_owned(),
@@ -844,8 +844,7 @@ fn by_download(
             skeleton.push((path.clone(), row.entry.clone()));
         }
     }
-    let total = files.len() as u64;
-    let bytes_total = files.iter().filter_map(|w| w.may_be.first()).map(Entry::size).sum();
+    let (total, bytes_total) = fetch::total(&files);
     if total > 0 {
         desk.info(format!(
             "Restoring {total} files ({bytes_total} bytes) from the bucket before the gateway starts"

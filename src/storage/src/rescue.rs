@@ -55,8 +55,7 @@ pub(crate) fn restore(spec: &StorageSpec, to: &FsPath) -> Result<u64, Fault> {
             Wanted { path: path.clone(), may_be: std::iter::once(row.entry).chain(intended).collect() }
         })
         .collect();
-    let (files, bytes): (u64, u64) =
-        (wanted.len() as u64, wanted.iter().filter_map(|w| w.may_be.first()).map(Entry::size).sum());
+    let (files, bytes) = fetch::total(&wanted);
     fetch::skeleton(&entries, to)?;
     let shown = Mutex::new(None);
     let progress = |done: u64, had: u64| show(&shown, done.min(files), files, had.min(bytes), bytes);

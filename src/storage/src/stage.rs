@@ -147,7 +147,7 @@ pub(crate) fn hash(file: &FsPath) -> Result<(u64, Digest), Fault> {
     hash_of(&mut source)
 }
 
-pub(crate) fn hash_of(source: &mut File) -> Result<(u64, Digest), Fault> {
+fn hash_of(source: &mut File) -> Result<(u64, Digest), Fault> {
     let mut piece = vec![0u8; PIECE];
     let (mut hasher, mut size) = (Sha256::new(), 0u64);
     loop {

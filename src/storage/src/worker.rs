@@ -15,14 +15,14 @@ use crate::chain::now_ms;
 use crate::desk::{Desk, Open};
 use crate::entry::Path;
 use crate::fault::Fault;
-use crate::fetch::{Fetcher, Got, Wanted};
 use crate::opening::{self, Ready, Said};
 use crate::owner::uptime;
 use crate::push::{Pusher, Rest};
+use crate::review::Review;
 use crate::scan::{Change, Found, Scanner};
 use crate::watch::{Hint, Watcher};
-use crate::{boots, database, hydrate, mount, parallel, volume};
-use cvm_blueprint::storage::{Answer, Ask, Drill, Mode, Progress, StorageSpec};
+use crate::{boots, hydrate, mount, parallel, volume};
+use cvm_blueprint::storage::{Answer, Ask, Mode, Progress, StorageSpec};
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -44,9 +44,6 @@ const DRAIN_GRACE: Duration = Duration::from_secs(1);
 /// Between two looks at whether a mount that was inherited still answers.
 const LOOK: Duration = Duration::from_secs(2);
 const LOGS: Duration = Duration::from_secs(60);
-/// Files of a drill besides every database, and what is too large for one.
-const SAMPLE: usize = 50;
-const SAMPLE_BYTES: u64 = 64 << 20;
 
 /// Rounds for which removals wait for what is on the move; a tree in which something always is must
 /// not keep what is gone for ever.
@@ -72,7 +69,7 @@ enum End {
 }
 
 pub(crate) struct Worker {
-    pub(crate) spec: StorageSpec,
+    pub(crate) spec: Arc<StorageSpec>,
     pub(crate) desk: Arc<Desk>,
     pub(crate) orders: Receiver<Order>,
     pub(crate) sender: Sender<Order>,
@@ -119,7 +116,7 @@ impl Worker {
     /// One try, from opening to the end. Only an ordered stop is an end that is not a fault.
     fn life(&mut self, tries: &mut u32) -> Result<bool, Fault> {
         let (desk, said) = (Arc::clone(&self.desk), std::mem::take(&mut self.said));
-        let spec = std::mem::replace(&mut self.spec, empty_spec());
+        let spec = Arc::clone(&self.spec);
         let opened = opening::open(&spec, &desk, said, &mut |wait| {
             self.pause(wait);
             if self.stopping {
@@ -128,7 +125,6 @@ impl Worker {
                 Ok(std::mem::take(&mut self.said.takeover))
             }
         });
-        self.spec = spec;
         let ready = opened.inspect_err(|fault| {
             // The operator's word counts for a try that gets as far as to need it.
             self.said.accept |= said.accept && fault.may_pass();
@@ -173,30 +169,6 @@ impl Worker {
     }
 }
 
-/// Holds the place of the specification while its own is lent out.
-fn empty_spec() -> StorageSpec {
-    use cvm_blueprint::storage::CryptSpec;
-    use cvm_blueprint::wire::PackedBytes;
-    let none = || PackedBytes::pack(b"");
-    StorageSpec {
-        bucket: String::new(),
-        prefix: String::new(),
-        region: String::new(),
-        provider: String::new(),
-        endpoint: None,
-        access_key_id: none(),
-        secret_access_key: none(),
-        session_token: None,
-        crypt: CryptSpec::Clear { password: none(), salt: none() },
-        manifest_key: none(),
-        user: String::new(),
-        anchor: None,
-        heartbeat_s: 60,
-        drain_s: 0,
-        drill_s: 0,
-    }
-}
-
 fn backoff(tries: u32) -> Duration {
     RETRY.0.saturating_mul(1 << tries.min(8)).min(RETRY.1)
 }
@@ -206,13 +178,20 @@ fn done(to: &tokio::sync::mpsc::UnboundedSender<Answer>, text: impl Into<String>
     let _ = to.send(Answer::Done { text: text.into(), good });
 }
 
+fn answer(to: &tokio::sync::mpsc::UnboundedSender<Answer>, outcome: Result<(String, bool), Fault>) {
+    match outcome {
+        Ok((text, good)) => done(to, text, good),
+        Err(fault) => done(to, format!("{fault}; {}", fault.remedy()), false),
+    }
+}
+
 /// A tree that is good, and all that keeps it and the bucket equal.
 struct Tree<'a> {
     worker: &'a mut Worker,
     ready: Ready,
-    lease: Arc<crate::owner::Lease>,
     stop: Arc<AtomicBool>,
-    helpers: Vec<std::thread::JoinHandle<()>>,
+    /// A verify or a drill.
+    reviewing: Option<std::thread::JoinHandle<()>>,
     dirty: BTreeSet<Vec<u8>>,
     everything: bool,
     first: Option<Duration>,
@@ -230,6 +209,8 @@ struct Tree<'a> {
     hydrated: bool,
     /// And what was moved before it came up is above too.
     whole: bool,
+    /// When the stand-in is looked at; never, where this worker serves no mount.
+    stand_in_at: Option<Duration>,
     /// Paths with an incident of the tree's own.
     troubled: HashSet<Path>,
     /// Files that cannot be had now, as a database that is locked: nothing else waits for them.
@@ -257,12 +238,10 @@ impl<'a> Tree<'a> {
             let since = now_ms().saturating_sub(drill) / 1000;
             uptime() + Duration::from_secs(interval.saturating_sub(since).max(60))
         });
-        let lease = Arc::clone(&ready.lease);
         let mut this = Self {
-            lease,
             worker,
             stop,
-            helpers: Vec::new(),
+            reviewing: None,
             dirty: BTreeSet::new(),
             everything: true,
             first: None,
@@ -278,6 +257,7 @@ impl<'a> Tree<'a> {
             unread: Vec::new(),
             hydrated,
             whole: ready.mode == Mode::Sync || ready.open.index.meta("independent")?.is_some(),
+            stand_in_at: mount::is_served_here().then(uptime),
             troubled: HashSet::new(),
             waiting: HashMap::new(),
             moving: 0,
@@ -303,7 +283,7 @@ impl<'a> Tree<'a> {
     fn help(&mut self) -> Result<(), Fault> {
         let (sender, stop, open) = (self.worker.sender.clone(), Arc::clone(&self.stop), self.open());
         let (tell, watching) = std::sync::mpsc::channel();
-        self.helpers.push(std::thread::spawn(move || {
+        std::thread::spawn(move || {
             // It looks at the merged tree.
             parallel::set_apart();
             let mut watcher = match Watcher::new(&open.volume) {
@@ -319,7 +299,7 @@ impl<'a> Tree<'a> {
                     }
                 }
             }
-        }));
+        });
         watching.recv().map_err(|_| Fault::other("the watcher did not start"))??;
         self.beat();
         if !self.hydrated {
@@ -329,7 +309,7 @@ impl<'a> Tree<'a> {
                 Arc::clone(&self.stop),
                 self.worker.sender.clone(),
             );
-            self.helpers.push(std::thread::spawn(move || {
+            std::thread::spawn(move || {
                 loop {
                     match hydrate::run(&open, &desk, &stop) {
                         Ok(true) => return drop(sender.send(Order::Hydrated)),
@@ -340,7 +320,7 @@ impl<'a> Tree<'a> {
                         }
                     }
                 }
-            }));
+            });
         }
         Ok(())
     }
@@ -348,7 +328,7 @@ impl<'a> Tree<'a> {
     fn beat(&mut self) {
         let (open, lease, stop, sender, desk) = (
             self.open(),
-            Arc::clone(&self.lease),
+            Arc::clone(&self.ready.lease),
             Arc::clone(&self.stop),
             self.worker.sender.clone(),
             Arc::clone(&self.worker.desk),
@@ -359,7 +339,7 @@ impl<'a> Tree<'a> {
             && self.ready.stand_in.is_none()
             && mount::is_mount(cvm_blueprint::paths::BUCKET_MOUNT);
         let (mut looks, mut look_at) = (now_ms(), uptime());
-        self.helpers.push(std::thread::spawn(move || {
+        std::thread::spawn(move || {
             let mut due = uptime() + beat;
             while !stop.load(Ordering::Relaxed) {
                 // Short sleeps, so that a stop is not waited for, on a clock that counts sleep.
@@ -382,7 +362,7 @@ impl<'a> Tree<'a> {
                     }
                 };
             }
-        }));
+        });
     }
 
     // === The loop ===
@@ -413,13 +393,17 @@ impl<'a> Tree<'a> {
             {
                 return End::Again(fault);
             }
+            if self.stand_in_at.is_some_and(|at| now >= at) {
+                self.stand_in_at = Some(now + LOOK);
+                self.mind_the_stand_in();
+            }
             if now >= self.logs_at {
                 self.logs_at = now + LOGS;
                 self.last_words();
             }
             if self.drill_at.is_some_and(|at| now >= at) {
                 self.drill_at = Some(now + Duration::from_secs(u64::from(self.worker.spec.drill_s)));
-                let _ = self.drill(None);
+                self.drill(None);
             }
         }
     }
@@ -434,7 +418,7 @@ impl<'a> Tree<'a> {
         let push = (self.everything || !self.dirty.is_empty()).then(|| self.push_at());
         let drill = self.drill_at;
         let waiting = self.waiting.values().map(|w| w.at.max(self.not_before)).min();
-        [Some(self.rescan_at), push, Some(self.logs_at), drill, waiting]
+        [Some(self.rescan_at), push, Some(self.logs_at), drill, waiting, self.stand_in_at]
             .into_iter()
             .flatten()
             .min()
@@ -452,6 +436,30 @@ impl<'a> Tree<'a> {
 
     fn push_is_due(&self, now: Duration) -> bool {
         (self.everything || !self.dirty.is_empty() || !self.flushes.is_empty()) && now >= self.push_at()
+    }
+
+    /// One that has died is succeeded by one that has to be told.
+    fn mind_the_stand_in(&mut self) {
+        if self.ready.stand_in.as_ref().is_some_and(mount::StandIn::is_there) {
+            return;
+        }
+        let told = mount::StandIn::hand_over(&self.ready.open.volume).and_then(|stand_in| {
+            if self.whole {
+                stand_in.tree_is_whole()?;
+            }
+            Ok(stand_in)
+        });
+        self.ready.stand_in = match told {
+            Ok(stand_in) => {
+                self.worker.desk.info("The stand-in for the mount was told again");
+                Some(stand_in)
+            }
+            // Not up yet: it is looked at again.
+            Err(fault) => {
+                tracing::debug!("the stand-in does not answer: {fault}");
+                None
+            }
+        };
     }
 
     fn note_change(&mut self) {
@@ -670,7 +678,7 @@ impl<'a> Tree<'a> {
             bucket: &open.bucket,
             index: &open.index,
             volume: &open.volume,
-            lease: &self.lease,
+            lease: &self.ready.lease,
             chain: &mut self.ready.chain,
             may_delete: self.whole,
             insists: self.moving >= MOVING_MAX,
@@ -753,16 +761,22 @@ impl<'a> Tree<'a> {
 
     fn answer(&mut self, ask: &Ask, to: &tokio::sync::mpsc::UnboundedSender<Answer>) {
         let outcome = match ask {
-            Ask::Verify { deep } => self.verify(*deep, to),
-            Ask::Drill => self.drill(Some(to)),
+            Ask::Verify { deep } => {
+                // What is only on its way is no difference; what cannot be sent now stays one.
+                self.everything = true;
+                let pushed = self.push();
+                let (deep, fetched, asker) = (*deep, self.fetched.clone(), to.clone());
+                self.review(Some(to.clone()), move |review| {
+                    pushed.and_then(|()| review.verify(&fetched, deep, &asker))
+                });
+                return;
+            }
+            Ask::Drill => return self.drill(Some(to.clone())),
             Ask::Accept => self.accept(),
             Ask::Takeover => Ok(("This instance owns the bucket already".to_owned(), true)),
             _ => Err(Fault::other("this is answered elsewhere")),
         };
-        match outcome {
-            Ok((text, good)) => done(to, text, good),
-            Err(fault) => done(to, format!("{fault}; {}", fault.remedy()), false),
-        }
+        answer(to, outcome);
     }
 
     /// What the bucket does not have right is given up: it is gone from the manifest too.
@@ -779,170 +793,29 @@ impl<'a> Tree<'a> {
         Ok((format!("{} files are given up", bad.len()), true))
     }
 
-    fn verify(
+    /// Beside this loop: it may take as long as the bucket is large.
+    fn review(
         &mut self,
-        deep: bool,
-        to: &tokio::sync::mpsc::UnboundedSender<Answer>,
-    ) -> Result<(String, bool), Fault> {
-        // What is only on its way is no difference; what cannot be sent now stays one.
-        self.everything = true;
-        self.push()?;
-        let open = self.open();
-        let mut wrong = 0u64;
-        let mut say = |text: String| {
-            wrong += 1;
-            let _ = to.send(Answer::Line { text });
-        };
-        let found = Scanner::new(&open.volume, &open.index, &open.bucket.prefix, &self.fetched).full()?;
-        for change in &found.changes {
-            say(format!("{}: the tree differs from the bucket (not pushed yet)", change.path()));
+        to: Option<tokio::sync::mpsc::UnboundedSender<Answer>>,
+        work: impl FnOnce(&Review) -> Result<(String, bool), Fault> + Send + 'static,
+    ) {
+        if self.reviewing.as_ref().is_some_and(|thread| !thread.is_finished()) {
+            let why = "a verify or a drill is running already; ask again when it is over".to_owned();
+            to.map(|to| to.send(Answer::Refused { why }));
+            return;
         }
-        let listed: HashMap<String, u64> = open
-            .bucket
-            .rclone
-            .list_all(false)?
-            .into_iter()
-            .filter(|l| !l.name.starts_with(".cvm/"))
-            .map(|l| (l.name, l.size))
-            .collect();
-        let rows = open.index.all()?;
-        let mut known = HashSet::new();
-        // What a push was cut short in is a difference of the tree's, named above.
-        for (path, row) in rows.iter().filter(|(_, row)| row.entry.is_file()) {
-            let object = path.object();
-            match listed.get(&object) {
-                _ if row.unsure => {}
-                None => say(format!("{path}: its object is missing from the bucket")),
-                Some(size) if *size != row.entry.size() => say(format!(
-                    "{path}: its object has {size} bytes, the manifest says {}",
-                    row.entry.size()
-                )),
-                Some(_) => {}
+        let review = Review { open: self.open(), desk: Arc::clone(&self.worker.desk) };
+        self.reviewing = Some(std::thread::spawn(move || {
+            let outcome = work(&review);
+            match to {
+                Some(to) => answer(&to, outcome),
+                None => drop(outcome.inspect_err(|fault| review.desk.failed(fault, None))),
             }
-            known.insert(object);
-        }
-        let tombs: HashSet<String> = open.index.tombs(usize::MAX)?.iter().map(Path::object).collect();
-        for name in listed.keys().filter(|n| !known.contains(*n) && !tombs.contains(*n)) {
-            let _ = to.send(Answer::Line {
-                text: format!("{name}: an object that the manifest does not know; it is ignored"),
-            });
-        }
-        let files = known.len();
-        if deep {
-            let wanted: Vec<Wanted> = rows
-                .into_iter()
-                .filter(|(_, row)| row.entry.is_file() && !row.unsure)
-                .map(|(path, row)| Wanted { path, may_be: vec![row.entry] })
-                .collect();
-            for (path, why) in self.read_back(wanted, Some(to))? {
-                say(format!("{path}: {why}"));
-            }
-        }
-        let how = if deep { "read back and checked" } else { "compared by name and size" };
-        Ok(if wrong == 0 {
-            (format!("Tree and bucket are equal: {files} files {how}"), true)
-        } else {
-            (format!("{wrong} differences in {files} files {how}"), false)
-        })
+        }));
     }
 
-    /// Fetches into a scratch directory, checks, and throws away.
-    fn read_back(
-        &self,
-        wanted: Vec<Wanted>,
-        to: Option<&tokio::sync::mpsc::UnboundedSender<Answer>>,
-    ) -> Result<Vec<(Path, String)>, Fault> {
-        let open = self.open();
-        let scratch = open.volume.staging().join("drill");
-        let _ = std::fs::remove_dir_all(&scratch);
-        std::fs::create_dir_all(&scratch)?;
-        let total = wanted.len() as u64;
-        let bytes_total: u64 =
-            wanted.iter().filter_map(|w| w.may_be.first()).map(crate::entry::Entry::size).sum();
-        let to = to.cloned();
-        let progress = move |files: u64, bytes: u64| {
-            if let Some(to) = &to {
-                let what = "reading back".to_owned();
-                let _ = to.send(Answer::Progress(Progress {
-                    what,
-                    files_done: files,
-                    files_total: total,
-                    bytes_done: bytes,
-                    bytes_total,
-                }));
-            }
-        };
-        let mut bad = Vec::new();
-        let fetcher = Fetcher {
-            bucket: &open.bucket,
-            parts: open.volume.staging().join("drill-parts"),
-            progress: &progress,
-        };
-        let got = fetcher.files(wanted, &scratch);
-        for one in got? {
-            match one {
-                Got::Good(path, entry) if entry.is_database() => {
-                    if let Err(why) = database::check(&path.below(&scratch)) {
-                        bad.push((path, why));
-                    }
-                }
-                Got::Good(..) => {}
-                Got::Bad(path, why) => bad.push((path, why)),
-                Got::Later(path, fault) => bad.push((path, fault.to_string())),
-            }
-        }
-        let _ = std::fs::remove_dir_all(&scratch);
-        let _ = std::fs::remove_dir_all(open.volume.staging().join("drill-parts"));
-        Ok(bad)
-    }
-
-    fn drill(
-        &mut self,
-        to: Option<&tokio::sync::mpsc::UnboundedSender<Answer>>,
-    ) -> Result<(String, bool), Fault> {
-        let open = self.open();
-        let rows: Vec<_> = open
-            .index
-            .all()?
-            .into_iter()
-            .filter(|(_, row)| row.entry.is_file() && row.bad.is_none() && !row.unsure)
-            .collect();
-        let (databases, mut others): (Vec<_>, Vec<_>) =
-            rows.into_iter().partition(|(_, row)| row.entry.is_database());
-        others.retain(|(_, row)| row.entry.size() <= SAMPLE_BYTES);
-        let mut picked = databases.clone();
-        for _ in 0..SAMPLE.min(others.len()) {
-            let mut bytes = [0u8; 8];
-            getrandom::fill(&mut bytes).map_err(|_| Fault::other("the kernel gives no random numbers"))?;
-            let at = usize::try_from(u64::from_le_bytes(bytes) % others.len() as u64).unwrap_or(0);
-            picked.push(others.swap_remove(at));
-        }
-        let files = picked.len() as u64;
-        let wanted = picked.into_iter().map(|(path, row)| Wanted { path, may_be: vec![row.entry] }).collect();
-        let outcome = self.read_back(wanted, to);
-        let (text, good) = match &outcome {
-            Ok(bad) if bad.is_empty() => (
-                format!("{files} files restored and checked, {} databases among them", databases.len()),
-                true,
-            ),
-            Ok(bad) => {
-                for (path, why) in bad {
-                    self.worker.desk.incident(
-                        &path.to_string(),
-                        &format!("a restore drill found: {why}"),
-                        hydrate::REMEDY,
-                    );
-                }
-                (format!("{} of {files} files did not come back as they should", bad.len()), false)
-            }
-            Err(fault) => (format!("the drill could not be done: {fault}"), false),
-        };
-        let drill = Drill { ago_ms: 0, good, files, databases: databases.len() as u64, text: text.clone() };
-        let at = now_ms();
-        open.index.set_meta("drilled", &at.to_string())?;
-        open.index.set_meta("drill", &serde_json::to_string(&drill).unwrap_or_default())?;
-        self.worker.desk.drill(drill, at);
-        Ok((text, good))
+    fn drill(&mut self, to: Option<tokio::sync::mpsc::UnboundedSender<Answer>>) {
+        self.review(to.clone(), move |review| review.drill(&to));
     }
 
     fn recall_drill(&self) -> Result<(), Fault> {
@@ -956,7 +829,7 @@ impl<'a> Tree<'a> {
     fn last_words(&mut self) {
         let open = self.open();
         let boots = &mut self.worker.boots;
-        let sent = self.lease.confirm(&open.bucket).and_then(|()| boots.send(&open.bucket));
+        let sent = self.ready.lease.confirm(&open.bucket).and_then(|()| boots.send(&open.bucket));
         if let Err(fault) = sent {
             tracing::warn!("logs are not in the bucket: {fault}");
         }
@@ -1009,7 +882,7 @@ impl<'a> Tree<'a> {
         }
         self.leave();
         if left.0 == 0
-            && let Err(fault) = self.lease.release(&open.bucket)
+            && let Err(fault) = self.ready.lease.release(&open.bucket)
         {
             self.worker.desk.failed(&fault, None);
         }

@@ -1016,6 +1016,7 @@ fn moves(most: usize) -> impl Strategy<Value = Vec<Move>> {
             independent,
         }),
         2 => any::<bool>().prop_map(|retry| StorageReport::NotReady { why: "no".into(), retry }),
+        1 => Just(StorageReport::Waits { why: "not yet".into() }),
         1 => (0u64..2).prop_map(|files| StorageReport::Drained { files, bytes: files }),
     ];
     let one = prop_oneof![

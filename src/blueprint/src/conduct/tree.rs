@@ -50,6 +50,14 @@ fn one_line(text: &str) -> String {
     text.replace(char::is_control, " ")
 }
 
+/// Why there is no tree.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Lack {
+    /// Another instance has the bucket.
+    Turn,
+    Fault(Next),
+}
+
 impl Machine {
     /// The tree of the bucket, while it is good.
     pub fn tree(&self) -> Option<&Tree> {
@@ -103,7 +111,10 @@ impl Machine {
             StorageReport::Ready { .. } => {}
             StorageReport::NotReady { why, retry } => {
                 let next = if retry { Next::Underway } else { Next::Operator };
-                self.tree_is_not_good(step, one_line(&why), next, now, out);
+                self.tree_is_not_good(step, one_line(&why), Lack::Fault(next), now, out);
+            }
+            StorageReport::Waits { why } => {
+                self.tree_is_not_good(step, one_line(&why), Lack::Turn, now, out);
             }
             StorageReport::Drained { files, bytes } => self.storage.drained = Some((files, bytes)),
         }
@@ -134,12 +145,16 @@ impl Machine {
         &mut self,
         step: StepName,
         why: String,
-        next: Next,
+        lack: Lack,
         now: Moment,
         out: &mut Vec<Action>,
     ) {
         let Some(record) = self.steps.iter_mut().find(|r| r.step.name == step) else { return };
         let was_good = matches!(record.state, StepState::Done { .. });
+        let next = match lack {
+            Lack::Turn => Next::Underway,
+            Lack::Fault(next) => next,
+        };
         let began = match record.state {
             StepState::Running { since } | StepState::Killing { since, .. } => since,
             StepState::Failed { began, .. } => began,
@@ -152,12 +167,15 @@ impl Machine {
                 Next::Operator => "an operator is needed".to_owned(),
                 Next::Underway | Next::TryAt(_) => "the storage worker goes on trying".to_owned(),
             };
-            let text = if was_good {
-                format!("The storage is lost: {why}; what stands on it is stopped; {follows}")
+            let (level, text) = if was_good {
+                let text = format!("The storage is lost: {why}; what stands on it is stopped; {follows}");
+                (Level::Error, text)
+            } else if lack == Lack::Turn {
+                (Level::Warn, format!("Boot step {} waits: {why}", step.as_str()))
             } else {
-                format!("Boot step {} failed: {why}; {follows}", step.as_str())
+                (Level::Error, format!("Boot step {} failed: {why}; {follows}", step.as_str()))
             };
-            out.push(Action::Say(Level::Error, text));
+            out.push(Action::Say(level, text));
             self.storage.said.truncate(SAID_MAX - 1);
             self.storage.said.insert(0, why);
         }
@@ -246,7 +264,7 @@ impl Machine {
         } else {
             ("the storage worker ended; the tree is rebuilt", Next::Underway)
         };
-        self.tree_is_not_good(step, why.into(), next, now, out);
+        self.tree_is_not_good(step, why.into(), Lack::Fault(next), now, out);
     }
 
     /// Lets the worker go, or holds it, as those who stand on its tree come to rest.
@@ -291,7 +309,7 @@ impl Machine {
                     ("the storage worker is restarted by an operator", Next::Underway)
                 }
             };
-            self.tree_is_not_good(step, why.into(), next, now, out);
+            self.tree_is_not_good(step, why.into(), Lack::Fault(next), now, out);
         }
         if self.is_stood_on(step) {
             self.storage.later = Some(order);

@@ -141,6 +141,8 @@ fn what_keeps_the_tree_from_coming_is_said_once_and_shown() {
     assert_eq!(shown.why.as_deref(), Some("boot step storage: the bucket does not answer"));
     assert!(shown.next_action.contains("the storage worker goes on trying"), "{}", shown.next_action);
     assert_eq!(boot.status().phase, status::Phase::Degraded);
+    let waits = boot.says(StorageReport::Waits { why: "another has it".into() });
+    assert_eq!(said(&waits), [(Level::Warn, "Boot step storage waits: another has it")]);
     let refused = boot.says(not_ready("the key is wrong", false));
     assert_eq!(
         said(&refused),

@@ -1,0 +1,206 @@
+//! What would come back from the bucket: `verify`, and restore drills.
+//!
+//! Runs beside the worker's loop, so that what the gateway writes meanwhile is pushed as ever. What
+//! a push changes under a review is no finding: it is looked at again as what it has become.
+//!
+//! Refuses to write to the bucket, and to run twice at once. May import: `database`, `desk`,
+//! `entry`, `fault`, `fetch`, `hydrate` (its remedy), `index`, `scan`.
+
+use crate::chain::now_ms;
+use crate::database;
+use crate::desk::{Desk, Open};
+use crate::entry::Path;
+use crate::fault::Fault;
+use crate::fetch::{self, Fetcher, Got, Wanted};
+use crate::hydrate;
+use crate::index::Row;
+use crate::scan::Scanner;
+use cvm_blueprint::storage::{Answer, Drill, Progress};
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use tokio::sync::mpsc::UnboundedSender;
+
+/// Files of a drill besides every database, and what is too large for one.
+const SAMPLE: usize = 50;
+const SAMPLE_BYTES: u64 = 64 << 20;
+/// Looks at a file that is pushed anew each time that it is looked at.
+const TRIES: u32 = 5;
+
+/// Who asked, if anybody did.
+type Asker = Option<UnboundedSender<Answer>>;
+
+pub(crate) struct Review {
+    pub(crate) open: Arc<Open>,
+    pub(crate) desk: Arc<Desk>,
+}
+
+impl Review {
+    /// Compares tree, manifest and bucket; `deep` reads everything back.
+    pub(crate) fn verify(
+        &self,
+        fetched: &HashSet<Path>,
+        deep: bool,
+        to: &UnboundedSender<Answer>,
+    ) -> Result<(String, bool), Fault> {
+        let open = &self.open;
+        let mut wrong = 0u64;
+        let mut say = |text: String| {
+            wrong += 1;
+            let _ = to.send(Answer::Line { text });
+        };
+        let found = Scanner::new(&open.volume, &open.index, &open.bucket.prefix, fetched).full()?;
+        for change in &found.changes {
+            say(format!("{}: the tree differs from the bucket (not pushed yet)", change.path()));
+        }
+        let before = self.files()?;
+        let mut known = self.objects(&before)?;
+        let listed: HashMap<String, u64> = open
+            .bucket
+            .rclone
+            .list_all(false)?
+            .into_iter()
+            .filter(|l| !l.name.starts_with(".cvm/"))
+            .map(|l| (l.name, l.size))
+            .collect();
+        let after = self.files()?;
+        known.extend(self.objects(&after)?);
+        for (path, row) in before.iter().filter(|(path, row)| after.get(*path) == Some(*row) && !row.unsure) {
+            match listed.get(&path.object()) {
+                None => say(format!("{path}: its object is missing from the bucket")),
+                Some(size) if *size != row.entry.size() => say(format!(
+                    "{path}: its object has {size} bytes, the manifest says {}",
+                    row.entry.size()
+                )),
+                Some(_) => {}
+            }
+        }
+        for name in listed.keys().filter(|name| !known.contains(*name)) {
+            let _ = to.send(Answer::Line {
+                text: format!("{name}: an object that the manifest does not know; it is ignored"),
+            });
+        }
+        let files = after.len();
+        if deep {
+            let rows = after.into_iter().filter(|(_, row)| !row.unsure).collect();
+            for (path, why) in self.read_back(rows, &Some(to.clone()))? {
+                say(format!("{path}: {why}"));
+            }
+        }
+        let how = if deep { "read back and checked" } else { "compared by name and size" };
+        Ok(if wrong == 0 {
+            (format!("Tree and bucket are equal: {files} files {how}"), true)
+        } else {
+            (format!("{wrong} differences in {files} files {how}"), false)
+        })
+    }
+
+    fn files(&self) -> Result<HashMap<Path, Row>, Fault> {
+        let mut rows = self.open.index.all()?;
+        rows.retain(|(_, row)| row.entry.is_file());
+        Ok(rows.into_iter().collect())
+    }
+
+    /// Names of objects that are there for a reason.
+    fn objects(&self, files: &HashMap<Path, Row>) -> Result<HashSet<String>, Fault> {
+        let buried = self.open.index.tombs(usize::MAX)?;
+        Ok(files.keys().chain(&buried).map(Path::object).collect())
+    }
+
+    /// Restores every database and a sample of the rest to a place of their own, and checks them.
+    pub(crate) fn drill(&self, to: &Asker) -> Result<(String, bool), Fault> {
+        let (databases, mut others): (Vec<_>, Vec<_>) = self
+            .files()?
+            .into_iter()
+            .filter(|(_, row)| row.bad.is_none() && !row.unsure)
+            .partition(|(_, row)| row.entry.is_database());
+        others.retain(|(_, row)| row.entry.size() <= SAMPLE_BYTES);
+        let databases_total = databases.len() as u64;
+        let mut picked = databases;
+        for _ in 0..SAMPLE.min(others.len()) {
+            let mut bytes = [0u8; 8];
+            getrandom::fill(&mut bytes).map_err(|_| Fault::other("the kernel gives no random numbers"))?;
+            let at = usize::try_from(u64::from_le_bytes(bytes) % others.len() as u64).unwrap_or(0);
+            picked.push(others.swap_remove(at));
+        }
+        let files = picked.len() as u64;
+        let (text, good) = match self.read_back(picked, to) {
+            Ok(bad) if bad.is_empty() => {
+                (format!("{files} files restored and checked, {databases_total} databases among them"), true)
+            }
+            Ok(bad) => {
+                for (path, why) in &bad {
+                    let what = format!("a restore drill found: {why}");
+                    self.desk.incident(&path.to_string(), &what, hydrate::REMEDY);
+                }
+                (format!("{} of {files} files did not come back as they should", bad.len()), false)
+            }
+            Err(fault) => (format!("the drill could not be done: {fault}"), false),
+        };
+        let drill = Drill { ago_ms: 0, good, files, databases: databases_total, text: text.clone() };
+        let at = now_ms();
+        let index = &self.open.index;
+        index.set_meta("drilled", &at.to_string())?;
+        index.set_meta("drill", &serde_json::to_string(&drill).unwrap_or_default())?;
+        self.desk.drill(drill, at);
+        Ok((text, good))
+    }
+
+    /// What is wrong with these.
+    fn read_back(&self, mut rows: Vec<(Path, Row)>, to: &Asker) -> Result<Vec<(Path, String)>, Fault> {
+        let mut wrong = Vec::new();
+        for attempt in 1..=TRIES {
+            let was: HashMap<Path, Row> = rows.iter().cloned().collect();
+            rows = Vec::new();
+            for (path, why) in self.read_once(&was, to)? {
+                let now = self.open.index.get(&path)?;
+                match now {
+                    Some(now) if was.get(&path) == Some(&now) => wrong.push((path, why)),
+                    // Being pushed now, or gone.
+                    Some(now) if !now.unsure && attempt < TRIES => rows.push((path, now)),
+                    _ => {}
+                }
+            }
+            if rows.is_empty() {
+                break;
+            }
+        }
+        Ok(wrong)
+    }
+
+    /// Fetches into a scratch directory, checks, and throws away.
+    fn read_once(&self, rows: &HashMap<Path, Row>, to: &Asker) -> Result<Vec<(Path, String)>, Fault> {
+        let open = &self.open;
+        let scratch = open.volume.staging().join("drill");
+        let _ = std::fs::remove_dir_all(&scratch);
+        std::fs::create_dir_all(&scratch)?;
+        let wanted: Vec<Wanted> = rows
+            .iter()
+            .map(|(path, row)| Wanted { path: path.clone(), may_be: vec![row.entry.clone()] })
+            .collect();
+        let (files_total, bytes_total) = fetch::total(&wanted);
+        let progress = |files_done: u64, bytes_done: u64| {
+            if let Some(to) = to {
+                let what = "reading back".to_owned();
+                let progress = Progress { what, files_done, files_total, bytes_done, bytes_total };
+                let _ = to.send(Answer::Progress(progress));
+            }
+        };
+        let fetcher = Fetcher { bucket: &open.bucket, parts: scratch.join("parts"), progress: &progress };
+        let tree = scratch.join("tree");
+        let mut wrong = Vec::new();
+        for one in fetcher.files(wanted, &tree)? {
+            match one {
+                Got::Good(path, entry) if entry.is_database() => {
+                    if let Err(why) = database::check(&path.below(&tree)) {
+                        wrong.push((path, why));
+                    }
+                }
+                Got::Good(..) => {}
+                Got::Bad(path, why) => wrong.push((path, why)),
+                Got::Later(path, fault) => wrong.push((path, fault.to_string())),
+            }
+        }
+        let _ = std::fs::remove_dir_all(&scratch);
+        Ok(wrong)
+    }
+}
