@@ -1,10 +1,9 @@
 //! Where secrets must not be: environments, command lines, logs, files, and the memory of
 //! process 1.
 
+use cvm_harness::evidence::{assert_process_1_has_forgotten, contains, files};
 use cvm_harness::machine::PATIENCE;
 use cvm_harness::{Builder, Machine, until};
-use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
 
 const MASTER: &str = "master-canary-5d1b0c8e77a94d52";
 const AWS: &str = "aws-canary-93f0d2c4b7e1";
@@ -53,30 +52,6 @@ fn proc_files(machine: &Machine, file: &str) -> Vec<(String, Vec<u8>)> {
             Some((format!("{file} of {} ({})", p.pid, p.arguments), bytes))
         })
         .collect()
-}
-
-fn contains(bytes: &[u8], text: &str) -> bool {
-    bytes.windows(text.len()).any(|w| w == text.as_bytes())
-}
-
-/// Every regular file below a directory inside.
-fn files(machine: &Machine, dir: &str) -> Vec<(String, Vec<u8>)> {
-    let mut found = Vec::new();
-    let mut open = vec![machine.path(dir)];
-    while let Some(dir) = open.pop() {
-        for entry in std::fs::read_dir(&dir).into_iter().flatten().flatten() {
-            let kind = entry.file_type().expect("an entry has a type");
-            if kind.is_dir() {
-                open.push(entry.path());
-            } else if kind.is_file() {
-                found.push((
-                    entry.path().display().to_string(),
-                    std::fs::read(entry.path()).unwrap_or_default(),
-                ));
-            }
-        }
-    }
-    found
 }
 
 #[test]
@@ -131,25 +106,7 @@ fn no_log_and_no_file_holds_a_secret() {
 #[test]
 fn the_master_key_is_not_in_the_memory_of_process_1_after_the_boot() {
     let machine = machine();
-    let pid = machine.pid();
-    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).expect("root may read it");
-    let mut memory = File::open(format!("/proc/{pid}/mem")).expect("root may read it");
-    let mut looked_at = 0;
-    for line in maps.lines().filter(|l| l.split(' ').nth(1).is_some_and(|mode| mode.starts_with('r'))) {
-        let Some((from, to)) = line.split(' ').next().and_then(|r| r.split_once('-')) else { continue };
-        let (Ok(from), Ok(to)) = (u64::from_str_radix(from, 16), u64::from_str_radix(to, 16)) else {
-            continue;
-        };
-        let mut bytes = vec![0; usize::try_from(to - from).expect("a mapping fits")];
-        if memory.seek(SeekFrom::Start(from)).is_err() || memory.read_exact(&mut bytes).is_err() {
-            // Kernel pages such as vvar cannot be read by anyone.
-            continue;
-        }
-        looked_at += bytes.len();
-        assert!(!contains(&bytes, MASTER), "the master key is in {line}");
-        assert!(!contains(&bytes, AWS), "the bucket's secret key is in {line}");
-    }
-    assert!(looked_at > 100 * 1024, "only {looked_at} bytes of memory were readable");
+    assert_process_1_has_forgotten(&machine, &[MASTER, AWS]);
 }
 
 #[test]

@@ -3,6 +3,7 @@
 //!
 //! `CVM_SOAK=1` makes more rounds of what is random here. Moments are chosen by a seed.
 
+use cvm_harness::dice::Dice;
 use cvm_harness::machine::{MASTER_KEY, PATIENCE};
 use cvm_harness::sqlite::examine_bytes;
 use cvm_harness::tools::Rclone;
@@ -107,24 +108,6 @@ impl Drop for Running {
         }
         let _ = self.0.kill();
         let _ = self.0.wait();
-    }
-}
-
-/// Xorshift: the same seed is the same run.
-struct Dice(u64);
-
-impl Dice {
-    fn up_to(&mut self, sides: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % sides
-    }
-
-    /// Lets a moment pass that nobody can foresee.
-    fn pause(&mut self, at_most: Duration) {
-        let most = u64::try_from(at_most.as_millis()).expect("short");
-        std::thread::sleep(Duration::from_millis(self.up_to(most.max(1))));
     }
 }
 
@@ -658,6 +641,16 @@ fn a_worker_killed_later_is_not_missed() {
     no_incidents(&machine);
 }
 
+#[track_caller]
+fn the_tree_is_whole_and_can_be_written(machine: &Machine, before: &[String]) {
+    let words = "echo new > /data/openclaw/workspace/new && cat /data/openclaw/workspace/many/*";
+    machine.ok(&["sh", "-c", words]);
+    flush(machine);
+    no_incidents(machine);
+    let changed = difference(before, &state(machine));
+    assert!(!changed.contains("many/"), "{changed}");
+}
+
 #[test]
 fn a_stand_in_killed_alone_is_succeeded_by_one_that_knows_as_much() {
     let _turn = turn();
@@ -697,15 +690,7 @@ fn a_stand_in_killed_after_its_worker_costs_a_restart_and_nothing_else() {
         (gateway["state"] == "ready" && gateway["pid"] != pid).then_some(())
     });
     tree(&machine);
-    machine.ok(&[
-        "sh",
-        "-c",
-        "echo new > /data/openclaw/workspace/new && cat /data/openclaw/workspace/many/*",
-    ]);
-    flush(&machine);
-    no_incidents(&machine);
-    let changed = difference(&before, &state(&machine));
-    assert!(!changed.contains("many/"), "{changed}");
+    the_tree_is_whole_and_can_be_written(&machine, &before);
 }
 
 #[test]
@@ -727,15 +712,7 @@ fn worker_and_stand_in_killed_together_leave_a_gateway_that_runs_on_the_whole_tr
         let well = storage(&machine)["phase"] == "ready" && machine.service("gateway")["state"] == "ready";
         (other && well).then_some(())
     });
-    machine.ok(&[
-        "sh",
-        "-c",
-        "echo new > /data/openclaw/workspace/new && cat /data/openclaw/workspace/many/*",
-    ]);
-    flush(&machine);
-    no_incidents(&machine);
-    let changed = difference(&before, &state(&machine));
-    assert!(!changed.contains("many/"), "{changed}");
+    the_tree_is_whole_and_can_be_written(&machine, &before);
 }
 
 // === The end, in order ===

@@ -1,10 +1,9 @@
 //! PID 1 and a storage worker, with a script in the worker's place: who waits for whom, who is
 //! stopped when the tree is lost, what the last line says, and where the credentials are not.
 
+use cvm_harness::evidence::{assert_process_1_has_forgotten, contains};
 use cvm_harness::machine::PATIENCE;
 use cvm_harness::{Builder, Machine, until};
-use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
 
 const KEY: &str = "correct horse battery staple";
 /// What `KEY` derives: see tests/vectors/keys.json.
@@ -227,10 +226,6 @@ fn a_second_sigterm_does_not_wait_for_the_bucket() {
 
 // === Secrets ===
 
-fn contains(bytes: &[u8], text: &str) -> bool {
-    bytes.windows(text.len()).any(|w| w == text.as_bytes())
-}
-
 /// As they are, and as they travel.
 fn canaries() -> Vec<String> {
     let packed = |text: &str| {
@@ -272,24 +267,5 @@ fn the_credentials_of_the_bucket_are_not_in_the_memory_of_process_1() {
     let machine = on_a_tree(READY, HEALTHY);
     machine.kill(pid_of(&machine, "storage"), "KILL");
     second_worker(&machine);
-    let pid = machine.pid();
-    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).expect("root may read it");
-    let mut memory = File::open(format!("/proc/{pid}/mem")).expect("root may read it");
-    let mut looked_at = 0;
-    for line in maps.lines().filter(|l| l.split(' ').nth(1).is_some_and(|mode| mode.starts_with('r'))) {
-        let Some((from, to)) = line.split(' ').next().and_then(|r| r.split_once('-')) else { continue };
-        let (Ok(from), Ok(to)) = (u64::from_str_radix(from, 16), u64::from_str_radix(to, 16)) else {
-            continue;
-        };
-        let mut bytes = vec![0; usize::try_from(to - from).expect("a mapping fits")];
-        if memory.seek(SeekFrom::Start(from)).is_err() || memory.read_exact(&mut bytes).is_err() {
-            // Kernel pages such as vvar cannot be read by anyone.
-            continue;
-        }
-        looked_at += bytes.len();
-        for secret in canaries() {
-            assert!(!contains(&bytes, &secret), "{secret} is in {line}");
-        }
-    }
-    assert!(looked_at > 100 * 1024, "only {looked_at} bytes of memory were readable");
+    assert_process_1_has_forgotten(&machine, &canaries());
 }

@@ -4,6 +4,7 @@
 // A disk that fails under a test fails the test, and its words are the system's.
 #![allow(clippy::unwrap_used)]
 
+use cvm_harness::cloud::HEALTHY;
 use cvm_harness::machine::PATIENCE;
 use cvm_harness::tools::{Rclone, rclone_crypt_python};
 use cvm_harness::{
@@ -259,6 +260,20 @@ fn whatever_is_done_to_the_tree_is_restored_in_fuse_mode() {
 #[test]
 fn whatever_is_done_to_the_tree_is_restored_in_sync_mode() {
     battery(Sync);
+}
+
+/// The same without a bucket: what the two modes are measured by.
+#[test]
+fn whatever_is_done_to_the_tree_stays_on_the_volume_in_local_mode() {
+    let machine = ready(Builder::product().fake_gateway(HEALTHY).start());
+    plant(&machine.path(WORKSPACE));
+    let machine = ready(machine.again(|builder| builder));
+    let at = machine.path(WORKSPACE);
+    change_old(&at);
+    add_new(&at);
+    let expected = tree(&machine);
+    let machine = ready(machine.again(|builder| builder));
+    assert_eq!(difference(&expected, &tree(&machine)), "");
 }
 
 #[test]

@@ -2,6 +2,7 @@
 //! started on, never be overwritten, and never be told.
 
 use cvm_harness::cloud::{Cloud, HEALTHY, flush, independent, storage};
+use cvm_harness::evidence::{contains, files};
 use cvm_harness::machine::{MASTER_KEY, PATIENCE};
 use cvm_harness::tools::Rclone;
 use cvm_harness::{Builder, Fault, Garage, Machine, Network, Proxy, Rule, digest, until};
@@ -998,10 +999,6 @@ fn a_volume_that_has_not_written_yet_is_no_stranger_to_its_own_record() {
 
 // === E. Secrets ===
 
-fn contains(bytes: &[u8], text: &[u8]) -> bool {
-    bytes.windows(text.len()).any(|w| w == text)
-}
-
 /// The secrets of a run, in all forms in which they could be written down.
 fn secrets(cloud: &Cloud) -> Vec<(&'static str, Vec<u8>)> {
     use cvm_blueprint::keys::{KeyRing, MasterKey};
@@ -1018,26 +1015,6 @@ fn secrets(cloud: &Cloud) -> Vec<(&'static str, Vec<u8>)> {
         ("the manifest key", manifest.to_vec()),
         ("the manifest key in hex", hex.into_bytes()),
     ]
-}
-
-/// Every regular file below a directory of the machine, and every file that a process has open
-/// and that has no name any more.
-fn files(machine: &Machine, dir: &str) -> Vec<(String, Vec<u8>)> {
-    let (mut found, mut open) = (Vec::new(), vec![machine.path(dir)]);
-    while let Some(dir) = open.pop() {
-        for entry in std::fs::read_dir(&dir).into_iter().flatten().flatten() {
-            let Ok(kind) = entry.file_type() else { continue };
-            if kind.is_dir() {
-                open.push(entry.path());
-            } else if kind.is_file() {
-                found.push((
-                    entry.path().display().to_string(),
-                    std::fs::read(entry.path()).unwrap_or_default(),
-                ));
-            }
-        }
-    }
-    found
 }
 
 #[track_caller]

@@ -7,13 +7,17 @@
 //! * [`garage`], [`s3`]: an S3 server, and what it stores as the store sees it.
 //! * [`proxy`]: what networks and providers do to requests.
 //! * [`cloud`]: a bucket behind such a network, and machines in S3 mode on it.
+//! * [`dice`]: chance that can be had again.
+//! * [`evidence`]: where a secret may have been left.
 //! * [`digest`]: whether two trees are the same.
 //! * [`sqlite`]: what a database holds that the test programs write to.
 //! * [`tools`]: programs that know nothing of the product and judge what it stores.
 //! * [`wait`]: waiting for something to become true, with words for when it does not.
 
 pub mod cloud;
+pub mod dice;
 pub mod digest;
+pub mod evidence;
 pub mod garage;
 mod http;
 pub mod machine;

@@ -4,28 +4,18 @@
 // Lint exceptions for tests reach only into functions marked as tests, not into their helpers.
 #![allow(clippy::unwrap_used)]
 
+mod common;
+
+use common::{cvm, run};
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 /// Whatever takes longer is stuck, on however slow a machine.
 const PATIENCE: Duration = Duration::from_secs(60);
-
-/// `cvm` with a clean environment.
-fn cvm(arguments: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_cvm"));
-    command.args(arguments).env_clear().stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    command
-}
-
-fn run(command: &mut Command) -> (i32, String, String) {
-    let Output { status, stdout, stderr } = command.output().unwrap();
-    let text = |bytes| String::from_utf8(bytes).unwrap();
-    (status.code().unwrap_or(-1), text(stdout), text(stderr))
-}
 
 fn run_with_input(command: &mut Command, input: &[u8]) -> (i32, String, String) {
     let mut child = command.stdin(Stdio::piped()).spawn().unwrap();

@@ -280,7 +280,7 @@ fn tree(
 ) -> Result<Ready, Fault> {
     let owner = uid_gid(&spec.user);
     let anchor = spec.anchor.as_deref().and_then(Head::parse_anchor);
-    let Held { mut volume, index, _lock: lock, .. } = held;
+    let Held { volume, index, _lock: lock, .. } = held;
     let loaded = match survey {
         Survey::Managed => Chain::load(&bucket, &index, owner, anchor, word.accept)?,
         _ if anchor.is_some() && !word.accept => {
@@ -303,72 +303,76 @@ fn tree(
     }
     desk.head(chain.head, index.totals()?);
     let alive = continued && mount::overlay_is_alive() && index.meta("independent")?.is_some();
-    if alive {
-        volume = volume.overlaid(FsPath::new(cvm_blueprint::paths::DATA));
-        settle(&lease, &bucket, &index, taken)?;
-        let open = opened(desk, bucket, index, volume);
-        return Ok(Ready {
-            open,
-            lease: lease.into(),
-            chain,
-            mode: Mode::Fuse,
-            reason: None,
-            stand_in: None,
-            _lock: lock,
-        });
-    }
-    let counted_on = continued && index.meta("independent")?.is_some();
-    if counted_on && mount::overlay_is_there() && mount::is_first_to_find_it_dead() {
-        return Err(Fault::Tree);
-    }
-    mount::clear()?;
-    volume = Volume::plain(FsPath::new(cvm_blueprint::paths::DATA))?;
-    let built = if adopted {
-        Err(NoMount("a bucket without a manifest is read in full, once".to_owned()))
+    let stands = if alive {
+        let volume = volume.overlaid(FsPath::new(cvm_blueprint::paths::DATA));
+        Stands { volume, mode: Mode::Fuse, reason: None, stand_in: None }
     } else {
-        mount::possible()
-    };
-    let reason = match built
-        .and_then(|()| by_mount(desk, &bucket, &index, &volume, &intents, (continued, word.accept), owner))
-    {
-        Ok(mounted) => {
-            let (overlaid, stand_in) = mounted?;
-            settle(&lease, &bucket, &index, taken)?;
-            keep_promises(&mut chain, &bucket, &index, &lease, &intents)?;
-            let open = opened(desk, bucket, index, overlaid);
-            return Ok(Ready {
-                open,
-                lease: lease.into(),
-                chain,
-                mode: Mode::Fuse,
-                reason: None,
-                stand_in,
-                _lock: lock,
-            });
+        let counted_on = continued && index.meta("independent")?.is_some();
+        if counted_on && mount::overlay_is_there() && mount::is_first_to_find_it_dead() {
+            return Err(Fault::Tree);
         }
-        Err(NoMount(reason)) => reason,
+        let made = Making { desk, bucket: &bucket, index: &index, intents: &intents, continued, owner };
+        made.stand(adopted, word.accept)?
     };
-    desk.info("FUSE mount failed, falling back to sync mode.");
-    desk.info(format!("Reason: {reason}"));
-    mount::clear()?;
-    let volume = Volume::plain(FsPath::new(cvm_blueprint::paths::DATA))?;
-    let bad = by_download(desk, &bucket, &index, &volume, &intents, continued)?;
-    judge(desk, &index, &bad, word.accept)?;
-    if adopted {
-        old_databases(desk, &volume)?;
-    }
     settle(&lease, &bucket, &index, taken)?;
-    keep_promises(&mut chain, &bucket, &index, &lease, &intents)?;
-    let open = opened(desk, bucket, index, volume);
+    if !alive {
+        keep_promises(&mut chain, &bucket, &index, &lease, &intents)?;
+    }
     Ok(Ready {
-        open,
+        open: opened(desk, bucket, index, stands.volume),
         lease: lease.into(),
         chain,
-        mode: Mode::Sync,
-        reason: Some(reason),
-        stand_in: None,
+        mode: stands.mode,
+        reason: stands.reason,
+        stand_in: stands.stand_in,
         _lock: lock,
     })
+}
+
+/// A tree at /data, and how it came to be.
+struct Stands {
+    volume: Volume,
+    mode: Mode,
+    /// Why it is not the better mode.
+    reason: Option<String>,
+    stand_in: Option<StandIn>,
+}
+
+/// What a tree is made from.
+struct Making<'a> {
+    desk: &'a Desk,
+    bucket: &'a Bucket,
+    index: &'a Index,
+    intents: &'a [Line],
+    /// The volume goes on where it was.
+    continued: bool,
+    owner: (u32, u32),
+}
+
+impl Making<'_> {
+    fn stand(&self, adopted: bool, accept: bool) -> Result<Stands, Fault> {
+        mount::clear()?;
+        let volume = Volume::plain(FsPath::new(cvm_blueprint::paths::DATA))?;
+        let possible = if adopted {
+            Err(NoMount("a bucket without a manifest is read in full, once".to_owned()))
+        } else {
+            mount::possible()
+        };
+        let NoMount(reason) = match possible.and_then(|()| self.by_mount(&volume, accept)) {
+            Ok(outcome) => return outcome,
+            Err(no) => no,
+        };
+        self.desk.info("FUSE mount failed, falling back to sync mode.");
+        self.desk.info(format!("Reason: {reason}"));
+        mount::clear()?;
+        let volume = Volume::plain(FsPath::new(cvm_blueprint::paths::DATA))?;
+        let bad = self.by_download(&volume)?;
+        judge(self.desk, self.index, &bad, accept)?;
+        if adopted {
+            old_databases(self.desk, &volume)?;
+        }
+        Ok(Stands { volume, mode: Mode::Sync, reason: Some(reason), stand_in: None })
+    }
 }
 
 /// Names what the bucket does not have right. Without what the gateway reads while it starts it
@@ -540,63 +544,57 @@ fn wanted(path: &Path, row: &Row, intended: &Intended) -> Wanted {
 
 // === FUSE mode ===
 
-type Mounted = (Volume, Option<StandIn>);
-
-fn by_mount(
-    desk: &Desk,
-    bucket: &Bucket,
-    index: &Index,
-    plain: &Volume,
-    intents: &[Line],
-    (continued, accept): (bool, bool),
-    owner: (u32, u32),
-) -> Result<Result<Mounted, Fault>, NoMount> {
-    let no = |fault: Fault| NoMount(fault.to_string());
-    desk.info("Attempting FUSE mount...");
-    mount::bind_volume()?;
-    let volume = Volume::plain(FsPath::new(cvm_blueprint::paths::VOLUME)).map_err(no)?;
-    let overlaid = volume.overlaid(&plain.tree);
-    // What a boot in sync mode, or a local one, left at the top of the volume is the upper layer.
-    let upper_was_empty = fs::read_dir(&overlaid.upper).is_ok_and(|mut entries| entries.next().is_none());
-    let at_top = Volume::move_tree(&volume.root, &overlaid.upper).map_err(no)?;
-    mount::hide_reserved(&overlaid).map_err(no)?;
-    // A tree at the top that was only half restored is not the whole one.
-    let whole = at_top > 0 && continued && index.meta("restored").map_err(no)?.is_some();
-    let independent = index.meta("independent").map_err(no)?.is_some() || whole;
-    if independent || index.totals().map_err(no)?.files == 0 {
-        index.set_all_lower(false).map_err(no)?;
-        index.set_meta("independent", "1").map_err(no)?;
-        mount::overlay(&overlaid, None)?;
-        desk.info("The volume holds the whole tree; no mount of the bucket is needed");
-        return Ok(Ok((overlaid, None)));
-    }
-    if at_top > 0 && continued {
-        // A restore in sync mode did not come to its end.
-        index.set_unseen_lower().map_err(no)?;
-        index.set_meta("lowered", "1").map_err(no)?;
-    } else if !continued || upper_was_empty || index.meta("lowered").map_err(no)?.is_none() {
-        // Remembered apart: a worker that died before this must not take what it had not even
-        // looked at for removed.
-        index.set_all_lower(true).map_err(no)?;
-        index.set_meta("lowered", "1").map_err(no)?;
-    }
-    let bad = lay_upper(desk, bucket, index, &overlaid, intents, owner).map_err(no)?;
-    if let Err(fault) = judge(desk, index, &bad, accept) {
-        return Ok(Err(fault));
-    }
-    let (names, modes) = lower_of(index, owner).map_err(no)?;
-    forget_origins(&overlaid.upper).map_err(no)?;
-    mount::mount_bucket(&bucket.rclone, &names, &modes)?;
-    mount::overlay(&overlaid, Some(cvm_blueprint::paths::BUCKET_MOUNT))?;
-    desk.info("rclone FUSE mount ready at /data");
-    let stand_in = match StandIn::hand_over(&overlaid) {
-        Ok(stand_in) => Some(stand_in),
-        Err(fault) => {
-            desk.warn(format!("Nobody stands in for the mount if this worker dies: {fault}"));
-            None
+impl Making<'_> {
+    /// Refusals of the mount are a reason for the other mode; faults of the tree are not.
+    fn by_mount(&self, plain: &Volume, accept: bool) -> Result<Result<Stands, Fault>, NoMount> {
+        let Self { desk, bucket, index, intents, continued, owner } = *self;
+        let no = |fault: Fault| NoMount(fault.to_string());
+        desk.info("Attempting FUSE mount...");
+        mount::bind_volume()?;
+        let volume = Volume::plain(FsPath::new(cvm_blueprint::paths::VOLUME)).map_err(no)?;
+        let overlaid = volume.overlaid(&plain.tree);
+        // What a boot in sync mode, or a local one, left at the top of the volume is the upper layer.
+        let upper_was_empty = fs::read_dir(&overlaid.upper).is_ok_and(|mut entries| entries.next().is_none());
+        let at_top = Volume::move_tree(&volume.root, &overlaid.upper).map_err(no)?;
+        mount::hide_reserved(&overlaid).map_err(no)?;
+        // A tree at the top that was only half restored is not the whole one.
+        let whole = at_top > 0 && continued && index.meta("restored").map_err(no)?.is_some();
+        let independent = index.meta("independent").map_err(no)?.is_some() || whole;
+        if independent || index.totals().map_err(no)?.files == 0 {
+            index.set_all_lower(false).map_err(no)?;
+            index.set_meta("independent", "1").map_err(no)?;
+            mount::overlay(&overlaid, None)?;
+            desk.info("The volume holds the whole tree; no mount of the bucket is needed");
+            return Ok(Ok(Stands { volume: overlaid, mode: Mode::Fuse, reason: None, stand_in: None }));
         }
-    };
-    Ok(Ok((overlaid, stand_in)))
+        if at_top > 0 && continued {
+            // A restore in sync mode did not come to its end.
+            index.set_unseen_lower().map_err(no)?;
+            index.set_meta("lowered", "1").map_err(no)?;
+        } else if !continued || upper_was_empty || index.meta("lowered").map_err(no)?.is_none() {
+            // Remembered apart: a worker that died before this must not take what it had not even
+            // looked at for removed.
+            index.set_all_lower(true).map_err(no)?;
+            index.set_meta("lowered", "1").map_err(no)?;
+        }
+        let bad = lay_upper(desk, bucket, index, &overlaid, intents, owner).map_err(no)?;
+        if let Err(fault) = judge(desk, index, &bad, accept) {
+            return Ok(Err(fault));
+        }
+        let (names, modes) = lower_of(index, owner).map_err(no)?;
+        forget_origins(&overlaid.upper).map_err(no)?;
+        mount::mount_bucket(&bucket.rclone, &names, &modes)?;
+        mount::overlay(&overlaid, Some(cvm_blueprint::paths::BUCKET_MOUNT))?;
+        desk.info("rclone FUSE mount ready at /data");
+        let stand_in = match StandIn::hand_over(&overlaid) {
+            Ok(stand_in) => Some(stand_in),
+            Err(fault) => {
+                desk.warn(format!("Nobody stands in for the mount if this worker dies: {fault}"));
+                None
+            }
+        };
+        Ok(Ok(Stands { volume: overlaid, mode: Mode::Fuse, reason: None, stand_in }))
+    }
 }
 
 /// By these marks overlayfs finds the file below that one above was copied from, by a number that
@@ -814,74 +812,71 @@ impl<'a> Hidden<'a> {
 
 // === Sync mode ===
 
-fn by_download(
-    desk: &Desk,
-    bucket: &Bucket,
-    index: &Index,
-    volume: &Volume,
-    intents: &[Line],
-    continued: bool,
-) -> Result<Vec<(Path, String)>, Fault> {
-    desk.phase("restoring");
-    let times = flatten(bucket, index, volume)?;
-    let laid = index.meta("laid")?.is_some();
-    let (rows, intended) = rows_and_wanted(index, intents)?;
-    // Once it has all been here, what is not there was removed.
-    let whole = continued && index.meta("restored")?.is_some();
-    let missing: Vec<&(Path, Row)> = rows
-        .iter()
-        .filter(|(_, row)| row.bad.is_none() && row.sign.is_none() && (row.lower || !whole))
-        .collect();
-    let (mut files, mut skeleton) = (Vec::new(), Vec::new());
-    for (path, row) in missing {
-        let there = volume::look(&path.below(&volume.tree))?.is_some();
-        if row.entry.is_file() {
-            if !there {
-                files.push(wanted(path, row, &intended));
+impl Making<'_> {
+    /// Yields what the bucket does not have right.
+    fn by_download(&self, volume: &Volume) -> Result<Vec<(Path, String)>, Fault> {
+        let Self { desk, bucket, index, intents, continued, .. } = *self;
+        desk.phase("restoring");
+        let times = flatten(bucket, index, volume)?;
+        let laid = index.meta("laid")?.is_some();
+        let (rows, intended) = rows_and_wanted(index, intents)?;
+        // Once it has all been here, what is not there was removed.
+        let whole = continued && index.meta("restored")?.is_some();
+        let missing: Vec<&(Path, Row)> = rows
+            .iter()
+            .filter(|(_, row)| row.bad.is_none() && row.sign.is_none() && (row.lower || !whole))
+            .collect();
+        let (mut files, mut skeleton) = (Vec::new(), Vec::new());
+        for (path, row) in missing {
+            let there = volume::look(&path.below(&volume.tree))?.is_some();
+            if row.entry.is_file() {
+                if !there {
+                    files.push(wanted(path, row, &intended));
+                }
+            } else if !laid || row.lower && !there {
+                // Those of a restore that was killed too: filling them has changed their times.
+                skeleton.push((path.clone(), row.entry.clone()));
             }
-        } else if !laid || row.lower && !there {
-            // Those of a restore that was killed too: filling them has changed their times.
-            skeleton.push((path.clone(), row.entry.clone()));
         }
+        let (total, bytes_total) = fetch::total(&files);
+        if total > 0 {
+            desk.info(format!(
+                "Restoring {total} files ({bytes_total} bytes) from the bucket before the gateway starts"
+            ));
+        }
+        let progress = |done: u64, bytes: u64| {
+            desk.progress(Some(Progress {
+                what: "restoring from the bucket".to_owned(),
+                files_done: done.min(total),
+                files_total: total,
+                bytes_done: bytes.min(bytes_total),
+                bytes_total,
+            }));
+        };
+        fetch::skeleton(&skeleton, &volume.tree)?;
+        let fetcher = Fetcher { bucket, parts: volume.own.join("staging/parts"), progress: &progress };
+        let got = fetcher.files(files, &volume.tree)?;
+        desk.progress(None);
+        let restored: Vec<(Path, Entry)> = got
+            .iter()
+            .filter_map(|g| match g {
+                Got::Good(path, entry) => Some((path.clone(), entry.clone())),
+                _ => None,
+            })
+            .chain(skeleton)
+            .collect();
+        fetch::finish(&restored, &volume.tree)?;
+        for (path, time) in times {
+            // What is gone meanwhile has no time.
+            let _ = volume::set_mtime(&path.below(&volume.tree), time);
+        }
+        let bad = take_over(index, volume, got)?;
+        index.set_all_lower(false)?;
+        index.set_meta("laid", "1")?;
+        index.set_meta("restored", "1")?;
+        let _ = fs::remove_dir_all(volume.own.join("staging/parts"));
+        Ok(bad)
     }
-    let (total, bytes_total) = fetch::total(&files);
-    if total > 0 {
-        desk.info(format!(
-            "Restoring {total} files ({bytes_total} bytes) from the bucket before the gateway starts"
-        ));
-    }
-    let progress = |done: u64, bytes: u64| {
-        desk.progress(Some(Progress {
-            what: "restoring from the bucket".to_owned(),
-            files_done: done.min(total),
-            files_total: total,
-            bytes_done: bytes.min(bytes_total),
-            bytes_total,
-        }));
-    };
-    fetch::skeleton(&skeleton, &volume.tree)?;
-    let fetcher = Fetcher { bucket, parts: volume.own.join("staging/parts"), progress: &progress };
-    let got = fetcher.files(files, &volume.tree)?;
-    desk.progress(None);
-    let restored: Vec<(Path, Entry)> = got
-        .iter()
-        .filter_map(|g| match g {
-            Got::Good(path, entry) => Some((path.clone(), entry.clone())),
-            _ => None,
-        })
-        .chain(skeleton)
-        .collect();
-    fetch::finish(&restored, &volume.tree)?;
-    for (path, time) in times {
-        // What is gone meanwhile has no time.
-        let _ = volume::set_mtime(&path.below(&volume.tree), time);
-    }
-    let bad = take_over(index, volume, got)?;
-    index.set_all_lower(false)?;
-    index.set_meta("laid", "1")?;
-    index.set_meta("restored", "1")?;
-    let _ = fs::remove_dir_all(volume.own.join("staging/parts"));
-    Ok(bad)
 }
 
 /// Makes a plain tree of an upper layer: what it hides is gone, what it holds is at the top. Yields

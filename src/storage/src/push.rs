@@ -59,8 +59,6 @@ type Read = (Path, bool, Option<Box<Row>>);
 /// What a round could not do.
 #[derive(Debug, Default)]
 pub(crate) struct Rest {
-    pub(crate) pushed_files: u64,
-    pub(crate) pushed_bytes: u64,
     /// To be tried again soon.
     pub(crate) later: Vec<(Path, String)>,
     /// Not before somebody mends it.
@@ -212,20 +210,16 @@ impl Pusher<'_> {
             }
         }
         let sent = self.send(to_send, rest)?;
-        for (staged, object_is_there) in sent {
-            if object_is_there {
-                rest.pushed_files += 1;
-                rest.pushed_bytes += staged.entry.size();
-                known.push((staged.path.clone(), staged.known));
-                lines.push(Line { path: staged.path, word: Word::Is(staged.entry) });
-            }
+        for staged in sent {
+            known.push((staged.path.clone(), staged.known));
+            lines.push(Line { path: staged.path, word: Word::Is(staged.entry) });
         }
         self.write(&lines)?;
         self.index.set_known(&known)
     }
 
-    /// Intents, then the objects.
-    fn send(&mut self, to_send: Vec<Staged>, rest: &mut Rest) -> Result<Vec<(Staged, bool)>, Fault> {
+    /// Intents, then the objects. Yields those that have arrived.
+    fn send(&mut self, to_send: Vec<Staged>, rest: &mut Rest) -> Result<Vec<Staged>, Fault> {
         if to_send.is_empty() {
             return Ok(Vec::new());
         }
@@ -247,21 +241,18 @@ impl Pusher<'_> {
         for (staged, sent) in sent {
             self.discard(&staged.name);
             match sent {
-                Ok(()) => done.push((staged, true)),
+                Ok(()) => done.push(staged),
                 Err(why) => {
-                    rest.wait(staged.path.clone(), why.to_string(), Holds::Everything);
-                    done.push((staged, false));
+                    rest.wait(staged.path, why.to_string(), Holds::Everything);
                     fault = Some(why);
                 }
             }
         }
         // The entries of what did arrive are written all the same.
-        if done.iter().all(|(_, sent)| !sent)
-            && let Some(fault) = fault
-        {
-            return Err(fault);
+        match fault {
+            Some(fault) if done.is_empty() => Err(fault),
+            _ => Ok(done),
         }
-        Ok(done)
     }
 
     fn metas(&mut self, metas: &[Line]) -> Result<(), Fault> {

@@ -12,7 +12,7 @@ use crate::scan;
 use crate::volume::{self, Volume};
 use nix::fcntl::OFlag;
 use sha2::{Digest as _, Sha256};
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path as FsPath;
@@ -123,31 +123,27 @@ fn copy(from: &FsPath, to: &FsPath) -> Result<(u64, Digest), Fault> {
     };
     let length = source.metadata()?.len();
     let mut target = OpenOptions::new().write(true).create_new(true).mode(0o600).open(to)?;
-    let mut source = source.take(length);
-    let mut piece = vec![0u8; PIECE];
-    let (mut hasher, mut size) = (Sha256::new(), 0u64);
-    loop {
-        let n = source.read(&mut piece)?;
-        let Some(bytes) = piece.get(..n).filter(|b| !b.is_empty()) else { break };
-        hasher.update(bytes);
-        size += n as u64;
+    let copied = hash_of(source.take(length), |bytes| {
         if bytes.iter().all(|b| *b == 0) {
-            target.seek(SeekFrom::Current(i64::try_from(n).unwrap_or(0)))?;
+            target.seek(SeekFrom::Current(i64::try_from(bytes.len()).unwrap_or(0))).map(drop)
         } else {
-            target.write_all(bytes)?;
+            target.write_all(bytes)
         }
-    }
-    target.set_len(size)?;
-    Ok((size, Digest(hasher.finalize().into())))
+    })?;
+    target.set_len(copied.0)?;
+    Ok(copied)
 }
 
 /// Size and hash of a file as it is.
 pub(crate) fn hash(file: &FsPath) -> Result<(u64, Digest), Fault> {
-    let mut source = OpenOptions::new().read(true).custom_flags(OFlag::O_NOFOLLOW.bits()).open(file)?;
-    hash_of(&mut source)
+    let source = OpenOptions::new().read(true).custom_flags(OFlag::O_NOFOLLOW.bits()).open(file)?;
+    hash_of(source, |_| Ok(()))
 }
 
-fn hash_of(source: &mut File) -> Result<(u64, Digest), Fault> {
+fn hash_of(
+    mut source: impl Read,
+    mut and: impl FnMut(&[u8]) -> std::io::Result<()>,
+) -> Result<(u64, Digest), Fault> {
     let mut piece = vec![0u8; PIECE];
     let (mut hasher, mut size) = (Sha256::new(), 0u64);
     loop {
@@ -155,6 +151,7 @@ fn hash_of(source: &mut File) -> Result<(u64, Digest), Fault> {
         let Some(bytes) = piece.get(..n).filter(|b| !b.is_empty()) else { break };
         hasher.update(bytes);
         size += n as u64;
+        and(bytes)?;
     }
     Ok((size, Digest(hasher.finalize().into())))
 }

@@ -1,6 +1,7 @@
 //! Loads that write down what they did, in a place that outlives the machine: before it is done and
 //! after. The clock is the host's, which is the same in every machine on it.
 
+use cvm_harness::dice::Dice;
 use cvm_harness::sqlite::{TABLE, sum_of};
 use rusqlite::Connection;
 use sha2::{Digest, Sha256};
@@ -25,18 +26,6 @@ impl Log {
     fn say(&mut self, words: &str) {
         let line = format!("{} {words}\n", now_us());
         self.0.write_all(line.as_bytes()).expect("the log has room");
-    }
-}
-
-/// Xorshift: the same seed is the same load.
-struct Dice(u64);
-
-impl Dice {
-    fn up_to(&mut self, sides: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % sides
     }
 }
 
