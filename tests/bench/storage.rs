@@ -3,13 +3,12 @@
 
 use crate::figures::Figure;
 use cvm_harness::tools::Rclone;
-use cvm_harness::{Builder, Garage, Machine, Network, Proxy, until};
+use cvm_harness::{Builder, Cloud, Machine, Proxy, storage, until};
 use rusqlite::Connection;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-const HEALTHY: &str = "#!/bin/sh\nexec cvm-victim http 18789\n";
 const LONG: Duration = Duration::from_secs(600);
 const LATENCY: Duration = Duration::from_millis(20);
 const GIB: usize = 1 << 30;
@@ -18,27 +17,23 @@ const DATABASE: usize = 2 << 20;
 /// Of an idle worker; longer than the time between two full scans.
 const IDLE: Duration = Duration::from_secs(330);
 
-struct Cloud {
-    garage: Garage,
-    network: Network,
-    proxy: Proxy,
+struct Bed {
+    cloud: Cloud,
     /// The same server for programs of this machine.
     outside: Proxy,
 }
 
-impl Cloud {
+impl Bed {
     fn new() -> Self {
-        let garage = Garage::start();
-        let network = Network::new();
-        let proxy = Proxy::start_in(&network, garage.address());
-        let outside = Proxy::start(garage.address());
-        Self { garage, network, proxy, outside }
+        let cloud = Cloud::new();
+        let outside = Proxy::start(cloud.garage.address());
+        Self { cloud, outside }
     }
 
     fn machine(&self) -> Builder {
         let with = |file: &str, line: &str| fs::read_to_string(file).unwrap_or_default() + line;
-        Builder::product()
-            .fake_gateway(HEALTHY)
+        self.cloud
+            .machine()
             // As the image has it.
             .file(
                 "/etc/passwd",
@@ -46,11 +41,10 @@ impl Cloud {
                 0o644,
             )
             .file("/etc/group", &with("/etc/group", "openclaw:x:990:\n"), 0o644)
-            .s3(&self.network, &self.proxy.endpoint(), &self.garage)
     }
 
     fn latency(&self, latency: Duration) {
-        for proxy in [&self.proxy, &self.outside] {
+        for proxy in [&self.cloud.proxy, &self.outside] {
             proxy.heal();
             if !latency.is_zero() {
                 proxy.latency(latency);
@@ -59,7 +53,8 @@ impl Cloud {
     }
 
     fn rclone(&self) -> Rclone {
-        let bucket = self.garage.s3().at(self.outside.address()).bucket(self.garage.bucket());
+        let garage = &self.cloud.garage;
+        let bucket = garage.s3().at(self.outside.address()).bucket(garage.bucket());
         let key = cvm_blueprint::keys::MasterKey::new(cvm_blueprint::secret::Secret::copy_of(
             cvm_harness::machine::MASTER_KEY.as_bytes(),
         ));
@@ -68,12 +63,8 @@ impl Cloud {
     }
 }
 
-fn status(machine: &Machine) -> serde_json::Value {
-    serde_json::from_slice(&machine.exec(&["cvm", "storage", "status", "--json"]).stdout).unwrap_or_default()
-}
-
 fn wait(machine: &Machine, what: &str, ready: impl Fn(&serde_json::Value) -> bool) {
-    until(&format!("{what}; it said {}", machine.output()), LONG, || ready(&status(machine)).then_some(()));
+    until(&format!("{what}; it said {}", machine.output()), LONG, || ready(&storage(machine)).then_some(()));
 }
 
 fn figure(
@@ -156,8 +147,8 @@ pub(crate) fn of_many_files() -> Vec<Figure> {
 fn of_files(files: usize) -> Vec<Figure> {
     let label = if files == 10_000 { "10k files" } else { "100k files" };
     let mut figures = Vec::new();
-    let cloud = Cloud::new();
-    let builder = cloud.machine();
+    let bed = Bed::new();
+    let builder = bed.machine();
     fill(&builder.scratch().join("data"), files);
     eprintln!("   pushing {files} files");
     let mut machine = builder.start();
@@ -176,10 +167,10 @@ fn of_files(files: usize) -> Vec<Figure> {
     assert_eq!(machine.stop(), 0);
     drop(machine);
     for latency in [Duration::ZERO, LATENCY] {
-        cloud.latency(latency);
+        bed.latency(latency);
         let (mut starts, mut hydrated) = (Vec::new(), Vec::new());
         for round in 0..3 {
-            let mut machine = cloud.machine().start();
+            let mut machine = bed.machine().start();
             starts.push(storage_step_ms(&machine) / 1000.0);
             if round == 0 && files == 10_000 {
                 let began = Instant::now();
@@ -206,18 +197,18 @@ fn of_files(files: usize) -> Vec<Figure> {
         }
     }
     if files == 10_000 {
-        figures.extend(restores(&cloud, label));
+        figures.extend(restores(&bed, label));
     } else {
-        cloud.latency(Duration::ZERO);
-        figures.extend(idle(&cloud));
+        bed.latency(Duration::ZERO);
+        figures.extend(idle(&bed));
     }
     figures
 }
 
 /// Full restore in sync mode, beside `rclone copy` with its defaults.
-fn restores(cloud: &Cloud, label: &str) -> Vec<Figure> {
-    cloud.latency(LATENCY);
-    let mut machine = cloud.machine().without_fuse().start();
+fn restores(bed: &Bed, label: &str) -> Vec<Figure> {
+    bed.latency(LATENCY);
+    let mut machine = bed.machine().without_fuse().start();
     let sync = until("the restore is done", LONG, || {
         let status = machine.status();
         let steps = status["boot"].as_array().cloned().unwrap_or_default();
@@ -230,7 +221,7 @@ fn restores(cloud: &Cloud, label: &str) -> Vec<Figure> {
     drop(machine);
     let scratch = tempfile::tempdir().expect("a directory");
     let began = Instant::now();
-    cloud.rclone().ok(&["copy", "crypt:", &scratch.path().display().to_string(), "--exclude", "/.cvm/**"]);
+    bed.rclone().ok(&["copy", "crypt:", &scratch.path().display().to_string(), "--exclude", "/.cvm/**"]);
     let rclone = began.elapsed().as_secs_f64();
     vec![
         figure(
@@ -246,13 +237,13 @@ fn restores(cloud: &Cloud, label: &str) -> Vec<Figure> {
 }
 
 /// Nothing changes, with 100,000 files in the tree.
-fn idle(cloud: &Cloud) -> Vec<Figure> {
-    let machine = cloud.machine().start();
+fn idle(bed: &Bed) -> Vec<Figure> {
+    let machine = bed.machine().start();
     machine.service_in("gateway", &["ready"]);
     wait(&machine, "all is hydrated and quiet", |s| s["independent"] == true && s["pending_files"] == 0);
     // What its own logs of the boot are goes up with the first minute.
     std::thread::sleep(Duration::from_secs(70));
-    cloud.proxy.clear_log();
+    bed.cloud.proxy.clear_log();
     let ticks = || {
         let worker = machine.find("cvm-storage").map_or(0, |p| p.pid);
         let text = machine.read(&format!("/proc/{worker}/stat"));
@@ -270,7 +261,7 @@ fn idle(cloud: &Cloud) -> Vec<Figure> {
     std::thread::sleep(IDLE);
     let cpu = (ticks() - before) / IDLE.as_secs_f64();
     let requests =
-        f64::from(u32::try_from(cloud.proxy.log().len()).unwrap_or(u32::MAX)) * 60.0 / IDLE.as_secs_f64();
+        f64::from(u32::try_from(bed.cloud.proxy.log().len()).unwrap_or(u32::MAX)) * 60.0 / IDLE.as_secs_f64();
     vec![
         figure("memory, idle", "100k files", "MiB", vec![worker_memory(&machine, "VmRSS")], "80"),
         figure("processor, idle", "100k files", "%", vec![cpu], "1"),
@@ -282,12 +273,12 @@ fn idle(cloud: &Cloud) -> Vec<Figure> {
 pub(crate) fn lag() -> Vec<Figure> {
     let mut figures = Vec::new();
     for latency in [Duration::ZERO, LATENCY] {
-        let cloud = Cloud::new();
-        let machine = cloud.machine().start();
+        let bed = Bed::new();
+        let machine = bed.machine().start();
         machine.service_in("gateway", &["ready"]);
         wait(&machine, "independent", |s| s["independent"] == true);
-        cloud.latency(latency);
-        cloud.proxy.clear_log();
+        bed.latency(latency);
+        bed.cloud.proxy.clear_log();
         let who = if latency.is_zero() { "0 ms" } else { "20 ms" };
         figures.push(figure("commit to restorable, p99", who, "s", vec![p99(database_lag(&machine))], "2"));
         figures.push(figure("small file to bucket, p99", who, "s", vec![p99(file_lag(&machine))], "2"));
@@ -366,12 +357,12 @@ fn file_lag(machine: &Machine) -> Vec<f64> {
 
 /// Transactions with fsync on /data, on the disk below, and on a plain rclone mount.
 pub(crate) fn transactions() -> Vec<Figure> {
-    let cloud = Cloud::new();
-    let machine = cloud.machine().start();
+    let bed = Bed::new();
+    let machine = bed.machine().start();
     machine.service_in("gateway", &["ready"]);
     wait(&machine, "independent", |s| s["independent"] == true);
     let plain = tempfile::Builder::new().prefix("cvm-bench-").tempdir().expect("a directory");
-    let mount = PlainMount::new(&cloud);
+    let mount = PlainMount::new(&bed);
     let (mut ours, mut disk, mut theirs) = (Vec::new(), Vec::new(), Vec::new());
     for round in 0..7 {
         disk.push(commits_a_second(&plain.path().join(format!("d{round}"))));
@@ -412,11 +403,11 @@ struct PlainMount {
 }
 
 impl PlainMount {
-    fn new(cloud: &Cloud) -> Option<Self> {
+    fn new(bed: &Bed) -> Option<Self> {
         let scratch = tempfile::tempdir().ok()?;
         let point = scratch.path().join("mount");
         fs::create_dir(&point).ok()?;
-        let rclone = cloud.rclone();
+        let rclone = bed.rclone();
         let cache = scratch.path().join("cache").display().to_string();
         let words = [
             "mount",

@@ -208,8 +208,7 @@ fn blocked(service: &Service, now: &Status) -> Verdict {
     if now.boot.iter().any(|step| step.state == "running") {
         return Verdict::Pending(told(service));
     }
-    let broken = |step: &&cvm_blueprint::status::Step| matches!(step.state.as_str(), "failed" | "refused");
-    match now.boot.iter().filter(|step| step.required).find(broken) {
+    match now.boot.iter().find(|step| step.required && step.state == "failed") {
         Some(step) => Verdict::Failed {
             why: service.why.clone().unwrap_or_else(|| format!("boot step {} {}", step.name, step.state)),
             hint: match step.next_try_in_ms {
@@ -331,10 +330,8 @@ mod tests {
         };
         assert!(is_pending(&judge(Order::Start, &before, &now("running"))));
         assert!(is_pending(&judge(Order::Start, &before, &now("waiting"))));
-        for state in ["failed", "refused"] {
-            let verdict = judge(Order::Start, &before, &now(state));
-            assert!(matches!(verdict, Verdict::Failed { why, .. } if why == "boot step home: no space"));
-        }
+        let verdict = judge(Order::Start, &before, &now("failed"));
+        assert!(matches!(verdict, Verdict::Failed { why, .. } if why == "boot step home: no space"));
     }
 
     #[test]

@@ -168,8 +168,8 @@ fn boot(status: &Status, look: Look) -> String {
 fn step_row(step: &Step) -> Row {
     let (tone, optional) = match step.state.as_str() {
         "done" => (Tone::Good, ""),
-        "failed" | "refused" if step.required => (Tone::Bad, ""),
-        "failed" | "refused" => (Tone::Caution, " (not required)"),
+        "failed" if step.required => (Tone::Bad, ""),
+        "failed" => (Tone::Caution, " (not required)"),
         _ => (Tone::Plain, ""),
     };
     let mut row = Row {
