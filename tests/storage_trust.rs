@@ -261,6 +261,7 @@ fn objects_are_checked(mode: Mode) {
     refused(&machine, &["8 files that the gateway reads while it starts"]);
     accept(&machine);
     machine.service_in("gateway", &["ready"]);
+    assert_eq!(set_aside(&machine), 0, "a try that failed is no other owner");
     for name in ATTACKED {
         let path = format!("{vital}/{name}");
         let right = ["flip", "gone"].contains(&name).then(|| content(&path, "first"));
@@ -332,6 +333,10 @@ fn ordinary_objects_are_incidents(
     );
     assert!(gateway_runs(machine));
     machine.ok(&["cvm", "storage", "verify", "--deep"]);
+}
+
+fn set_aside(machine: &Machine) -> usize {
+    std::fs::read_dir(machine.data().join(".cvm/storage/aside")).map_or(0, Iterator::count)
 }
 
 /// Something that is done to the bucket behind everybody's back.
@@ -515,6 +520,33 @@ fn objects_without_their_manifest_are_not_adopted_by_who_knows_of_one() {
     let machine = started(cloud.machine());
     machine.line("The bucket has no manifest");
     assert!(read(&machine, "openclaw/workspace/1").is_some());
+}
+
+#[test]
+fn a_boot_that_fails_after_it_has_taken_the_bucket_keeps_what_is_only_on_the_volume() {
+    let cloud = Cloud::new();
+    let machine = started(cloud.machine().environment("S3_DRAIN_TIMEOUT", "1"));
+    write(&machine, &["openclaw/workspace/a"], "pushed");
+    flush(&machine);
+    independent(&machine);
+    cloud.proxy.refuse(true);
+    write(&machine, &["openclaw/workspace/b"], "only here");
+    let mut machine = machine;
+    assert_eq!(machine.stop(), 75, "{}", machine.output());
+    cloud.proxy.refuse(false);
+    // The record is written, and what follows fails.
+    let owner = Raw::new(&cloud.garage).key(".cvm/owner");
+    cloud.proxy.clear_log();
+    cloud.proxy.add(Rule::new(Fault::Status(503)).method("PUT").path(&owner).every(2).times(3));
+    let machine = machine.again(|b| b);
+    machine.service_in("gateway", &["ready"]);
+    let writes = cloud.proxy.log().iter().filter(|e| e.method == "PUT" && e.path.contains(&owner)).count();
+    assert!(writes > 6, "the boot has not failed: {writes} writes");
+    assert_eq!(set_aside(&machine), 0);
+    let path = "openclaw/workspace/b";
+    assert_eq!(read(&machine, path), Some(content(path, "only here")));
+    flush(&machine);
+    machine.ok(&["cvm", "storage", "verify", "--deep"]);
 }
 
 #[test]

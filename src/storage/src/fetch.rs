@@ -162,6 +162,12 @@ impl Fetcher<'_> {
     }
 }
 
+/// What has been fetched survives a loss of power from here on. Before it is known as that: a file
+/// that comes back cut or empty would be taken for a change.
+pub(crate) fn settle_on_disk(root: &FsPath) -> Result<(), Fault> {
+    Ok(nix::unistd::syncfs(fs::File::open(root)?)?)
+}
+
 /// Into its place, if it is what it should be.
 fn place(wanted: &Wanted, part: &FsPath, root: &FsPath) -> Result<Entry, Fault> {
     let (size, sha) = stage::hash(part)?;

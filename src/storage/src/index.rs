@@ -62,10 +62,10 @@ const COLUMNS: &str = "dir, name, kind, size, sha, target, mode, uid, gid, mtime
 impl Index {
     pub(crate) fn open(file: &std::path::Path) -> Result<Self, Fault> {
         let db = Connection::open(file)?;
-        // It may lose its last commits with the power, not its shape: everything in it can be
-        // had from the bucket and the tree again.
+        // What it says of this volume's past decides whether its tree may go into the bucket: it must
+        // not be older than that past, even after a loss of power.
         db.execute_batch(
-            "PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; PRAGMA cache_size = -2048;
+            "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA cache_size = -2048;
              CREATE TABLE IF NOT EXISTS entry (
                  dir BLOB NOT NULL, name BLOB NOT NULL, kind INTEGER NOT NULL, size INTEGER NOT NULL, sha BLOB, target BLOB,
                  mode INTEGER NOT NULL, uid INTEGER NOT NULL, gid INTEGER NOT NULL, mtime INTEGER NOT NULL, link INTEGER,

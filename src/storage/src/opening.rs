@@ -116,7 +116,8 @@ pub(crate) fn open(spec: &StorageSpec, desk: &Desk, word: Said, pause: Pause<'_>
     let known = ours.max(written);
     let beat = Duration::from_secs(u64::from(spec.heartbeat_s.max(1)));
     let before = wait_for_it(&bucket, desk, &held.me, known, beat, word, &mut *pause)?;
-    let owned_by_others = before.record.as_ref().is_some_and(|r| r.epoch > ours);
+    let tried = Tried::read(&held.index)?;
+    let owned_by_others = before.record.as_ref().is_some_and(|r| r.epoch > ours && !tried.includes(r));
     if let Some(record) = before.record.as_ref().filter(|r| r.epoch < known && !word.accept) {
         return Err(Fault::Suspicious(format!(
             "the ownership record is older than what its owners have done: epoch {} in the record, {known} was reached",
@@ -125,6 +126,7 @@ pub(crate) fn open(spec: &StorageSpec, desk: &Desk, word: Said, pause: Pause<'_>
     }
     let survey = without_manifest(survey, &before, &held, word)?;
     past(desk, &held, survey, owned_by_others)?;
+    tried.and(before.record.as_ref(), &held)?;
     let taken = uptime();
     let lease = Lease::take(&bucket, &held.me, &before.when, before.epoch, beat)?;
     if let Some(doubt) = lease.doubt(before.forced, before.read_at) {
@@ -141,6 +143,29 @@ pub(crate) fn open(spec: &StorageSpec, desk: &Desk, word: Said, pause: Pause<'_>
         desk.opened(None);
     }
     ready
+}
+
+/// Sessions of this volume's whose epoch may be in the record without ever having come to a tree:
+/// written down before the bucket is taken, so that a try that fails is not mistaken for another
+/// owner, for whom the volume's tree would be set aside.
+struct Tried(Vec<String>);
+
+impl Tried {
+    fn read(index: &Index) -> Result<Self, Fault> {
+        let text = index.meta("tried")?.unwrap_or_default();
+        Ok(Self(text.split_whitespace().map(str::to_owned).collect()))
+    }
+
+    fn includes(&self, record: &owner::Record) -> bool {
+        self.0.contains(&record.session)
+    }
+
+    /// The next try, beside the one that the record is of.
+    fn and(self, record: Option<&owner::Record>, held: &Held) -> Result<(), Fault> {
+        let last = record.filter(|record| self.includes(record)).map(|record| record.session.as_str());
+        let both: Vec<&str> = last.into_iter().chain([held.me.session.as_str()]).collect();
+        held.index.set_meta("tried", &both.join(" "))
+    }
 }
 
 struct Before {
@@ -368,6 +393,8 @@ impl Making<'_> {
         let volume = Volume::plain(FsPath::new(cvm_blueprint::paths::DATA))?;
         let bad = self.by_download(&volume)?;
         judge(self.desk, self.index, &bad, accept)?;
+        self.index.set_meta("restored", "1")?;
+        let _ = fs::remove_dir_all(volume.own.join("staging/parts"));
         if adopted {
             old_databases(self.desk, &volume)?;
         }
@@ -659,6 +686,7 @@ fn lay_upper(
     let (rows, intended) = rows_and_wanted(index, intents)?;
     let below: Vec<&(Path, Row)> = rows.iter().filter(|(_, row)| row.lower && row.bad.is_none()).collect();
     let hidden = Hidden::new(volume);
+    let laid = index.meta("laid")?.is_some();
     let (usual, _) = usual_modes(index)?;
     let (mut early, mut stubs, mut skeleton, mut above) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for (path, row) in below {
@@ -674,8 +702,9 @@ fn lay_upper(
             above.push(path.clone());
             continue;
         }
-        let there = volume::look(&path.below(&volume.upper))?;
-        if there.is_some() {
+        if volume::look(&path.below(&volume.upper))?.is_some()
+            && (laid || is_as_said(&volume.upper, path, row)?)
+        {
             continue;
         }
         let small = row.entry.size() <= EARLY_MAX;
@@ -728,6 +757,7 @@ fn early_files(
     let fetcher = Fetcher { bucket, parts: volume.own.join("staging/parts"), progress: &progress };
     let got = fetcher.files(early, &volume.upper)?;
     desk.progress(None);
+    fetch::settle_on_disk(&volume.own)?;
     take_over(index, volume, got)
 }
 
@@ -758,6 +788,15 @@ fn take_over(index: &Index, volume: &Volume, got: Vec<Got>) -> Result<Vec<(Path,
         index.set_lower(std::slice::from_ref(path), false)?;
     }
     Ok(bad)
+}
+
+/// Whether what a boot left that did not get as far as a gateway is whole: the power may have gone.
+fn is_as_said(root: &FsPath, path: &Path, row: &Row) -> Result<bool, Fault> {
+    let at = path.below(root);
+    let Some(sha) = row.entry.sha() else { return Ok(true) };
+    // A stub of ours has no content that could be wrong.
+    Ok(volume::mark(&at, c"trusted.overlay.metacopy").is_some()
+        || crate::stage::hash(&at)? == (row.entry.size(), sha))
 }
 
 /// A file of which only mode, owner and times are above, as overlayfs itself would make it.
@@ -830,7 +869,7 @@ impl Making<'_> {
         for (path, row) in missing {
             let there = volume::look(&path.below(&volume.tree))?.is_some();
             if row.entry.is_file() {
-                if !there {
+                if !there || !laid && !is_as_said(&volume.tree, path, row)? {
                     files.push(wanted(path, row, &intended));
                 }
             } else if !laid || row.lower && !there {
@@ -870,11 +909,10 @@ impl Making<'_> {
             // What is gone meanwhile has no time.
             let _ = volume::set_mtime(&path.below(&volume.tree), time);
         }
+        fetch::settle_on_disk(&volume.own)?;
         let bad = take_over(index, volume, got)?;
         index.set_all_lower(false)?;
         index.set_meta("laid", "1")?;
-        index.set_meta("restored", "1")?;
-        let _ = fs::remove_dir_all(volume.own.join("staging/parts"));
         Ok(bad)
     }
 }

@@ -140,7 +140,8 @@ struct State {
     record: Record,
     etag: Option<String>,
     conditional: bool,
-    /// When the bucket last said that it is ours.
+    /// When the question was asked to which the bucket last said that it is ours: a machine may
+    /// stand still for any time between its answer and our reading it.
     confirmed: Duration,
     /// A renewal writes at every second beat and looks at the others.
     looked: bool,
@@ -166,6 +167,7 @@ impl Lease {
             beat_s: beat.as_secs(),
             released: false,
         };
+        let asked = uptime();
         let etag = match write(bucket, &record, when) {
             Err(Fault::NotImplemented) => write(bucket, &record, &When::Always)?,
             other => other?,
@@ -181,7 +183,7 @@ impl Lease {
             record,
             etag,
             conditional,
-            confirmed: uptime(),
+            confirmed: asked,
             looked: false,
             settled: conditional,
             lost: None,
@@ -250,10 +252,11 @@ impl Lease {
             };
             (record, when)
         };
+        let asked = uptime();
         match write(bucket, &record, &when) {
             Ok(etag) => {
                 let mut state = self.state();
-                (state.record, state.etag, state.confirmed) = (record, etag, uptime());
+                (state.record, state.etag, state.confirmed) = (record, etag, asked);
                 Ok(())
             }
             // Ours with an answer that got lost, or somebody else's: the record itself says.
@@ -264,6 +267,7 @@ impl Lease {
 
     /// Reads the record, and gives up for ever if it is somebody else's.
     pub(crate) fn look(&self, bucket: &Bucket) -> Result<(), Fault> {
+        let asked = uptime();
         let found = read(bucket)?;
         let mut state = self.state();
         let Some((record, etag)) = found else {
@@ -272,7 +276,7 @@ impl Lease {
             return Err(Fault::Fenced(why));
         };
         if record.session == self.me.session && record.epoch == state.record.epoch {
-            (state.etag, state.confirmed) = (etag, uptime());
+            (state.etag, state.confirmed) = (etag, asked);
             state.record.beat = state.record.beat.max(record.beat);
             return Ok(());
         }

@@ -25,9 +25,11 @@ use crate::scan::Change;
 use crate::stage::{self, Outcome, Staged};
 use crate::volume::Volume;
 use cvm_process::handle::Fate;
+use nix::fcntl::OFlag;
 use std::collections::HashSet;
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::OpenOptionsExt as _;
 
 /// A batch is as large as a loss of half its work is cheap.
 const BATCH_FILES: usize = 400;
@@ -36,6 +38,8 @@ const BATCH_BYTES: u64 = 128 << 20;
 const STAGERS: usize = 2;
 /// Uploads at once: the latency's business.
 const UPLOADERS: usize = 16;
+/// So many files are made durable one by one; more of them with the whole volume.
+const SYNCED_ALONE: usize = 16;
 /// Lines in one segment of removals and changes of metadata.
 const LINES: usize = 5000;
 
@@ -214,8 +218,28 @@ impl Pusher<'_> {
             known.push((staged.path.clone(), staged.known));
             lines.push(Line { path: staged.path, word: Word::Is(staged.entry) });
         }
+        self.settle_on_disk(&lines)?;
         self.write(&lines)?;
         self.index.set_known(&known)
+    }
+
+    /// The volume must not be behind the bucket: after a loss of power what it lacks would be taken
+    /// for removed, and go from the bucket too.
+    fn settle_on_disk(&self, lines: &[Line]) -> Result<(), Fault> {
+        if lines.len() > SYNCED_ALONE {
+            return Ok(nix::unistd::syncfs(File::open(&self.volume.upper)?)?);
+        }
+        let how = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
+        for line in lines {
+            let at = line.path.below(&self.volume.upper);
+            // What is gone or replaced meanwhile is the next scan's.
+            if let Ok(file) = OpenOptions::new().read(true).custom_flags(how.bits()).open(at)
+                && file.metadata()?.is_file()
+            {
+                file.sync_all()?;
+            }
+        }
+        Ok(())
     }
 
     /// Intents, then the objects. Yields those that have arrived.

@@ -92,7 +92,8 @@ impl Rclone {
             "operations/copyfile",
             &json!({ "srcFs": directory, "srcRemote": name, "dstFs": *self.remote, "dstRemote": object,
                 // Ours is the newer one, whatever rclone would make of sizes and times.
-                "_config": { "IgnoreTimes": true, "NoCheckDest": true }, "_filter": no_filter() }),
+                // And once: a second try of rclone's own is not asked whether the bucket is still ours.
+                "_config": { "IgnoreTimes": true, "NoCheckDest": true, "LowLevelRetries": 1 }, "_filter": no_filter() }),
         )
         .map(drop)
     }
