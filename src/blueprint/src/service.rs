@@ -52,6 +52,8 @@ pub struct Service {
 pub enum Environment {
     /// PATH, HOME and LANG.
     Plain,
+    /// Plain, with limits for the Go in it: its collector lets twice the memory in use grow otherwise.
+    Storage,
     /// Plain, with the iptables that works first in PATH.
     Dockerd,
     /// Plain, what the user passes through, and the gateway's own switches.
@@ -237,7 +239,7 @@ fn storage(s3: &S3) -> Service {
         ties: Ties::Storage,
         user: "root".into(),
         // Nothing of the user's: a variable such as AWS_CA_BUNDLE would change what rclone does.
-        environment: Environment::Plain,
+        environment: Environment::Storage,
         directory: "/",
         needs: &[],
         prepare: None,

@@ -208,12 +208,17 @@ impl Kit {
     fn environment(&self, kind: service::Environment, user: &str) -> PackedEnvironment {
         let path = match kind {
             service::Environment::Dockerd => format!("{}:{}", paths::DOCKERD_BIN, paths::PATH),
-            service::Environment::Plain | service::Environment::Gateway => paths::PATH.to_owned(),
+            service::Environment::Plain | service::Environment::Storage | service::Environment::Gateway => {
+                paths::PATH.to_owned()
+            }
         };
         let home = home_of(user);
         let mut pairs: Vec<(&[u8], &[u8])> = Vec::new();
         if kind == service::Environment::Gateway {
             pairs.extend(self.gateway_pairs());
+        }
+        if kind == service::Environment::Storage {
+            pairs.extend([(&b"GOGC"[..], &b"50"[..]), (b"GOMEMLIMIT", b"128MiB")]);
         }
         // A user's LANG is passed through; a service without one still speaks UTF-8.
         let has_lang = pairs.iter().any(|(name, _)| *name == b"LANG");
