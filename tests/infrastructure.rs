@@ -498,7 +498,8 @@ fn stock_rclone_survives_a_provider_that_sometimes_says_no() {
     }
     proxy.add(Rule::new(Fault::Status(503)).every(5));
     proxy.add(Rule::new(Fault::NoResponse).every(7));
-    rclone.ok(&["copy", &dir.path().display().to_string(), "crypt:"]);
+    // More retries than one file can need while the other requests take their share of the faults.
+    rclone.ok(&["--low-level-retries", "60", "copy", &dir.path().display().to_string(), "crypt:"]);
     assert_eq!(garage.objects("p/").len(), 30);
     assert!(proxy.log().iter().any(|e| e.status == Some(503)));
 }
