@@ -87,6 +87,14 @@ pub fn rclone(words: &[&str], configuration: &Path) -> Command {
     command
 }
 
+/// What a Python program prints, with the packages of the judges.
+#[track_caller]
+pub fn python(program: &str, arguments: &[&str]) -> String {
+    let output = installed("python").arg("-c").arg(program).args(arguments).output().expect("python runs");
+    succeeded(&output, "python");
+    String::from_utf8_lossy(&output.stdout).trim().to_owned()
+}
+
 /// Reads one object with a program that shares no code with rclone: its name below the crypt
 /// root and its bytes as they are stored, to both in clear; or what the program said when it
 /// cannot.
