@@ -1003,6 +1003,38 @@ fn a_gateway_that_fails_for_a_while_is_asked_again_until_it_does_not() {
     world.answers(&session, &all);
 }
 
+#[test]
+fn an_agent_that_thinks_long_is_not_asked_twice() {
+    let long = Duration::from_secs(soak(25, 400) as u64);
+    let mut world = World::with(move |asked, n| Said::After(long, echo_text(asked, n)), |builder| builder);
+    let session = telegram("1");
+    let n = world.hand_over(&session);
+    until(&format!("the answer; {}", world.state(&session)), long + PATIENCE, || {
+        (world.events(&session) == [n]).then_some(())
+    });
+    assert_eq!(world.asked(n), 1);
+}
+
+#[test]
+fn a_stop_in_order_loses_nothing_and_repeats_nothing() {
+    let script = |asked: &Asked, n: usize| Said::After(Duration::from_millis(400), echo_text(asked, n));
+    let mut world = World::with(script, |builder| builder);
+    let mut expected: BTreeMap<String, Vec<usize>> = BTreeMap::new();
+    for _ in 0..3 {
+        for _ in 0..3 {
+            for session in ["1", "2", "3"] {
+                expected.entry(telegram(session)).or_default().push(world.hand_over(&telegram(session)));
+            }
+        }
+        let World { mut machine, chat, mux, next } = world;
+        assert_eq!(machine.stop(), 0, "{}", machine.output());
+        world = World { machine: machine.again(|builder| builder), chat, mux, next };
+        world.up();
+    }
+    world.answered(&expected);
+    assert_eq!(world.mux.conflicts(), Vec::<String>::new());
+}
+
 // === What the server is told ===
 
 #[test]
@@ -1144,38 +1176,42 @@ fn tokens_with_short_lives_do_not_make_the_client_register_all_the_time() {
     assert!(world.mux.visits(Door::Send).iter().all(|v| v.status == Some(200)));
 }
 
+/// Mostly they wait, so they do it beside each other.
+fn beside_each_other<T: Copy + Send + Sync>(cases: &[T], case: impl Fn(T) + Sync) {
+    std::thread::scope(|scope| {
+        let all: Vec<_> = cases.iter().map(|c| scope.spawn(|| case(*c))).collect();
+        for one in all {
+            one.join().expect("the case holds");
+        }
+    });
+}
+
 #[test]
 fn mistakes_of_the_configuration_are_in_the_status_and_the_client_keeps_trying() {
-    for status in [400, 401, 404, 409] {
-        let mut world = World::unregistered(
-            echo,
-            |mux| mux.ill(Door::Register, Ill::Says(status), 1_000_000),
-            |builder| builder,
-        );
+    beside_each_other(&[400, 401, 404, 409], |status| {
+        let refuses = |mux: &Mux| mux.ill(Door::Register, Ill::Says(status), 1_000_000);
+        let mut world = World::unregistered(echo, refuses, |builder| builder);
         let told = until(&format!("the status speaks of {status}; {}", world.logs()), PATIENCE, || {
             let told = String::from_utf8_lossy(&world.machine.exec(&["cvm", "status"]).stdout).into_owned();
-            let line = told.lines().find(|l| l.contains("mux") && l.contains(&status.to_string()));
+            let line = told.lines().find(|l| l.contains(&status.to_string()));
             line.map(str::to_owned)
         });
         eprintln!("{told}");
         assert!(!told.contains(REGISTER_KEY));
-        assert!(world.mux.visits(Door::Register).len() <= 5, "slowly");
-        if status == 401 {
-            world.mux.heal();
-            until(&format!("it has registered; {}", world.logs()), Duration::from_secs(400), || {
-                world.mux.registered().then_some(())
-            });
-            world.up();
-            let session = telegram("1");
-            let n = world.hand_over(&session);
-            world.answers(&session, &[n]);
-        }
-    }
+        assert!(world.mux.visits(Door::Register).len() <= 3, "slowly");
+        world.mux.heal();
+        let told = || format!("it has registered after {status}; {}", world.logs());
+        until(&told(), Duration::from_secs(400), || world.mux.registered().then_some(()));
+        world.up();
+        let session = telegram("1");
+        let n = world.hand_over(&session);
+        world.answers(&session, &[n]);
+    });
 }
 
 #[test]
 fn a_server_that_is_not_well_is_asked_again_after_longer_and_longer_waits() {
-    for ill in [Ill::Says(500), Ill::Says(503), Ill::Lost] {
+    beside_each_other(&[Ill::Says(500), Ill::Says(503), Ill::Lost], |ill| {
         let world = World::unregistered(echo, |mux| mux.ill(Door::Register, ill, 4), |builder| builder);
         until(&format!("it has registered; {}", world.logs()), PATIENCE, || {
             (world.mux.visits(Door::Register).len() == 5).then_some(())
@@ -1185,7 +1221,7 @@ fn a_server_that_is_not_well_is_asked_again_after_longer_and_longer_waits() {
         // 1, 2, 4, 8 seconds, or some part of them by chance.
         assert!(waits[0] >= 0.4 && waits[3] >= 3.5 && waits[3] > waits[0] * 2.0, "{waits:?}");
         assert!(waits.iter().sum::<f64>() < 30.0, "{waits:?}");
-    }
+    });
 }
 
 // === Secrets ===
