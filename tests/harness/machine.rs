@@ -96,6 +96,7 @@ impl Builder {
             builder = builder.copy(&binary(name), &format!("{lib}/{name}"));
         }
         builder
+            .bind(&binary("cvm-mux"), &format!("{lib}/cvm-mux"))
             .symlink(&format!("{lib}/cvm"), "/usr/local/bin/cvm")
             .symlink(&format!("{lib}/cvm"), "/usr/local/bin/openclaw")
             .symlink(&format!("{lib}/cvm-init"), "/usr/local/sbin/cvm-init")

@@ -38,6 +38,9 @@ const MASTER_KEY_BYTES_ADVISED: usize = 16;
 /// Three missed heartbeats are what a replacement waits for: longer would keep it from starting.
 const HEARTBEAT_S_MAX: u32 = 3600;
 
+/// The mux-server gives a delivery up after 15 s, which we tell it.
+const ACK_WAIT_S_MAX: u32 = 13;
+
 /// rclone puts 16 bytes of initialisation vector before the text it obscures.
 const OBSCURED_IV_LEN: usize = 16;
 
@@ -142,6 +145,8 @@ pub struct Mux {
     pub base_url: HttpUrl,
     pub register_key: Secret,
     pub inbound_url: InboundUrl,
+    /// How long an acknowledgement waits for the bucket, where there is one.
+    pub ack_wait_s: Seconds,
 }
 
 /// How operators come in.
@@ -390,10 +395,24 @@ impl<'e> Reader<'e> {
             None if wanted && !self.env.is_given("MUX_INBOUND_URL") => self.dstack_inbound_url(),
             None => None,
         };
-        if self.env.is_given("MUX_INBOUND_URL") && !names.iter().any(|name| self.env.is_given(name)) {
-            self.warn("MUX_INBOUND_URL", "has no effect without MUX_BASE_URL and MUX_REGISTER_KEY");
+        let ack_wait =
+            self.with_default("MUX_ACK_REPLICATION_WAIT", |t| Seconds::within(t, 0, ACK_WAIT_S_MAX));
+        for name in ["MUX_INBOUND_URL", "MUX_ACK_REPLICATION_WAIT"] {
+            if self.env.is_given(name) && !names.iter().any(|name| self.env.is_given(name)) {
+                self.warn(name, "has no effect without MUX_BASE_URL and MUX_REGISTER_KEY");
+            }
         }
-        Some(Mux { base_url: base_url?, register_key: register_key?, inbound_url: inbound_url? })
+        if wanted && !self.env.is_given("MASTER_KEY") {
+            let rule = "is needed for the mux client: the id by which the mux-server knows this instance is derived from it";
+            let hint = "set it, or unset MUX_BASE_URL and MUX_REGISTER_KEY";
+            self.problems.push(Problem::new("MASTER_KEY", rule, hint));
+        }
+        Some(Mux {
+            base_url: base_url?,
+            register_key: register_key?,
+            inbound_url: inbound_url?,
+            ack_wait_s: ack_wait?,
+        })
     }
 
     /// The address that dstack's gateway gives to a port of an app.

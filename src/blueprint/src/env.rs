@@ -147,6 +147,13 @@ pub const VARIABLES: &[Variable] = &[
     ),
     secret("MUX_REGISTER_KEY", Mux, "key with which the mux client registers"),
     plain("MUX_INBOUND_URL", None, Mux, "public URL of the mux client, ending in /v1/mux/inbound"),
+    // Below the 15 s after which the mux-server gives a delivery up.
+    plain(
+        "MUX_ACK_REPLICATION_WAIT",
+        Some("10"),
+        Mux,
+        "with a bucket: seconds an acknowledgement waits for the bucket at most; 0 is not at all",
+    ),
     plain("DSTACK_APP_ID", None, Gateway, "set by dstack; part of the default MUX_INBOUND_URL"),
     plain("DSTACK_GATEWAY_DOMAIN", None, Gateway, "set by dstack; part of the default MUX_INBOUND_URL"),
     plain(

@@ -17,6 +17,7 @@ pub mod config;
 pub mod ending;
 pub mod env;
 pub mod keys;
+pub mod mux;
 pub mod packed;
 pub mod paths;
 pub mod plan;

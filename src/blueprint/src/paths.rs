@@ -6,6 +6,8 @@ pub const DATA: &str = "/data";
 pub const STATE: &str = "/data/openclaw";
 /// `~/.config` links here.
 pub const CONFIG_HOME: &str = "/data/.config";
+/// The mux client's queue, out of the agent's reach.
+pub const MUX_STATE: &str = "/data/openclaw-mux";
 /// What the supervisor itself keeps on the volume. Reserved in the bucket as well.
 pub const OWN_STATE: &str = "/data/.cvm";
 /// Sockets, generated configuration and host keys of this boot; never on the volume.
@@ -13,6 +15,8 @@ pub const RUN: &str = "/run/openclaw-cvm";
 pub const CONTROL_SOCKET: &str = "/run/openclaw-cvm/control.sock";
 /// Where the storage worker answers operators.
 pub const STORAGE_SOCKET: &str = "/run/openclaw-cvm/storage.sock";
+/// Where the storage worker tells the mux client what is in the bucket; the client may not enter [`RUN`].
+pub const REPLICATION_SOCKET: &str = "/run/openclaw-mux/replication.sock";
 /// Where the worker leaves the descriptor of its mount: see `cvm-standin`.
 pub const STANDIN_SOCKET: &str = "/run/openclaw-cvm/standin.sock";
 /// The volume itself, when something else is mounted over it at [`DATA`].

@@ -5,7 +5,8 @@
 //! May import: `config`, `plan`, `backoff`, `supervise`, `paths`.
 
 use crate::backoff::Backoff;
-use crate::config::{Config, S3, Seconds, Storage};
+use crate::config::{Config, MUX_INBOUND_PORT, S3, Seconds, Storage};
+use crate::mux::MUX_CLIENT;
 use crate::paths;
 use crate::plan::{STORAGE_WORKER, StepName};
 use crate::supervise::{Liveness, Rules};
@@ -73,6 +74,15 @@ pub enum Ties {
     /// The bucket's specification on standard input, reports on descriptor 3, and the order to
     /// end as end of file on descriptor 4: see `storage`.
     Storage,
+    /// Its specification on standard input, reports on descriptor 3: see `mux`.
+    Mux,
+}
+
+impl Ties {
+    /// Whether it is handed a specification, and says on descriptor 3 how it stands.
+    pub fn speaks(self) -> bool {
+        self != Self::None
+    }
 }
 
 /// What happens to processes that the main process leaves behind.
@@ -102,6 +112,9 @@ const REPAIR_DEADLINE: Duration = Duration::from_mins(5);
 /// What a stop of the storage worker takes besides its push: last snapshots, the manifest, the
 /// release of the bucket.
 const DRAIN_MARGIN: Duration = Duration::from_secs(15);
+/// It opens one small database. A disk that is slower than this is not one that messages are safe on.
+const MUX_START: Duration = Duration::from_mins(1);
+const MUX_SILENCE: Duration = Duration::from_mins(1);
 /// Trying iptables and mounting a test overlay takes a fraction of this.
 const PREPARE_DEADLINE: Duration = Duration::from_mins(1);
 
@@ -130,6 +143,9 @@ pub fn services(config: &Config) -> Vec<Service> {
         all.push(storage(s3));
     }
     all.push(gateway(config));
+    if config.mux.is_some() {
+        all.push(mux(config));
+    }
     all
 }
 
@@ -278,6 +294,42 @@ fn gateway(config: &Config) -> Service {
         readiness: Some(http("/readyz")),
         // The largest process by far, and the one that comes back without loss.
         oom_score_adj: 300,
+        says_started: None,
+        says_ready: None,
+        required: true,
+    }
+}
+
+fn mux(config: &Config) -> Service {
+    let (settings, restart) = (&config.gateway, config.gateway.restart);
+    Service {
+        name: MUX_CLIENT,
+        what: "the mux client",
+        argv: words(&["cvm-mux"]),
+        ties: Ties::Mux,
+        // For as long as it takes to open its directory: see `mux::MUX_UID`.
+        user: "root".into(),
+        environment: Environment::Plain,
+        directory: "/",
+        needs: &[StepName::State],
+        prepare: Some(Prepare::FreePort(MUX_INBOUND_PORT)),
+        repair: None,
+        backoff: Backoff::seconds(
+            u64::from(restart.delay_s),
+            u64::from(restart.max_delay_s),
+            u64::from(restart.reset_after_s),
+        ),
+        // With the gateway: what that still answers on its way down is still sent.
+        stop_order: 1,
+        grace: Duration::from_secs(u64::from(settings.stop_timeout_s.get())),
+        leftovers: Leftovers::Kill,
+        liveness: Some((
+            Liveness { start: MUX_START, silence: MUX_SILENCE },
+            Probe::Http { port: MUX_INBOUND_PORT, path: "/healthz".into() },
+        )),
+        readiness: None,
+        // Small, and what it was doing is done again.
+        oom_score_adj: 100,
         says_started: None,
         says_ready: None,
         required: true,

@@ -5,6 +5,7 @@
 //! May import: `conduct` and everything before it.
 
 use crate::conduct::{self, Machine, Next, ServiceRecord, StepRecord, StepState};
+use crate::mux::MuxStatus;
 use crate::plan::Weight;
 use crate::supervise::State;
 use crate::time::{Moment, words};
@@ -25,6 +26,9 @@ pub struct Status {
     pub remarks: Vec<Remark>,
     pub boot: Vec<Step>,
     pub services: Vec<Service>,
+    /// What the mux client says, where there is one and it has spoken.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mux: Option<MuxStatus>,
     pub healthy: bool,
     /// Why not, one line each.
     pub unhealthy: Vec<String>,
@@ -129,6 +133,8 @@ pub struct About {
     pub remarks: Vec<Remark>,
     /// Log lines dropped, for each service.
     pub dropped_lines: Vec<u64>,
+    /// The last word of the mux client.
+    pub mux: Option<MuxStatus>,
 }
 
 /// The snapshot of this moment.
@@ -147,6 +153,7 @@ pub fn snapshot(machine: &Machine, about: &About, now: Moment) -> Status {
         remarks: about.remarks.clone(),
         boot,
         services,
+        mux: about.mux.clone(),
         healthy: unhealthy.is_empty(),
         unhealthy,
     }

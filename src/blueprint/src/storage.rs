@@ -147,6 +147,10 @@ pub enum Ask {
     Status,
     /// Push everything that is pending; done when the bucket is equal to the tree.
     Flush,
+    /// Done when the bucket has what this one file, relative to /data, holds now.
+    Committed {
+        path: String,
+    },
     /// What the bucket holds below a path, from the manifest. "" is everything.
     List {
         path: String,

@@ -4,6 +4,7 @@
 
 use cvm_blueprint::conduct::{ServiceId, Try};
 use cvm_blueprint::ending::End;
+use cvm_blueprint::mux::MuxReport;
 use cvm_blueprint::storage::StorageReport;
 use cvm_blueprint::supervise::Run;
 use cvm_blueprint::wire::{self, KeeperReport, KeeperSpec, REPORT_MAX, TaskReport};
@@ -39,13 +40,14 @@ pub(crate) enum Part {
     Sweep,
 }
 
-/// A line on a report pipe. A step shares the pipe of its keeper, and so does the storage worker.
+/// A line on a report pipe. A step shares the pipe of its keeper, and so do the services that speak.
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum Line {
     Keeper(KeeperReport),
     Task(TaskReport),
     Storage(StorageReport),
+    Mux(MuxReport),
 }
 
 pub(crate) struct Child {
@@ -75,6 +77,7 @@ pub(crate) struct Said {
 pub(crate) enum Words {
     Keeper(KeeperReport),
     Storage(StorageReport),
+    Mux(MuxReport),
 }
 
 pub(crate) struct Children {
@@ -227,6 +230,9 @@ impl Child {
                 Ok(Line::Task(report)) => self.task = Some(report),
                 Ok(Line::Storage(report)) => {
                     said.push(Said { owner: self.owner, words: Words::Storage(report) });
+                }
+                Ok(Line::Mux(report)) => {
+                    said.push(Said { owner: self.owner, words: Words::Mux(report) });
                 }
                 Err(_) => {}
             }

@@ -2,8 +2,8 @@
 //! keeper, with the secrets that this one needs and no others.
 //!
 //! `MASTER_KEY` and the bucket's passwords are not among them: they are wiped with the
-//! environment. The storage worker is started for ever, so its specification lies ready in a
-//! sealed memory file, of which only the descriptor is kept.
+//! environment. The storage worker and the mux client are started for ever, so their
+//! specifications lie ready in sealed memory files, of which only the descriptors are kept.
 //! May import: `cvm-blueprint`, `cvm-process` (for that file).
 
 use cvm_blueprint::config::{
@@ -11,6 +11,7 @@ use cvm_blueprint::config::{
 };
 use cvm_blueprint::env::Environment;
 use cvm_blueprint::keys::{DeviceSeed, GatewayToken, HostKeySeed, KeyRing};
+use cvm_blueprint::mux::MuxSpec;
 use cvm_blueprint::paths;
 use cvm_blueprint::plan::StepName;
 use cvm_blueprint::secret::Secret;
@@ -45,6 +46,8 @@ pub(crate) struct Kit {
     host_key_seed: Option<HostKeySeed>,
     /// What the storage worker is to be told.
     bucket: Option<OwnedFd>,
+    /// What the mux client is to be told.
+    mux: Option<OwnedFd>,
     /// Where the binaries of this build lie.
     home: PathBuf,
 }
@@ -57,6 +60,7 @@ impl Kit {
         home: PathBuf,
     ) -> Self {
         let bucket = keys.as_ref().and_then(|keys| bucket_of(&config, keys));
+        let mux = keys.as_ref().and_then(|keys| mux_of(&config, keys));
         let passthrough = environment.passthrough().map(|(n, v)| (n.to_vec(), v.duplicate())).collect();
         let (token, device_seed, host_key_seed) = match keys {
             Some(keys) => (Some(keys.gateway_token), Some(keys.device_seed), Some(keys.host_key_seed)),
@@ -64,7 +68,19 @@ impl Kit {
         };
         // By name: the master key and the bucket's credentials end here.
         let Config { gateway, first_boot, ssh, log, .. } = config;
-        Self { gateway, first_boot, ssh, log, passthrough, token, device_seed, host_key_seed, bucket, home }
+        Self {
+            gateway,
+            first_boot,
+            ssh,
+            log,
+            passthrough,
+            token,
+            device_seed,
+            host_key_seed,
+            bucket,
+            mux,
+            home,
+        }
     }
 
     /// The random token of a machine without `MASTER_KEY`, as the state step found it.
@@ -78,7 +94,6 @@ impl Kit {
             let calm = PROBE_CALM.min(limits.silence / 4);
             spec_of(probe, PROBE_EAGER.min(calm), calm)
         });
-        let is_storage = service.ties == Ties::Storage;
         KeeperSpec {
             name: service.name.into(),
             run: run.into(),
@@ -88,9 +103,9 @@ impl Kit {
             directory: service.directory.into(),
             leftovers: service.leftovers,
             oom_score_adj: service.oom_score_adj,
-            input: if is_storage { Input::Descriptor } else { Input::Nothing },
-            passes_report: is_storage,
-            stop: if is_storage { Stop::Lifeline } else { Stop::Signal },
+            input: if service.ties.speaks() { Input::Descriptor } else { Input::Nothing },
+            passes_report: service.ties.speaks(),
+            stop: if service.ties == Ties::Storage { Stop::Lifeline } else { Stop::Signal },
             log: self.log(service.name),
             liveness,
             readiness: service.readiness.as_ref().map(|p| spec_of(p, PROBE_EAGER, PROBE_CALM)),
@@ -102,6 +117,7 @@ impl Kit {
         match service.ties {
             Ties::None => None,
             Ties::Storage => self.bucket.as_ref().map(AsFd::as_fd),
+            Ties::Mux => self.mux.as_ref().map(AsFd::as_fd),
         }
     }
 
@@ -241,6 +257,14 @@ fn bucket_of(config: &Config, keys: &KeyRing) -> Option<OwnedFd> {
     let sealed = descriptor::sealed(c"bucket", &line(&spec));
     // Without it each start of the worker fails and says so.
     sealed.inspect_err(|why| tracing::error!("The storage worker cannot be told of its bucket: {why}")).ok()
+}
+
+/// The same for the mux client.
+fn mux_of(config: &Config, keys: &KeyRing) -> Option<OwnedFd> {
+    let spec =
+        MuxSpec::of(config.mux.as_ref()?, &config.gateway, keys, matches!(config.storage, Storage::S3(_)));
+    let sealed = descriptor::sealed(c"mux", &line(&spec));
+    sealed.inspect_err(|why| tracing::error!("The mux client cannot be told of its server: {why}")).ok()
 }
 
 fn spec_of(probe: &Probe, eager: Duration, calm: Duration) -> ProbeSpec {

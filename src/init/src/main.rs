@@ -163,6 +163,7 @@ fn prepare(
         keys: keys.as_ref().map(fingerprints).unwrap_or_default(),
         remarks: Vec::new(),
         dropped_lines: vec![0; services.len()],
+        mux: None,
     };
     let machine = Machine::new(plan::steps(&config), services);
     let children = children::Children::new();

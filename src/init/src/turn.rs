@@ -13,6 +13,7 @@ use crate::kit::Kit;
 use crate::voice::Voice;
 use cvm_blueprint::conduct::{self, Action, Event, Machine, Order, ServiceId, Try};
 use cvm_blueprint::ending::End;
+use cvm_blueprint::mux::MuxReport;
 use cvm_blueprint::service::{Leftovers, Prepare};
 use cvm_blueprint::status::{self, About};
 use cvm_blueprint::supervise::{self, Level, Refusal, Run};
@@ -202,6 +203,10 @@ impl World {
             let Owner::Service { id, run, part: Part::Main } = owner else { continue };
             let report = match words {
                 Words::Keeper(report) => report,
+                Words::Mux(report) => {
+                    self.hear_mux(report);
+                    continue;
+                }
                 Words::Storage(report) => {
                     self.feed(Event::Storage { id, run, report });
                     continue;
@@ -220,6 +225,14 @@ impl World {
                 KeeperReport::Liveness { ok: false } | KeeperReport::TreeGone { .. } => continue,
             };
             self.feed(Event::Service { id, event });
+        }
+    }
+
+    fn hear_mux(&mut self, report: MuxReport) {
+        match report {
+            // It hands on what a server says, which must not write lines into our log.
+            MuxReport::Note { level, text } => say(level, &text.replace(char::is_control, " ")),
+            MuxReport::State(state) => self.about.mux = Some(*state),
         }
     }
 

@@ -164,8 +164,14 @@ impl Boot {
 
     fn status(&self) -> Status {
         let storage = status::Storage::new("local", "");
-        let about =
-            About { version: "0".into(), storage, keys: vec![], remarks: vec![], dropped_lines: vec![] };
+        let about = About {
+            version: "0".into(),
+            storage,
+            keys: vec![],
+            remarks: vec![],
+            dropped_lines: vec![],
+            mux: None,
+        };
         status::snapshot(&self.machine, &about, self.now)
     }
 

@@ -78,6 +78,7 @@ pub(crate) fn healthy() -> Status {
             Service { required: false, ..running("dockerd", "ready", 88, (60, Some(1_240))) },
             gateway,
         ],
+        mux: None,
         healthy: true,
         unhealthy: Vec::new(),
     }

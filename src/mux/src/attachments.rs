@@ -1,0 +1,222 @@
+//! What came with a message: pictures for the agent to see, and a line about everything else.
+//!
+//! The gateway's endpoint takes pictures, 8 of them, 10 MB each; other files it cannot take, and the
+//! agent is told of them. Files are fetched from the mux-server with our token, from elsewhere over
+//! https without it.
+//!
+//! Refuses more than its memory holds: what is left out is named to the agent.
+//! May import: `backoff`, `event`, `http`, `register`.
+
+use crate::backoff::Backoff;
+use crate::event::{Attachment, Source};
+use crate::http::{Ask, Http, TOO_LARGE};
+use crate::register::Registration;
+use base64::display::Base64Display;
+use base64::prelude::BASE64_STANDARD;
+use bytes::Bytes;
+use hyper::Method;
+use hyper::header::CONTENT_TYPE;
+use std::borrow::Cow;
+use std::fmt;
+use std::time::Duration;
+
+const PICTURES: [&str; 6] =
+    ["image/jpeg", "image/png", "image/gif", "image/webp", "image/heic", "image/heif"];
+const PICTURES_MAX: usize = 8;
+/// Of all pictures of one message, as they are sent: what this program has memory for.
+const BYTES_MAX: usize = 10 * 1024 * 1024;
+const TIME: Duration = Duration::from_secs(30);
+/// Then the message goes without it.
+const TRIES: u32 = 6;
+const NAME_MAX: usize = 80;
+
+/// A picture as the gateway takes it: a data URL, made while it is written.
+pub(crate) struct Picture<'a> {
+    mime: String,
+    data: Data<'a>,
+}
+
+enum Data<'a> {
+    Base64(Cow<'a, str>),
+    Raw(Bytes),
+}
+
+impl fmt::Display for Picture<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "data:{};base64,", self.mime)?;
+        match &self.data {
+            Data::Base64(text) => f.write_str(text),
+            Data::Raw(bytes) => Base64Display::new(bytes, &BASE64_STANDARD).fmt(f),
+        }
+    }
+}
+
+impl Picture<'_> {
+    fn size(&self) -> usize {
+        match &self.data {
+            Data::Base64(text) => text.len(),
+            Data::Raw(bytes) => bytes.len().div_ceil(3) * 4,
+        }
+    }
+}
+
+/// Pictures, and lines for the agent about what is none or could not be had.
+pub(crate) async fn gather<'a>(
+    given: Vec<Attachment<'a>>,
+    http: &Http,
+    registration: &Registration,
+) -> (Vec<Picture<'a>>, Vec<String>) {
+    let (mut pictures, mut lines) = (Vec::<Picture<'a>>::new(), Vec::new());
+    for one in given {
+        let about = about(&one);
+        let is_picture = PICTURES.contains(&one.mime.as_str());
+        let outcome = if !is_picture {
+            Err("this kind of file cannot be shown to you")
+        } else if pictures.len() >= PICTURES_MAX {
+            Err("too many pictures in one message")
+        } else {
+            picture(one, http, registration).await
+        };
+        let used: usize = pictures.iter().map(Picture::size).sum();
+        match outcome {
+            Ok(picture) if used + picture.size() <= BYTES_MAX => pictures.push(picture),
+            Ok(_) => lines.push(format!("[attachment: {about}; left out: too large]")),
+            Err(why) => lines.push(format!("[attachment: {about}; left out: {why}]")),
+        }
+    }
+    (pictures, lines)
+}
+
+fn about(one: &Attachment<'_>) -> String {
+    let kind = if one.mime.is_empty() { "file" } else { &one.mime };
+    match &one.name {
+        Some(name) => {
+            let name: String = name.chars().filter(|c| !c.is_control()).take(NAME_MAX).collect();
+            format!("{kind} \"{name}\"")
+        }
+        None => kind.to_owned(),
+    }
+}
+
+async fn picture<'a>(
+    one: Attachment<'a>,
+    http: &Http,
+    registration: &Registration,
+) -> Result<Picture<'a>, &'static str> {
+    let Attachment { mime, source, .. } = one;
+    match source {
+        Source::Nothing => Err("it came without content"),
+        Source::Content(content) => {
+            let content = match content {
+                Cow::Borrowed(text) => Cow::Borrowed(bare(text)),
+                Cow::Owned(text) => Cow::Owned(bare(&text).to_owned()),
+            };
+            let base64 = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'+' | b'/' | b'=');
+            if content.is_empty() || !content.bytes().all(base64) {
+                return Err("its content is not base64");
+            }
+            Ok(Picture { mime, data: Data::Base64(content) })
+        }
+        Source::Url(url) => {
+            let (bytes, kind) = fetch(&url, http, registration).await?;
+            // What the server says of the file counts for more than what was said of it before.
+            let mime = kind.filter(|k| PICTURES.contains(&k.as_str())).unwrap_or(mime);
+            Ok(Picture { mime, data: Data::Raw(bytes) })
+        }
+    }
+}
+
+/// Without the beginning of a data URL.
+fn bare(text: &str) -> &str {
+    if text.starts_with("data:") { text.split_once(',').map_or("", |(_, data)| data) } else { text }
+}
+
+/// Where a file is, and whether our token belongs there.
+fn place(url: &str, base: &str) -> Option<(String, bool)> {
+    if url.starts_with('/') && !url.starts_with("//") {
+        return Some((format!("{base}{url}"), true));
+    }
+    if url.strip_prefix(base).is_some_and(|rest| rest.starts_with('/')) {
+        return Some((url.to_owned(), true));
+    }
+    url.starts_with("https://").then(|| (url.to_owned(), false))
+}
+
+async fn fetch(
+    url: &str,
+    http: &Http,
+    registration: &Registration,
+) -> Result<(Bytes, Option<String>), &'static str> {
+    let Some((url, ours)) = place(url, &registration.url("")) else {
+        return Err("its address cannot be read from here");
+    };
+    let mut backoff = Backoff::of_contract();
+    let mut pass = if ours { Some(registration.pass().await) } else { None };
+    for _ in 0..TRIES {
+        let id = registration.device_id();
+        let headers = if ours { &[("x-openclaw-id", id)][..] } else { &[] };
+        let ask = Ask {
+            method: Method::GET,
+            url: &url,
+            bearer: pass.as_ref().map(crate::register::Pass::expose),
+            headers,
+            body: None,
+            room: None,
+            answer_max: BYTES_MAX / 4 * 3,
+            time: TIME,
+        };
+        match http.ask(ask).await {
+            Ok(answer) if answer.is_good() => {
+                let kind = answer.headers.get(CONTENT_TYPE).and_then(|v| v.to_str().ok());
+                let kind = kind.and_then(|k| k.split(';').next()).map(|k| k.trim().to_ascii_lowercase());
+                return Ok((answer.body, kind));
+            }
+            Ok(answer) if answer.status == 401 && ours => {
+                if let Some(old) = &pass
+                    && let Some(new) = registration.renew(old).await
+                {
+                    pass = Some(new);
+                    continue;
+                }
+            }
+            Ok(answer) if matches!(answer.status, 300..=407 | 409..=424 | 426..=428 | 430..=499) => {
+                return Err("it could not be had");
+            }
+            Err(why) if why.starts_with(TOO_LARGE) => return Err("too large"),
+            Ok(_) | Err(_) => {}
+        }
+        tokio::time::sleep(backoff.next()).await;
+    }
+    Err("it could not be had")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn our_token_goes_to_the_mux_server_and_nowhere_else() {
+        let base = "https://mux.example.org";
+        let at = |url: &str| place(url, base);
+        assert_eq!(
+            at("/v1/mux/files/telegram?x=1").unwrap().0,
+            "https://mux.example.org/v1/mux/files/telegram?x=1"
+        );
+        assert!(at("/v1/x").unwrap().1 && at("https://mux.example.org/v1/x").unwrap().1);
+        assert!(!at("https://mux.example.org.evil.example/v1/x").unwrap().1);
+        assert!(!at("https://cdn.example.org/a.png").unwrap().1);
+        assert!(
+            at("//evil.example/x").is_none()
+                && at("http://127.0.0.1/x").is_none()
+                && at("file:///x").is_none()
+        );
+    }
+
+    #[test]
+    fn a_picture_is_written_as_a_data_url() {
+        let raw = Picture { mime: "image/png".into(), data: Data::Raw(Bytes::from_static(b"abc")) };
+        assert_eq!((raw.to_string().as_str(), raw.size()), ("data:image/png;base64,YWJj", 4));
+        assert_eq!(bare("data:image/png;base64,YWJj"), "YWJj");
+        assert_eq!(bare("YWJj"), "YWJj");
+    }
+}

@@ -1,0 +1,184 @@
+//! The gateway on loopback: one message in, the agent's answer out.
+//!
+//! Not streamed: a streamed answer may be corrected by an error after its beginning was sent, a whole
+//! one is final. A run may take as long as it takes; a gateway that dies closes the connection.
+//!
+//! Refuses to judge what the agent says. May import: `attachments`, `event`, `http`.
+
+use crate::attachments::Picture;
+use crate::http::{Ask, Http};
+use bytes::Bytes;
+use hyper::Method;
+use serde::Serialize;
+use serde_json::Value;
+use std::time::Duration;
+use tokio::sync::OwnedSemaphorePermit;
+use zeroize::Zeroizing;
+
+/// Longer than any run that somebody still waits for.
+const TIME: Duration = Duration::from_secs(2 * 3600);
+/// An answer is text.
+const ANSWER_MAX: usize = 4 * 1024 * 1024;
+/// What agents say when they want to say nothing, and what the gateway says when they said nothing.
+const SILENT: [&str; 2] = ["NO_REPLY", "No response from OpenClaw."];
+
+pub(crate) struct Gateway {
+    http: Http,
+    url: String,
+    token: Zeroizing<String>,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    Answer(String),
+    /// Nothing is to be said.
+    Silence,
+    /// Not now: it is away, starting, busy.
+    Later(String),
+    /// The run failed; the next one may not.
+    Failed(String),
+    /// It does not take this message.
+    Refused(String),
+}
+
+#[derive(Serialize)]
+struct Chat<'a> {
+    model: &'static str,
+    stream: bool,
+    messages: [Turn<'a>; 1],
+}
+
+#[derive(Serialize)]
+struct Turn<'a> {
+    role: &'static str,
+    content: Content<'a>,
+}
+
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Content<'a> {
+    Text(&'a str),
+    Parts(Vec<Part<'a>>),
+}
+
+#[derive(Serialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+enum Part<'a> {
+    Text { text: &'a str },
+    ImageUrl { image_url: Url<'a> },
+}
+
+#[derive(Serialize)]
+struct Url<'a> {
+    #[serde(serialize_with = "displayed")]
+    url: &'a Picture<'a>,
+}
+
+fn displayed<S: serde::Serializer>(picture: &Picture<'_>, to: S) -> Result<S::Ok, S::Error> {
+    to.collect_str(picture)
+}
+
+/// The body of a question.
+pub(crate) fn question(text: &str, pictures: &[Picture<'_>]) -> Bytes {
+    let content = if pictures.is_empty() {
+        Content::Text(text)
+    } else {
+        let said = (!text.is_empty()).then_some(Part::Text { text });
+        let shown = pictures.iter().map(|url| Part::ImageUrl { image_url: Url { url } });
+        Content::Parts(said.into_iter().chain(shown).collect())
+    };
+    let chat = Chat { model: "openclaw/default", stream: false, messages: [Turn { role: "user", content }] };
+    // Strings and lists only: there is nothing that it could refuse.
+    serde_json::to_vec(&chat).unwrap_or_default().into()
+}
+
+impl Gateway {
+    pub(crate) fn new(port: u16, token: Zeroizing<String>) -> Result<Self, String> {
+        // A connection of its own for each question: none that a restart has made stale.
+        let http = Http::new(false, false)?;
+        Ok(Self { http, url: format!("http://127.0.0.1:{port}/v1/chat/completions"), token })
+    }
+
+    pub(crate) async fn ask(
+        &self,
+        session: &str,
+        channel: &str,
+        body: Bytes,
+        room: Option<OwnedSemaphorePermit>,
+    ) -> Outcome {
+        let ask = Ask {
+            method: Method::POST,
+            url: &self.url,
+            bearer: Some(&self.token),
+            headers: &[("x-openclaw-session-key", session), ("x-openclaw-message-channel", channel)],
+            body: Some(body),
+            room,
+            answer_max: ANSWER_MAX,
+            time: TIME,
+        };
+        match self.http.ask(ask).await {
+            Err(why) => Outcome::Later(format!("the gateway does not answer: {why}")),
+            Ok(answer) => read(answer.status, &answer.words(), &answer.json()),
+        }
+    }
+}
+
+fn read(status: u16, words: &str, body: &Value) -> Outcome {
+    let later = |hint: &str| Outcome::Later(format!("the gateway answers {words}: {hint}"));
+    match status {
+        200 => match said(body) {
+            Some(text) if text.trim().is_empty() || SILENT.contains(&text.trim()) => Outcome::Silence,
+            Some(text) => Outcome::Answer(text),
+            None => Outcome::Failed(format!("the gateway answers {words} without a message")),
+        },
+        401 => later("it does not take the derived token; `cvm doctor` says why"),
+        404 => later("its HTTP API is off; set gateway.http.endpoints.chatCompletions.enabled to true"),
+        408 | 425 | 429 => later("it is asked again"),
+        400..=499 => Outcome::Refused(words.to_owned()),
+        500 => Outcome::Failed(format!("the gateway answers {words}")),
+        _ => later("it is asked again"),
+    }
+}
+
+fn said(body: &Value) -> Option<String> {
+    let content = body.pointer("/choices/0/message/content")?;
+    match content {
+        Value::Null => Some(String::new()),
+        Value::String(text) => Some(text.clone()),
+        Value::Array(parts) => {
+            let texts: Vec<&str> = parts.iter().filter_map(|p| p.get("text")?.as_str()).collect();
+            Some(texts.concat())
+        }
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_message_without_pictures_is_plain_text() {
+        let body: Value = serde_json::from_slice(&question("hi \"you\"", &[])).unwrap();
+        assert_eq!(body["messages"], json!([{"role": "user", "content": "hi \"you\""}]));
+        assert_eq!((&body["model"], &body["stream"]), (&json!("openclaw/default"), &json!(false)));
+    }
+
+    #[test]
+    fn an_answer_is_text_and_silence_is_none() {
+        let with = |content: Value| json!({"choices": [{"message": {"content": content}}]});
+        assert_eq!(read(200, "200", &with(json!("hello"))), Outcome::Answer("hello".into()));
+        for silent in [json!(""), json!("NO_REPLY\n"), json!(null), json!("No response from OpenClaw.")] {
+            assert_eq!(read(200, "200", &with(silent)), Outcome::Silence);
+        }
+        assert!(matches!(read(200, "200", &json!({})), Outcome::Failed(_)));
+        for status in [401, 404, 429, 502, 503, 504] {
+            assert!(matches!(read(status, "", &json!({})), Outcome::Later(_)), "{status}");
+        }
+        for status in [400, 403, 413] {
+            assert!(matches!(read(status, "", &json!({})), Outcome::Refused(_)), "{status}");
+        }
+        assert!(matches!(read(500, "", &json!({})), Outcome::Failed(_)));
+    }
+}
