@@ -133,7 +133,6 @@ impl Builder {
     #[must_use]
     pub fn mux(self, network: &Network, mux: &crate::Mux) -> Self {
         self.network(network)
-            .copy(&binary("cvm-mux"), "/usr/local/lib/openclaw-cvm/cvm-mux")
             .environment("MUX_BASE_URL", &mux.url())
             .environment("MUX_REGISTER_KEY", crate::mux::REGISTER_KEY)
             .environment("MUX_INBOUND_URL", &mux.inbound_url())
