@@ -119,6 +119,22 @@ Examples:
         what: StorageCommand,
     },
 
+    /// Mint a token with which a chat is paired with this instance
+    ///
+    /// Asks the mux-server's operator interface, with the admin token from MUX_ADMIN_TOKEN, from the
+    /// file that MUX_ADMIN_TOKEN_FILE names, or from a prompt that does not show what is typed.
+    ///
+    /// Inside of the VM it knows server and device. Elsewhere MUX_BASE_URL or --server names the
+    /// server, and --device or MASTER_KEY the device.
+    #[command(after_help = "\
+Examples:
+  cvm pair telegram                asks for the admin token
+  cvm pair discord --session agent:main:discord:channel:1234
+  MUX_ADMIN_TOKEN_FILE=token.txt cvm pair telegram --json | jq -r .deepLink
+
+Exit codes: 0 minted, 1 the mux-server did not, 2 something is not given.")]
+    Pair(PairArgs),
+
     /// One line and an exit code, for HEALTHCHECK
     #[command(after_help = "\
 Examples:
@@ -253,6 +269,27 @@ pub(crate) struct StopArgs {
     /// Stop sshd although nobody can log in then
     #[arg(long)]
     pub force: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PairArgs {
+    /// telegram, discord or whatsapp
+    pub channel: String,
+    /// The session that the chat becomes; the mux-server chooses one unless given
+    #[arg(long, value_name = "KEY")]
+    pub session: Option<String>,
+    /// How long the token lives; the mux-server's usual time unless given
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
+    pub ttl: Option<u32>,
+    /// Address of the mux-server
+    #[arg(long, value_name = "URL")]
+    pub server: Option<String>,
+    /// Device id of the instance, as `cvm derive device-id` prints it
+    #[arg(long, value_name = "ID")]
+    pub device: Option<String>,
+    /// Print the mux-server's answer as JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[derive(Debug, Args)]

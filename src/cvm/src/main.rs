@@ -6,6 +6,7 @@
 //! doctor                                          ── looks at ──> kernel, disks, services
 //! storage                                         ── asks ──>     the storage worker's socket
 //! storage restore                                 ── becomes ──>  cvm-storage, on any machine
+//! pair                                            ── asks, through cvm-mux ──>  the mux-server
 //! derive                                          ── needs ──>    MASTER_KEY; for rclone.conf the bucket too
 //! ```
 //!
@@ -17,6 +18,7 @@
 //! are handed on.
 
 mod args;
+mod beside;
 mod completions;
 mod derive;
 mod doctor;
@@ -28,6 +30,7 @@ mod logs;
 mod look;
 mod openclaw;
 mod out;
+mod pair;
 mod prompt;
 mod service;
 mod sink;
@@ -64,6 +67,7 @@ fn run(command: Command) -> Result<Exit, Trouble> {
         Command::Stop(args) => service::run(service::Order::Stop, &args.into()),
         Command::Restart(args) => service::run(service::Order::Restart, &args.into()),
         Command::Storage { what } => storage::run(&what),
+        Command::Pair(args) => pair::run(&args),
         Command::Health(args) => health::run(&args),
         Command::Derive(args) => derive::run(&args),
         Command::Doctor(args) => doctor::run(&args),

@@ -19,7 +19,7 @@ const LINE_MAX: usize = 4096;
 
 /// One line, with its line break.
 pub(crate) fn secret(question: &str) -> Result<Zeroizing<Vec<u8>>, Trouble> {
-    let trouble = |cause: String| Trouble::new(Exit::Usage, "asking for the key", cause);
+    let trouble = |cause: String| Trouble::new(Exit::Usage, "asking for a secret", cause);
     let stdin = std::io::stdin();
     let hidden = Hidden::on(&stdin).map_err(|e| trouble(e.desc().to_owned()))?;
     // On standard error: standard output may be a file that waits for the answer.

@@ -32,7 +32,7 @@ pub(crate) fn jittered(span: Duration) -> Duration {
     // Without random numbers everybody waits as long.
     let _ = getrandom::fill(&mut byte);
     let [byte] = byte;
-    span - span / 5 * u32::from(byte) / 255
+    span.saturating_sub(span / 5 * u32::from(byte) / 255)
 }
 
 #[cfg(test)]

@@ -31,8 +31,8 @@ use tokio::sync::{Notify, Semaphore, watch};
 /// Runs of the agent beside each other. The gateway has its own limit; this one is against asking it
 /// a thousand things at once.
 const SLOTS: usize = 16;
-/// Events larger than this go one at a time.
-const HEAVY: usize = 512 * 1024;
+/// Answers on their way beside each other.
+const SENDERS: usize = 32;
 /// Between two tries of a gateway that is away: soon, since it usually restarts.
 const GATEWAY: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(5));
 /// Between two tries of a run that failed.
@@ -41,7 +41,6 @@ const FAILED: (Duration, Duration) = (Duration::from_secs(2), Duration::from_sec
 const FAILING_MAX: Duration = Duration::from_secs(15 * 60);
 /// A refusal may be a moment's: a configuration that is being written, say.
 const REFUSALS_MAX: u32 = 3;
-const SENDING: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 const STATISTICS: Duration = Duration::from_secs(1);
 const PRUNE: Duration = Duration::from_secs(3600);
 
@@ -64,6 +63,8 @@ pub(crate) struct Dispatch {
     depth: AtomicU64,
     bytes: AtomicU64,
     slots: Semaphore,
+    senders: Semaphore,
+    /// Messages with attachments go one at a time, until they are on their way.
     heavy: Arc<Semaphore>,
     stopping: watch::Receiver<bool>,
     running: AtomicUsize,
@@ -92,6 +93,7 @@ impl Dispatch {
             depth: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
             slots: Semaphore::new(SLOTS),
+            senders: Semaphore::new(SENDERS),
             heavy: Arc::new(Semaphore::new(1)),
             stopping,
             running: AtomicUsize::new(0),
@@ -169,27 +171,34 @@ impl Dispatch {
     }
 
     async fn process(&self, seq: i64) -> Result<(), Stopping> {
+        let mut tries = Tries::new();
         loop {
-            let Some(open) = self.insist(|| self.queue.load(seq)).await? else { return Ok(()) };
-            if open.answered {
-                return self.send(seq, &open).await;
+            let Some(answered) = self.insist(|| self.queue.is_answered(seq)).await? else { return Ok(()) };
+            // What waits, waits in the queue: only what is worked on is in memory.
+            let room = if answered { &self.senders } else { &self.slots };
+            let Ok(permit) = room.acquire().await else { return Err(Stopping) };
+            if self.is_stopping() {
+                return Err(Stopping);
             }
-            match self.answer(seq, open).await? {
-                Answer::Text(text, channel) => {
-                    let parts = split::messages(&text, split::limit_of(&channel));
-                    self.insist(|| self.queue.answered(seq, parts.clone())).await?;
-                }
-                Answer::None(outcome) => {
-                    self.desk.change(|board| board.ignored += 1);
-                    return self.end(seq, outcome).await;
-                }
+            let Some(open) = self.insist(|| self.queue.load(seq)).await? else { return Ok(()) };
+            let next = if open.answered {
+                self.send(seq, &open, &mut tries).await?
+            } else {
+                self.answer(seq, open, &mut tries).await?
+            };
+            drop(permit);
+            match next {
+                Next::Done => return Ok(()),
+                Next::Now => {}
+                Next::After(span) => self.pause(span).await?,
             }
         }
     }
 
-    async fn end(&self, seq: i64, outcome: String) -> Result<(), Stopping> {
-        tracing::info!("event {seq}: {outcome}");
-        self.insist(|| self.queue.done(seq, outcome.clone())).await
+    async fn end(&self, seq: i64, id: &str, outcome: &str) -> Result<Next, Stopping> {
+        tracing::info!("event {seq} ({}): {outcome}", id.replace(char::is_control, " "));
+        self.insist(|| self.queue.done(seq, outcome.to_owned())).await?;
+        Ok(Next::Done)
     }
 
     /// A queue that cannot be written is tried until it can: nothing else is true before.
@@ -221,68 +230,60 @@ impl Dispatch {
 
     // === The agent ===
 
-    async fn answer(&self, seq: i64, first: Open) -> Result<Answer, Stopping> {
-        let mut away = Backoff::new(GATEWAY.0, GATEWAY.1);
-        let mut failing = Backoff::new(FAILED.0, FAILED.1);
-        let (mut failing_since, mut refusals) = (None, 0);
-        let mut open = Some(first);
-        loop {
-            // The words are not held while they wait.
-            let now = match open.take() {
-                Some(open) => open,
-                None => match self.insist(|| self.queue.load(seq)).await? {
-                    Some(open) => open,
-                    None => return Ok(Answer::None("done before".to_owned())),
-                },
-            };
-            let (session, channel) = (now.session.clone(), now.channel.clone());
-            let heavy = now.body.len() > HEAVY;
-            let outcome = match self.ask(now, heavy).await? {
-                Asked::Outcome(outcome) => outcome,
-                Asked::Nothing(why) => return Ok(Answer::None(why)),
-            };
-            let say = |text: &str| Answer::Text(text.to_owned(), channel.clone());
-            let wait = match outcome {
-                gateway::Outcome::Answer(text) => {
-                    self.desk.change(|board| board.gateway_error = None);
-                    return Ok(Answer::Text(text, channel));
-                }
-                gateway::Outcome::Silence => {
-                    self.desk.change(|board| board.gateway_error = None);
-                    return Ok(Answer::None("the agent says nothing".to_owned()));
-                }
-                gateway::Outcome::Later(why) => {
+    /// Asks once, and keeps what comes of it.
+    async fn answer(&self, seq: i64, open: Open, tries: &mut Tries) -> Result<Next, Stopping> {
+        let (id, limit) = (open.id.clone(), split::limit_of(&open.channel));
+        let ignored = |why: String| {
+            self.desk.change(|board| board.ignored += 1);
+            why
+        };
+        let outcome = match self.ask(open).await? {
+            Asked::Outcome(outcome) => outcome,
+            Asked::Nothing(why) => return self.end(seq, &id, &ignored(why)).await,
+        };
+        let answer = match outcome {
+            gateway::Outcome::Answer(text) => {
+                self.desk.change(|board| board.gateway_error = None);
+                text
+            }
+            gateway::Outcome::Silence => {
+                self.desk.change(|board| board.gateway_error = None);
+                return self.end(seq, &id, &ignored("the agent says nothing".to_owned())).await;
+            }
+            gateway::Outcome::Later(why) => {
+                self.desk.change(|board| board.gateway_error = Some(why));
+                return Ok(Next::After(tries.away.next()));
+            }
+            gateway::Outcome::Failed(why) => {
+                let since = *tries.failing_since.get_or_insert_with(Instant::now);
+                if since.elapsed() < FAILING_MAX {
                     self.desk.change(|board| board.gateway_error = Some(why));
-                    away.next()
+                    return Ok(Next::After(tries.failing.next()));
                 }
-                gateway::Outcome::Failed(why) => {
-                    let since = *failing_since.get_or_insert_with(Instant::now);
-                    if since.elapsed() > FAILING_MAX {
-                        self.desk.failed(format!("event {seq} was given up: {why}"));
-                        self.desk.change(|board| board.refused += 1);
-                        return Ok(say(NOT_ANSWERED));
-                    }
-                    self.desk.change(|board| board.gateway_error = Some(why));
-                    failing.next()
+                self.give_up(&format!("event {seq}: {why}, for {} min", FAILING_MAX.as_secs() / 60));
+                NOT_ANSWERED.to_owned()
+            }
+            gateway::Outcome::Refused(why) => {
+                tries.refusals += 1;
+                if tries.refusals < REFUSALS_MAX {
+                    return Ok(Next::After(tries.failing.next()));
                 }
-                gateway::Outcome::Refused(why) => {
-                    refusals += 1;
-                    if refusals >= REFUSALS_MAX {
-                        self.desk
-                            .failed(format!("event {seq} was given up: the gateway refuses it with {why}"));
-                        self.desk.change(|board| board.refused += 1);
-                        return Ok(say(NOT_TAKEN));
-                    }
-                    failing.next()
-                }
-            };
-            drop(session);
-            self.pause(wait).await?;
-        }
+                self.give_up(&format!("event {seq}: the gateway refuses it with {why}"));
+                NOT_TAKEN.to_owned()
+            }
+        };
+        let parts = split::messages(&answer, limit);
+        self.insist(|| self.queue.answered(seq, parts.clone())).await?;
+        Ok(Next::Now)
     }
 
-    /// One try.
-    async fn ask(&self, open: Open, heavy: bool) -> Result<Asked, Stopping> {
+    /// The record of what did not end as somebody expected.
+    fn give_up(&self, why: &str) {
+        self.desk.failed(format!("given up, and the chat was told: {why}; `cvm logs gateway`"));
+        self.desk.change(|board| board.refused += 1);
+    }
+
+    async fn ask(&self, open: Open) -> Result<Asked, Stopping> {
         let message = match Message::read(&open.body) {
             Ok(message) => message,
             Err(at) => return Ok(Asked::Nothing(format!("ignored: it is no message, {at}"))),
@@ -290,28 +291,29 @@ impl Dispatch {
         if !message.for_us {
             return Ok(Asked::Nothing("ignored: a group that did not mention us".to_owned()));
         }
-        let with_attachments = !message.attachments.is_empty();
-        if message.text.is_empty() && !with_attachments {
+        if message.text.is_empty() && message.attachments.is_empty() {
             return Ok(Asked::Nothing("ignored: it is empty".to_owned()));
         }
-        let Ok(_slot) = self.slots.acquire().await else { return Err(Stopping) };
-        if self.is_stopping() {
-            return Err(Stopping);
-        }
-        let room =
-            if heavy || with_attachments { Arc::clone(&self.heavy).acquire_owned().await.ok() } else { None };
         let Message { mut text, attachments, .. } = message;
-        let (pictures, lines) = attachments::gather(attachments, &self.http, &self.registration).await;
-        for line in lines {
-            if !text.is_empty() {
-                text.push('\n');
+        let (body, room) = if attachments.is_empty() {
+            (gateway::question(&text, &[]), None)
+        } else {
+            let room = Arc::clone(&self.heavy).acquire_owned().await.ok();
+            let gathering = attachments::gather(attachments, &self.http, &self.registration);
+            let (pictures, lines) = tokio::select! {
+                gathered = gathering => gathered,
+                () = self.stopped() => return Err(Stopping),
+            };
+            for line in lines {
+                if !text.is_empty() {
+                    text.push('\n');
+                }
+                text.push_str(&line);
             }
-            text.push_str(&line);
-        }
-        let body = gateway::question(&text, &pictures);
-        drop(pictures);
+            (gateway::question(&text, &pictures), room)
+        };
         let Open { session, channel, body: received, .. } = open;
-        drop(received);
+        drop((received, text));
         let asking = self.gateway.ask(&session, &channel, body, room);
         tokio::select! {
             outcome = asking => Ok(Asked::Outcome(outcome)),
@@ -321,9 +323,10 @@ impl Dispatch {
 
     // === The answer ===
 
-    async fn send(&self, seq: i64, open: &Open) -> Result<(), Stopping> {
+    /// All parts, as far as it goes now.
+    async fn send(&self, seq: i64, open: &Open, tries: &mut Tries) -> Result<Next, Stopping> {
         let message = Message::read(&open.body).unwrap_or_default();
-        let mut outcome = "answered".to_owned();
+        let mut end = "answered";
         for (number, text) in &open.parts {
             let part = Part {
                 event: &open.id,
@@ -333,41 +336,28 @@ impl Dispatch {
                 text,
                 message: &message,
             };
-            match self.send_part(&part).await? {
-                outbound::Outcome::Refused(why) => {
-                    self.desk.failed(format!("the mux-server refuses the answer to event {seq}: {why}"));
-                    self.desk.change(|board| board.refused += 1);
-                    return self.end(seq, format!("refused: {why}")).await;
-                }
-                outbound::Outcome::AnsweredBefore => {
-                    "answered before, in other words".clone_into(&mut outcome);
-                }
-                outbound::Outcome::Sent | outbound::Outcome::Unknown(..) => {}
-            }
-            self.insist(|| self.queue.sent(seq, *number)).await?;
-        }
-        self.desk.change(|board| board.answered += 1);
-        self.end(seq, outcome).await
-    }
-
-    /// Until the outcome is known.
-    async fn send_part(&self, part: &Part<'_>) -> Result<outbound::Outcome, Stopping> {
-        let mut backoff = Backoff::new(SENDING.0, SENDING.1);
-        loop {
             // One that is under way gets its time: see `main`.
             let pass = tokio::select! {
                 pass = self.registration.pass() => pass,
                 () = self.stopped() => return Err(Stopping),
             };
-            let outcome = self.outbound.send(part, pass).await;
-            match outcome {
+            match self.outbound.send(&part, pass).await {
+                outbound::Outcome::Sent => {}
+                outbound::Outcome::AnsweredBefore => end = "answered before, in other words",
+                outbound::Outcome::Refused(why) => {
+                    self.desk.failed(format!("the mux-server refuses the answer to event {seq}: {why}"));
+                    self.desk.change(|board| board.refused += 1);
+                    return self.end(seq, &open.id, &format!("refused: {why}")).await;
+                }
                 outbound::Outcome::Unknown(why, after) => {
                     self.desk.failed(format!("{why}; it is tried again"));
-                    self.pause(backoff.next().max(after.unwrap_or_default())).await?;
+                    return Ok(Next::After(tries.sending.next().max(after.unwrap_or_default())));
                 }
-                known => return Ok(known),
             }
+            self.insist(|| self.queue.sent(seq, *number)).await?;
         }
+        self.desk.change(|board| board.answered += 1);
+        self.end(seq, &open.id, end).await
     }
 
     // === Besides ===
@@ -404,13 +394,35 @@ impl Dispatch {
     }
 }
 
-enum Answer {
-    Text(String, String),
-    /// With the reason, for the record.
-    None(String),
+/// What follows a try.
+enum Next {
+    Done,
+    Now,
+    After(Duration),
 }
 
 enum Asked {
     Outcome(gateway::Outcome),
     Nothing(String),
+}
+
+/// What one event has behind it in this life.
+struct Tries {
+    away: Backoff,
+    failing: Backoff,
+    sending: Backoff,
+    failing_since: Option<Instant>,
+    refusals: u32,
+}
+
+impl Tries {
+    fn new() -> Self {
+        Self {
+            away: Backoff::new(GATEWAY.0, GATEWAY.1),
+            failing: Backoff::new(FAILED.0, FAILED.1),
+            sending: Backoff::of_contract(),
+            failing_since: None,
+            refusals: 0,
+        }
+    }
 }

@@ -255,7 +255,7 @@ async fn take(door: &Door, request: Request<Incoming>) -> Result<Reply, Reply> {
     }
     let kib = u32::try_from(announced.unwrap_or(BODY_MAX).div_ceil(1024)).unwrap_or(BODIES_KIB).max(1);
     let room = tokio::time::timeout(ROOM_TIME, door.bodies.acquire_many(kib)).await;
-    let Ok(Ok(_room)) = room else { return Err(later("too much at a time")) };
+    let Ok(Ok(room)) = room else { return Err(later("too much at a time")) };
     let reading = read(request.into_body(), announced);
     let body = match tokio::time::timeout(BODY_TIME, reading).await {
         Ok(Ok(body)) => body,
@@ -271,7 +271,7 @@ async fn take(door: &Door, request: Request<Incoming>) -> Result<Reply, Reply> {
     let size = body.iter().map(Vec::len).sum::<usize>() as u64;
     let session = head.session_key.clone();
     let accepted = door.queue.accept(head.event_id, head.session_key, head.channel, body).await;
-    drop(_room);
+    drop(room);
     let word = match accepted {
         Ok(Accepted::New(seq)) => {
             door.desk.change(|board| board.accepted += 1);

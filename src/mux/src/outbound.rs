@@ -67,8 +67,8 @@ fn body(part: &Part<'_>, key: &str, device: &str) -> Value {
         "raw": raw(part),
         "openclawId": device,
     });
-    if let Some(thread) = &message.thread {
-        body["threadId"] = thread.clone();
+    if let (Some(thread), Some(body)) = (&message.thread, body.as_object_mut()) {
+        body.insert("threadId".to_owned(), thread.clone());
     }
     body
 }
@@ -84,9 +84,11 @@ fn raw(part: &Part<'_>) -> Value {
         Some(Ok(number)) => json!(number),
         _ => value,
     };
-    let mut body = json!({ "chat_id": number(chat), "text": part.text });
+    let mut body = serde_json::Map::new();
+    body.insert("chat_id".to_owned(), number(chat));
+    body.insert("text".to_owned(), part.text.into());
     if let Some(thread) = part.message.thread.clone().map(number).filter(Value::is_number) {
-        body["message_thread_id"] = thread;
+        body.insert("message_thread_id".to_owned(), thread);
     }
     json!({ "telegram": { "method": "sendMessage", "body": body } })
 }

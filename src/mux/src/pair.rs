@@ -24,8 +24,8 @@ pub(crate) async fn pair(spec: PairSpec) -> Result<Value, String> {
         ("ttlSec", spec.ttl_s.map(Value::from)),
     ];
     for (name, value) in optional {
-        if let Some(value) = value {
-            body[name] = value;
+        if let (Some(value), Some(body)) = (value, body.as_object_mut()) {
+            body.insert(name.to_owned(), value);
         }
     }
     let http = Http::new(spec.base_url.starts_with("https:"), false)?;

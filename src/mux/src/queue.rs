@@ -1,4 +1,4 @@
-//! The queue: a SQLite database in which every accepted event lives until it is answered.
+//! The queue: a `SQLite` database in which every accepted event lives until it is answered.
 //!
 //! ```text
 //! waiting ── the gateway's answer, cut into parts ──> answered ── all parts sent ──> done
@@ -174,6 +174,16 @@ impl Queue {
                 Ok((row.get(0)?, row.get(1)?, u64::try_from(row.get::<_, i64>(2)?).unwrap_or_default()))
             })?;
             rows.collect()
+        })
+        .await
+    }
+
+    /// Whether the gateway has answered it; none when it is done.
+    pub(crate) async fn is_answered(&self, seq: i64) -> Result<Option<bool>, Failure> {
+        self.run(move |db| {
+            db.prepare_cached("SELECT state FROM event WHERE seq = ? AND state < 2")?
+                .query_row([seq], |row| Ok(row.get::<_, i64>(0)? == 1))
+                .optional()
         })
         .await
     }

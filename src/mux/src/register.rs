@@ -109,7 +109,7 @@ impl Registration {
     pub(crate) async fn keep(&self) {
         let mut backoff = Backoff::of_contract();
         loop {
-            let wait = match self.register().await {
+            match self.register().await {
                 Ok(token) => {
                     backoff = Backoff::of_contract();
                     let wait = refresh_in(now_ms(), token.expires_at_ms);
@@ -119,29 +119,31 @@ impl Registration {
                         self.desk.note(Level::Info, "Registered with the mux-server");
                     }
                     self.desk.change(|b| (b.registered_until_ms, b.register_error) = (Some(expires), None));
-                    wait
+                    // A server that takes none of its own tokens is not asked all the time.
+                    tokio::time::sleep(REFRESH_AT_LEAST).await;
+                    tokio::select! {
+                        () = tokio::time::sleep(wait) => {}
+                        () = self.wanted.notified() => {}
+                    }
                 }
                 Err((why, wrong)) => {
-                    self.refused(why, wrong);
-                    if wrong { jittered(SLOWLY) } else { backoff.next() }
+                    self.refused(&why, wrong);
+                    // Whoever needs a token waits with us: asking more often would not help.
+                    tokio::time::sleep(if wrong { jittered(SLOWLY) } else { backoff.next() }).await;
                 }
-            };
-            tokio::select! {
-                () = tokio::time::sleep(wait) => {}
-                () = self.wanted.notified() => {}
             }
         }
     }
 
-    fn refused(&self, why: String, wrong: bool) {
+    fn refused(&self, why: &str, wrong: bool) {
         let ended = self.token.borrow().as_ref().is_some_and(|t| t.expires_at_ms <= now_ms());
         if ended {
             self.token.send_replace(None);
         }
         let mut new = false;
         self.desk.change(|board| {
-            new = board.register_error.as_ref() != Some(&why);
-            board.register_error = Some(why.clone());
+            new = board.register_error.as_deref() != Some(why);
+            board.register_error = Some(why.to_owned());
             if ended {
                 board.registered_until_ms = None;
             }

@@ -33,13 +33,12 @@ pub(crate) fn messages(text: &str, limit: usize) -> Vec<String> {
     for piece in cuts {
         let before = open.clone();
         for line in piece.lines().filter_map(|line| line.trim_start().strip_prefix(FENCE)) {
-            open = match open {
-                Some(_) => None,
-                None => {
-                    let language = line.trim();
-                    let known = language.len() <= LANGUAGE_MAX && !language.contains('`');
-                    Some(if known { language.to_owned() } else { String::new() })
-                }
+            open = if open.is_some() {
+                None
+            } else {
+                let language = line.trim();
+                let known = language.len() <= LANGUAGE_MAX && !language.contains('`');
+                Some(if known { language.to_owned() } else { String::new() })
             };
         }
         let inside = trimmed(piece);

@@ -1,6 +1,6 @@
 //! Who may hand us a message: the mux-server's signed tokens, checked without I/O and without a clock.
 //!
-//! A token is an EdDSA (Ed25519) JWT. Its key is found by `kid`, which is the first 16 hex digits of
+//! A token is a JWT signed with Ed25519. Its key is found by `kid`, which is the first 16 hex digits of
 //! the SHA-256 of the key's SPKI DER; a key under another name is not taken.
 //!
 //! Refuses every algorithm but one, and to say more of a token than which rule it breaks.

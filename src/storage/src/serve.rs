@@ -3,7 +3,10 @@
 //! What only reads (status, lists, files, logs) is answered here, whatever the worker is doing;
 //! the rest is an order for the worker's loop.
 //!
-//! Refuses anybody but root, lines over the limit, and to keep silent for long.
+//! Beside it the mux client asks the one question that it may: whether the bucket has what a file
+//! holds now. It is not root, so it has a socket of its own.
+//!
+//! Refuses anybody else, lines over the limit, and to keep silent for long.
 //! May import: `desk`, `entry`, `fault`, `fetch`, `index`, `worker`.
 
 use crate::desk::{Desk, Open};
@@ -14,9 +17,10 @@ use crate::index::Row;
 use crate::worker::{self, Order};
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
+use cvm_blueprint::mux::MUX_UID;
 use cvm_blueprint::storage::{Answer, Ask, Entry, QUESTION_MAX, Question, VERSION};
 use cvm_blueprint::{paths, wire};
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::Duration;
@@ -34,30 +38,58 @@ const TRIES: u32 = 30;
 const AGAIN: Duration = Duration::from_millis(150);
 
 pub(crate) async fn serve(desk: Arc<Desk>, orders: Sender<Order>) {
-    let path = paths::STORAGE_SOCKET;
+    tokio::join!(
+        listen(paths::STORAGE_SOCKET, Guest::Operator, &desk, &orders),
+        listen(paths::REPLICATION_SOCKET, Guest::MuxClient, &desk, &orders),
+    );
+}
+
+/// Who may ask at a socket, and so what.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Guest {
+    Operator,
+    MuxClient,
+}
+
+impl Guest {
+    fn uid(self) -> u32 {
+        match self {
+            Self::Operator => 0,
+            Self::MuxClient => MUX_UID,
+        }
+    }
+
+    fn may_ask(self, ask: &Ask) -> bool {
+        self == Self::Operator || matches!(ask, Ask::Committed { .. })
+    }
+}
+
+async fn listen(path: &str, guest: Guest, desk: &Arc<Desk>, orders: &Sender<Order>) {
     if let Some(parent) = std::path::Path::new(path).parent() {
-        let _ = std::fs::create_dir_all(parent);
+        // Others may pass through; whether the supervisor lets them is its own affair.
+        let _ = std::fs::DirBuilder::new().mode(0o755).create(parent);
     }
     loop {
         let _ = std::fs::remove_file(path);
         let listener = match UnixListener::bind(path) {
             Ok(listener) => listener,
             Err(error) => {
-                tracing::error!("`cvm storage` cannot find this worker: {error}");
+                tracing::error!("nobody can ask at {path}: {error}");
                 tokio::time::sleep(ALIVE).await;
                 continue;
             }
         };
         let _ = std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600));
+        let _ = std::os::unix::fs::chown(path, Some(guest.uid()), None);
         while let Ok((stream, _)) = listener.accept().await {
-            if stream.peer_cred().is_ok_and(|peer| peer.uid() == 0) {
-                tokio::spawn(converse(stream, Arc::clone(&desk), orders.clone()));
+            if stream.peer_cred().is_ok_and(|peer| peer.uid() == 0 || peer.uid() == guest.uid()) {
+                tokio::spawn(converse(stream, guest, Arc::clone(desk), orders.clone()));
             }
         }
     }
 }
 
-async fn converse(stream: UnixStream, desk: Arc<Desk>, orders: Sender<Order>) {
+async fn converse(stream: UnixStream, guest: Guest, desk: Arc<Desk>, orders: Sender<Order>) {
     let (read, mut write) = stream.into_split();
     let mut line = Vec::new();
     let mut reader = BufReader::new(read.take(QUESTION_MAX as u64));
@@ -72,6 +104,7 @@ async fn converse(stream: UnixStream, desk: Arc<Desk>, orders: Sender<Order>) {
             refuse(&sender, "this worker speaks another version; use the `cvm` of the same image");
         }
         None => refuse(&sender, "this is not a question; `cvm storage --help` lists what can be asked"),
+        Some(Question { verb, .. }) if !guest.may_ask(&verb) => refuse(&sender, "this is not asked here"),
         Some(Question { verb, .. }) => direct(verb, &desk, &orders, &sender),
     }
     drop(sender);

@@ -221,6 +221,8 @@ struct Tree<'a> {
     logs_at: Duration,
     drill_at: Option<Duration>,
     flushes: Vec<tokio::sync::mpsc::UnboundedSender<Answer>>,
+    /// Files that somebody wants to be in the bucket as they are now.
+    committed: Vec<(Path, tokio::sync::mpsc::UnboundedSender<Answer>)>,
     /// Moved directories whose content has come up.
     fetched: HashSet<Path>,
     hydrated: bool,
@@ -268,6 +270,7 @@ impl<'a> Tree<'a> {
             logs_at: uptime(),
             drill_at,
             flushes: Vec::new(),
+            committed: Vec::new(),
             fetched: HashSet::new(),
             hydrated,
             whole: ready.mode == Mode::Sync || ready.open.index.meta("independent")?.is_some(),
@@ -468,6 +471,7 @@ impl<'a> Tree<'a> {
                 self.everything = true;
                 self.flushes.push(answer);
             }
+            Order::Ask(Ask::Committed { path }, answer) => self.wants_committed(&path, answer),
             Order::Ask(ask, answer) => self.answer(&ask, &answer),
             Order::Hydrated => self.on_hydrated(),
             Order::Fenced(why) => return Some(End::Again(Fault::Fenced(why))),
@@ -512,6 +516,7 @@ impl<'a> Tree<'a> {
         let full = std::mem::take(&mut self.everything) || !self.hydrated;
         let dirty = std::mem::take(&mut self.dirty);
         let first = self.first.take();
+        let asked = std::mem::take(&mut self.committed);
         if full {
             self.rescan_at = began + RESCAN;
         }
@@ -519,6 +524,7 @@ impl<'a> Tree<'a> {
             Ok(done) => done,
             Err(fault @ Fault::Fenced(_)) => return Err(fault),
             Err(fault) => {
+                self.answer_committed(asked, false);
                 self.again(&fault, full, dirty, first);
                 return Ok(());
             }
@@ -534,6 +540,7 @@ impl<'a> Tree<'a> {
         self.not_before = (began + BETWEEN).max(began + took + took / 4);
         self.dirty.extend(rest.young.iter().map(|path| path.split().0.to_vec()));
         self.put_off(&rest, began);
+        self.answer_committed(asked, rest.fault.is_none());
         let first = first.or(Some(began));
         if let Some(fault) = rest.fault {
             self.worker.desk.pending(rest.later.len().max(1) as u64, 0, first);
@@ -723,6 +730,34 @@ impl<'a> Tree<'a> {
                     row.bad.as_deref().unwrap_or_default(),
                     hydrate::REMEDY,
                 );
+            }
+        }
+    }
+
+    /// A round that begins after the question, and takes the file, is the answer.
+    fn wants_committed(&mut self, path: &str, answer: tokio::sync::mpsc::UnboundedSender<Answer>) {
+        let Some(path) = Path::new(path.as_bytes()) else {
+            let _ = answer.send(Answer::Refused { why: "this is no path below /data".to_owned() });
+            return;
+        };
+        // Looked at even if nobody has hinted at it yet; nothing else is hurried.
+        self.dirty.insert(path.split().0.to_vec());
+        self.first.get_or_insert(uptime());
+        self.committed.push((path, answer));
+    }
+
+    /// Who hung up is forgotten; whose file is not there yet stays for the next round.
+    fn answer_committed(
+        &mut self,
+        asked: Vec<(Path, tokio::sync::mpsc::UnboundedSender<Answer>)>,
+        good: bool,
+    ) {
+        for (path, answer) in asked {
+            if good && !self.waiting.contains_key(&path) {
+                done(&answer, "The bucket has it", true);
+            } else if !answer.is_closed() {
+                self.dirty.insert(path.split().0.to_vec());
+                self.committed.push((path, answer));
             }
         }
     }

@@ -19,6 +19,7 @@ mod fuse;
 mod gateway;
 mod iptables;
 mod memory;
+mod mux;
 mod overlay;
 mod ports;
 mod report;
@@ -40,6 +41,7 @@ const ROOMS: &[(&str, Room)] = &[
     ("supervisor", supervisor::check),
     ("ssh", ssh::check),
     ("gateway", gateway::check),
+    ("mux", mux::check),
     ("files", files::check),
     ("storage", storage::check),
     ("disk", disk::check),

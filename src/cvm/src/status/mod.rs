@@ -4,7 +4,7 @@
 //! little time to answer; the JSON is the supervisor's alone.
 //!
 //! Refuses to interpret the snapshot beyond what it says. May import: `args`, `json`, `look`,
-//! `out`, `socket`, `storage`, `trouble`, `watch`, and its own room `render`.
+//! `out`, `socket`, `storage`, `trouble`, `watch`, `words`, and its own room `render`.
 
 mod render;
 #[cfg(test)]
@@ -18,6 +18,7 @@ use crate::socket::{self, Snapshot};
 use crate::storage::{self, Glance};
 use crate::trouble::{Exit, Trouble};
 use crate::watch::watch;
+use crate::words;
 
 pub(crate) fn run(args: &StatusArgs) -> Result<Exit, Trouble> {
     if let Some(pause) = args.watch {
@@ -39,5 +40,5 @@ fn shown(snapshot: &Snapshot, json: bool, look: Look) -> String {
     }
     let has_worker = snapshot.status.storage.mode == storage::MODE;
     let glance = has_worker.then(Glance::take);
-    render::page(&snapshot.status, glance.as_ref(), look)
+    render::page(&snapshot.status, glance.as_ref(), words::now_ms(), look)
 }

@@ -8,10 +8,11 @@ use crate::look::{Look, Tone};
 use crate::storage::{self, Glance};
 use crate::table::{self, Cell, Column, NONE, Row, STAYS, labelled};
 use crate::words::{clean, count, fine, span, width, wrap};
+use cvm_blueprint::mux::MuxStatus;
 use cvm_blueprint::status::{Phase, Service, Status, Step};
 
-/// `glance` is what the storage worker says, where there has to be one.
-pub(crate) fn page(status: &Status, glance: Option<&Glance>, look: Look) -> String {
+/// `glance` is what the storage worker says, where there has to be one; `now_ms` is since 1970.
+pub(crate) fn page(status: &Status, glance: Option<&Glance>, now_ms: u64, look: Look) -> String {
     let label = format!("Storage ({})", clean(&status.storage.mode));
     let told = labelled(&label, &status.storage.meaning, Tone::Plain, 0, look);
     // Whether the data is safe comes before all else.
@@ -24,6 +25,7 @@ pub(crate) fn page(status: &Status, glance: Option<&Glance>, look: Look) -> Stri
         lead + &head(status, look),
         below,
         services(&status.services, look),
+        status.mux.as_ref().map(|mux| self::mux(mux, now_ms, look)).unwrap_or_default(),
         boot(status, look),
         remarks(status, look),
         keys(status, look),
@@ -144,6 +146,45 @@ fn remedy(service: &Service) -> Option<String> {
         }
         _ => None,
     }
+}
+
+/// Whether messages come in and answers get out, and what is in the way.
+fn mux(mux: &MuxStatus, now_ms: u64, look: Look) -> String {
+    let ago = |at: u64| span(now_ms.saturating_sub(at));
+    let mut text = look.paint("MUX", Tone::Strong) + "\n";
+    let mut line = |label: &str, words: &str, tone| text += &labelled(label, words, tone, 2, look);
+    let until = mux.registered_until_ms.filter(|at| *at > now_ms);
+    match (until, &mux.register_error) {
+        (Some(at), None) => line("registered", &format!("for {} more", span(at - now_ms)), Tone::Plain),
+        (Some(at), Some(why)) => {
+            line(
+                "registered",
+                &format!("for {} more, then no longer: {why}", span(at - now_ms)),
+                Tone::Caution,
+            );
+        }
+        (None, why) => line("not registered", why.as_deref().unwrap_or("not yet"), Tone::Bad),
+    }
+    let events = count(mux.waiting, "event waits for the agent", "events wait for the agent");
+    let answers = count(mux.to_send, "answer is to be sent", "answers are to be sent");
+    let oldest = mux.oldest_at_ms.map(|at| format!(", the oldest since {}", ago(at))).unwrap_or_default();
+    line("queue", &format!("{events}, {answers}{oldest}"), Tone::Plain);
+    let refused = count(mux.refused, "refused", "refused");
+    let counted =
+        format!("{} accepted, {} answered, {} ignored, {refused}", mux.accepted, mux.answered, mux.ignored);
+    line("since start", &counted, if mux.refused > 0 { Tone::Caution } else { Tone::Plain });
+    if let Some(why) = mux.gateway_error.as_ref().filter(|_| mux.waiting > 0) {
+        line("gateway", why, Tone::Caution);
+    }
+    if let (Some(why), Some(at)) = (&mux.last_error, mux.last_error_at_ms) {
+        line("last error", &format!("{why}; {} ago", ago(at)), Tone::Caution);
+    }
+    if let Some(at) = mux.last_unreplicated_ack_at_ms {
+        let acks = count(mux.unreplicated_acks, "message", "messages");
+        let words = format!("{acks} acknowledged before the bucket had them, the last {} ago", ago(at));
+        line("bucket", &words, Tone::Caution);
+    }
+    text
 }
 
 /// Boot steps and first starts, in the order of time: where the seconds went.

@@ -1,5 +1,6 @@
 //! Snapshots for tests, written by hand.
 
+use cvm_blueprint::mux::MuxStatus;
 use cvm_blueprint::status::{Fingerprint, Phase, Service, Status, Step, Storage};
 use cvm_blueprint::wire::Remark;
 
@@ -46,6 +47,30 @@ pub(crate) fn step(name: &str, state: &str, began: Option<u64>, took: Option<u64
         why: None,
         next_try_in_ms: None,
     }
+}
+
+/// A mux client with a queue, whose server does not renew its registration.
+pub(crate) fn with_mux(now_ms: u64) -> Status {
+    let mut status = healthy();
+    status.services.push(running("mux", "ready", 140, (640, Some(700))));
+    status.mux = Some(MuxStatus {
+        registered_until_ms: Some(now_ms + 3_600_000),
+        register_error: Some("it answers 503; it is tried again".into()),
+        gateway_error: Some("the gateway does not answer: Connection refused (os error 111)".into()),
+        last_error: Some("the mux-server refuses the answer to event 7: 403 ROUTE_NOT_BOUND".into()),
+        last_error_at_ms: Some(now_ms - 90_000),
+        waiting: 12,
+        to_send: 1,
+        oldest_at_ms: Some(now_ms - 125_000),
+        accepted: 340,
+        answered: 320,
+        ignored: 6,
+        refused: 1,
+        unreplicated_acks: 2,
+        last_unreplicated_ack_at_ms: Some(now_ms - 600_000),
+        ..MuxStatus::default()
+    });
+    status
 }
 
 pub(crate) fn healthy() -> Status {

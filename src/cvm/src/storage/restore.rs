@@ -5,8 +5,9 @@
 //! gets the keys in a sealed memory file: they are in no argument and in no environment of it.
 //!
 //! Refuses a directory that holds something, and a configuration that has a mistake anywhere.
-//! May import: `input`, `trouble`, `words`.
+//! May import: `beside`, `input`, `trouble`, `words`.
 
+use crate::beside;
 use crate::input;
 use crate::trouble::{Exit, Trouble, mistakes, warn};
 use crate::words;
@@ -14,54 +15,24 @@ use cvm_blueprint::config::{Config, Storage};
 use cvm_blueprint::env::Environment;
 use cvm_blueprint::keys::KeyRing;
 use cvm_blueprint::storage::StorageSpec;
-use cvm_blueprint::wire;
-use cvm_process::descriptor;
 use std::io::ErrorKind;
 use std::os::unix::process::CommandExt as _;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::path::Path;
 
 const WHAT: &str = "storage restore";
 const PROGRAM: &str = "cvm-storage";
-/// Where the image has it, if nobody can say where we are.
-const HOME: &str = "/usr/local/lib/openclaw-cvm";
-/// What a program needs to show progress and to reach the network from where it is. Nothing of
-/// it is ours: those variables are in the specification, or nowhere.
-const PASSED: &[&str] = &[
-    "PATH",
-    "HOME",
-    "TERM",
-    "LANG",
-    "TZ",
-    "TMPDIR",
-    "NO_COLOR",
-    "SSL_CERT_FILE",
-    "SSL_CERT_DIR",
-    "HTTP_PROXY",
-    "HTTPS_PROXY",
-    "NO_PROXY",
-    "http_proxy",
-    "https_proxy",
-    "no_proxy",
-];
-
 /// Does not return when it succeeds.
 pub(super) fn run(to: &Path) -> Result<Exit, Trouble> {
     let directory = std::path::absolute(to).map_err(|e| Trouble::new(Exit::Usage, WHAT, words::of_io(&e)))?;
     check_empty(&directory)?;
-    let program = beside_us()?;
+    beside::place(WHAT, PROGRAM)?;
     let spec = specification(&input::environment())?;
-    let failed = |error: std::io::Error| {
-        Trouble::new(Exit::Bad, format!("{WHAT}: {}", program.display()), words::of_io(&error))
-    };
-    let sealed = descriptor::sealed(c"spec", &wire::line(&spec)).map_err(failed)?;
+    let (program, mut command) = beside::program(WHAT, PROGRAM, &spec)?;
     drop(spec);
-    let kept = PASSED.iter().filter_map(|name| Some((*name, std::env::var_os(name)?)));
-    let mut command = Command::new(&program);
-    command.arg("restore").arg(&directory).stdin(Stdio::from(sealed)).env_clear().envs(kept);
+    command.arg("restore").arg(&directory);
     // It takes our place: signals and the exit status are its own. `exec` also gives SIGPIPE its
     // default action back, and wipes whatever this process still knows.
-    Err(failed(command.exec()))
+    Err(beside::failed(WHAT, &program, &command.exec()))
 }
 
 fn check_empty(directory: &Path) -> Result<(), Trouble> {
@@ -78,19 +49,6 @@ fn check_empty(directory: &Path) -> Result<(), Trouble> {
         Err(error) if error.kind() == ErrorKind::NotADirectory => refused("it is not a directory", hint),
         Err(error) => refused(&words::of_io(&error), hint),
     }
-}
-
-/// The program of the same build.
-fn beside_us() -> Result<PathBuf, Trouble> {
-    let us = std::fs::read_link("/proc/self/exe").unwrap_or_default();
-    let program = us.parent().unwrap_or(Path::new(HOME)).join(PROGRAM);
-    if program.is_file() {
-        return Ok(program);
-    }
-    let cause = format!("{} is not there", program.display());
-    let hint =
-        "it belongs beside cvm; the image has both: `docker run --entrypoint cvm IMAGE storage restore ...`";
-    Err(Trouble::new(Exit::Bad, WHAT, cause).hint(hint))
 }
 
 /// What the worker has to know, from variables as the VM is given them.

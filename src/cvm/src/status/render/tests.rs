@@ -6,9 +6,10 @@ use crate::status::samples;
 use crate::storage::samples as worker;
 use std::path::PathBuf;
 
+const NOW: u64 = 1_800_000_000_000;
 const WIDTHS: [usize; 3] = [120, 80, 40];
 
-fn machines() -> [(&'static str, Status, Option<Glance>); 5] {
+fn machines() -> [(&'static str, Status, Option<Glance>); 6] {
     let s3 = |mut status: Status| {
         status.storage.mode = storage::MODE.to_owned();
         status.storage.meaning = "encrypted in bucket agent-state, and on the volume".to_owned();
@@ -19,6 +20,7 @@ fn machines() -> [(&'static str, Status, Option<Glance>); 5] {
     [
         ("healthy", samples::healthy(), None),
         ("troubled", samples::troubled(), None),
+        ("mux", samples::with_mux(NOW), None),
         ("s3-pending", s3(samples::healthy()), seen(worker::pending())),
         ("s3-troubled", s3(samples::troubled()), seen(worker::troubled())),
         ("s3-away", s3(samples::troubled()), Some(Glance::Away(away.into()))),
@@ -31,7 +33,7 @@ fn pages_are_as_they_were_promised() {
         for width in WIDTHS {
             let path = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
                 .join(format!("src/status/render/pages/{name}-{width}.txt"));
-            let text = page(&status, glance.as_ref(), Look::plain(width));
+            let text = page(&status, glance.as_ref(), NOW, Look::plain(width));
             if std::env::var_os("CVM_WRITE_PAGES").is_some() {
                 std::fs::write(&path, &text).unwrap();
             }
@@ -46,7 +48,7 @@ fn no_width_breaks_a_page_or_loses_a_word_of_it() {
     let squeezed = |text: &str| text.split_whitespace().collect::<String>();
     for (_, status, glance) in machines() {
         for columns in 30..220 {
-            let text = page(&status, glance.as_ref(), Look::plain(columns));
+            let text = page(&status, glance.as_ref(), NOW, Look::plain(columns));
             let too_wide = text.lines().find(|line| width(line) > columns);
             assert_eq!(too_wide, None, "at {columns}");
             let found = squeezed(&text);
@@ -88,13 +90,13 @@ fn every_state_has_its_tone_and_those_in_need_a_remedy() {
 #[test]
 fn colours_change_nothing_but_colours() {
     let look = Look { colour: true, ..Look::plain(80) };
-    let painted = page(&samples::troubled(), None, look);
+    let painted = page(&samples::troubled(), None, NOW, look);
     let mut plain = painted.clone();
     for code in ["0", "1", "2", "32", "33", "1;31"] {
         plain = plain.replace(&format!("\x1b[{code}m"), "");
     }
     assert_ne!(painted, plain);
-    assert_eq!(plain, page(&samples::troubled(), None, Look::plain(80)));
+    assert_eq!(plain, page(&samples::troubled(), None, NOW, Look::plain(80)));
     assert!(painted.starts_with("\x1b[1;31mNOT HEALTHY\x1b[0m"));
 }
 
@@ -103,7 +105,7 @@ fn a_phase_and_an_empty_machine_are_shown_too() {
     let mut status = Status { services: vec![], boot: vec![], keys: vec![], ..samples::healthy() };
     for (phase, word) in [(Phase::Booting, "booting"), (Phase::Stopping, "stopping")] {
         status.phase = phase;
-        let text = page(&status, None, Look::plain(80));
+        let text = page(&status, None, NOW, Look::plain(80));
         assert!(text.starts_with(&format!("HEALTHY  {word}, up 3 h 12 min")), "{text}");
         assert!(!text.contains("BOOT") && !text.contains("KEY"), "{text}");
     }

@@ -1,0 +1,110 @@
+//! Does the mux client take messages, and do answers get out? Only there when it is configured.
+//!
+//! May import: `facts`, `finding`, `words`.
+
+use super::facts;
+use super::finding::{Notebook, Outcome, fail, ok, skip, warn};
+use crate::http::{self, Answer};
+use crate::words::{clean, count, now_ms, span};
+use cvm_blueprint::mux::{MUX_CLIENT, MuxStatus};
+
+/// A run of the agent takes minutes, and so may wait those behind it.
+const OLD_MS: u64 = 15 * 60 * 1000;
+
+pub(crate) fn check(notebook: &mut Notebook<'_>) {
+    notebook.about("configuration");
+    let status = facts::status();
+    let Some(status) = status else {
+        return notebook
+            .note("configuration", skip("the supervisor does not say whether there is a mux client"));
+    };
+    if facts::service(Some(&status), MUX_CLIENT).is_none() {
+        let found = "there is none; MUX_BASE_URL and MUX_REGISTER_KEY turn it on";
+        return notebook.note("configuration", skip(found));
+    }
+    notebook.note("configuration", ok("MUX_BASE_URL and MUX_REGISTER_KEY are set"));
+    notebook.check("port", || listens(http::get(facts::MUX_PORT, "/healthz", None, facts::PATIENCE)));
+    let Some(mux) = &status.mux else {
+        return notebook.note("registration", skip("it has not said anything yet"));
+    };
+    notebook.note("registration", registration(mux, now_ms()));
+    notebook.note("queue", queue(mux, now_ms()));
+    notebook.note("replication", replication(mux, now_ms()));
+}
+
+fn listens(answer: Result<Answer, String>) -> Outcome {
+    match answer {
+        Ok(answer) if answer.code == 200 => ok("it answers"),
+        Ok(answer) => fail(format!("/healthz answers {}", answer.code), "`cvm restart mux`; `cvm logs mux`"),
+        Err(why) => {
+            fail(why, "`cvm status` says what the mux client does; `cvm logs mux` shows its last words")
+        }
+    }
+}
+
+fn registration(mux: &MuxStatus, now: u64) -> Outcome {
+    let remedy = "compare MUX_BASE_URL, MUX_REGISTER_KEY and MUX_INBOUND_URL with the mux-server's operator";
+    match (mux.registered_until_ms.filter(|at| *at > now), &mux.register_error) {
+        (Some(until), None) => ok(format!("for {} more", span(until - now))),
+        (Some(until), Some(why)) => {
+            warn(format!("for {} more, but it cannot be renewed: {}", span(until - now), clean(why)), remedy)
+        }
+        (None, Some(why)) => fail(clean(why), remedy),
+        (None, None) => warn("not yet", "`cvm logs mux`"),
+    }
+}
+
+fn queue(mux: &MuxStatus, now: u64) -> Outcome {
+    let age = mux.oldest_at_ms.map(|at| now.saturating_sub(at));
+    let mut found = format!(
+        "{} for the agent, {} to be sent",
+        count(mux.waiting, "event waits", "events wait"),
+        count(mux.to_send, "answer is", "answers are")
+    );
+    let Some(age) = age else { return ok(found) };
+    found = format!("{found}, the oldest since {}", span(age));
+    if age < OLD_MS {
+        return ok(found);
+    }
+    let error = mux.gateway_error.as_ref().or(mux.last_error.as_ref());
+    if let Some(error) = error {
+        found = format!("{found}: {}", clean(error));
+    }
+    warn(found, "`cvm status` and `cvm doctor` say how the gateway is; nothing is lost meanwhile")
+}
+
+fn replication(mux: &MuxStatus, now: u64) -> Outcome {
+    match mux.last_unreplicated_ack_at_ms {
+        None => ok("every acknowledgement was safe first"),
+        Some(at) => warn(
+            format!(
+                "{} before the bucket had it, the last {} ago",
+                count(mux.unreplicated_acks, "message was acknowledged", "messages were acknowledged"),
+                span(now.saturating_sub(at))
+            ),
+            "`cvm storage status` says why the bucket is slow; they are lost only if this machine is lost before",
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::finding::Verdict;
+    use super::*;
+
+    #[test]
+    fn what_is_old_or_refused_is_told_with_a_remedy() {
+        let mut mux = MuxStatus { registered_until_ms: Some(5_000), ..MuxStatus::default() };
+        assert_eq!(registration(&mux, 1_000).verdict, Verdict::Ok);
+        assert_eq!(queue(&mux, 1_000).verdict, Verdict::Ok);
+        assert_eq!(replication(&mux, 1_000).verdict, Verdict::Ok);
+        mux.register_error = Some("it answers 401".into());
+        assert_eq!(registration(&mux, 1_000).verdict, Verdict::Warn);
+        assert_eq!(registration(&mux, 6_000).verdict, Verdict::Fail);
+        (mux.waiting, mux.oldest_at_ms) = (3, Some(0));
+        assert_eq!(queue(&mux, OLD_MS - 1).verdict, Verdict::Ok);
+        assert_eq!(queue(&mux, OLD_MS).verdict, Verdict::Warn);
+        (mux.unreplicated_acks, mux.last_unreplicated_ack_at_ms) = (1, Some(0));
+        assert_eq!(replication(&mux, 1_000).verdict, Verdict::Warn);
+    }
+}
