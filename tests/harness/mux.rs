@@ -535,7 +535,9 @@ fn serve(request: &Request<'_>, shared: &Shared) -> Reply {
         Door::Typing => typing(&mut state, request, &body),
         Door::File => file(&mut state, request),
     };
-    if let Reply::Whole { status, .. } = &reply {
+    if let Reply::Whole { status, .. } = &reply
+        && ill.is_none()
+    {
         state.visits[number].status = Some(*status);
     }
     drop(state);
