@@ -64,8 +64,8 @@ pub(crate) fn deliveries() -> Vec<Figure> {
 
     assert_eq!(mux.sent().len(), base + count(LENGTH), "each event has one answer");
     let after = [rollup(pid, "Rss:"), rollup(pid, "Pss:")];
-    let mut figures = quantiles("a delivery until its 2xx", "cvm-mux", took);
-    figures.extend(quantiles("a delivery until its 2xx", "insert + fsync", floor));
+    let (ours, bare) = (quantiles("cvm-mux", took), quantiles("insert + fsync", floor));
+    let mut figures: Vec<Figure> = ours.into_iter().zip(bare).flat_map(|(ours, bare)| [ours, bare]).collect();
     let mut one = |what, unit, value: f64| {
         figures.push(Figure { what, who: "cvm-mux".into(), unit, values: vec![value], target: "" });
     };
@@ -152,11 +152,13 @@ fn floor(file: &Path, length: Duration) -> Vec<f64> {
     })
 }
 
-fn quantiles(what: &'static str, who: &str, mut took: Vec<f64>) -> Vec<Figure> {
+fn quantiles(who: &str, mut took: Vec<f64>) -> [Figure; 3] {
     took.sort_by(f64::total_cmp);
-    let at = |per_mille: usize| took[(took.len() - 1) * per_mille / 1000];
-    let row = |unit, value| Figure { what, who: who.into(), unit, values: vec![value], target: "" };
-    vec![row("p50 ms", at(500)), row("p99 ms", at(990)), row("max ms", at(1000))]
+    let row = |what, per_mille: usize| {
+        let value = took[(took.len() - 1) * per_mille / 1000];
+        Figure { what, who: who.into(), unit: "ms", values: vec![value], target: "" }
+    };
+    [row("due to 2xx, p50", 500), row("due to 2xx, p99", 990), row("due to 2xx, most", 1000)]
 }
 
 /// User and system time of a process.
