@@ -121,7 +121,7 @@ pub struct MuxStatus {
     pub ignored: u64,
     /// Ended without an answer that somebody expected: see the log.
     pub refused: u64,
-    /// Acknowledged although the bucket did not have them in time.
+    /// Deliveries answered 503 because the bucket did not have them in time: the server asks again.
     pub unreplicated_acks: u64,
     pub last_unreplicated_ack_at_ms: Option<u64>,
 }

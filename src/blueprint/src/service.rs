@@ -302,6 +302,7 @@ fn gateway(config: &Config) -> Service {
 
 fn mux(config: &Config) -> Service {
     let (settings, restart) = (&config.gateway, config.gateway.restart);
+    let health = Probe::Http { port: MUX_INBOUND_PORT, path: "/healthz".into() };
     Service {
         name: MUX_CLIENT,
         what: "the mux client",
@@ -323,11 +324,8 @@ fn mux(config: &Config) -> Service {
         stop_order: 1,
         grace: Duration::from_secs(u64::from(settings.stop_timeout_s.get())),
         leftovers: Leftovers::Kill,
-        liveness: Some((
-            Liveness { start: MUX_START, silence: MUX_SILENCE },
-            Probe::Http { port: MUX_INBOUND_PORT, path: "/healthz".into() },
-        )),
-        readiness: None,
+        liveness: Some((Liveness { start: MUX_START, silence: MUX_SILENCE }, health.clone())),
+        readiness: Some(health),
         // Small, and what it was doing is done again.
         oom_score_adj: 100,
         says_started: None,

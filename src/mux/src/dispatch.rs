@@ -326,7 +326,6 @@ impl Dispatch {
     /// All parts, as far as it goes now.
     async fn send(&self, seq: i64, open: &Open, tries: &mut Tries) -> Result<Next, Stopping> {
         let message = Message::read(&open.body).unwrap_or_default();
-        let mut end = "answered";
         for (number, text) in &open.parts {
             let part = Part {
                 event: &open.id,
@@ -343,7 +342,11 @@ impl Dispatch {
             };
             match self.outbound.send(&part, pass).await {
                 outbound::Outcome::Sent => {}
-                outbound::Outcome::AnsweredBefore => end = "answered before, in other words",
+                // The rest of these words would not go with those that have arrived.
+                outbound::Outcome::AnsweredBefore => {
+                    self.desk.change(|board| board.answered += 1);
+                    return self.end(seq, &open.id, "answered before, in other words").await;
+                }
                 outbound::Outcome::Refused(why) => {
                     self.desk.failed(format!("the mux-server refuses the answer to event {seq}: {why}"));
                     self.desk.change(|board| board.refused += 1);
@@ -357,7 +360,7 @@ impl Dispatch {
             self.insist(|| self.queue.sent(seq, *number)).await?;
         }
         self.desk.change(|board| board.answered += 1);
-        self.end(seq, &open.id, end).await
+        self.end(seq, &open.id, "answered").await
     }
 
     // === Besides ===

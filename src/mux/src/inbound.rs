@@ -287,8 +287,11 @@ async fn take(door: &Door, request: Request<Incoming>) -> Result<Reply, Reply> {
             return Err(later("the queue cannot be written"));
         }
     };
-    if let Some(replication) = &door.replication {
-        replication.wait().await;
+    // The event is ours and is answered as ever; the server keeps it too, and its next delivery is known.
+    if let Some(replication) = &door.replication
+        && !replication.wait().await
+    {
+        return Err(later("the bucket does not have it yet"));
     }
     Ok(reply(StatusCode::OK, word))
 }

@@ -32,20 +32,23 @@ impl Replication {
         Self { socket, path, most, desk, wanted: watch::Sender::new(0), safe: watch::Sender::new(0) }
     }
 
-    /// Until the bucket has what is committed now, or the patience is over: then it is counted.
-    pub(crate) async fn wait(&self) {
+    /// Whether the bucket has what is committed now, before the patience is over; if not, it is counted.
+    pub(crate) async fn wait(&self) -> bool {
         let mut safe = self.safe.subscribe();
         let mut mine = 0;
         self.wanted.send_modify(|wanted| {
             *wanted += 1;
             mine = *wanted;
         });
-        if tokio::time::timeout(self.most, safe.wait_for(|safe| *safe >= mine)).await.is_err() {
+        let in_time =
+            matches!(tokio::time::timeout(self.most, safe.wait_for(|safe| *safe >= mine)).await, Ok(Ok(_)));
+        if !in_time {
             self.desk.change(|board| {
                 board.unreplicated_acks += 1;
                 board.last_unreplicated_ack_at_ms = Some(now_ms());
             });
         }
+        in_time
     }
 
     pub(crate) async fn keep(&self) {

@@ -75,14 +75,14 @@ fn queue(mux: &MuxStatus, now: u64) -> Outcome {
 
 fn replication(mux: &MuxStatus, now: u64) -> Outcome {
     match mux.last_unreplicated_ack_at_ms {
-        None => ok("every acknowledgement was safe first"),
+        None => ok("the bucket was never too slow for an acknowledgement"),
         Some(at) => warn(
             format!(
-                "{} before the bucket had it, the last {} ago",
-                count(mux.unreplicated_acks, "message was acknowledged", "messages were acknowledged"),
+                "{} 503 because the bucket did not have it in time, the last {} ago",
+                count(mux.unreplicated_acks, "delivery was answered", "deliveries were answered"),
                 span(now.saturating_sub(at))
             ),
-            "`cvm storage status` says why the bucket is slow; they are lost only if this machine is lost before",
+            "`cvm storage status` says why the bucket is slow; nothing is lost: the mux-server keeps them and asks again",
         ),
     }
 }

@@ -180,8 +180,11 @@ fn mux(mux: &MuxStatus, now_ms: u64, look: Look) -> String {
         line("last error", &format!("{why}; {} ago", ago(at)), Tone::Caution);
     }
     if let Some(at) = mux.last_unreplicated_ack_at_ms {
-        let acks = count(mux.unreplicated_acks, "message", "messages");
-        let words = format!("{acks} acknowledged before the bucket had them, the last {} ago", ago(at));
+        let acks = count(mux.unreplicated_acks, "delivery", "deliveries");
+        let words = format!(
+            "{acks} answered 503 because the bucket did not have them in time, the last {} ago",
+            ago(at)
+        );
         line("bucket", &words, Tone::Caution);
     }
     text
