@@ -33,7 +33,7 @@ soak: ## the same tests with more rounds
 	@CVM_SOAK=1 PROPTEST_CASES=20000 $(CARGO) test --release --workspace --no-fail-fast
 	@tests/fuzz/run 600
 
-bench: ## measure, beside the peers; writes target/bench/core.json
+bench: ## measure, beside the peers; writes target/bench/*.json
 	@tests/setup bench
 	@$(CARGO) build --release --workspace --bins
 	@$(CARGO) run --release --quiet --package cvm-tests --bin cvm-bench

@@ -49,7 +49,7 @@ pub(crate) fn product() -> Builder {
         .command(&["/usr/local/bin/cvm-victim", "stamp", "/tmp/began", "/usr/local/sbin/cvm-init"])
 }
 
-fn with_user(builder: Builder) -> Builder {
+pub(crate) fn with_user(builder: Builder) -> Builder {
     let with = |file: &str, line: &str| std::fs::read_to_string(file).unwrap_or_default() + line;
     builder
         .file("/etc/passwd", &with("/etc/passwd", "openclaw:x:990:990::/home/openclaw:/bin/bash\n"), 0o644)

@@ -150,7 +150,7 @@ pub(crate) fn restart() -> Vec<Figure> {
         let victim = until("the gateway's stub runs", PATIENCE, || {
             machine.processes().into_iter().find(|p| p.arguments.starts_with(cvm_blueprint::paths::NODE))
         });
-        let outside = host_pid(&machine, victim.pid);
+        let outside = machine.outside(victim.pid.into());
         let began = now_us();
         let _ = nix::sys::signal::kill(outside, nix::sys::signal::Signal::SIGKILL);
         ours.push((nth_stamp(&machine, "/data/openclaw/executed", round + 1) - began) / 1000.0);
@@ -166,21 +166,6 @@ pub(crate) fn restart() -> Vec<Figure> {
         Figure { what, who: "cvm-init".into(), unit: "ms", values: ours, target: "<= bare + 5" },
         Figure { what, who: "bare fork+exec".into(), unit: "ms", values: bare, target: "" },
     ]
-}
-
-/// A pid inside as a pid outside.
-fn host_pid(machine: &Machine, inside: i32) -> nix::unistd::Pid {
-    let ours = fs::read_link(format!("/proc/{}/ns/pid", machine.pid())).ok();
-    let found = fs::read_dir("/proc").into_iter().flatten().flatten().find_map(|entry| {
-        let pid: i32 = entry.file_name().to_str()?.parse().ok()?;
-        if fs::read_link(entry.path().join("ns/pid")).ok() != ours {
-            return None;
-        }
-        let status = fs::read_to_string(entry.path().join("status")).ok()?;
-        let pids = status.lines().find_map(|l| l.strip_prefix("NSpid:"))?;
-        (pids.split_ascii_whitespace().last()?.parse() == Ok(inside)).then_some(pid)
-    });
-    nix::unistd::Pid::from_raw(found.expect("a process inside is a process outside"))
 }
 
 /// Memory and wake-ups of all contestants, idle beside each other.
@@ -204,12 +189,12 @@ pub(crate) fn idle() -> Vec<Figure> {
         let seconds = began.elapsed().as_secs_f64();
         for (n, (_, machine)) in all.iter().enumerate() {
             wakes[n].push((switches(machine) - before[n]) / seconds);
-            rss[n].push(rollup(machine, "Rss:"));
-            pss[n].push(rollup(machine, "Pss:"));
+            rss[n].push(rollup(machine.pid(), "Rss:"));
+            pss[n].push(rollup(machine.pid(), "Pss:"));
         }
     }
     eprintln!();
-    let peak: Vec<Vec<f64>> = all.iter().map(|(_, m)| vec![status_kib(m, "VmHWM:")]).collect();
+    let peak: Vec<Vec<f64>> = all.iter().map(|(_, m)| vec![status_kib(m.pid(), "VmHWM:")]).collect();
     let mut figures = Vec::new();
     let rows = [
         ("RSS of process 1, idle", "KiB", "<= 4096", rss),
@@ -231,13 +216,14 @@ fn switches(machine: &Machine) -> f64 {
     status.lines().filter(|l| l.contains("ctxt_switches")).filter_map(number).sum()
 }
 
-fn rollup(machine: &Machine, key: &str) -> f64 {
-    let text = fs::read_to_string(format!("/proc/{}/smaps_rollup", machine.pid())).unwrap_or_default();
+/// Memory of a process, in KiB.
+pub(crate) fn rollup(pid: nix::unistd::Pid, key: &str) -> f64 {
+    let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
     text.lines().find(|l| l.starts_with(key)).and_then(number).unwrap_or(f64::NAN)
 }
 
-fn status_kib(machine: &Machine, key: &str) -> f64 {
-    let text = fs::read_to_string(format!("/proc/{}/status", machine.pid())).unwrap_or_default();
+pub(crate) fn status_kib(pid: nix::unistd::Pid, key: &str) -> f64 {
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     text.lines().find(|l| l.starts_with(key)).and_then(number).unwrap_or(f64::NAN)
 }
 

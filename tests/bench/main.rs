@@ -1,12 +1,13 @@
 //! `make bench`: what the supervisor costs, each figure beside its peers in the same run.
 //!
 //! Medians of at least 15 rounds, rounds of all contestants interleaved, so that a noisy host
-//! is noisy for everybody. A table for people, `target/bench/core.json` and `storage.json` for
-//! machines. Nothing here fails because of a number. `cvm-bench core|lag|commits|files` measures
-//! a part.
+//! is noisy for everybody. A table for people, `target/bench/core.json`, `mux.json` and
+//! `storage.json` for machines. Nothing here fails because of a number.
+//! `cvm-bench core|mux|lag|commits|files` measures a part.
 
 mod contestants;
 mod figures;
+mod mux;
 mod storage;
 
 use figures::{Figure, Table};
@@ -29,6 +30,11 @@ fn main() {
         step(&mut table, "restart: death of a service to its new exec, delay 0", figures::restart);
         step(&mut table, "memory and wake-ups of process 1, idle", figures::idle);
         finish(&table, "core");
+    }
+    if wants("mux") {
+        let mut table = Table::default();
+        step(&mut table, "mux: 200 events a second for a minute", mux::deliveries);
+        finish(&table, "mux");
     }
     let mut table = Table::default();
     if wants("lag") {

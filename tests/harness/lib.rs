@@ -9,11 +9,13 @@
 //! * [`cloud`]: a bucket behind such a network, and machines in S3 mode on it.
 //! * [`dice`]: chance that can be had again.
 //! * [`evidence`]: where a secret may have been left.
+//! * [`mux`], [`chat`]: a mux-server, and a model or what takes the gateway's place.
 //! * [`digest`]: whether two trees are the same.
 //! * [`sqlite`]: what a database holds that the test programs write to.
 //! * [`tools`]: programs that know nothing of the product and judge what it stores.
 //! * [`wait`]: waiting for something to become true, with words for when it does not.
 
+pub mod chat;
 pub mod cloud;
 pub mod dice;
 pub mod digest;
@@ -21,18 +23,22 @@ pub mod evidence;
 pub mod garage;
 mod http;
 pub mod machine;
+pub mod mux;
 pub mod network;
 pub mod proxy;
 pub mod s3;
 pub mod sandbox;
+pub mod serve;
 pub mod sqlite;
 pub mod tools;
 pub mod wait;
 
+pub use chat::{Chat, Said};
 pub use cloud::{Cloud, flush, independent, storage};
 pub use digest::{difference, digest};
 pub use garage::Garage;
 pub use machine::{Builder, Machine, Process};
+pub use mux::Mux;
 pub use network::Network;
 pub use proxy::{Fault, Proxy, Rule};
 pub use wait::until;

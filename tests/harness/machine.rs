@@ -20,6 +20,9 @@ pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// The one of every machine in S3 mode.
 pub const MASTER_KEY: &str = "correct horse battery staple";
+/// Of that key: see tests/vectors/keys.json.
+pub const DEVICE_ID: &str = "4d9fd866b5e943ef62a3786d7fcad1498779b2cf17597cb4cc85e693330b790f";
+pub const GATEWAY_TOKEN: &str = "xb60JGSYzqa9njB6VObVhc1aY1DUfuC1";
 
 /// Where the binaries under test lie: beside the test that runs.
 pub fn binaries() -> PathBuf {
@@ -124,6 +127,15 @@ impl Builder {
             .environment("OPENCLAW_GATEWAY_RESTART_DELAY", "0")
             // The owner's beats count: a machine that is lost is succeeded after three seconds.
             .environment("S3_HEARTBEAT", "1")
+    }
+
+    /// The mux client, with this server in this network.
+    #[must_use]
+    pub fn mux(self, network: &Network, mux: &crate::Mux) -> Self {
+        self.network(network)
+            .environment("MUX_BASE_URL", &mux.url())
+            .environment("MUX_REGISTER_KEY", crate::mux::REGISTER_KEY)
+            .environment("MUX_INBOUND_URL", &mux.inbound_url())
     }
 
     /// No /dev/fuse: a file of that name that cannot be opened as one.
@@ -468,6 +480,21 @@ impl Machine {
     /// The process with this name or argument inside; process 1 does not count.
     pub fn find(&self, text: &str) -> Option<Process> {
         self.processes().into_iter().find(|p| p.pid != 1 && (p.name == text || p.arguments.contains(text)))
+    }
+
+    /// A pid inside as a pid outside.
+    pub fn outside(&self, inside: i64) -> Pid {
+        let ours = fs::read_link(format!("/proc/{}/ns/pid", self.pid)).ok();
+        let found = fs::read_dir("/proc").into_iter().flatten().flatten().find_map(|entry| {
+            let pid: i32 = entry.file_name().to_str()?.parse().ok()?;
+            if fs::read_link(entry.path().join("ns/pid")).ok() != ours {
+                return None;
+            }
+            let status = fs::read_to_string(entry.path().join("status")).ok()?;
+            let pids = status.lines().find_map(|l| l.strip_prefix("NSpid:"))?;
+            (pids.split_ascii_whitespace().last()?.parse() == Ok(inside)).then_some(pid)
+        });
+        Pid::from_raw(found.expect("a process inside is a process outside"))
     }
 
     /// Sends a signal to a process inside.

@@ -66,9 +66,10 @@ impl Rclone {
 
     /// With few and quick retries: a judge has no patience.
     pub fn run(&self, words: &[&str]) -> Output {
-        let mut command = rclone(words, &self.configuration());
-        command.env("HOME", self.scratch.path());
-        command.args(["--retries", "1", "--low-level-retries", "3"]).output().expect("rclone runs")
+        // The last of the same flags counts, so that a caller's own do.
+        let words = [&["--retries", "1", "--low-level-retries", "3"], words].concat();
+        let mut command = rclone(&words, &self.configuration());
+        command.env("HOME", self.scratch.path()).output().expect("rclone runs")
     }
 
     /// Standard output of a command that has to succeed.
@@ -85,6 +86,14 @@ pub fn rclone(words: &[&str], configuration: &Path) -> Command {
     let mut command = installed("rclone");
     command.arg("--config").arg(configuration).args(words);
     command
+}
+
+/// What a Python program prints, with the packages of the judges.
+#[track_caller]
+pub fn python(program: &str, arguments: &[&str]) -> String {
+    let output = installed("python").arg("-c").arg(program).args(arguments).output().expect("python runs");
+    succeeded(&output, "python");
+    String::from_utf8_lossy(&output.stdout).trim().to_owned()
 }
 
 /// Reads one object with a program that shares no code with rclone: its name below the crypt

@@ -5,7 +5,7 @@ mod load;
 use nix::sys::signal::{SigHandler, Signal, raise, signal};
 use nix::unistd::{ForkResult, Pid, fork, pause, setsid};
 use std::io::{Read, Write};
-use std::net::TcpListener;
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, exit};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,6 +19,7 @@ cvm-victim orphans N          leave N short-lived orphans behind, as fast as pos
 cvm-victim escape             leave a grandchild behind with its own session and an empty environment
 cvm-victim chatty N LENGTH    write N lines
 cvm-victim http PORT          answer 200 to everything; SIGUSR1 makes it hang
+cvm-victim relay PORT TARGET   pass on what comes to a port of the loopback to another
 cvm-victim hog MEBIBYTES      take that much memory, and wait
 cvm-victim stamp FILE CMD...  append the monotonic clock in microseconds to FILE, then execute CMD
 cvm-victim load DIR LOG SEED  make, change, rename and delete files in DIR, and note it in LOG first and last
@@ -44,6 +45,7 @@ fn main() {
         ["escape"] => escape(),
         ["chatty", count, length] => chatty(number(count), number(length)),
         ["http", port] => http(port),
+        ["relay", port, target] => relay(port, target),
         ["hog", size] => hog(number(size)),
         ["stamp", file, command @ ..] => stamp(file, command),
         ["load", dir, log, seed] => load::files(dir, log, number(seed)),
@@ -186,6 +188,25 @@ fn http(port: &str) {
         let _ = stream.read(&mut request);
         let _ = stream
             .write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 11\r\nConnection: close\r\n\r\n{\"ok\":true}");
+    }
+}
+
+/// Its end is the end of everything that it passes on.
+fn relay(port: &str, target: &str) {
+    let listener = TcpListener::bind(format!("0.0.0.0:{port}")).unwrap_or_else(|error| {
+        eprintln!("port {port}: {error}");
+        leave(70)
+    });
+    for near in listener.incoming().flatten() {
+        let Ok(far) = TcpStream::connect(format!("127.0.0.1:{target}")) else { continue };
+        for (from, to) in [(&near, &far), (&far, &near)] {
+            let (Ok(mut from), Ok(mut to)) = (from.try_clone(), to.try_clone()) else { continue };
+            std::thread::spawn(move || {
+                let _ = std::io::copy(&mut from, &mut to);
+                let _ = to.shutdown(Shutdown::Both);
+                let _ = from.shutdown(Shutdown::Both);
+            });
+        }
     }
 }
 
