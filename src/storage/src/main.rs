@@ -31,6 +31,7 @@ mod fault;
 mod fetch;
 mod hydrate;
 mod index;
+mod lifting;
 mod manifest;
 mod mount;
 mod moved;

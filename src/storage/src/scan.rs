@@ -13,11 +13,12 @@
 //! ```
 //!
 //! Refuses to read a file's content and to follow a link. May import: `entry`, `fault`, `index`,
-//! `rules`, `volume`.
+//! `lifting`, `rules`, `volume`.
 
 use crate::entry::{Entry, Kind, Path};
 use crate::fault::Fault;
 use crate::index::{Index, Known, Row, Sign};
+use crate::lifting::Seen;
 use crate::rules;
 use crate::volume::{self, Volume};
 use cvm_process::handle::Handle;
@@ -206,6 +207,18 @@ impl<'a> Scanner<'a> {
 
     fn file(&mut self, path: &Path, stat: &FileStat, row: Option<Row>) -> Result<(), Fault> {
         let at = path.below(&self.volume.upper);
+        let mut stat = *stat;
+        if let Some(row) = row.as_ref().filter(|row| row.lower) {
+            match self.volume.lifting.look(path, &at)? {
+                Seen::Is(Some(now)) => stat = now,
+                Seen::Is(None) => return Ok(()),
+                Seen::InTheMaking => {
+                    stat.st_mtime = row.entry.mtime_ns.div_euclid(1_000_000_000);
+                    stat.st_mtime_nsec = row.entry.mtime_ns.rem_euclid(1_000_000_000);
+                }
+            }
+        }
+        let stat = &stat;
         if self.volume.overlay && stat.st_nlink > 0 && volume::mark(&at, METACOPY).is_some() {
             self.data_below(path, stat, row.as_ref(), &at);
             return Ok(());
@@ -480,6 +493,27 @@ mod tests {
         crate::database::copy(&bench.dir.path().join("any name"), &bench.volume.staging().join("copy"))
             .unwrap();
         assert_eq!(bench.words(), Vec::<String>::new());
+    }
+
+    #[test]
+    fn the_time_of_a_file_whose_data_is_brought_up_is_not_taken_for_its_own() {
+        let bench = Bench::new();
+        bench.write("a", "1");
+        bench.push();
+        let path = Path::new(b"a").unwrap();
+        bench.index.set_all_lower(true).unwrap();
+        // Of a stub, what the kernel does when the data is wanted.
+        let at = bench.dir.path().join("a");
+        let mark = c"trusted.overlay.metacopy";
+        assert_eq!(volume::set_mark(&at, mark, b""), Ok(()), "this test needs root and a disk with marks");
+        let volume = Volume { overlay: true, ..Volume::plain(bench.dir.path()).unwrap() };
+        let scan = || Scanner::new(&volume, &bench.index, "p", &HashSet::new()).full().unwrap().changes;
+        assert_eq!(scan(), []);
+        volume.lifting.during(&path, || {
+            volume::set_mtime(&at, 1).unwrap();
+            assert_eq!(scan(), []);
+        });
+        assert!(matches!(scan().as_slice(), [Change::Meta { .. }]), "{:?}", scan());
     }
 
     #[test]

@@ -1,12 +1,14 @@
 //! A private copy of one file at one moment, with its hash: what is sent is what was hashed.
 //!
 //! Refuses to call a copy good that was torn by a writer while it was made, as long as trying
-//! again can help. May import: `database`, `entry`, `fault`, `manifest`, `scan`, `volume`.
+//! again can help. May import: `database`, `entry`, `fault`, `lifting`, `manifest`,
+//! `scan`, `volume`.
 
 use crate::database::{self, NoCopy};
 use crate::entry::{Entry, Kind, Path};
 use crate::fault::Fault;
 use crate::index::{Known, Sign};
+use crate::lifting::Seen;
 use crate::manifest::Digest;
 use crate::scan;
 use crate::volume::{self, Volume};
@@ -56,7 +58,11 @@ pub(crate) fn stage(
     let at = path.below(&volume.upper);
     let to = volume.staging().join(&name);
     for attempt in 1..=TRIES {
-        let Some(before) = volume::look(&at)? else { return Ok(Outcome::Vanished) };
+        let before = match volume.lifting.look(path, &at)? {
+            Seen::Is(Some(stat)) => stat,
+            Seen::Is(None) => return Ok(Outcome::Vanished),
+            Seen::InTheMaking => return Ok(Outcome::Later("its data is just brought up".to_owned())),
+        };
         if volume::kind_of(&before) != libc::S_IFREG {
             return Ok(Outcome::Vanished);
         }

@@ -9,10 +9,11 @@
 //! VOLUME/*                        sync mode: the tree itself
 //! ```
 //!
-//! Refuses to follow a symbolic link of the tree's. May import: `entry`, `fault`.
+//! Refuses to follow a symbolic link of the tree's. May import: `entry`, `fault`, `lifting`.
 
 use crate::entry::Path;
 use crate::fault::Fault;
+use crate::lifting::Lifting;
 use nix::sys::stat::{FileStat, UtimensatFlags, lstat, utimensat};
 use nix::sys::time::TimeSpec;
 use std::ffi::{CStr, CString};
@@ -31,6 +32,7 @@ pub(crate) struct Volume {
     /// Where the tree's files really are: the tree itself, or the upper layer below it.
     pub(crate) upper: PathBuf,
     pub(crate) overlay: bool,
+    pub(crate) lifting: Lifting,
 }
 
 impl Volume {
@@ -46,6 +48,7 @@ impl Volume {
             tree: root.to_owned(),
             upper: root.to_owned(),
             overlay: false,
+            lifting: Lifting::default(),
         };
         for name in ["staging", "upper", "work", "aside"] {
             builder.create(volume.own.join(name))?;
@@ -61,6 +64,7 @@ impl Volume {
             tree: tree.to_owned(),
             upper: self.own.join("upper"),
             overlay: true,
+            lifting: Lifting::default(),
         }
     }
 
