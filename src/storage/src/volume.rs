@@ -100,10 +100,15 @@ impl Volume {
             }
             let target = to.join(entry.file_name());
             if target.symlink_metadata().is_ok() {
-                return Err(Fault::Disk(format!(
-                    "two trees on the volume: {} is at its top and in the overlay's layer; move one of them away",
+                tracing::error!(
+                    "two trees on the volume: {} is at its top and in the overlay's layer",
                     entry.file_name().to_string_lossy()
-                )));
+                );
+                // This one is told to everybody, and names are the agent's.
+                return Err(Fault::Disk(
+                    "two trees on the volume: a name, which the worker's log has, is at its top and in the overlay's layer; move one of them away"
+                        .to_owned(),
+                ));
             }
             fs::rename(entry.path(), target)?;
             moved += 1;
@@ -209,4 +214,21 @@ pub(crate) fn make_parents(root: &FsPath, path: &Path) -> Result<(), Fault> {
         fs::create_dir_all(parent.below(root))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn that_there_are_two_trees_is_said_without_a_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let [from, to] = ["from", "to"].map(|name| dir.path().join(name));
+        for at in [&from, &to] {
+            fs::create_dir(at).unwrap();
+            fs::write(at.join("private-name"), "1").unwrap();
+        }
+        let said = Volume::move_tree(&from, &to).unwrap_err().to_string();
+        assert!(said.contains("two trees") && !said.contains("private-name"), "{said}");
+    }
 }
