@@ -34,6 +34,7 @@ mod index;
 mod manifest;
 mod mount;
 mod moved;
+mod opened;
 mod opening;
 mod owner;
 mod parallel;

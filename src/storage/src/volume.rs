@@ -13,12 +13,15 @@
 
 use crate::entry::Path;
 use crate::fault::Fault;
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use nix::sys::stat::{FileStat, UtimensatFlags, lstat, utimensat};
 use nix::sys::time::TimeSpec;
 use std::ffi::{CStr, CString};
-use std::fs;
+use std::fs::{self, File, OpenOptions};
+use std::io;
 use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path as FsPath, PathBuf};
 
 pub(crate) struct Volume {
@@ -147,9 +150,32 @@ impl Volume {
 pub(crate) fn look(path: &FsPath) -> Result<Option<FileStat>, Fault> {
     match lstat(path) {
         Ok(stat) => Ok(Some(stat)),
-        Err(nix::errno::Errno::ENOENT | nix::errno::Errno::ENOTDIR) => Ok(None),
+        Err(Errno::ENOENT | Errno::ENOTDIR) => Ok(None),
         Err(error) => Err(error.into()),
     }
+}
+
+/// Opens a file for reading, and only a file: no link is followed, and no pipe waited for.
+pub(crate) fn open_file(path: &FsPath) -> io::Result<File> {
+    let how = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
+    only_a_file(OpenOptions::new().read(true).custom_flags(how.bits()).open(path)?)
+}
+
+/// The same for a path of the tree, whose directories are the agent's to replace by links. A kernel
+/// before 5.6 can only refuse the last one.
+pub(crate) fn open_below(top: &FsPath, path: &Path) -> io::Result<File> {
+    let how = OpenHow::new()
+        .flags(OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_BENEATH);
+    match openat2(&File::open(top)?, &path.below(FsPath::new("")), how) {
+        Ok(file) => only_a_file(file.into()),
+        Err(Errno::ENOSYS | Errno::EPERM) => open_file(&path.below(top)),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn only_a_file(file: File) -> io::Result<File> {
+    if file.metadata()?.is_file() { Ok(file) } else { Err(io::Error::other("it is no file")) }
 }
 
 pub(crate) fn kind_of(stat: &FileStat) -> u32 {
