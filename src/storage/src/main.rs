@@ -35,6 +35,7 @@ mod lifting;
 mod manifest;
 mod mount;
 mod moved;
+mod opened;
 mod opening;
 mod owner;
 mod parallel;
