@@ -335,6 +335,50 @@ fn ordinary_objects_are_incidents(
     machine.ok(&["cvm", "storage", "verify", "--deep"]);
 }
 
+#[test]
+fn what_is_bad_in_the_bucket_does_not_become_good_by_being_moved() {
+    let cloud = Cloud::new();
+    let mut machine = started(cloud.machine());
+    let raw = Raw::new(&cloud.garage);
+    let at = |name: &str| format!("openclaw/workspace/{name}");
+    let names = ["d/swap1", "d/swap2", "d/flip", "d/gone", "d/good", "d/sub/good"].map(at);
+    write(&machine, &names.each_ref().map(String::as_str), "first");
+    flush(&machine);
+    independent(&machine);
+    assert_eq!(machine.stop(), 0, "{}", machine.output());
+    drop(machine);
+    let (one, two) = (raw.get(&at("d/swap1")), raw.get(&at("d/swap2")));
+    raw.put(&at("d/swap1"), &two);
+    raw.put(&at("d/swap2"), &one);
+    let mut bytes = raw.get(&at("d/flip"));
+    bytes[HEADER + 40] ^= 1;
+    raw.put(&at("d/flip"), &bytes);
+    raw.delete(&at("d/gone"));
+
+    // Nobody has read them when they are moved.
+    cloud.proxy.add(Rule::new(Fault::Hang).method("GET").path(&raw.key(&at("d"))));
+    let machine = started(cloud.machine());
+    let there = |name: &str| machine.path(&format!("/data/{}", at(name)));
+    std::fs::rename(there("d"), there("e")).expect("a directory may be moved");
+    cloud.proxy.heal();
+    let expected = ["d/flip", "d/gone", "d/swap1", "d/swap2"].map(at);
+    until("all is detected", LONG, || (incidents(&machine).len() >= expected.len()).then_some(()));
+    independent(&machine);
+    flush(&machine);
+    assert_eq!(incidents(&machine), expected);
+    let listed = machine.ok(&["cvm", "storage", "ls", "openclaw/workspace"]);
+    for name in ["swap1", "swap2", "flip", "gone"] {
+        assert_eq!(read(&machine, &at(&format!("e/{name}"))), None, "{name} is served");
+        assert!(!listed.contains(&format!("e/{name}")), "{name} was taken for good:\n{listed}");
+        assert!(listed.contains(&format!("d/{name}")), "{name} was taken for a deletion:\n{listed}");
+    }
+    for name in ["good", "sub/good"] {
+        let is = content(&at(&format!("d/{name}")), "first");
+        assert!(read(&machine, &at(&format!("e/{name}"))) == Some(is), "{name}");
+        assert!(listed.contains(&format!("e/{name}")), "{listed}");
+    }
+}
+
 fn set_aside(machine: &Machine) -> usize {
     std::fs::read_dir(machine.data().join(".cvm/storage/aside")).map_or(0, Iterator::count)
 }

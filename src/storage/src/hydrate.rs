@@ -2,7 +2,7 @@
 //! copied up by the kernel, which does it as one step whoever else writes at the same moment.
 //!
 //! Refuses to copy up what does not match the manifest: that is hidden, and an incident.
-//! May import: `desk`, `entry`, `fault`, `fetch`, `index`, `lifting`, `manifest`,
+//! May import: `desk`, `entry`, `fault`, `fetch`, `index`, `lifting`, `manifest`, `moved`, `scan`,
 //! `stage`, `volume`.
 
 use crate::desk::{Desk, Open};
@@ -11,7 +11,7 @@ use crate::fault::Fault;
 use crate::fetch::{self, Fetcher, Got, Wanted};
 use crate::index::{Known, Row};
 use crate::manifest::{Line, Word};
-use crate::{lifting, parallel, scan, stage, volume};
+use crate::{lifting, moved, parallel, scan, stage, volume};
 use cvm_blueprint::paths;
 use cvm_blueprint::storage::Progress;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
@@ -136,25 +136,27 @@ fn lift(open: &Open, path: &Path, row: &Row) -> Lifted {
     if !row.entry.is_file() || written(open, path) {
         return Lifted::Up(path.clone(), None);
     }
-    for attempt in 1..=TRIES {
-        match check_below(path, &row.entry) {
-            Ok(Ok(())) => {
-                return match copy_up(open, path, &row.entry) {
-                    Ok(known) => Lifted::Up(path.clone(), known),
-                    Err(_) => Lifted::Later,
-                };
-            }
-            // Written over while it was read, and pushed: the object is the new one, and ours.
-            Ok(Err(_)) if written(open, path) => return Lifted::Up(path.clone(), None),
-            Ok(Err(why)) => return Lifted::Bad(path.clone(), why),
-            Err(Fault::Missing) => {
-                return lost(path, &Fault::Missing);
-            }
-            Err(_) if attempt < TRIES => {}
-            Err(_) => return Lifted::Unclear(path.clone()),
+    match checked_below(path, &row.entry) {
+        Some(Ok(())) => {
+            copy_up(open, path, &row.entry).map_or(Lifted::Later, |known| Lifted::Up(path.clone(), known))
+        }
+        // Written over while it was read, and pushed: the object is the new one, and ours.
+        Some(Err(_)) if written(open, path) => Lifted::Up(path.clone(), None),
+        Some(Err(why)) => Lifted::Bad(path.clone(), why),
+        None => Lifted::Unclear(path.clone()),
+    }
+}
+
+/// What is wrong with it; nothing when that cannot be told.
+fn checked_below(path: &Path, entry: &Entry) -> Option<Result<(), String>> {
+    for _ in 0..TRIES {
+        match check_below(path, entry) {
+            Ok(outcome) => return Some(outcome),
+            Err(fault @ Fault::Missing) => return fetch::lost(&fault).map(|why| Err(why.to_owned())),
+            Err(_) => {}
         }
     }
-    Lifted::Later
+    None
 }
 
 /// Reads it where the mount shows it. The kernel keeps what was read, and copies up from that.
@@ -241,32 +243,124 @@ fn bring_back(open: &Open, path: &Path, from: &FsPath, entry: &Entry) -> Result<
     Ok(true)
 }
 
-/// Copies up everything below a directory that was moved while its files were only below, or one
-/// file whose name has changed. Yields what could not be read there, and why.
+/// Checks and copies up everything below a directory that was moved while its files were only
+/// below, or one file whose name has changed. Yields what could not be read there, and why. What is
+/// bad is that under its old name, under which it stays in the manifest.
 pub(crate) fn lift_tree(open: &Open, path: &Path) -> Result<Vec<(Path, String)>, Fault> {
-    let mut unread = Vec::new();
-    lift_into(open, path, &mut unread)?;
+    let below = parallel::apart(|| Below::of(open, path))?;
+    let (mut known, mut unread) = (Vec::new(), Vec::new());
+    for (here, old) in below.files {
+        match open.index.get(&old)?.filter(|row| row.entry.is_file()) {
+            Some(row) => known.push((here, old, row)),
+            None => unread.push((here, "nothing is known of what it was".to_owned())),
+        }
+    }
+    let lifted = parallel::each_apart(known, THREADS, |(here, old, row)| {
+        let lifted = lift_moved(open, &here, &old, &row);
+        (here, old, lifted)
+    });
+    for (here, old, lifted) in lifted {
+        let bad = match lifted {
+            Moved::Up => continue,
+            Moved::Bad(why) => Some(why),
+            Moved::Later(why) => {
+                unread.push((here, why));
+                continue;
+            }
+            Moved::Unclear => match ask_rclone(open, &old) {
+                Lifted::Bad(_, why) => Some(why),
+                _ => None,
+            },
+        };
+        let Some(why) = bad else {
+            unread.push((here, "its data, still under another name, is not to be had".to_owned()));
+            continue;
+        };
+        open.index.set_bad(&old, Some(&why))?;
+        open.index.set_lower(std::slice::from_ref(&old), false)?;
+        parallel::apart(|| hide(open, &here));
+    }
+    parallel::apart(|| {
+        below.directories.iter().try_for_each(|(at, mtime_ns)| volume::set_mtime(at, *mtime_ns))
+    })?;
     Ok(unread)
 }
 
-fn lift_into(open: &Open, path: &Path, unread: &mut Vec<(Path, String)>) -> Result<(), Fault> {
-    use std::os::unix::ffi::OsStrExt as _;
-    let at = path.below(&open.volume.tree);
-    let Some(stat) = volume::look(&at)? else { return Ok(()) };
-    if volume::kind_of(&stat) == libc::S_IFREG {
-        if let Err(why) = lifting::lift(&open.volume, path, Some(volume::mtime_ns(&stat))) {
-            unread
-                .push((path.clone(), format!("its data, still under another name, is not to be had: {why}")));
-        }
-        return Ok(());
+enum Moved {
+    /// Or somebody has written over it, or removed it.
+    Up,
+    Bad(String),
+    Unclear,
+    Later(String),
+}
+
+fn lift_moved(open: &Open, here: &Path, old: &Path, row: &Row) -> Moved {
+    if let Some(why) = &row.bad {
+        return Moved::Bad(why.clone());
     }
-    if volume::kind_of(&stat) == libc::S_IFDIR {
-        for entry in std::fs::read_dir(&at)? {
-            if let Some(child) = Path::child(Some(path), entry?.file_name().as_bytes()) {
-                lift_into(open, &child, unread)?;
+    match checked_below(old, &row.entry) {
+        Some(Ok(())) => match lifting::lift(&open.volume, here, Some(row.entry.mtime_ns)) {
+            Ok(_) => Moved::Up,
+            Err(fault) => Moved::Later(format!("its data cannot be brought up: {fault}")),
+        },
+        Some(Err(_)) if written(open, here) => Moved::Up,
+        // The manifest speaks of that.
+        Some(Err(_)) if written(open, old) => Moved::Later("its old name is another file's".to_owned()),
+        Some(Err(why)) => Moved::Bad(why),
+        None => Moved::Unclear,
+    }
+}
+
+/// What of a moved directory is only below.
+#[derive(Default)]
+struct Below {
+    /// By their present names and by those that they have there.
+    files: Vec<(Path, Path)>,
+    /// The deepest first, and when they were last changed.
+    directories: Vec<(std::path::PathBuf, i64)>,
+}
+
+impl Below {
+    fn of(open: &Open, path: &Path) -> Result<Self, Fault> {
+        let mut below = Self::default();
+        let from = Self::directory_below(open, path.parent().as_ref());
+        below.add(open, path, from.as_deref())?;
+        Ok(below)
+    }
+
+    /// Where the lower layer's part of a directory lies.
+    fn directory_below(open: &Open, dir: Option<&Path>) -> Option<Vec<u8>> {
+        let Some(dir) = dir else { return Some(Vec::new()) };
+        let from = Self::directory_below(open, dir.parent().as_ref());
+        moved::origin(dir, &dir.below(&open.volume.upper), from.as_deref())
+    }
+
+    fn add(&mut self, open: &Open, path: &Path, from: Option<&[u8]>) -> Result<(), Fault> {
+        use std::os::unix::ffi::OsStrExt as _;
+        let at = path.below(&open.volume.tree);
+        let old = moved::origin(path, &path.below(&open.volume.upper), from);
+        let kind = match volume::look(&at) {
+            Ok(Some(stat)) => Ok((volume::kind_of(&stat), volume::mtime_ns(&stat))),
+            Ok(None) => return Ok(()),
+            // The overlay has no more to say of what is missing below.
+            Err(fault) => old.as_ref().map(|_| (libc::S_IFREG, 0)).ok_or(fault),
+        };
+        let (kind, mtime_ns) = kind?;
+        match kind {
+            libc::S_IFREG if !written(open, path) => {
+                self.files.extend(old.and_then(|old| Path::new(&old)).map(|old| (path.clone(), old)));
             }
+            libc::S_IFDIR => {
+                for entry in std::fs::read_dir(&at)? {
+                    if let Some(child) = Path::child(Some(path), entry?.file_name().as_bytes()) {
+                        self.add(open, &child, old.as_deref())?;
+                    }
+                }
+                // So that the scan of the upper layer sees it.
+                self.directories.push((at, mtime_ns));
+            }
+            _ => {}
         }
+        Ok(())
     }
-    // A directory too, so that the scan of the upper layer sees it.
-    volume::set_mtime(&at, volume::mtime_ns(&stat))
 }

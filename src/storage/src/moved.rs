@@ -146,7 +146,7 @@ fn joined(dir: &[u8], name: &[u8]) -> Option<Path> {
 
 /// Where the lower part of something lies, as overlayfs has it: a mark with a whole path, one
 /// with a name beside it, or the same name.
-fn origin(path: &Path, at: &FsPath, from: Option<&[u8]>) -> Option<Vec<u8>> {
+pub(crate) fn origin(path: &Path, at: &FsPath, from: Option<&[u8]>) -> Option<Vec<u8>> {
     if volume::mark(at, c"trusted.overlay.opaque").is_some_and(|v| v == b"y") {
         return None;
     }

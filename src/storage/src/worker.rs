@@ -648,7 +648,7 @@ impl<'a> Tree<'a> {
         let mut unread = Vec::new();
         while !found.to_fetch.is_empty() {
             for path in found.to_fetch {
-                unread.append(&mut parallel::apart(|| hydrate::lift_tree(&open, &path))?);
+                unread.append(&mut hydrate::lift_tree(&open, &path)?);
                 self.fetched.insert(path);
             }
             self.fetched.extend(unread.iter().map(|(path, _)| path.clone()));
