@@ -114,6 +114,9 @@ pub enum StorageReport {
         /// Whether the worker goes on trying.
         retry: bool,
     },
+    /// The bucket cannot be asked, and nothing is known against a tree that is there: one that is
+    /// independent goes on to be used.
+    Unheard { why: String },
     /// There is no tree yet, and nothing is wrong: another instance has the bucket.
     Waits { why: String },
     /// The last word: what the bucket does not have.
