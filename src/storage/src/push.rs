@@ -26,13 +26,11 @@ use crate::parallel;
 use crate::rules;
 use crate::scan::Change;
 use crate::stage::{self, Outcome, Staged};
-use crate::volume::Volume;
+use crate::volume::{self, Volume};
 use cvm_process::handle::Fate;
-use nix::fcntl::OFlag;
 use std::collections::HashSet;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::fs::OpenOptionsExt as _;
 use std::time::Duration;
 
 /// A batch is as large as a loss of half its work is cheap.
@@ -82,7 +80,7 @@ impl Work {
     pub(crate) fn of(changes: Vec<Change>, volume: &Volume) -> Self {
         let mut this = Self::default();
         let size = |path: &Path| {
-            let stat = crate::volume::look(&path.below(&volume.upper)).ok().flatten();
+            let stat = volume::look(&path.below(&volume.upper)).ok().flatten();
             stat.map_or(0, |s| crate::scan::size_of(&s))
         };
         for change in changes {
@@ -287,13 +285,9 @@ impl Pusher<'_> {
         if lines.len() > SYNCED_ALONE {
             return Ok(nix::unistd::syncfs(File::open(&self.volume.upper)?)?);
         }
-        let how = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
         for line in lines {
-            let at = line.path.below(&self.volume.upper);
             // What is gone or replaced meanwhile is the next scan's.
-            if let Ok(file) = OpenOptions::new().read(true).custom_flags(how.bits()).open(at)
-                && file.metadata()?.is_file()
-            {
+            if let Ok(file) = volume::open_below(&self.volume.upper, &line.path) {
                 file.sync_all()?;
             }
         }
@@ -521,7 +515,7 @@ mod tests {
                 fs::create_dir_all(self.at(name).parent().unwrap()).unwrap();
                 fs::write(self.at(name), name).unwrap();
             }
-            let stat = crate::volume::look(&self.at(name)).unwrap().unwrap();
+            let stat = volume::look(&self.at(name)).unwrap().unwrap();
             let kind = Kind::File { size: 1, sha: Some(Digest([0; 32])), database: false };
             let line = Line { path: path(name), word: Word::Is(scan::dressed(kind, &stat)) };
             self.index.apply(&[line], None).unwrap();
