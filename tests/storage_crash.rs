@@ -211,6 +211,15 @@ fn every_database_in_the_bucket_opens_at_any_moment_and_has_what_was_flushed() {
     no_incidents(&machine);
 }
 
+/// A flush says so, and why.
+#[track_caller]
+fn not_all_there(machine: &Machine, why: &[&str]) {
+    let told = machine.exec(&["cvm", "storage", "flush"]);
+    let words = String::from_utf8_lossy(&[told.stdout, told.stderr].concat()).into_owned();
+    assert_eq!(told.status.code(), Some(1), "{words}");
+    assert!(why.iter().all(|why| words.contains(why)), "{words}");
+}
+
 #[test]
 fn what_can_happen_to_a_database_happens_in_the_bucket_too() {
     let _turn = turn();
@@ -267,8 +276,11 @@ fn what_can_happen_to_a_database_happens_in_the_bucket_too() {
     });
     machine.ok(&["rm", "/data/openclaw/x/beside"]);
     until("and goes", PATIENCE, || (!names(&rclone).contains("openclaw/x/beside")).then_some(()));
-    let told = machine.exec(&["cvm", "storage", "flush"]);
-    assert_eq!(told.status.code(), Some(1), "a locked database is not in the bucket");
+    not_all_there(&machine, &["openclaw/x/locked"]);
+    // Longer than between any two tries.
+    until("its age is that of its change", PATIENCE, || {
+        storage(&machine)["oldest_unreplicated_ms"].as_u64().filter(|ms| *ms > 12_500).map(drop)
+    });
     drop(locked);
     until("it is pushed when it is free", PATIENCE, || {
         names(&rclone).contains("openclaw/x/locked").then_some(())
@@ -298,7 +310,7 @@ fn what_can_happen_to_a_database_happens_in_the_bucket_too() {
             all.iter().any(|i| i["path"] == format!("openclaw/x/{name}")).then_some(())
         });
         machine.ok(&["sh", "-c", "echo more > /data/elsewhere"]);
-        flush(&machine);
+        not_all_there(&machine, &[name, "damaged"]);
         assert_eq!(storage(&machine)["incidents"].as_array().map(Vec::len), Some(1), "{}", logs(&machine));
         assert_eq!(rows(name), 1, "the bucket keeps the last good one");
         fs::write(machine.path(&place(name)), good).expect("it can be repaired");
@@ -641,6 +653,61 @@ fn a_worker_killed_later_is_not_missed() {
     no_incidents(&machine);
 }
 
+/// Nothing begins and nothing goes on, and the worker dies of something else.
+fn kill_in_an_outage(cloud: &Cloud, machine: &Machine) {
+    cloud.proxy.refuse(true);
+    cloud.proxy.cut();
+    kill(machine, "cvm-storage");
+    until("the next worker finds no bucket", LONG, || {
+        if machine.service("storage")["state"] == "waiting" {
+            machine.exec(&["cvm", "start", "storage", "--no-wait"]);
+        }
+        let status = storage(machine);
+        (status["phase"] == "opening" && !status["why"].is_null()).then_some(())
+    });
+}
+
+#[test]
+fn a_worker_killed_in_an_outage_is_not_missed_where_the_tree_is_whole() {
+    let _turn = turn();
+    for fuse in [true, false] {
+        let cloud = Cloud::new();
+        let mut machine = hasty(&cloud);
+        machine = if fuse { machine } else { machine.without_fuse() };
+        let mut machine = machine.start();
+        let pid = gateway(&machine);
+        independent(&machine);
+        flush(&machine);
+        let write = |machine: &Machine, name: &str| {
+            machine.ok(&[
+                "sh",
+                "-c",
+                &format!(
+                    "mkdir -p /data/openclaw/workspace && echo {name} > /data/openclaw/workspace/{name}"
+                ),
+            ]);
+        };
+        kill_in_an_outage(&cloud, &machine);
+        write(&machine, "meanwhile");
+        machine.line("Nothing is replicated: ");
+        assert_eq!(gateway(&machine), pid, "{}", logs(&machine));
+        cloud.proxy.refuse(false);
+        tree(&machine);
+        flush(&machine);
+        assert_eq!(judge(&cloud).ok(&["cat", "crypt:openclaw/workspace/meanwhile"]), b"meanwhile\n");
+        assert_eq!(gateway(&machine), pid, "{}", logs(&machine));
+        no_incidents(&machine);
+
+        // A worker that has had no bucket knows all the same what is missing there.
+        kill_in_an_outage(&cloud, &machine);
+        write(&machine, "late");
+        assert_eq!(machine.stop(), 75, "{}", logs(&machine));
+        let output = machine.output();
+        let last = output.lines().last().unwrap_or_default();
+        assert!(last.contains("Not everything is in the bucket: 1 files, 5 bytes"), "{output}");
+    }
+}
+
 #[track_caller]
 fn the_tree_is_whole_and_can_be_written(machine: &Machine, before: &[String]) {
     let words = "echo new > /data/openclaw/workspace/new && cat /data/openclaw/workspace/many/*";
@@ -771,6 +838,30 @@ fn a_stop_without_a_bucket_ends_in_its_time_and_says_what_is_missing() {
         assert_eq!(names(&rclone).iter().filter(|n| n.contains("/late-")).count(), 7);
         no_incidents(&machine);
     }
+}
+
+#[test]
+fn a_stop_knows_that_a_mode_is_missing_in_the_bucket_and_a_name_that_cannot_be_there() {
+    let _turn = turn();
+    let cloud = Cloud::new();
+    let mut machine = hasty(&cloud).environment("S3_DRAIN_TIMEOUT", "2").start();
+    machine.service_in("gateway", &["ready"]);
+    machine.ok(&["sh", "-c", "mkdir -p /data/openclaw/workspace && echo x > /data/openclaw/workspace/x"]);
+    flush(&machine);
+    cloud.proxy.refuse(true);
+    machine.ok(&["chmod", "600", "/data/openclaw/workspace/x"]);
+    assert_eq!(machine.stop(), 75, "{}", logs(&machine));
+    assert!(machine.output().contains("Not everything is in the bucket: 1 files"), "{}", machine.output());
+    cloud.proxy.refuse(false);
+    let mut machine = machine.again(|b| b);
+    machine.service_in("gateway", &["ready"]);
+    flush(&machine);
+    let far = format!("/data/openclaw/{0}/{0}/{0}", "n".repeat(250));
+    machine.ok(&["sh", "-c", &format!("mkdir -p {far} && echo far > {far}/file")]);
+    not_all_there(&machine, &["cannot be in", "nnn/file"]);
+    assert_eq!(machine.stop(), 75, "{}", logs(&machine));
+    let output = machine.output();
+    assert!(output.contains("Not everything is in the bucket: 1 files, 4 bytes"), "{output}");
 }
 
 #[test]

@@ -172,6 +172,22 @@ fn a_worker_that_dies_under_an_independent_tree_disturbs_nobody() {
 }
 
 #[test]
+fn a_worker_that_dies_in_an_outage_disturbs_nobody_on_an_independent_tree() {
+    let machine = on_a_tree(INDEPENDENT, HEALTHY);
+    let first = pid_of(&machine, "gateway");
+    let silent = r#"{"storage":"unheard","why":"the bucket cannot be reached"}"#;
+    let script = worker(&format!("say '{silent}'"), DRAINED);
+    std::fs::write(machine.path(&format!("{LIB}/cvm-storage")), script).expect("it can be replaced");
+    machine.kill(pid_of(&machine, "storage"), "KILL");
+    second_worker(&machine);
+    machine.line("Nothing is replicated: the bucket cannot be reached");
+    assert_eq!(pid_of(&machine, "gateway"), first);
+    assert_eq!(step(&machine, "storage")["state"], "done");
+    say(&machine, LOST);
+    machine.service_in("gateway", &["blocked"]);
+}
+
+#[test]
 fn an_operator_restarts_the_worker_and_the_gateway_comes_back_by_itself() {
     let machine = on_a_tree(READY, SLOW);
     let first = pid_of(&machine, "gateway");

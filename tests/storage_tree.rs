@@ -347,7 +347,10 @@ fn a_name_that_is_too_long_is_an_incident_until_it_is_shorter() {
     put(dir.join("n".repeat(250)), "too far");
     put(at.join("short"), "near");
     let incidents = || storage(&machine)["incidents"].as_array().cloned().unwrap_or_default();
-    flush(&machine);
+    let told = machine.exec(&["cvm", "storage", "flush"]);
+    let words = String::from_utf8_lossy(&[told.stdout, told.stderr].concat()).into_owned();
+    assert_eq!(told.status.code(), Some(1), "{words}");
+    assert!(words.contains("cannot be in the bucket"), "{words}");
     assert_eq!(incidents().len(), 1, "{:#?}", incidents());
     // A change elsewhere does not end it.
     let generation = storage(&machine)["generation"].as_u64();
@@ -735,6 +738,48 @@ fn ten_thousand_files_are_pushed_and_restored() {
         eprintln!("and restored in {mode:?} mode in {:?}", began.elapsed());
         assert_eq!(difference(&expected, &tree(&machine)), "", "{mode:?}");
     }
+}
+
+#[test]
+fn a_bulk_of_files_holds_up_neither_a_commit_nor_an_order() {
+    let cloud = Cloud::new();
+    let machine = Fuse.start(&cloud);
+    let at = machine.path(WORKSPACE);
+    let database = format!("{WORKSPACE}/state.sqlite");
+    fs::create_dir_all(&at).unwrap();
+    sqlite_in(&machine, "c.execute('create table t(x)'); c.commit()", &database);
+    independent(&machine);
+    flush(&machine);
+    cloud.proxy.latency(Duration::from_millis(150));
+    for n in 0..6000 {
+        put(at.join(format!("many/{}/{n}", n % 97)), n.to_string());
+    }
+    let left = || storage(&machine)["pending_files"].as_u64().unwrap_or_default();
+    until("the bulk is on its way", PATIENCE, || (left() > 3000).then_some(()));
+    sqlite_in(&machine, "c.execute('insert into t values(1)'); c.commit()", &database);
+    let mut stream =
+        std::os::unix::net::UnixStream::connect(machine.path(cvm_blueprint::paths::STORAGE_SOCKET)).unwrap();
+    let committed = r#"{"v":1,"verb":"committed","path":"openclaw/workspace/state.sqlite"}"#;
+    writeln!(stream, "{committed}").unwrap();
+    let said = std::io::read_to_string(&stream).unwrap();
+    assert!(said.trim_end().lines().last().unwrap().contains("The bucket has it"), "{said}");
+    assert!(left() > 1000, "the commit has waited for the bulk: {} are left", left());
+    let refused = machine.exec(&["cvm", "storage", "takeover", "--yes"]);
+    assert!(String::from_utf8_lossy(&refused.stdout).contains("owns the bucket already"), "{refused:?}");
+    assert!(left() > 1000, "the order has waited for the bulk: {} are left", left());
+    cloud.proxy.heal();
+    flush(&machine);
+    // A snapshot of a database has its rows, not its bytes.
+    let files = |machine: &Machine| -> Vec<String> {
+        tree(machine).into_iter().filter(|line| !line.contains("state.sqlite")).collect()
+    };
+    let expected = files(&machine);
+    let machine = restored(&cloud, machine, Sync);
+    assert_eq!(difference(&expected, &files(&machine)), "");
+    assert_eq!(
+        sqlite_in(&machine, "print(c.execute('select count(*) from t').fetchone()[0])", &database),
+        "1"
+    );
 }
 
 // === The operator's hand ===

@@ -7,6 +7,7 @@ use cvm_harness::machine::{MASTER_KEY, PATIENCE};
 use cvm_harness::tools::Rclone;
 use cvm_harness::{Builder, Fault, Garage, Machine, Network, Proxy, Rule, digest, until};
 use std::collections::BTreeMap;
+use std::io::Write as _;
 use std::time::{Duration, Instant};
 
 /// What [`MASTER_KEY`] derives: see tests/vectors/keys.json.
@@ -528,6 +529,41 @@ fn a_manifest_that_was_tampered_with_is_refused_until_the_operator_accepts() {
 }
 
 #[test]
+fn an_operator_accepts_what_was_shown_and_nothing_else() {
+    let cloud = Cloud::new();
+    let vital = format!("{}/vital", PLACES[0]);
+    let mut machine = started(cloud.machine());
+    write(&machine, &[&vital], "first");
+    flush(&machine);
+    write(&machine, &["openclaw/workspace/later"], "first");
+    flush(&machine);
+    independent(&machine);
+    assert_eq!(machine.stop(), 0, "{}", machine.output());
+    let raw = Raw::new(&cloud.garage);
+    let last = raw.segments().pop().expect("there is a manifest");
+    let mut bytes = raw.get(&last);
+    *bytes.last_mut().expect("it is not empty") ^= 1;
+    raw.put(&last, &bytes);
+    raw.delete(&vital);
+    let machine = cloud.machine().start();
+    refused(&machine, &["does not decrypt"]);
+    assert_eq!(incidents(&machine), Vec::<String>::new());
+    // Not what is there now.
+    let mut stream =
+        std::os::unix::net::UnixStream::connect(machine.path(cvm_blueprint::paths::STORAGE_SOCKET))
+            .expect("the worker listens");
+    writeln!(stream, r#"{{"v":1,"verb":"accept","seen":"something else"}}"#).expect("it reads");
+    let said = std::io::read_to_string(&stream).expect("it answers");
+    assert!(said.contains("refused") && said.contains("look at it again"), "{said}");
+    accept(&machine);
+    refused(&machine, &["1 files that the gateway reads while it starts"]);
+    assert_eq!(incidents(&machine), [vital.as_str()]);
+    accept(&machine);
+    machine.service_in("gateway", &["ready"]);
+    assert_eq!(read(&machine, &vital), None);
+}
+
+#[test]
 fn objects_without_their_manifest_are_not_adopted_by_who_knows_of_one() {
     let cloud = Cloud::new();
     let machine = history(&cloud);
@@ -861,6 +897,37 @@ fn a_review_of_the_bucket_holds_up_no_push_and_takes_none_for_a_fault() {
 }
 
 #[test]
+fn damage_in_the_bucket_is_mended_from_the_tree_and_an_outage_is_none() {
+    let cloud = Cloud::new();
+    let machine = started(cloud.machine());
+    let raw = Raw::new(&cloud.garage);
+    let [flip, gone] = ["openclaw/workspace/flip", "openclaw/workspace/gone"];
+    write(&machine, &[flip, gone], "words");
+    independent(&machine);
+    flush(&machine);
+    cloud.proxy.add(Rule::new(Fault::Status(503)).method("GET").path(&raw.key("openclaw")));
+    assert!(!machine.exec(&["cvm", "storage", "drill"]).status.success());
+    assert_eq!(incidents(&machine), Vec::<String>::new(), "an outage is no damage");
+    cloud.proxy.heal();
+
+    let mut bytes = raw.get(flip);
+    bytes[BLOCK] ^= 1;
+    raw.put(flip, &bytes);
+    assert!(!machine.exec(&["cvm", "storage", "drill"]).status.success());
+    until("it is sent again", PATIENCE, || (raw.get(flip) != bytes).then_some(()));
+    until("the incident is over", PATIENCE, || incidents(&machine).is_empty().then_some(()));
+    let log = machine.read("/var/log/openclaw-cvm/storage.log");
+    assert!(log.contains(&format!("incident: {flip}: a restore drill found")), "{log}");
+
+    raw.delete(gone);
+    assert!(!machine.exec(&["cvm", "storage", "verify"]).status.success());
+    let key = raw.key(gone);
+    until("it is there again", PATIENCE, || cloud.garage.get_raw(&key).map(drop));
+    flush(&machine);
+    machine.ok(&["cvm", "storage", "verify", "--deep"]);
+}
+
+#[test]
 fn retries_are_few() {
     let cloud = Cloud::new();
     let machine = started(cloud.machine().environment("S3_HEARTBEAT", "60"));
@@ -960,6 +1027,31 @@ fn an_impatient_machine_counts_the_beats_of_the_owner() {
     flush(&other);
     independent(&other);
     assert_eq!(read(&other, "openclaw/workspace/late"), None);
+}
+
+#[test]
+fn an_owner_with_a_successor_stops_its_gateway_although_its_push_hangs() {
+    let cloud = Cloud::new();
+    let elsewhere = Elsewhere::new(&cloud);
+    let owner = started(cloud.machine().environment("S3_HEARTBEAT", "2"));
+    independent(&owner);
+    flush(&owner);
+    let stuck = "openclaw/workspace/stuck";
+    let key = Raw::new(&cloud.garage).key(stuck);
+    cloud.proxy.add(Rule::new(Fault::Hang).method("PUT").path(&key));
+    write(&owner, &[stuck], "words");
+    until("its push hangs", PATIENCE, || {
+        storage(&owner)["oldest_unreplicated_ms"].as_u64().filter(|ms| *ms > 1500).map(drop)
+    });
+    let other = elsewhere.machine(&cloud).environment("S3_HEARTBEAT", "2").start();
+    says(&other, "waiting", &["owns the bucket"]);
+    other.ok(&["cvm", "storage", "takeover", "--yes"]);
+    until("the old owner's gateway is stopped", PATIENCE, || (!gateway_runs(&owner)).then_some(()));
+    let status = storage(&owner);
+    assert_eq!((&status["phase"], &status["last_error"]), (&"fenced".into(), &serde_json::Value::Null));
+    cloud.proxy.heal();
+    other.service_in("gateway", &["ready"]);
+    says(&owner, "waiting", &["owns the bucket"]);
 }
 
 /// Every process of a machine, process 1 last when it is frozen and first when it goes on.

@@ -114,6 +114,9 @@ pub enum StorageReport {
         /// Whether the worker goes on trying.
         retry: bool,
     },
+    /// The bucket cannot be asked, and nothing is known against a tree that is there: one that is
+    /// independent goes on to be used.
+    Unheard { why: String },
     /// There is no tree yet, and nothing is wrong: another instance has the bucket.
     Waits { why: String },
     /// The last word: what the bucket does not have.
@@ -168,7 +171,11 @@ pub enum Ask {
     /// A restore drill now.
     Drill,
     /// Go on with what the bucket has, after the operator has looked at what is wrong.
-    Accept,
+    Accept {
+        /// [`StorageStatus::wrong`] as the operator has seen it.
+        #[serde(default)]
+        seen: Option<String>,
+    },
     /// Do not wait for another instance's heartbeat to go stale.
     Takeover,
     /// Logs of earlier boots: which there are, or one file of one.
@@ -254,6 +261,8 @@ pub struct StorageStatus {
     /// Whether nothing depends on the mount any more.
     pub independent: bool,
     pub incidents: Vec<Incident>,
+    /// A name for what could be accepted now, which changes with it.
+    pub wrong: Option<String>,
     pub last_error: Option<String>,
     pub last_error_ago_ms: Option<u64>,
     pub retry_in_ms: Option<u64>,

@@ -5,7 +5,7 @@
 
 use crate::bucket::{Bucket, MANIFEST as DIRECTORY};
 use crate::entry::Path;
-use crate::fault::Fault;
+use crate::fault::{Accepted, Fault};
 use crate::index::Index;
 use crate::manifest::{self, Head, Header, Line, Name, Word};
 use crate::s3::When;
@@ -70,7 +70,7 @@ impl Chain {
         index: &Index,
         owner: (u32, u32),
         anchor: Option<Head>,
-        accept: bool,
+        accepted: &Accepted,
     ) -> Result<Loaded, Fault> {
         let known = index.head()?;
         let names = Self::names(bucket)?;
@@ -78,44 +78,52 @@ impl Chain {
         let generation = chain.last().map_or(0, |n| n.to);
         let last_epoch = chain.last().map_or(0, |n| n.epoch);
         let newest = names.iter().filter(|n| n.epoch >= last_epoch).map(|n| n.to).max().unwrap_or(0);
-        if newest > generation && !accept {
-            return Err(Fault::Suspicious(format!(
+        if newest > generation {
+            accepted.or_refuse(format!(
                 "the manifest has a gap: generation {newest} is there, and what leads to it is not complete after {generation}"
-            )));
+            ))?;
         }
-        if generation < known.generation && !accept {
-            return Err(Fault::Suspicious(format!(
+        if generation < known.generation {
+            accepted.or_refuse(format!(
                 "the bucket is older than this volume: it is at generation {generation}, and {} was written from here",
                 known.generation
-            )));
+            ))?;
         }
-        if let Some(anchor) = anchor
-            && generation < anchor.generation
-            && !accept
-        {
-            return Err(Fault::Suspicious(format!(
-                "the bucket is older than STATE_ANCHOR: it is at generation {generation}, the anchor is {}",
-                anchor.generation
-            )));
-        }
+        let anchor = match anchor {
+            Some(anchor) if generation < anchor.generation => {
+                accepted.or_refuse(format!(
+                    "the bucket is older than STATE_ANCHOR: it is at generation {generation}, the anchor is {}",
+                    anchor.generation
+                ))?;
+                None
+            }
+            other => other,
+        };
         let mut this = Self { segments: chain.clone(), ..Self::empty(owner) };
         // From the segment that ends where the index stands; its digest is checked on the way.
         let at_boundary = known.generation > 0 && chain.iter().any(|n| n.to == known.generation);
-        let anchor = anchor.filter(|_| !accept);
         let continued = at_boundary
             && match this.read_on(bucket, index, known, anchor) {
-                Err(Fault::Suspicious(_)) if accept => false,
+                Err(fault) if accepted.includes(&fault) => false,
                 other => other?,
             };
         if !continued {
             index.clear()?;
-            this = Self { segments: chain, ..Self::empty(owner) };
+            this = Self { segments: chain.clone(), ..Self::empty(owner) };
             match this.read_all(bucket, index, anchor) {
-                Err(Fault::Suspicious(_)) if accept => this.cut_here(),
+                Err(fault) if accepted.includes(&fault) => {
+                    // Whatever the anchor says.
+                    index.clear()?;
+                    this = Self { segments: chain, ..Self::empty(owner) };
+                    match this.read_all(bucket, index, None) {
+                        Err(fault) if accepted.includes(&fault) => this.cut_here(),
+                        other => other?,
+                    }
+                }
                 other => other?,
             }
         }
-        if accept {
+        if accepted.is_any() {
             this.only_these(bucket, &names)?;
         }
         let intents = this

@@ -7,12 +7,13 @@
 use crate::bucket::Bucket;
 use crate::fault::Fault;
 use crate::index::{Index, Totals};
-use crate::manifest::Head;
+use crate::manifest::{Digest, Head};
 use crate::owner::uptime;
 use crate::volume::Volume;
 use cvm_blueprint::storage::{Drill, Incident, Mode, Progress, StorageReport, StorageSpec, StorageStatus};
 use cvm_blueprint::supervise::Level;
 use cvm_blueprint::wire;
+use sha2::{Digest as _, Sha256};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Write as _;
@@ -123,6 +124,18 @@ impl Desk {
         self.say_once(&StorageReport::NotReady { why, retry });
     }
 
+    /// The same, of a fault and with its remedy.
+    pub(crate) fn refused(&self, phase: &str, fault: &Fault) {
+        self.not_ready(phase, format!("{fault}; {}", fault.remedy()), fault.may_pass());
+    }
+
+    /// The bucket cannot be asked, and nothing is known against the tree, if there is one.
+    pub(crate) fn unheard(&self, phase: &str, fault: &Fault) {
+        let why = format!("{fault}; {}", fault.remedy());
+        self.show_phase(phase, &why);
+        self.say_once(&StorageReport::Unheard { why });
+    }
+
     /// Another instance has the bucket.
     pub(crate) fn waits(&self, why: String) {
         self.show_phase("waiting", &why);
@@ -145,7 +158,9 @@ impl Desk {
             board.said = Some(report.clone());
         }
         match report {
-            StorageReport::NotReady { why, .. } | StorageReport::Waits { why } => {
+            StorageReport::NotReady { why, .. }
+            | StorageReport::Unheard { why }
+            | StorageReport::Waits { why } => {
                 tracing::warn!("not ready: {why}");
             }
             other => tracing::info!("{other:?}"),
@@ -231,6 +246,12 @@ impl Desk {
         self.board().incidents.remove(path).is_some()
     }
 
+    /// What an operator has seen of what is wrong.
+    pub(crate) fn named(&self) -> Vec<(String, String)> {
+        let board = self.board();
+        board.incidents.iter().map(|(path, (what, ..))| (path.clone(), what.clone())).collect()
+    }
+
     pub(crate) fn forget_incidents(&self) {
         self.board().incidents.clear();
     }
@@ -262,6 +283,7 @@ impl Desk {
                 since_ms_ago: ago(*since),
             })
             .collect();
+        status.wrong = wrong(&status);
         if let (Some(drill), Some(at)) = (status.drill.as_mut(), board.drilled_ms) {
             drill.ago_ms = crate::chain::now_ms().saturating_sub(at);
         }
@@ -271,4 +293,15 @@ impl Desk {
         status.up_ms = ago(self.began);
         status
     }
+}
+
+/// A name for all that an operator could accept now: another one, when there is anything new.
+fn wrong(status: &StorageStatus) -> Option<String> {
+    let refused = status.why.as_ref().filter(|_| status.phase == "refused");
+    if refused.is_none() && status.incidents.is_empty() {
+        return None;
+    }
+    let named = status.incidents.iter().flat_map(|i| [i.path.as_str(), i.what.as_str()]);
+    let words: Vec<&str> = refused.map(String::as_str).into_iter().chain(named).collect();
+    Some(Digest(Sha256::digest(words.join("\0")).into()).to_string())
 }

@@ -3,6 +3,7 @@
 //! Refuses to hold anything but words of ours, the server's error codes and paths: never a URL,
 //! a key or a password. Imports nothing of ours.
 
+use std::collections::BTreeSet;
 use std::fmt;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -75,6 +76,28 @@ impl Fault {
         !matches!(self, Self::Config(_) | Self::WrongKey(_) | Self::Suspicious(_))
     }
 
+    /// Whether it says nothing about the tree that is there: the bucket could not be asked.
+    pub(crate) fn is_outage(&self) -> bool {
+        match self {
+            Self::Missing
+            | Self::NoBucket
+            | Self::Denied(_)
+            | Self::Unreachable(_)
+            | Self::Tls(_)
+            | Self::Clock
+            | Self::Busy(_)
+            | Self::Other(_) => true,
+            Self::Conflict
+            | Self::NotImplemented
+            | Self::Config(_)
+            | Self::WrongKey(_)
+            | Self::Suspicious(_)
+            | Self::Fenced(_)
+            | Self::Disk(_)
+            | Self::Tree => false,
+        }
+    }
+
     pub(crate) fn remedy(&self) -> &'static str {
         match self {
             Self::Missing | Self::Other(_) | Self::NotImplemented => "look at `cvm logs storage`",
@@ -101,6 +124,39 @@ impl Fault {
             Self::Tree => "nothing to do here: it is rebuilt",
             Self::Disk(_) => "make room on the volume, or mend it",
         }
+    }
+}
+
+/// What an operator has looked at and goes on with: these refusals and the loss of these files, and
+/// nothing else that is wrong.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Accepted {
+    refusals: BTreeSet<String>,
+    /// With what is wrong with them.
+    files: BTreeSet<(String, String)>,
+}
+
+impl Accepted {
+    pub(crate) fn and(&mut self, refusal: &Fault, files: impl IntoIterator<Item = (String, String)>) {
+        self.refusals.insert(refusal.to_string());
+        self.files.extend(files);
+    }
+
+    pub(crate) fn is_any(&self) -> bool {
+        !self.refusals.is_empty()
+    }
+
+    pub(crate) fn includes(&self, fault: &Fault) -> bool {
+        matches!(fault, Fault::Suspicious(why) if self.refusals.contains(why))
+    }
+
+    pub(crate) fn includes_file(&self, path: &str, why: &str) -> bool {
+        self.files.contains(&(path.to_owned(), why.to_owned()))
+    }
+
+    pub(crate) fn or_refuse(&self, why: String) -> Result<(), Fault> {
+        let fault = Fault::Suspicious(why);
+        if self.includes(&fault) { Ok(()) } else { Err(fault) }
     }
 }
 

@@ -289,6 +289,15 @@ impl Index {
         let all: Vec<Vec<u8>> = rows.collect::<Result<_, _>>()?;
         Ok(all.iter().filter_map(|bytes| Path::new(bytes)).collect())
     }
+
+    /// The bucket does not have what it should, and the tree does: it is pushed again.
+    pub(crate) fn set_unsure(&self, path: &Path) -> Result<(), Fault> {
+        let sql = "UPDATE entry SET unsure = max(unsure, 1) WHERE dir = ?1 AND name = ?2";
+        self.each(&[path], sql, |path, run| {
+            let (dir, name) = path.split();
+            run(params![dir, name])
+        })
+    }
 }
 
 fn apply_line(db: &Connection, line: &Line) -> rusqlite::Result<()> {

@@ -155,7 +155,9 @@ fn work() -> ExitCode {
         desk,
         orders,
         sender,
-        said: opening::Said::default(),
+        takeover: false,
+        refusal: None,
+        accepted: fault::Accepted::default(),
         stopping: false,
         boots,
     };

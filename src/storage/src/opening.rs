@@ -13,7 +13,7 @@ use crate::bucket::{Bucket, Survey};
 use crate::chain::{Chain, Loaded};
 use crate::desk::{Desk, Open};
 use crate::entry::{Entry, Kind, Path};
-use crate::fault::Fault;
+use crate::fault::{Accepted, Fault};
 use crate::fetch::{self, Fetcher, Got, Wanted};
 use crate::index::{Index, Known, Row, Sign};
 use crate::manifest::{Head, Line, Word};
@@ -21,11 +21,13 @@ use crate::mount::{self, NoMount, StandIn};
 use crate::owner::{self, Lease, Me, Verdict, uptime};
 use crate::rclone::MountModes;
 use crate::s3::When;
+use crate::scan::{Found, Scanner};
 use crate::volume::{self, Volume};
 use crate::{hydrate, moved, rules, scan};
 use cvm_blueprint::storage::{Mode, Progress, StorageSpec};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path as FsPath;
 use std::time::Duration;
@@ -34,9 +36,9 @@ use std::time::Duration;
 const EARLY_MAX: u64 = 4 << 20;
 
 /// What the operator has said, for one try.
-#[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Said {
-    pub(crate) accept: bool,
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Said<'a> {
+    pub(crate) accepted: &'a Accepted,
     pub(crate) takeover: bool,
 }
 
@@ -96,6 +98,27 @@ pub(crate) fn hold_volume(data: &FsPath) -> Result<Held, Fault> {
     Ok(Held { volume, index, me: Me { instance, session: random()?, place }, _lock: lock })
 }
 
+/// The tree that an earlier worker has left on the volume, and what of it the bucket does not have:
+/// as far as is known without the bucket.
+pub(crate) fn left_behind(prefix: &str) -> Result<Option<(Volume, Found)>, Fault> {
+    use cvm_blueprint::paths::{DATA, VOLUME};
+    if ![VOLUME, DATA].iter().any(|root| FsPath::new(root).join(".cvm/storage/index").exists()) {
+        return Ok(None);
+    }
+    let Held { volume, index, _lock: lock, .. } = hold_volume(FsPath::new(DATA))?;
+    let in_layer = fs::read_dir(volume.own.join("upper"))?
+        .any(|entry| entry.is_ok_and(|entry| !Volume::is_ours(entry.file_name().as_bytes())));
+    let volume = if in_layer { volume.overlaid(FsPath::new(DATA)) } else { volume };
+    let made = if in_layer { "lowered" } else { "restored" };
+    let is_ours = index.meta(made)?.is_some() || index.meta("independent")?.is_some();
+    if !is_ours || index.head()?.generation == 0 {
+        return Ok(None);
+    }
+    let found = Scanner::new(&volume, &index, prefix, &HashSet::new()).full()?;
+    drop(lock);
+    Ok(Some((volume, found)))
+}
+
 fn random() -> Result<String, Fault> {
     let mut bytes = [0u8; 16];
     getrandom::fill(&mut bytes).map_err(|_| Fault::other("the kernel gives no random numbers"))?;
@@ -103,7 +126,12 @@ fn random() -> Result<String, Fault> {
 }
 
 /// The whole way. `pause` is called while another instance owns the bucket.
-pub(crate) fn open(spec: &StorageSpec, desk: &Desk, word: Said, pause: Pause<'_>) -> Result<Ready, Fault> {
+pub(crate) fn open(
+    spec: &StorageSpec,
+    desk: &Desk,
+    word: Said<'_>,
+    pause: Pause<'_>,
+) -> Result<Ready, Fault> {
     desk.phase("opening");
     let bucket = Bucket::new(spec)?;
     let survey = bucket.survey()?;
@@ -118,11 +146,11 @@ pub(crate) fn open(spec: &StorageSpec, desk: &Desk, word: Said, pause: Pause<'_>
     let before = wait_for_it(&bucket, desk, &held.me, known, beat, word, &mut *pause)?;
     let tried = Tried::read(&held.index)?;
     let owned_by_others = before.record.as_ref().is_some_and(|r| r.epoch > ours && !tried.includes(r));
-    if let Some(record) = before.record.as_ref().filter(|r| r.epoch < known && !word.accept) {
-        return Err(Fault::Suspicious(format!(
+    if let Some(record) = before.record.as_ref().filter(|r| r.epoch < known) {
+        word.accepted.or_refuse(format!(
             "the ownership record is older than what its owners have done: epoch {} in the record, {known} was reached",
             record.epoch
-        )));
+        ))?;
     }
     let survey = without_manifest(survey, &before, &held, word)?;
     past(desk, &held, survey, owned_by_others)?;
@@ -131,7 +159,10 @@ pub(crate) fn open(spec: &StorageSpec, desk: &Desk, word: Said, pause: Pause<'_>
     let lease = Lease::take(&bucket, &held.me, &before.when, before.epoch, beat)?;
     if let Some(doubt) = lease.doubt(before.forced, before.read_at) {
         let until = uptime() + doubt;
-        desk.waits("the last owner gets a moment to see that it has a successor".to_owned());
+        // Who succeeds itself on a busy machine takes its tree from nobody.
+        if before.record.as_ref().is_none_or(|record| record.instance != held.me.instance) {
+            desk.waits("the last owner gets a moment to see that it has a successor".to_owned());
+        }
         while uptime() < until {
             pause(until.saturating_sub(uptime()))?;
         }
@@ -179,34 +210,34 @@ struct Before {
 }
 
 /// A bucket that this volume has written to, and that has no manifest any more.
-fn still_there(held: &Held, survey: Survey, word: Said) -> Result<(), Fault> {
+fn still_there(held: &Held, survey: Survey, word: Said<'_>) -> Result<(), Fault> {
     let known = held.index.head()?.generation;
-    if survey == Survey::Managed || known == 0 || word.accept {
+    if survey == Survey::Managed || known == 0 {
         return Ok(());
     }
-    Err(Fault::Suspicious(format!(
-        "the bucket holds nothing of what this volume has written (generation {known})"
-    )))
+    word.accepted
+        .or_refuse(format!("the bucket holds nothing of what this volume has written (generation {known})"))
 }
 
 /// Objects with an owner and without a manifest: an adoption of our own goes on, anything else is
 /// for the operator to judge.
-fn without_manifest(survey: Survey, before: &Before, held: &Held, word: Said) -> Result<Survey, Fault> {
+fn without_manifest(survey: Survey, before: &Before, held: &Held, word: Said<'_>) -> Result<Survey, Fault> {
     let ours = before.record.as_ref().is_some_and(|r| r.instance == held.me.instance);
     match survey {
-        Survey::Bereft if ours || word.accept => Ok(Survey::Unmanaged),
-        Survey::Bereft => Err(Fault::Suspicious(
-            "the bucket holds objects and the record of an owner, and their manifest is gone".to_owned(),
-        )),
+        Survey::Bereft if ours => Ok(Survey::Unmanaged),
+        Survey::Bereft => {
+            let why = "the bucket holds objects and the record of an owner, and their manifest is gone";
+            word.accepted.or_refuse(why.to_owned()).map(|()| Survey::Unmanaged)
+        }
         other => Ok(other),
     }
 }
 
 /// The record with what a write of ours depends on. One that is not authentic is written over if
 /// the operator has accepted that.
-fn record(bucket: &Bucket, word: Said) -> Result<(Option<owner::Record>, When), Fault> {
+fn record(bucket: &Bucket, word: Said<'_>) -> Result<(Option<owner::Record>, When), Fault> {
     Ok(match owner::read(bucket) {
-        Err(Fault::Suspicious(_)) if word.accept => (None, When::Always),
+        Err(fault) if word.accepted.includes(&fault) => (None, When::Always),
         other => match other? {
             None => (None, When::Absent),
             Some((record, etag)) => (Some(record), etag.map_or(When::Always, When::Unchanged)),
@@ -220,7 +251,7 @@ fn wait_for_it(
     me: &Me,
     known: u64,
     beat: Duration,
-    word: Said,
+    word: Said<'_>,
     pause: Pause<'_>,
 ) -> Result<Before, Fault> {
     let mut seen: Option<(Option<owner::Record>, Duration)> = None;
@@ -278,6 +309,8 @@ fn past(desk: &Desk, held: &Held, survey: Survey, owned_by_others: bool) -> Resu
     }
     let foreign = survey != Survey::Empty && (owned_by_others || known.generation == 0);
     if foreign && !empty {
+        // Whoever stands on it hears of it first.
+        desk.not_ready("opening", "the volume holds a state with another past".to_owned(), true);
         let name = format!("epoch-{}-{}", held.index.number("epoch")?, crate::chain::now_ms());
         mount::clear()?;
         // With the overlay gone, the volume is at /data again, wherever it was found.
@@ -300,19 +333,17 @@ fn tree(
     held: Held,
     lease: Lease,
     survey: Survey,
-    word: Said,
+    word: Said<'_>,
     taken: Duration,
 ) -> Result<Ready, Fault> {
     let owner = uid_gid(&spec.user);
     let anchor = spec.anchor.as_deref().and_then(Head::parse_anchor);
     let Held { volume, index, _lock: lock, .. } = held;
+    if anchor.is_some() && survey != Survey::Managed {
+        word.accepted.or_refuse("STATE_ANCHOR is given, and the bucket has no manifest".to_owned())?;
+    }
     let loaded = match survey {
-        Survey::Managed => Chain::load(&bucket, &index, owner, anchor, word.accept)?,
-        _ if anchor.is_some() && !word.accept => {
-            return Err(Fault::Suspicious(
-                "STATE_ANCHOR is given, and the bucket has no manifest".to_owned(),
-            ));
-        }
+        Survey::Managed => Chain::load(&bucket, &index, owner, anchor, word.accepted)?,
         _ => Loaded { chain: Chain::empty(owner), intents: Vec::new(), continued: false },
     };
     let Loaded { mut chain, intents, continued } = loaded;
@@ -323,9 +354,6 @@ fn tree(
     }
     // What still holds is found again.
     desk.forget_incidents();
-    if word.accept {
-        forget_bad(&index)?;
-    }
     desk.head(chain.head, index.totals()?);
     let alive = continued && mount::overlay_is_alive() && index.meta("independent")?.is_some();
     let stands = if alive {
@@ -337,7 +365,7 @@ fn tree(
             return Err(Fault::Tree);
         }
         let made = Making { desk, bucket: &bucket, index: &index, intents: &intents, continued, owner };
-        made.stand(adopted, word.accept)?
+        made.stand(adopted, word.accepted)?
     };
     settle(&lease, &bucket, &index, taken)?;
     if !alive {
@@ -375,7 +403,7 @@ struct Making<'a> {
 }
 
 impl Making<'_> {
-    fn stand(&self, adopted: bool, accept: bool) -> Result<Stands, Fault> {
+    fn stand(&self, adopted: bool, accepted: &Accepted) -> Result<Stands, Fault> {
         mount::clear()?;
         let volume = Volume::plain(FsPath::new(cvm_blueprint::paths::DATA))?;
         let possible = if adopted {
@@ -383,7 +411,7 @@ impl Making<'_> {
         } else {
             mount::possible()
         };
-        let NoMount(reason) = match possible.and_then(|()| self.by_mount(&volume, accept)) {
+        let NoMount(reason) = match possible.and_then(|()| self.by_mount(&volume, accepted)) {
             Ok(outcome) => return outcome,
             Err(no) => no,
         };
@@ -392,7 +420,7 @@ impl Making<'_> {
         mount::clear()?;
         let volume = Volume::plain(FsPath::new(cvm_blueprint::paths::DATA))?;
         let bad = self.by_download(&volume)?;
-        judge(self.desk, self.index, &bad, accept)?;
+        judge(self.desk, self.index, &bad, accepted)?;
         self.index.set_meta("restored", "1")?;
         let _ = fs::remove_dir_all(volume.own.join("staging/parts"));
         if adopted {
@@ -405,28 +433,32 @@ impl Making<'_> {
 /// Names what the bucket does not have right. Without what the gateway reads while it starts it
 /// would make it anew, and that would take the place of what was lost: then the operator is asked,
 /// and what he accepts is given up.
-fn judge(desk: &Desk, index: &Index, bad: &[(Path, String)], accept: bool) -> Result<(), Fault> {
-    let mut vital = Vec::new();
+fn judge(desk: &Desk, index: &Index, bad: &[(Path, String)], accepted: &Accepted) -> Result<(), Fault> {
+    let (mut vital, mut others) = (Vec::new(), Vec::new());
     for (path, why) in bad {
         let database = index.get(path)?.is_some_and(|row| row.entry.is_database());
-        if database || rules::is_read_at_start(path) {
-            vital.push(path.clone());
-        }
-        if !accept || vital.last() != Some(path) {
-            desk.incident(&path.to_string(), why, hydrate::REMEDY);
-        }
+        let needed = database || rules::is_read_at_start(path);
+        if needed { &mut vital } else { &mut others }.push((path, why));
     }
-    for path in &vital {
+    let given_up = |(path, why): &(&Path, &String)| accepted.includes_file(&path.to_string(), why);
+    let refused = vital.iter().filter(|file| !given_up(file));
+    // First what is refused: only what is named can be accepted.
+    for (path, why) in refused.clone().chain(&others) {
+        desk.incident(&path.to_string(), why, hydrate::REMEDY);
+    }
+    let good = refused.count() == 0;
+    let paths: Vec<Path> = vital.into_iter().map(|(path, _)| path.clone()).collect();
+    for path in &paths {
         index.set_bad(path, None)?;
     }
     // Looked at again by the next try; of what is accepted, nothing is anywhere.
-    index.set_lower(&vital, !accept)?;
-    if vital.is_empty() || accept {
+    index.set_lower(&paths, !good)?;
+    if good {
         return Ok(());
     }
     Err(Fault::Suspicious(format!(
         "{} files that the gateway reads while it starts are missing or damaged in the bucket; `cvm storage status` names them",
-        vital.len()
+        paths.len()
     )))
 }
 
@@ -543,13 +575,6 @@ fn old_databases(desk: &Desk, volume: &Volume) -> Result<(), Fault> {
 }
 
 /// The operator has looked: what the bucket does not have right is given up.
-fn forget_bad(index: &Index) -> Result<(), Fault> {
-    for (path, _) in index.bad()? {
-        index.set_bad(&path, None)?;
-    }
-    Ok(())
-}
-
 /// What each path may become besides what it is.
 type Intended = HashMap<Path, Vec<Entry>>;
 
@@ -573,7 +598,7 @@ fn wanted(path: &Path, row: &Row, intended: &Intended) -> Wanted {
 
 impl Making<'_> {
     /// Refusals of the mount are a reason for the other mode; faults of the tree are not.
-    fn by_mount(&self, plain: &Volume, accept: bool) -> Result<Result<Stands, Fault>, NoMount> {
+    fn by_mount(&self, plain: &Volume, accepted: &Accepted) -> Result<Result<Stands, Fault>, NoMount> {
         let Self { desk, bucket, index, intents, continued, owner } = *self;
         let no = |fault: Fault| NoMount(fault.to_string());
         desk.info("Attempting FUSE mount...");
@@ -605,7 +630,7 @@ impl Making<'_> {
             index.set_meta("lowered", "1").map_err(no)?;
         }
         let bad = lay_upper(desk, bucket, index, &overlaid, intents, owner).map_err(no)?;
-        if let Err(fault) = judge(desk, index, &bad, accept) {
+        if let Err(fault) = judge(desk, index, &bad, accepted) {
             return Ok(Err(fault));
         }
         let (names, modes) = lower_of(index, owner).map_err(no)?;

@@ -9,6 +9,9 @@
 //! old one: a file that lives on under a name that the bucket does not have yet keeps its old one,
 //! however fast it moves. A batch that fails half way leaves intents behind, and its files are pushed again.
 //!
+//! A round that is long is made in slices: between two of them the worker reads its orders, and what
+//! databases have committed meanwhile goes up before the rest.
+//!
 //! Refuses to write when the lease does not confirm it. May import: `bucket`, `chain`, `entry`,
 //! `fault`, `index`, `manifest`, `owner`, `parallel`, `rules`, `scan`, `stage`, `volume`.
 
@@ -18,7 +21,7 @@ use crate::entry::{Entry, Path};
 use crate::fault::Fault;
 use crate::index::{Index, Known, Row};
 use crate::manifest::{Line, Word};
-use crate::owner::Lease;
+use crate::owner::{Lease, uptime};
 use crate::parallel;
 use crate::rules;
 use crate::scan::Change;
@@ -28,6 +31,7 @@ use cvm_process::handle::Fate;
 use std::collections::HashSet;
 use std::fs::File;
 use std::os::unix::ffi::OsStrExt as _;
+use std::time::Duration;
 
 /// A batch is as large as a loss of half its work is cheap.
 const BATCH_FILES: usize = 400;
@@ -51,6 +55,8 @@ pub(crate) struct Pusher<'a> {
     pub(crate) may_delete: bool,
     /// Whether what vanishes while it is looked at no longer holds up removals.
     pub(crate) insists: bool,
+    /// When to leave the next batch to another slice.
+    pub(crate) until: Duration,
     /// Told after every batch: files and bytes that are left.
     pub(crate) progress: &'a dyn Fn(u64, u64),
 }
@@ -58,9 +64,56 @@ pub(crate) struct Pusher<'a> {
 /// A file to be read, whether it is a database, and what it was.
 type Read = (Path, bool, Option<Box<Row>>);
 
+/// What a round, or what is left of it, has to do.
+#[derive(Debug, Default)]
+pub(crate) struct Work {
+    /// With their sizes, in their order.
+    reads: Vec<(u64, Read)>,
+    metas: Vec<Line>,
+    gone: Vec<Path>,
+    /// Of the slices before.
+    moving: bool,
+    holds: Holds,
+}
+
+impl Work {
+    pub(crate) fn of(changes: Vec<Change>, volume: &Volume) -> Self {
+        let mut this = Self::default();
+        let size = |path: &Path| {
+            let stat = volume::look(&path.below(&volume.upper)).ok().flatten();
+            stat.map_or(0, |s| crate::scan::size_of(&s))
+        };
+        for change in changes {
+            match change {
+                Change::Read { path, database, was } => this.reads.push((size(&path), (path, database, was))),
+                Change::Meta { path, entry } => this.metas.push(Line { path, word: Word::Is(entry) }),
+                Change::Gone { path } => this.gone.push(path),
+            }
+        }
+        // Databases first, and then what is small: most of what is lost is lost soonest.
+        this.reads.sort_by_key(|(size, (_, database, _))| (!database, *size));
+        this
+    }
+
+    pub(crate) fn files(&self) -> impl Iterator<Item = &Path> {
+        self.reads.iter().map(|(_, (path, ..))| path)
+    }
+
+    /// What is newer than we are is known of these.
+    pub(crate) fn forget(&mut self, paths: &HashSet<Path>) {
+        if !paths.is_empty() {
+            self.reads.retain(|(_, (path, ..))| !paths.contains(path));
+            self.metas.retain(|line| !paths.contains(&line.path));
+            self.gone.retain(|path| !paths.contains(path));
+        }
+    }
+}
+
 /// What a round could not do.
 #[derive(Debug, Default)]
 pub(crate) struct Rest {
+    /// What this slice did not come to; removals are among it.
+    pub(crate) left: Option<Work>,
     /// To be tried again soon.
     pub(crate) later: Vec<(Path, String)>,
     /// Not before somebody mends it.
@@ -105,36 +158,31 @@ impl Rest {
 }
 
 impl Pusher<'_> {
-    /// `unread` was moved and cannot be had: until it can, nothing may go that it may be.
-    pub(crate) fn round(&mut self, changes: Vec<Change>, unread: Vec<(Path, String)>) -> Rest {
-        let mut rest = Rest::default();
+    /// One slice. `urgent` is what comes first, and then at least one batch of its own. `unread` was moved and cannot be had: until it can,
+    /// nothing may go that it may be.
+    pub(crate) fn round(&mut self, work: Work, urgent: Work, unread: Vec<(Path, String)>) -> Rest {
+        let Work { reads, metas, gone, moving, holds } = work;
+        let mut rest = Rest { moving, holds, removals: gone.len() as u64, ..Rest::default() };
         for (path, why) in unread {
             rest.wait(path, why, Holds::Everything);
         }
-        let (mut reads, mut metas, mut gone) = (Vec::new(), Vec::new(), Vec::new());
-        for change in changes {
-            match change {
-                Change::Read { path, database, was } => reads.push((path, database, was)),
-                Change::Meta { path, entry } => metas.push(Line { path, word: Word::Is(entry) }),
-                Change::Gone { path } => gone.push(path),
+        let bytes = reads.iter().map(|(size, _)| size).sum();
+        let begun = self
+            .files(urgent.reads, Duration::MAX, (reads.len() as u64, bytes), &mut rest)
+            .and_then(|_| self.files(reads, self.until, (0, 0), &mut rest));
+        let outcome = match begun {
+            Ok(reads) if !reads.is_empty() => {
+                let (moving, holds) = (rest.moving, rest.holds);
+                rest.left = Some(Work { reads, metas, gone, moving, holds });
+                return rest;
             }
-        }
-        rest.removals = gone.len() as u64;
+            other => other.map(drop),
+        };
         // What stands where a file was comes after the file's removal, which would take it along.
         let leaving: HashSet<&Path> = gone.iter().collect();
         let (instead, metas): (Vec<_>, Vec<_>) =
             metas.into_iter().partition(|line| leaving.contains(&line.path));
-        // Databases first, and then what is small: most of what is lost is lost soonest.
-        let size = |path: &Path| {
-            volume::look(&path.below(&self.volume.upper))
-                .ok()
-                .flatten()
-                .map_or(0, |s| crate::scan::size_of(&s))
-        };
-        let mut sized: Vec<_> = reads.into_iter().map(|read| (size(&read.0), read)).collect();
-        sized.sort_by_key(|(size, (_, database, _))| (!database, *size));
-        let outcome = self
-            .files(sized, &mut rest)
+        let outcome = outcome
             .and_then(|()| self.metas(&metas))
             .and_then(|()| self.may_go(gone, rest.holds))
             .and_then(|gone| {
@@ -147,9 +195,16 @@ impl Pusher<'_> {
         rest
     }
 
-    fn files(&mut self, sized: Vec<(u64, Read)>, rest: &mut Rest) -> Result<(), Fault> {
-        let mut left: u64 = sized.iter().map(|(size, _)| size).sum();
-        let mut files = sized.len() as u64;
+    /// Yields those that are left when the time is over. `after` are files and bytes that come later.
+    fn files(
+        &mut self,
+        sized: Vec<(u64, Read)>,
+        until: Duration,
+        after: (u64, u64),
+        rest: &mut Rest,
+    ) -> Result<Vec<(u64, Read)>, Fault> {
+        let mut left: u64 = after.1 + sized.iter().map(|(size, _)| size).sum::<u64>();
+        let mut files = after.0 + sized.len() as u64;
         let mut queue = sized.into_iter().peekable();
         while queue.peek().is_some() {
             let (mut batch, mut bytes) = (Vec::new(), 0);
@@ -166,8 +221,11 @@ impl Pusher<'_> {
             self.batch(batch, rest)?;
             (left, files) = (left.saturating_sub(bytes), files.saturating_sub(count));
             (self.progress)(files, left);
+            if uptime() >= until {
+                break;
+            }
         }
-        Ok(())
+        Ok(queue.collect())
     }
 
     fn batch(&mut self, batch: Vec<Read>, rest: &mut Rest) -> Result<(), Fault> {

@@ -6,7 +6,7 @@
 use crate::bucket::{Bucket, Survey};
 use crate::chain::Chain;
 use crate::entry::{Entry, Path};
-use crate::fault::Fault;
+use crate::fault::{Accepted, Fault};
 use crate::fetch::{self, Fetcher, Got, Wanted};
 use crate::index::Index;
 use crate::manifest::{Head, Word};
@@ -40,7 +40,7 @@ pub(crate) fn restore(spec: &StorageSpec, to: &FsPath) -> Result<u64, Fault> {
     let index = Index::open(&scratch.join("index"))?;
     let owner = opening::uid_gid(&spec.user);
     let anchor = spec.anchor.as_deref().and_then(Head::parse_anchor);
-    let loaded = Chain::load(&bucket, &index, owner, anchor, false)?;
+    let loaded = Chain::load(&bucket, &index, owner, anchor, &Accepted::default())?;
     println!("Generation {} of {}/{}", loaded.chain.head.generation, spec.bucket, spec.prefix);
     let rows = index.all()?;
     let entries: Vec<(Path, Entry)> = rows.iter().map(|(p, r)| (p.clone(), r.entry.clone())).collect();

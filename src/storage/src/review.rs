@@ -3,8 +3,11 @@
 //! Runs beside the worker's loop, so that what the gateway writes meanwhile is pushed as ever. What
 //! a push changes under a review is no finding: it is looked at again as what it has become.
 //!
+//! What is wrong in the bucket and good in the tree is sent again: the worker is told. An outage is
+//! no finding.
+//!
 //! Refuses to write to the bucket, and to run twice at once. May import: `database`, `desk`,
-//! `entry`, `fault`, `fetch`, `hydrate` (its remedy), `index`, `scan`.
+//! `entry`, `fault`, `fetch`, `hydrate` (its remedy), `index`, `scan`, `volume`, `worker` (its orders).
 
 use crate::chain::now_ms;
 use crate::database;
@@ -15,9 +18,12 @@ use crate::fetch::{self, Fetcher, Got, Wanted};
 use crate::hydrate;
 use crate::index::Row;
 use crate::scan::Scanner;
+use crate::volume;
+use crate::worker::Order;
 use cvm_blueprint::storage::{Answer, Drill, Progress};
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
+use std::sync::mpsc::Sender;
 use tokio::sync::mpsc::UnboundedSender;
 
 /// Files of a drill besides every database, and what is too large for one.
@@ -25,6 +31,9 @@ const SAMPLE: usize = 50;
 const SAMPLE_BYTES: u64 = 64 << 20;
 /// Looks at a file that is pushed anew each time that it is looked at.
 const TRIES: u32 = 5;
+/// Of what the tree has good.
+const AGAIN: &str = "; it is sent again from the tree";
+const MENDED: &str = "nothing to do here: this goes when it has been sent";
 
 /// Who asked, if anybody did.
 type Asker = Option<UnboundedSender<Answer>>;
@@ -32,6 +41,15 @@ type Asker = Option<UnboundedSender<Answer>>;
 pub(crate) struct Review {
     pub(crate) open: Arc<Open>,
     pub(crate) desk: Arc<Desk>,
+    pub(crate) sender: Sender<Order>,
+}
+
+/// What was read back.
+#[derive(Default)]
+struct ReadBack {
+    wrong: Vec<(Path, String)>,
+    /// Why some could not be read, which says nothing about them.
+    fault: Option<Fault>,
 }
 
 impl Review {
@@ -65,13 +83,17 @@ impl Review {
         let after = self.files()?;
         known.extend(self.objects(&after)?);
         for (path, row) in before.iter().filter(|(path, row)| after.get(*path) == Some(*row) && !row.unsure) {
-            match listed.get(&path.object()) {
-                None => say(format!("{path}: its object is missing from the bucket")),
-                Some(size) if *size != row.entry.size() => say(format!(
-                    "{path}: its object has {size} bytes, the manifest says {}",
-                    row.entry.size()
-                )),
-                Some(_) => {}
+            let why = match listed.get(&path.object()) {
+                None => "its object is missing from the bucket".to_owned(),
+                Some(size) if *size != row.entry.size() => {
+                    format!("its object has {size} bytes, the manifest says {}", row.entry.size())
+                }
+                Some(_) => continue,
+            };
+            let again = self.has_good(path)?;
+            say(format!("{path}: {why}{}", if again { AGAIN } else { "" }));
+            if again {
+                self.send_again(path)?;
             }
         }
         for name in listed.keys().filter(|name| !known.contains(*name)) {
@@ -82,8 +104,16 @@ impl Review {
         let files = after.len();
         if deep {
             let rows = after.into_iter().filter(|(_, row)| !row.unsure).collect();
-            for (path, why) in self.read_back(rows, &Some(to.clone()))? {
-                say(format!("{path}: {why}"));
+            let ReadBack { wrong, fault } = self.read_back(rows, &Some(to.clone()))?;
+            for (path, why) in wrong {
+                let again = self.has_good(&path)?;
+                say(format!("{path}: {why}{}", if again { AGAIN } else { "" }));
+                if again {
+                    self.send_again(&path)?;
+                }
+            }
+            if let Some(fault) = fault {
+                return Err(fault);
             }
         }
         let how = if deep { "read back and checked" } else { "compared by name and size" };
@@ -92,6 +122,21 @@ impl Review {
         } else {
             (format!("{wrong} differences in {files} files {how}"), false)
         })
+    }
+
+    /// Whether the tree has this file, as the bucket should have it or newer.
+    fn has_good(&self, path: &Path) -> Result<bool, Fault> {
+        let Some(row) = self.open.index.get(path)? else { return Ok(false) };
+        let stat = volume::look(&path.below(&self.open.volume.upper))?;
+        let there = stat.is_some_and(|stat| volume::kind_of(&stat) == libc::S_IFREG);
+        Ok(there && row.entry.is_file() && !row.lower && row.bad.is_none())
+    }
+
+    fn send_again(&self, path: &Path) -> Result<(), Fault> {
+        self.open.index.set_unsure(path)?;
+        // A worker that is gone finds it at its next start.
+        let _ = self.sender.send(Order::SendAgain(path.clone()));
+        Ok(())
     }
 
     fn files(&self) -> Result<HashMap<Path, Row>, Fault> {
@@ -123,18 +168,25 @@ impl Review {
             picked.push(others.swap_remove(at));
         }
         let files = picked.len() as u64;
-        let (text, good) = match self.read_back(picked, to) {
-            Ok(bad) if bad.is_empty() => {
-                (format!("{files} files restored and checked, {databases_total} databases among them"), true)
+        let ReadBack { wrong, fault } = match self.read_back(picked, to) {
+            Ok(read) => read,
+            Err(fault) => ReadBack { fault: Some(fault), ..ReadBack::default() },
+        };
+        for (path, why) in &wrong {
+            let again = self.has_good(path)?;
+            let (more, remedy) = if again { (AGAIN, MENDED) } else { ("", hydrate::REMEDY) };
+            let what = format!("a restore drill found: {why}{more}");
+            self.desk.incident(&path.to_string(), &what, remedy);
+            if again {
+                self.send_again(path)?;
             }
-            Ok(bad) => {
-                for (path, why) in &bad {
-                    let what = format!("a restore drill found: {why}");
-                    self.desk.incident(&path.to_string(), &what, hydrate::REMEDY);
-                }
-                (format!("{} of {files} files did not come back as they should", bad.len()), false)
-            }
-            Err(fault) => (format!("the drill could not be done: {fault}"), false),
+        }
+        let (text, good) = if let Some(fault) = fault {
+            (format!("the drill could not be done: {fault}"), false)
+        } else if wrong.is_empty() {
+            (format!("{files} files restored and checked, {databases_total} databases among them"), true)
+        } else {
+            (format!("{} of {files} files did not come back as they should", wrong.len()), false)
         };
         let drill = Drill { ago_ms: 0, good, files, databases: databases_total, text: text.clone() };
         let at = now_ms();
@@ -146,29 +198,31 @@ impl Review {
     }
 
     /// What is wrong with these.
-    fn read_back(&self, mut rows: Vec<(Path, Row)>, to: &Asker) -> Result<Vec<(Path, String)>, Fault> {
-        let mut wrong = Vec::new();
+    fn read_back(&self, mut rows: Vec<(Path, Row)>, to: &Asker) -> Result<ReadBack, Fault> {
+        let mut all = ReadBack::default();
         for attempt in 1..=TRIES {
             let was: HashMap<Path, Row> = rows.iter().cloned().collect();
             rows = Vec::new();
-            for (path, why) in self.read_once(&was, to)? {
+            let read = self.read_once(&was, to)?;
+            for (path, why) in read.wrong {
                 let now = self.open.index.get(&path)?;
                 match now {
-                    Some(now) if was.get(&path) == Some(&now) => wrong.push((path, why)),
+                    Some(now) if was.get(&path) == Some(&now) => all.wrong.push((path, why)),
                     // Being pushed now, or gone.
                     Some(now) if !now.unsure && attempt < TRIES => rows.push((path, now)),
                     _ => {}
                 }
             }
-            if rows.is_empty() {
+            all.fault = read.fault;
+            if rows.is_empty() || all.fault.is_some() {
                 break;
             }
         }
-        Ok(wrong)
+        Ok(all)
     }
 
     /// Fetches into a scratch directory, checks, and throws away.
-    fn read_once(&self, rows: &HashMap<Path, Row>, to: &Asker) -> Result<Vec<(Path, String)>, Fault> {
+    fn read_once(&self, rows: &HashMap<Path, Row>, to: &Asker) -> Result<ReadBack, Fault> {
         let open = &self.open;
         let scratch = open.volume.staging().join("drill");
         let _ = std::fs::remove_dir_all(&scratch);
@@ -187,20 +241,20 @@ impl Review {
         };
         let fetcher = Fetcher { bucket: &open.bucket, parts: scratch.join("parts"), progress: &progress };
         let tree = scratch.join("tree");
-        let mut wrong = Vec::new();
+        let mut read = ReadBack::default();
         for one in fetcher.files(wanted, &tree)? {
             match one {
                 Got::Good(path, entry) if entry.is_database() => {
                     if let Err(why) = database::check(&path.below(&tree)) {
-                        wrong.push((path, why));
+                        read.wrong.push((path, why));
                     }
                 }
                 Got::Good(..) => {}
-                Got::Bad(path, why) => wrong.push((path, why)),
-                Got::Later(path, fault) => wrong.push((path, fault.to_string())),
+                Got::Bad(path, why) => read.wrong.push((path, why)),
+                Got::Later(_, fault) => read.fault = Some(fault),
             }
         }
         let _ = std::fs::remove_dir_all(&scratch);
-        Ok(wrong)
+        Ok(read)
     }
 }

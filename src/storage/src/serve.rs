@@ -26,13 +26,16 @@ use std::sync::mpsc::Sender;
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::sync::mpsc::{Receiver, Sender as BoundedSender, UnboundedReceiver, UnboundedSender};
+use tokio::sync::mpsc::{channel, unbounded_channel};
 
 /// A question is one line of a local program's.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// A sign of life while the work is long.
 const ALIVE: Duration = Duration::from_secs(10);
 const PIECE: usize = 48 * 1024;
+/// Answers that wait for a reader who is slow: what makes them waits too.
+const BACKLOG: usize = 16;
 /// Reads of one file that is written to all the time, and the pause between them.
 const TRIES: u32 = 30;
 const AGAIN: Duration = Duration::from_millis(150);
@@ -99,16 +102,36 @@ async fn converse(stream: UnixStream, guest: Guest, desk: Arc<Desk>, orders: Sen
         _ => None,
     };
     let (sender, answers) = unbounded_channel();
+    let mut answers = Answers::Few(answers);
     match question {
         Some(Question { v, .. }) if v != VERSION => {
             refuse(&sender, "this worker speaks another version; use the `cvm` of the same image");
         }
         None => refuse(&sender, "this is not a question; `cvm storage --help` lists what can be asked"),
         Some(Question { verb, .. }) if !guest.may_ask(&verb) => refuse(&sender, "this is not asked here"),
-        Some(Question { verb, .. }) => direct(verb, &desk, &orders, &sender),
+        Some(Question { verb, .. }) => {
+            if let Some(many) = direct(verb, &desk, &orders, &sender) {
+                answers = Answers::Many(many);
+            }
+        }
     }
     drop(sender);
     let _ = pass_on(answers, &mut write).await;
+}
+
+/// What comes from the worker's loop, which waits for nobody, and what is read for the asker.
+enum Answers {
+    Few(UnboundedReceiver<Answer>),
+    Many(Receiver<Answer>),
+}
+
+impl Answers {
+    async fn next(&mut self) -> Option<Answer> {
+        match self {
+            Self::Few(answers) => answers.recv().await,
+            Self::Many(answers) => answers.recv().await,
+        }
+    }
 }
 
 fn refuse(to: &UnboundedSender<Answer>, why: &str) {
@@ -116,16 +139,13 @@ fn refuse(to: &UnboundedSender<Answer>, why: &str) {
 }
 
 /// Until the last word, with something to read at least every few seconds.
-async fn pass_on(
-    mut answers: UnboundedReceiver<Answer>,
-    write: &mut tokio::net::unix::OwnedWriteHalf,
-) -> std::io::Result<()> {
+async fn pass_on(mut answers: Answers, write: &mut tokio::net::unix::OwnedWriteHalf) -> std::io::Result<()> {
     let mut last = Answer::Progress(cvm_blueprint::storage::Progress {
         what: "working".to_owned(),
         ..Default::default()
     });
     loop {
-        let answer = match tokio::time::timeout(ALIVE, answers.recv()).await {
+        let answer = match tokio::time::timeout(ALIVE, answers.next()).await {
             Ok(None) => return Ok(()),
             Ok(Some(answer)) => answer,
             Err(_) => last.clone(),
@@ -137,9 +157,18 @@ async fn pass_on(
     }
 }
 
-fn direct(ask: Ask, desk: &Arc<Desk>, orders: &Sender<Order>, to: &UnboundedSender<Answer>) {
-    let look: fn(&Open, &Ask, &UnboundedSender<Answer>) -> Result<String, Fault> = match &ask {
-        Ask::Status => return drop(to.send(Answer::Status(Box::new(desk.status())))),
+/// Yields where the answers come from, if that is not `to`.
+fn direct(
+    ask: Ask,
+    desk: &Arc<Desk>,
+    orders: &Sender<Order>,
+    to: &UnboundedSender<Answer>,
+) -> Option<Receiver<Answer>> {
+    let look: fn(&Open, &Ask, &Reader) -> Result<String, Fault> = match &ask {
+        Ask::Status => {
+            let _ = to.send(Answer::Status(Box::new(desk.status())));
+            return None;
+        }
         Ask::List { .. } => list,
         Ask::Get { .. } => get,
         Ask::Boots => boots,
@@ -148,23 +177,36 @@ fn direct(ask: Ask, desk: &Arc<Desk>, orders: &Sender<Order>, to: &UnboundedSend
             if orders.send(Order::Ask(ask, to.clone())).is_err() {
                 refuse(to, "the worker is ending");
             }
-            return;
+            return None;
         }
     };
     let Some(open) = desk.open() else {
         let why = desk.status().why.unwrap_or_else(|| "the bucket is not open yet".to_owned());
-        return refuse(to, &why);
+        refuse(to, &why);
+        return None;
     };
-    let to = to.clone();
+    let (sender, answers) = channel(BACKLOG);
     tokio::task::spawn_blocking(move || {
-        let _ = to.send(match look(&open, &ask, &to) {
+        let reader = Reader(sender);
+        let _ = reader.send(match look(&open, &ask, &reader) {
             Ok(text) => Answer::Done { text, good: true },
             Err(fault) => Answer::Done { text: fault.to_string(), good: false },
         });
     });
+    Some(answers)
 }
 
-fn list(open: &Open, ask: &Ask, to: &UnboundedSender<Answer>) -> Result<String, Fault> {
+/// Who asked, at his own pace.
+struct Reader(BoundedSender<Answer>);
+
+impl Reader {
+    /// Waits for him; fails when he has gone.
+    fn send(&self, answer: Answer) -> Result<(), Fault> {
+        self.0.blocking_send(answer).map_err(|_| Fault::other("nobody reads the answer"))
+    }
+}
+
+fn list(open: &Open, ask: &Ask, to: &Reader) -> Result<String, Fault> {
     let Ask::List { path } = ask else { return Ok(String::new()) };
     let path = relative(path);
     let mut rows = match Path::new(path.as_bytes()) {
@@ -184,18 +226,18 @@ fn list(open: &Open, ask: &Ask, to: &UnboundedSender<Answer>) -> Result<String, 
             Kind::Directory => "directory",
             Kind::Symlink { .. } => "symlink",
         };
-        let _ = to.send(Answer::Entry(Entry {
+        to.send(Answer::Entry(Entry {
             path: String::from_utf8_lossy(path.as_bytes()).into_owned(),
             kind: kind.to_owned(),
             size: row.entry.size(),
             mode: row.entry.mode,
             mtime_ms: row.entry.mtime_ns / 1_000_000,
-        }));
+        }))?;
     }
     Ok(format!("{count} entries"))
 }
 
-fn get(open: &Open, ask: &Ask, to: &UnboundedSender<Answer>) -> Result<String, Fault> {
+fn get(open: &Open, ask: &Ask, to: &Reader) -> Result<String, Fault> {
     let Ask::Get { path } = ask else { return Ok(String::new()) };
     let path = relative(path);
     let missing = || Fault::other("the bucket has no file of this name; `cvm storage ls` lists what it has");
@@ -246,31 +288,66 @@ fn relative(path: &str) -> &str {
     rest.unwrap_or(path).trim_matches('/')
 }
 
-fn send_file(file: &std::path::Path, to: &UnboundedSender<Answer>) -> Result<(), Fault> {
+fn send_file(file: &std::path::Path, to: &Reader) -> Result<(), Fault> {
     use std::io::Read as _;
     let mut file = std::fs::File::open(file)?;
     let mut piece = vec![0u8; PIECE];
     loop {
         let n = file.read(&mut piece)?;
         let Some(bytes) = piece.get(..n).filter(|b| !b.is_empty()) else { return Ok(()) };
-        let _ = to.send(Answer::Data { base64: BASE64_STANDARD.encode(bytes) });
+        to.send(Answer::Data { base64: BASE64_STANDARD.encode(bytes) })?;
     }
 }
 
-fn boots(open: &Open, _: &Ask, to: &UnboundedSender<Answer>) -> Result<String, Fault> {
+fn boots(open: &Open, _: &Ask, to: &Reader) -> Result<String, Fault> {
     let lines = worker::boots(open)?;
     let count = lines.len();
     for text in lines {
-        let _ = to.send(Answer::Line { text });
+        to.send(Answer::Line { text })?;
     }
     Ok(format!("{count} boots"))
 }
 
-fn boot_log(open: &Open, ask: &Ask, to: &UnboundedSender<Answer>) -> Result<String, Fault> {
+fn boot_log(open: &Open, ask: &Ask, to: &Reader) -> Result<String, Fault> {
     let Ask::BootLog { boot, log } = ask else { return Ok(String::new()) };
     let bytes = worker::boot_log(open, *boot, log)?;
     for piece in bytes.chunks(PIECE) {
-        let _ = to.send(Answer::Data { base64: BASE64_STANDARD.encode(piece) });
+        to.send(Answer::Data { base64: BASE64_STANDARD.encode(piece) })?;
     }
     Ok(String::new())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_read_no_faster_than_its_reader_reads() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("large");
+        std::fs::write(&file, vec![7u8; PIECE * BACKLOG * 3]).unwrap();
+        let (sender, mut answers) = channel(BACKLOG);
+        let sending = std::thread::spawn(move || send_file(&file, &Reader(sender)));
+        while answers.len() < BACKLOG {
+            std::thread::yield_now();
+        }
+        assert!(!sending.is_finished(), "two thirds of it have nowhere to wait");
+        let mut pieces = 0;
+        while let Some(Answer::Data { .. }) = answers.blocking_recv() {
+            pieces += 1;
+            assert!(answers.len() <= BACKLOG);
+        }
+        assert_eq!(pieces, BACKLOG * 3);
+        sending.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn a_file_is_not_read_on_for_a_reader_who_has_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("large");
+        std::fs::write(&file, vec![7u8; PIECE * 3]).unwrap();
+        let (sender, answers) = channel(BACKLOG);
+        drop(answers);
+        assert!(send_file(&file, &Reader(sender)).is_err());
+    }
 }

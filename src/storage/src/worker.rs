@@ -13,13 +13,14 @@
 use crate::boots::Boots;
 use crate::chain::now_ms;
 use crate::desk::{Desk, Open};
-use crate::entry::Path;
-use crate::fault::Fault;
+use crate::entry::{Kind, Path};
+use crate::fault::{Accepted, Fault};
 use crate::opening::{self, Ready, Said};
 use crate::owner::uptime;
-use crate::push::{Pusher, Rest};
+use crate::push::{Pusher, Rest, Work};
 use crate::review::Review;
 use crate::scan::{Change, Found, Scanner};
+use crate::volume::Volume;
 use crate::watch::{Hint, Watcher};
 use crate::{boots, hydrate, mount, parallel, volume};
 use cvm_blueprint::storage::{Answer, Ask, Mode, Progress, StorageSpec};
@@ -34,6 +35,8 @@ const QUIET: Duration = Duration::from_millis(100);
 const PATIENCE: Duration = Duration::from_millis(300);
 /// Between two batches: a second is what a crash may cost, and three requests are what it costs.
 const BETWEEN: Duration = Duration::from_millis(700);
+/// A round that takes longer than this is made in slices, so that orders and databases do not wait.
+const SLICE: Duration = Duration::from_secs(1);
 /// Nobody says when a database is not locked any more.
 const LOCKED_MAX: Duration = Duration::from_secs(10);
 /// Hints are hints; the scan is the truth.
@@ -54,6 +57,8 @@ const HELD_MAX: u32 = 20;
 pub(crate) enum Order {
     Hint(Hint),
     Ask(Ask, tokio::sync::mpsc::UnboundedSender<Answer>),
+    /// The bucket does not have this right, and the tree does.
+    SendAgain(Path),
     /// Nothing is only below any more.
     Hydrated,
     Fenced(String),
@@ -73,7 +78,12 @@ pub(crate) struct Worker {
     pub(crate) desk: Arc<Desk>,
     pub(crate) orders: Receiver<Order>,
     pub(crate) sender: Sender<Order>,
-    pub(crate) said: Said,
+    /// An operator does not want to wait for another owner.
+    pub(crate) takeover: bool,
+    /// Why the last try ended, where an operator may accept that.
+    pub(crate) refusal: Option<Fault>,
+    /// What he has accepted since there was a tree.
+    pub(crate) accepted: Accepted,
     pub(crate) stopping: bool,
     pub(crate) boots: Boots,
 }
@@ -88,10 +98,9 @@ impl Worker {
                 Err(fault) => fault,
             };
             if self.stopping {
-                // There was no tree, so there is nothing that only this machine has and that this
-                // worker could know of.
-                self.desk.drained(0, 0);
-                return true;
+                let (files, bytes) = self.left_behind();
+                self.desk.drained(files, bytes);
+                return files == 0;
             }
             let retry = fault.may_pass();
             let wait = if retry { backoff(tries) } else { RETRY.1 };
@@ -103,7 +112,12 @@ impl Worker {
             } else {
                 "refused"
             };
-            self.desk.not_ready(phase, format!("{fault}; {}", fault.remedy()), retry);
+            if fault.is_outage() {
+                self.desk.unheard(phase, &fault);
+            } else {
+                self.desk.refused(phase, &fault);
+            }
+            self.refusal = matches!(fault, Fault::Suspicious(_)).then(|| fault.clone());
             self.desk.failed(&fault, Some(wait));
             if matches!(fault, Fault::Tree) {
                 // Somebody may still stand on it: process 1 starts the next worker when nobody does.
@@ -115,20 +129,9 @@ impl Worker {
 
     /// One try, from opening to the end. Only an ordered stop is an end that is not a fault.
     fn life(&mut self, tries: &mut u32) -> Result<bool, Fault> {
-        let (desk, said) = (Arc::clone(&self.desk), std::mem::take(&mut self.said));
-        let spec = Arc::clone(&self.spec);
-        let opened = opening::open(&spec, &desk, said, &mut |wait| {
-            self.pause(wait);
-            if self.stopping {
-                Err(Fault::other("the machine is stopping"))
-            } else {
-                Ok(std::mem::take(&mut self.said.takeover))
-            }
-        });
-        let ready = opened.inspect_err(|fault| {
-            // The operator's word counts for a try that gets as far as to need it.
-            self.said.accept |= said.accept && fault.may_pass();
-        })?;
+        let ready = self.open()?;
+        self.refusal = None;
+        self.accepted = Accepted::default();
         *tries = 0;
         let mut tree = Tree::new(self, ready)?;
         match tree.serve() {
@@ -140,6 +143,29 @@ impl Worker {
         }
     }
 
+    fn open(&mut self) -> Result<Ready, Fault> {
+        let (desk, spec, accepted) = (Arc::clone(&self.desk), Arc::clone(&self.spec), self.accepted.clone());
+        let said = Said { accepted: &accepted, takeover: std::mem::take(&mut self.takeover) };
+        opening::open(&spec, &desk, said, &mut |wait| {
+            self.pause(wait);
+            if self.stopping {
+                Err(Fault::other("the machine is stopping"))
+            } else {
+                Ok(std::mem::take(&mut self.takeover))
+            }
+        })
+    }
+
+    /// What the bucket does not have, as far as can be known without it.
+    fn left_behind(&self) -> (u64, u64) {
+        let known = opening::left_behind(&self.spec.prefix).unwrap_or_else(|fault| {
+            tracing::warn!("what only this machine has is not known: {fault}");
+            None
+        });
+        // Of a volume without a tree of this bucket's nothing is missing there.
+        known.map_or((0, 0), |(volume, found)| count(&volume, &found))
+    }
+
     /// Waits, and takes orders meanwhile.
     fn pause(&mut self, wait: Duration) {
         let until = uptime() + wait;
@@ -147,13 +173,21 @@ impl Worker {
             let left = until.saturating_sub(uptime());
             match self.orders.recv_timeout(left) {
                 Ok(Order::Stop) | Err(RecvTimeoutError::Disconnected) => self.stopping = true,
-                Ok(Order::Ask(Ask::Accept, answer)) => {
-                    self.said.accept = true;
-                    done(&answer, "The next try goes on with what the bucket holds now", true);
+                Ok(Order::Ask(Ask::Accept { seen }, answer)) => {
+                    if has_changed(&self.desk, seen.as_deref(), &answer) {
+                        continue;
+                    }
+                    let Some(refusal) = &self.refusal else {
+                        let why = "nothing was refused that this could accept; `cvm storage status` says what is waited for";
+                        let _ = answer.send(Answer::Refused { why: why.to_owned() });
+                        continue;
+                    };
+                    done(&answer, format!("The next try goes on although {refusal}"), true);
+                    self.accepted.and(refusal, self.desk.named());
                     return;
                 }
                 Ok(Order::Ask(Ask::Takeover, answer)) => {
-                    self.said.takeover = true;
+                    self.takeover = true;
                     done(&answer, "The bucket is taken over now", true);
                     return;
                 }
@@ -185,6 +219,33 @@ fn answer(to: &tokio::sync::mpsc::UnboundedSender<Answer>, outcome: Result<(Stri
     }
 }
 
+/// Who waits for what was there when it was asked.
+enum Asked {
+    Flush(tokio::sync::mpsc::UnboundedSender<Answer>),
+    Verify { deep: bool, to: tokio::sync::mpsc::UnboundedSender<Answer> },
+}
+
+/// A round, from its one look at the tree to its last slice.
+#[derive(Default)]
+struct Round {
+    full: bool,
+    dirty: BTreeSet<Vec<u8>>,
+    /// The oldest change in it.
+    first: Option<Duration>,
+    /// What is not done yet.
+    work: Work,
+    /// How much that was at the beginning.
+    total: u64,
+    /// What has changed since, but for databases, is the next round's.
+    after: BTreeSet<Vec<u8>>,
+    /// What has to wait for longer, and was left out.
+    skipped: HashSet<Path>,
+    troubles: HashMap<Path, String>,
+}
+
+/// What comes before everything else, and what cannot be had.
+type Looked = (Vec<Change>, Vec<(Path, String)>);
+
 /// A tree that is good, and all that keeps it and the bucket equal.
 struct Tree<'a> {
     worker: &'a mut Worker,
@@ -201,7 +262,12 @@ struct Tree<'a> {
     retries: u32,
     logs_at: Duration,
     drill_at: Option<Duration>,
-    flushes: Vec<tokio::sync::mpsc::UnboundedSender<Answer>>,
+    /// One that is in slices.
+    round: Option<Round>,
+    /// They are answered by the round that begins after they have asked,
+    asked: Vec<Asked>,
+    /// which is this one, or the last.
+    answering: Vec<Asked>,
     /// Files that somebody wants to be in the bucket as they are now.
     committed: Vec<(Path, tokio::sync::mpsc::UnboundedSender<Answer>)>,
     /// Moved directories whose content has come up.
@@ -211,10 +277,14 @@ struct Tree<'a> {
     hydrated: bool,
     /// And what was moved before it came up is above too.
     whole: bool,
+    /// Said by the heartbeat, which waits for no round.
+    fenced: Arc<AtomicBool>,
     /// When the stand-in is looked at; never, where this worker serves no mount.
     stand_in_at: Option<Duration>,
     /// Paths with an incident of the tree's own.
-    troubled: HashSet<Path>,
+    troubled: HashMap<Path, String>,
+    /// What a review has found wrong in the bucket and good in the tree.
+    mending: HashSet<Path>,
     /// Files that cannot be had now, as a database that is locked: nothing else waits for them.
     waiting: HashMap<Path, Waiting>,
     /// Rounds in a row in which something moved while it was looked at.
@@ -228,6 +298,7 @@ struct Waiting {
     at: Duration,
     tries: u32,
     why: String,
+    since: Duration,
 }
 
 impl<'a> Tree<'a> {
@@ -254,14 +325,18 @@ impl<'a> Tree<'a> {
             // At once: a boot that ends soon is one that somebody wants to know of.
             logs_at: uptime(),
             drill_at,
-            flushes: Vec::new(),
+            round: None,
+            asked: Vec::new(),
+            answering: Vec::new(),
             committed: Vec::new(),
             fetched: HashSet::new(),
             unread: Vec::new(),
             hydrated,
             whole: ready.mode == Mode::Sync || ready.open.index.meta("independent")?.is_some(),
+            fenced: Arc::new(AtomicBool::new(false)),
             stand_in_at: mount::is_served_here().then(uptime),
-            troubled: HashSet::new(),
+            troubled: HashMap::new(),
+            mending: HashSet::new(),
             waiting: HashMap::new(),
             moving: 0,
             held: 0,
@@ -278,6 +353,9 @@ impl<'a> Tree<'a> {
     }
 
     fn say_ready(&self) {
+        if self.fenced.load(Ordering::Relaxed) {
+            return;
+        }
         self.worker.desk.ready(self.ready.mode, self.ready.reason.clone(), self.whole);
     }
 
@@ -329,10 +407,11 @@ impl<'a> Tree<'a> {
     }
 
     fn beat(&mut self) {
-        let (open, lease, stop, sender, desk) = (
+        let (open, lease, stop, fenced, sender, desk) = (
             self.open(),
             Arc::clone(&self.ready.lease),
             Arc::clone(&self.stop),
+            Arc::clone(&self.fenced),
             self.worker.sender.clone(),
             Arc::clone(&self.worker.desk),
         );
@@ -358,7 +437,13 @@ impl<'a> Tree<'a> {
                 }
                 due = match lease.renew(&open.bucket) {
                     Ok(()) => uptime() + beat,
-                    Err(Fault::Fenced(why)) => return drop(sender.send(Order::Fenced(why))),
+                    Err(Fault::Fenced(why)) => {
+                        // A round may be long, and nobody may stand on the tree until it ends: its
+                        // next write asks the lease, and fails.
+                        fenced.store(true, Ordering::Relaxed);
+                        desk.refused("fenced", &Fault::Fenced(why.clone()));
+                        return drop(sender.send(Order::Fenced(why)));
+                    }
                     Err(fault) => {
                         desk.failed(&fault, None);
                         uptime() + (beat / 4).max(Duration::from_secs(1))
@@ -418,7 +503,7 @@ impl<'a> Tree<'a> {
     }
 
     fn due(&self) -> Duration {
-        let push = (self.everything || !self.dirty.is_empty()).then(|| self.push_at());
+        let push = self.has_to_push().then(|| self.push_at());
         let drill = self.drill_at;
         let waiting = self.waiting.values().map(|w| w.at.max(self.not_before)).min();
         [Some(self.rescan_at), push, Some(self.logs_at), drill, waiting, self.stand_in_at]
@@ -428,17 +513,25 @@ impl<'a> Tree<'a> {
             .unwrap_or(self.rescan_at)
     }
 
+    fn is_asked(&self) -> bool {
+        !self.asked.is_empty() || !self.answering.is_empty()
+    }
+
+    fn has_to_push(&self) -> bool {
+        self.round.is_some() || self.everything || !self.dirty.is_empty() || self.is_asked()
+    }
+
     fn push_at(&self) -> Duration {
         let patience = self.first.unwrap_or(self.last) + PATIENCE;
-        if self.flushes.is_empty() || self.held > 0 {
-            (self.last + QUIET).min(patience).max(self.not_before)
-        } else {
+        if self.round.is_some() || self.is_asked() && self.held == 0 {
             Duration::ZERO
+        } else {
+            (self.last + QUIET).min(patience).max(self.not_before)
         }
     }
 
     fn push_is_due(&self, now: Duration) -> bool {
-        (self.everything || !self.dirty.is_empty() || !self.flushes.is_empty()) && now >= self.push_at()
+        self.has_to_push() && now >= self.push_at()
     }
 
     /// One that has died is succeeded by one that has to be told.
@@ -476,16 +569,34 @@ impl<'a> Tree<'a> {
                 self.note_change();
                 match hint {
                     Hint::Directory(dir) => drop(self.dirty.insert(dir)),
-                    Hint::Anywhere => self.everything = true,
+                    Hint::Anywhere => {
+                        self.everything = true;
+                        self.mind_the_databases();
+                    }
                     Hint::NoMoreWatches => self.worker.desk.warn(
                         "The kernel gives no more inotify watches (fs.inotify.max_user_watches): some changes are only found by the scan every 5 minutes",
                     ),
                 }
-                self.worker.desk.changed(self.first);
+                let oldest = self.round.as_ref().and_then(|round| round.first).or(self.first);
+                self.worker.desk.changed(self.oldest(oldest));
+            }
+            Order::SendAgain(path) => {
+                self.dirty.insert(path.split().0.to_vec());
+                self.mending.insert(path);
+                self.note_change();
             }
             Order::Ask(Ask::Flush, answer) => {
                 self.everything = true;
-                self.flushes.push(answer);
+                self.asked.push(Asked::Flush(answer));
+            }
+            Order::Ask(Ask::Verify { deep }, to) => {
+                if self.is_reviewing() {
+                    refuse_review(&to);
+                } else {
+                    // What is only on its way is no difference; what cannot be sent now stays one.
+                    self.everything = true;
+                    self.asked.push(Asked::Verify { deep, to });
+                }
             }
             Order::Ask(Ask::Committed { path }, answer) => self.wants_committed(&path, answer),
             Order::Ask(ask, answer) => self.answer(&ask, &answer),
@@ -499,6 +610,16 @@ impl<'a> Tree<'a> {
             Order::Stop => return Some(End::Stop),
         }
         None
+    }
+
+    /// A full look comes after a round that goes on; what databases commit does not wait for it.
+    fn mind_the_databases(&mut self) {
+        if self.round.is_some()
+            && let Ok(rows) = self.ready.open.index.all()
+        {
+            let databases = rows.iter().filter(|(_, row)| row.entry.is_database());
+            self.dirty.extend(databases.map(|(path, _)| path.split().0.to_vec()));
+        }
     }
 
     fn on_hydrated(&mut self) {
@@ -526,85 +647,147 @@ impl<'a> Tree<'a> {
 
     // === Pushing ===
 
-    /// One round. An error ends this life of the worker: it no longer owns the bucket.
+    /// One round, or a slice of one. An error ends this life of the worker: it no longer owns the
+    /// bucket.
     fn push(&mut self) -> Result<(), Fault> {
         let began = uptime();
-        let full = std::mem::take(&mut self.everything) || !self.hydrated;
-        let dirty = std::mem::take(&mut self.dirty);
-        let first = self.first.take();
+        let before = self.round.take();
+        let goes_on = before.is_some();
+        let mut round = before.unwrap_or_else(|| self.begin(began));
         let asked = std::mem::take(&mut self.committed);
-        if full {
-            self.rescan_at = began + RESCAN;
-        }
-        let (rest, found) = match self.round(full, &dirty, first) {
-            Ok(done) => done,
+        let first: HashSet<&Path> = asked.iter().map(|(path, _)| path).collect();
+        let looked =
+            if goes_on { self.look_again(&mut round, &first) } else { self.look_around(&mut round, &first) };
+        let (urgent, unread) = match looked {
+            Ok(looked) => looked,
             Err(fault @ Fault::Fenced(_)) => return Err(fault),
             Err(fault) => {
                 self.answer_committed(asked, false);
-                self.again(&fault, full, dirty, first);
+                self.again(&fault, round);
                 return Ok(());
             }
         };
-        self.speak_of(&found, &rest, full, &dirty);
+        let looked_at = self.waiting_in(&round, &urgent, goes_on);
+        let mut rest = self.slice(&mut round, urgent, unread, began + SLICE);
+        self.note_damage(&mut round, &rest);
         if let Some(Fault::Fenced(why)) = rest.fault {
             return Err(Fault::Fenced(why));
         }
         let open = self.open();
         self.worker.desk.head(self.ready.chain.head, open.index.totals()?);
-        // A pause that is worth something beside what the round took: it must not take all there is.
-        let took = uptime().saturating_sub(began);
-        self.not_before = (began + BETWEEN).max(began + took + took / 4);
         let again = rest.young.iter().chain(&rest.elsewhere);
-        self.dirty.extend(again.map(|path| path.split().0.to_vec()));
-        self.put_off(&rest, began);
+        round.after.extend(again.map(|path| path.split().0.to_vec()));
+        self.put_off(&rest, &looked_at, round.first.unwrap_or(began));
         self.answer_committed(asked, rest.fault.is_none());
-        let first = first.or(Some(began));
         if let Some(fault) = rest.fault {
-            self.worker.desk.pending(rest.later.len().max(1) as u64, 0, first);
-            self.again(&fault, full, dirty, first);
+            let pending = round.total.max(self.waiting.len() as u64).max(1);
+            self.worker.desk.pending(pending, 0, self.oldest(round.first.or(Some(began))));
+            self.again(&fault, round);
             return Ok(());
         }
         self.retries = 0;
+        if let Some(work) = rest.left.take() {
+            round.work = work;
+            self.round = Some(round);
+            return Ok(());
+        }
+        // A pause that is worth something beside what the round took: it must not take all there is.
+        let took = uptime().saturating_sub(began);
+        self.not_before = (began + BETWEEN).max(began + took + took / 4);
+        self.dirty.append(&mut round.after);
+        // What moved on is found where it is now, and then what it left may go.
+        self.moving = if rest.moving { self.moving + 1 } else { 0 };
+        self.everything |= rest.moving && rest.removals > 0;
         self.held = if rest.removals > 0 { self.held + 1 } else { 0 };
-        if self.waiting.is_empty() && self.held > 0 {
-            self.worker.desk.pending(rest.removals, 0, Some(began));
+        self.settle(&round);
+        self.finish(&rest, began);
+        Ok(())
+    }
+
+    /// What a round means to those who ask.
+    fn finish(&mut self, rest: &Rest, began: Duration) {
+        let desk = Arc::clone(&self.worker.desk);
+        // What has changed meanwhile is the next round's.
+        let more = u64::from(self.first.is_some());
+        if !self.waiting.is_empty() {
+            desk.pending(self.waiting.len() as u64 + more, 0, self.oldest(self.first));
+            let fault = have_to_wait(self.waiting.iter().map(|(path, w)| (path, w.why.as_str())));
+            desk.failed(&fault, None);
+            self.answer_all(Err(&fault));
+        } else if self.held > 0 {
+            desk.pending(rest.removals + more, 0, self.first.or(Some(began)));
+            self.start_verifies();
             if self.held >= HELD_MAX {
-                self.answer_flushes(Err(&Fault::other(format!(
+                self.answer_all(Err(&Fault::other(format!(
                     "{} names of old stay in it until their files are there under their new ones",
                     rest.removals
                 ))));
             }
-        } else if self.waiting.is_empty() {
-            self.worker.desk.pushed();
-            self.worker.desk.pending(0, 0, None);
-            self.answer_flushes(Ok(()));
         } else {
-            self.worker.desk.pending(self.waiting.len() as u64, 0, first);
-            let fault = have_to_wait(self.waiting.iter().map(|(path, w)| (path, w.why.as_str())));
-            self.worker.desk.failed(&fault, None);
-            self.answer_flushes(Err(&fault));
+            desk.pushed();
+            desk.pending(more, 0, self.first);
+            if self.troubled.is_empty() {
+                self.answer_all(Ok(()));
+            } else {
+                let fault = unfit(&self.troubled);
+                self.answer_all(Err(&fault));
+            }
         }
-        Ok(())
     }
 
-    /// Files that could not be had, and the removals that wait with them.
-    fn put_off(&mut self, rest: &Rest, began: Duration) {
+    /// Since when the oldest change has been waiting, beside one that is known of.
+    fn oldest(&self, beside: Option<Duration>) -> Option<Duration> {
+        self.waiting.values().map(|w| w.since).chain(beside).min()
+    }
+
+    fn begin(&mut self, now: Duration) -> Round {
+        let full = std::mem::take(&mut self.everything) || !self.hydrated;
+        if full {
+            self.rescan_at = now + RESCAN;
+        }
+        self.answering.append(&mut self.asked);
+        let first = self.first.take().or(Some(now));
+        Round { full, dirty: std::mem::take(&mut self.dirty), first, ..Round::default() }
+    }
+
+    /// Those of the files that have to wait which this slice is to try, or has found to be gone or
+    /// settled.
+    fn waiting_in(&self, round: &Round, urgent: &[Change], goes_on: bool) -> HashSet<Path> {
+        if self.waiting.is_empty() {
+            return HashSet::new();
+        }
+        let mut to_do: HashSet<&Path> = round.work.files().collect();
+        to_do.extend(urgent.iter().map(Change::path));
+        let looked = |path: &Path| {
+            let there = round.full || round.dirty.contains(path.split().0);
+            !goes_on && there && !round.skipped.contains(path)
+        };
+        self.waiting.keys().filter(|path| to_do.contains(path) || looked(path)).cloned().collect()
+    }
+
+    /// Files that could not be had, and the removals that wait with them. `since` is the oldest
+    /// change of this round.
+    fn put_off(&mut self, rest: &Rest, looked_at: &HashSet<Path>, since: Duration) {
         let mut before = std::mem::take(&mut self.waiting);
         for (path, why) in &rest.later {
-            let tries = before.remove(path).map_or(0, |w| w.tries + 1);
+            let (tries, since) = before.remove(path).map_or((0, since), |w| (w.tries + 1, w.since));
             let at = uptime() + backoff(tries).min(LOCKED_MAX);
-            self.waiting.insert(path.clone(), Waiting { at, tries, why: why.clone() });
+            self.waiting.insert(path.clone(), Waiting { at, tries, why: why.clone(), since });
         }
-        // Not looked at in this round.
-        before.retain(|_, w| w.at > began);
+        if rest.fault.is_none() {
+            let left: HashSet<&Path> = rest.left.iter().flat_map(Work::files).collect();
+            before.retain(|path, _| !looked_at.contains(path) || left.contains(path));
+        }
         self.waiting.extend(before);
-        if rest.removals > 0 && rest.fault.is_none() {
+        if rest.removals > 0 && rest.fault.is_none() && rest.left.is_none() {
             self.rescan_at = self.rescan_at.min(uptime() + LOCKED_MAX);
         }
     }
 
-    fn answer_flushes(&mut self, outcome: Result<(), &Fault>) {
-        for flush in self.flushes.drain(..) {
+    fn answer_all(&mut self, outcome: Result<(), &Fault>) {
+        self.start_verifies();
+        for asked in self.answering.drain(..) {
+            let Asked::Flush(flush) = asked else { continue };
             match outcome {
                 Ok(()) => done(&flush, "The bucket has everything", true),
                 Err(fault) => done(
@@ -619,23 +802,82 @@ impl<'a> Tree<'a> {
         }
     }
 
-    fn again(&mut self, fault: &Fault, full: bool, dirty: BTreeSet<Vec<u8>>, first: Option<Duration>) {
+    fn start_verifies(&mut self) {
+        for asked in std::mem::take(&mut self.answering) {
+            match asked {
+                Asked::Verify { deep, to } => {
+                    let (fetched, asker) = (self.fetched.clone(), to.clone());
+                    self.review(Some(to), move |review| review.verify(&fetched, deep, &asker));
+                }
+                flush @ Asked::Flush(_) => self.answering.push(flush),
+            }
+        }
+    }
+
+    fn again(&mut self, fault: &Fault, round: Round) {
         let wait = backoff(self.retries);
         self.retries += 1;
         self.worker.desk.failed(fault, Some(wait));
-        self.everything |= full;
-        self.dirty.extend(dirty);
-        self.first = first.or(self.first);
+        self.everything |= round.full;
+        self.dirty.extend(round.dirty);
+        self.dirty.extend(round.after);
+        self.first = round.first.or(self.first);
         self.not_before = uptime() + wait;
-        self.answer_flushes(Err(fault));
+        self.answering.append(&mut self.asked);
+        self.answer_all(Err(fault));
     }
 
-    fn round(
-        &mut self,
-        full: bool,
-        dirty: &BTreeSet<Vec<u8>>,
-        first: Option<Duration>,
-    ) -> Result<(Rest, Found), Fault> {
+    /// What a round is to do: first of all these, and what cannot be had.
+    fn look_around(&mut self, round: &mut Round, first: &HashSet<&Path>) -> Result<Looked, Fault> {
+        let (mut found, unread) = self.look(round.full, &round.dirty)?;
+        if round.full && self.hydrated && !self.whole {
+            self.on_whole()?;
+        }
+        self.make_sure_of_removals(&mut found)?;
+        if self.answering.is_empty() {
+            let now = uptime();
+            let (waiting, skipped) = (&self.waiting, &mut round.skipped);
+            found.changes.retain(|change| {
+                let due = waiting.get(change.path()).is_none_or(|w| now >= w.at);
+                if !due {
+                    skipped.insert(change.path().clone());
+                }
+                due
+            });
+        }
+        self.note_impossible(round, &found);
+        round.total = found.changes.len() as u64;
+        if round.total > 0 {
+            self.worker.desk.pending(round.total, 0, self.oldest(round.first));
+        }
+        let is_first = |c: &Change| matches!(c, Change::Read { .. }) && first.contains(c.path());
+        let (urgent, others) = found.changes.into_iter().partition(is_first);
+        round.work = Work::of(others, &self.ready.open.volume);
+        Ok((urgent, unread))
+    }
+
+    /// Databases that have changed since the round began, and these. The rest is for the next one: a
+    /// round has an end, whatever is written meanwhile.
+    fn look_again(&mut self, round: &mut Round, first: &HashSet<&Path>) -> Result<Looked, Fault> {
+        let dirty = std::mem::take(&mut self.dirty);
+        if dirty.is_empty() {
+            return Ok(Looked::default());
+        }
+        let open = self.open();
+        let looked = Scanner::new(&open.volume, &open.index, &open.bucket.prefix, &self.fetched).some(&dirty);
+        round.after.extend(dirty);
+        let now = uptime();
+        let mut urgent = looked?.changes;
+        urgent.retain(|change| match change {
+            Change::Read { path, database, .. } => {
+                (*database || first.contains(path)) && self.waiting.get(path).is_none_or(|w| now >= w.at)
+            }
+            Change::Meta { .. } | Change::Gone { .. } => false,
+        });
+        Ok((urgent, Vec::new()))
+    }
+
+    fn look(&mut self, full: bool, dirty: &BTreeSet<Vec<u8>>) -> Result<(Found, Vec<(Path, String)>), Fault> {
         let open = self.open();
         let prefix = open.bucket.prefix.clone();
         let look = |fetched: &HashSet<Path>| {
@@ -655,21 +897,28 @@ impl<'a> Tree<'a> {
             found = look(&self.fetched)?;
         }
         self.unread = unread.iter().map(|(path, _)| path.clone()).collect();
-        if full && self.hydrated && !self.whole {
-            self.on_whole()?;
-        }
-        self.make_sure_of_removals(&mut found)?;
-        if self.flushes.is_empty() {
-            let now = uptime();
-            found.changes.retain(|c| self.waiting.get(c.path()).is_none_or(|w| now >= w.at));
-        }
-        if !found.changes.is_empty() {
-            self.worker.desk.pending(found.changes.len() as u64, 0, first.or(Some(uptime())));
-        }
-        let (desk, answers) = (Arc::clone(&self.worker.desk), self.flushes.clone());
-        let total = found.changes.len() as u64;
+        Ok((found, unread))
+    }
+
+    fn slice(
+        &mut self,
+        round: &mut Round,
+        urgent: Vec<Change>,
+        unread: Vec<(Path, String)>,
+        until: Duration,
+    ) -> Rest {
+        let open = self.open();
+        let mut work = std::mem::take(&mut round.work);
+        work.forget(&urgent.iter().map(|change| change.path().clone()).collect());
+        let (desk, total) = (Arc::clone(&self.worker.desk), round.total);
+        let oldest = self.oldest(round.first);
+        let flushes = self.answering.iter().filter_map(|asked| match asked {
+            Asked::Flush(to) => Some(to.clone()),
+            Asked::Verify { .. } => None,
+        });
+        let answers: Vec<_> = flushes.collect();
         let progress = move |files: u64, bytes: u64| {
-            desk.pending(files, bytes, first);
+            desk.pending(files, bytes, oldest);
             let progress = Progress {
                 what: "pushing".to_owned(),
                 files_done: total.saturating_sub(files),
@@ -689,13 +938,10 @@ impl<'a> Tree<'a> {
             chain: &mut self.ready.chain,
             may_delete: self.whole,
             insists: self.moving >= MOVING_MAX,
+            until,
             progress: &progress,
         };
-        let rest = pusher.round(std::mem::take(&mut found.changes), unread);
-        // What moved on is found where it is now, and then what it left may go.
-        self.moving = if rest.moving { self.moving + 1 } else { 0 };
-        self.everything |= rest.moving && rest.removals > 0;
-        Ok((rest, found))
+        pusher.round(work, Work::of(urgent, &open.volume), unread)
     }
 
     /// What was moved while we looked may have been missed at both names. So what is gone is only
@@ -721,17 +967,18 @@ impl<'a> Tree<'a> {
         Ok(())
     }
 
-    /// Incidents of the tree itself, and those that are over.
-    fn speak_of(&mut self, found: &Found, rest: &Rest, full: bool, dirty: &BTreeSet<Vec<u8>>) {
-        let mut now: HashSet<Path> = HashSet::new();
+    // === Incidents of the tree itself ===
+
+    fn note_impossible(&mut self, round: &mut Round, found: &Found) {
         for (path, why) in &found.impossible {
-            self.worker.desk.incident(
-                &path.to_string(),
-                &format!("it cannot be in the bucket: {why}"),
-                "give it a shorter name",
-            );
-            now.insert(path.clone());
+            let what = format!("it cannot be in the bucket: {why}");
+            self.worker.desk.incident(&path.to_string(), &what, "give it a shorter name");
+            round.troubles.insert(path.clone(), what);
         }
+        self.troubled.extend(round.troubles.clone());
+    }
+
+    fn note_damage(&mut self, round: &mut Round, rest: &Rest) {
         for (path, why) in &rest.damaged {
             let what = format!("this database is damaged: {why}; the bucket keeps its last good state");
             self.worker.desk.incident(
@@ -739,20 +986,9 @@ impl<'a> Tree<'a> {
                 &what,
                 "repair it, or take the good one back with `cvm storage get`",
             );
-            now.insert(path.clone());
+            round.troubles.insert(path.clone(), what.clone());
+            self.troubled.insert(path.clone(), what);
         }
-        let over: Vec<Path> = self
-            .troubled
-            .iter()
-            // A round that looked elsewhere, or not to its end, says nothing about it.
-            .filter(|p| !now.contains(*p) && rest.fault.is_none() && (full || dirty.contains(p.split().0)))
-            .cloned()
-            .collect();
-        for path in over {
-            self.troubled.remove(&path);
-            self.worker.desk.settled(&path.to_string());
-        }
-        self.troubled.extend(now);
         if let Ok(bad) = self.ready.open.index.bad() {
             for (path, row) in bad {
                 self.worker.desk.incident(
@@ -762,6 +998,27 @@ impl<'a> Tree<'a> {
                 );
             }
         }
+    }
+
+    /// Those that are over, for a round that has looked there, and to its end.
+    fn settle(&mut self, round: &Round) {
+        let desk = Arc::clone(&self.worker.desk);
+        self.troubled.retain(|path, _| {
+            let looked = round.full || round.dirty.contains(path.split().0);
+            let stays = round.troubles.contains_key(path) || !looked;
+            if !stays {
+                desk.settled(&path.to_string());
+            }
+            stays
+        });
+        let index = &self.ready.open.index;
+        self.mending.retain(|path| {
+            let stays = index.get(path).is_ok_and(|row| row.is_some_and(|row| row.unsure));
+            if !stays && desk.settled(&path.to_string()) {
+                tracing::info!("sent again: {path}");
+            }
+            stays
+        });
     }
 
     /// A round that begins after the question, and takes the file, is the answer.
@@ -776,14 +1033,16 @@ impl<'a> Tree<'a> {
         self.committed.push((path, answer));
     }
 
-    /// Who hung up is forgotten; whose file is not there yet stays for the next round.
+    /// Who hung up is forgotten; whose file is not there yet stays for the next slice or round.
     fn answer_committed(
         &mut self,
         asked: Vec<(Path, tokio::sync::mpsc::UnboundedSender<Answer>)>,
         good: bool,
     ) {
         for (path, answer) in asked {
-            if good && !self.waiting.contains_key(&path) {
+            if let Some(why) = self.troubled.get(&path) {
+                done(&answer, format!("The bucket does not have it: {why}"), false);
+            } else if good && !self.waiting.contains_key(&path) {
                 done(&answer, "The bucket has it", true);
             } else if !answer.is_closed() {
                 self.dirty.insert(path.split().0.to_vec());
@@ -796,36 +1055,40 @@ impl<'a> Tree<'a> {
 
     fn answer(&mut self, ask: &Ask, to: &tokio::sync::mpsc::UnboundedSender<Answer>) {
         let outcome = match ask {
-            Ask::Verify { deep } => {
-                // What is only on its way is no difference; what cannot be sent now stays one.
-                self.everything = true;
-                let pushed = self.push();
-                let (deep, fetched, asker) = (*deep, self.fetched.clone(), to.clone());
-                self.review(Some(to.clone()), move |review| {
-                    pushed.and_then(|()| review.verify(&fetched, deep, &asker))
-                });
-                return;
-            }
             Ask::Drill => return self.drill(Some(to.clone())),
-            Ask::Accept => self.accept(),
+            Ask::Accept { seen } => {
+                if has_changed(&self.worker.desk, seen.as_deref(), to) {
+                    return;
+                }
+                self.accept()
+            }
             Ask::Takeover => Ok(("This instance owns the bucket already".to_owned(), true)),
             _ => Err(Fault::other("this is answered elsewhere")),
         };
         answer(to, outcome);
     }
 
-    /// What the bucket does not have right is given up: it is gone from the manifest too.
+    /// What the bucket does not have right is given up: it is gone from the manifest too. Only what
+    /// has been named is.
     fn accept(&mut self) -> Result<(String, bool), Fault> {
         let open = self.open();
-        let bad = open.index.bad()?;
+        let named: HashSet<String> = self.worker.desk.named().into_iter().map(|(path, _)| path).collect();
+        let mut bad = open.index.bad()?;
+        bad.retain(|(path, _)| named.contains(&path.to_string()));
         for (path, _) in &bad {
             open.index.set_bad(path, None)?;
             open.index.set_lower(std::slice::from_ref(path), false)?;
         }
-        self.worker.desk.forget_incidents();
+        for path in &named {
+            self.worker.desk.settled(path);
+        }
         self.everything = true;
         self.note_change();
         Ok((format!("{} files are given up", bad.len()), true))
+    }
+
+    fn is_reviewing(&self) -> bool {
+        self.reviewing.as_ref().is_some_and(|thread| !thread.is_finished())
     }
 
     /// Beside this loop: it may take as long as the bucket is large.
@@ -834,12 +1097,12 @@ impl<'a> Tree<'a> {
         to: Option<tokio::sync::mpsc::UnboundedSender<Answer>>,
         work: impl FnOnce(&Review) -> Result<(String, bool), Fault> + Send + 'static,
     ) {
-        if self.reviewing.as_ref().is_some_and(|thread| !thread.is_finished()) {
-            let why = "a verify or a drill is running already; ask again when it is over".to_owned();
-            to.map(|to| to.send(Answer::Refused { why }));
+        if self.is_reviewing() {
+            to.as_ref().map(refuse_review);
             return;
         }
-        let review = Review { open: self.open(), desk: Arc::clone(&self.worker.desk) };
+        let sender = self.worker.sender.clone();
+        let review = Review { open: self.open(), desk: Arc::clone(&self.worker.desk), sender };
         self.reviewing = Some(std::thread::spawn(move || {
             let outcome = work(&review);
             match to {
@@ -878,38 +1141,45 @@ impl<'a> Tree<'a> {
         let until = uptime() + Duration::from_secs(u64::from(self.worker.spec.drain_s));
         let open = self.open();
         self.waiting.clear();
+        self.round = None;
         self.leave_at(until);
-        let (mut left, mut fenced) = ((0u64, 0u64), false);
-        loop {
-            self.everything = true;
-            let outcome = self.round(true, &BTreeSet::new(), None);
-            let clean = match outcome {
-                Ok((rest, found)) if rest.fault.is_none() && rest.later.is_empty() => {
-                    self.speak_of(&found, &rest, true, &BTreeSet::new());
-                    true
-                }
-                Ok((rest, _)) => {
+        let mut left = (0u64, 0u64);
+        let clean = loop {
+            let mut round = Round { full: true, ..Round::default() };
+            let outcome = self.look_around(&mut round, &HashSet::new()).map(|(urgent, unread)| {
+                let rest = self.slice(&mut round, urgent, unread, Duration::MAX);
+                self.note_damage(&mut round, &rest);
+                rest
+            });
+            let fault = match outcome {
+                Ok(rest) if rest.fault.is_none() && rest.later.is_empty() => None,
+                Ok(rest) => {
                     let later = || have_to_wait(rest.later.iter().map(|(path, why)| (path, why.as_str())));
-                    let fault = rest.fault.unwrap_or_else(later);
-                    self.worker.desk.failed(&fault, None);
-                    fenced = matches!(fault, Fault::Fenced(_));
-                    false
+                    Some(rest.fault.unwrap_or_else(later))
                 }
-                Err(fault) => {
-                    self.worker.desk.failed(&fault, None);
-                    fenced = matches!(fault, Fault::Fenced(_));
-                    false
-                }
+                Err(fault) => Some(fault),
             };
+            if let Some(fault) = &fault {
+                self.worker.desk.failed(fault, None);
+            } else {
+                self.settle(&round);
+            }
+            let clean = fault.is_none();
             let scanned = Scanner::new(&open.volume, &open.index, &open.bucket.prefix, &self.fetched).full();
             left = match scanned {
-                Ok(found) => count(&open, &found),
+                Ok(found) => count(&open.volume, &found),
                 Err(_) => (left.0.max(1), left.1),
             };
-            if clean && left.0 == 0 || fenced || uptime() >= until {
-                break;
+            // No round mends what is damaged, or gives what cannot be named a name.
+            let stays = round.troubles.len() as u64;
+            let fenced = matches!(fault, Some(Fault::Fenced(_)));
+            if clean && left.0 <= stays || fenced || uptime() >= until {
+                break clean;
             }
             std::thread::sleep(Duration::from_millis(if clean { 10 } else { 500 }));
+        };
+        if !clean {
+            left.0 = left.0.max(1);
         }
         // Of a bucket that did not answer until now nothing more is asked.
         if left.0 == 0 {
@@ -931,7 +1201,7 @@ impl<'a> Tree<'a> {
         std::thread::spawn(move || {
             std::thread::sleep(until.saturating_sub(uptime()) + DRAIN_GRACE);
             let scanned = Scanner::new(&open.volume, &open.index, &open.bucket.prefix, &fetched).full();
-            let (files, bytes) = scanned.map_or((1, 0), |found| count(&open, &found));
+            let (files, bytes) = scanned.map_or((1, 0), |found| count(&open.volume, &found));
             desk.drained(files.max(1), bytes);
             #[allow(clippy::exit)] // the other threads wait for the network; dying loses nothing
             std::process::exit(i32::from(crate::UNDRAINED));
@@ -940,22 +1210,59 @@ impl<'a> Tree<'a> {
 
     fn leave(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
+        self.answering.append(&mut self.asked);
+        for asked in self.answering.drain(..) {
+            let (Asked::Flush(to) | Asked::Verify { to, .. }) = asked;
+            let why = "the storage was closed before this was done".to_owned();
+            let _ = to.send(Answer::Refused { why });
+        }
         self.worker.desk.opened(None);
     }
 }
 
-/// Files that the bucket does not have as they are, and their names for the log.
-fn count(open: &Open, found: &Found) -> (u64, u64) {
-    let files: Vec<_> = found.changes.iter().filter(|c| !matches!(c, Change::Meta { .. })).collect();
-    let bytes = files
+/// What the bucket does not have as it is, what is in its files, and its names for the log. The
+/// times of directories are no loss beside that of files.
+fn count(volume: &Volume, found: &Found) -> (u64, u64) {
+    let of_directory = |c: &Change| matches!(c, Change::Meta { entry, .. } if entry.kind == Kind::Directory);
+    let impossible = found.impossible.iter().map(|(path, _)| path);
+    let of_files = found.changes.iter().filter(|c| !of_directory(c)).map(Change::path);
+    let mut all: Vec<&Path> = of_files.chain(impossible).collect();
+    if all.is_empty() {
+        all = found.changes.iter().map(Change::path).collect();
+    }
+    let meta: HashSet<&Path> =
+        found.changes.iter().filter(|c| matches!(c, Change::Meta { .. })).map(Change::path).collect();
+    let bytes = all
         .iter()
-        .filter_map(|c| volume::look(&c.path().below(&open.volume.upper)).ok().flatten())
+        .filter(|path| !meta.contains(*path))
+        .filter_map(|path| volume::look(&path.below(&volume.upper)).ok().flatten())
         .map(|s| crate::scan::size_of(&s))
         .sum();
-    for change in files.iter().take(100) {
-        tracing::warn!("not in the bucket: {}", change.path());
+    for path in all.iter().take(100) {
+        tracing::warn!("not in the bucket: {path}");
     }
-    (files.len() as u64, bytes)
+    (all.len() as u64, bytes)
+}
+
+/// Says so to an operator who has looked at something else than there is now.
+fn has_changed(desk: &Desk, seen: Option<&str>, to: &tokio::sync::mpsc::UnboundedSender<Answer>) -> bool {
+    let changed = seen.is_some() && seen != desk.status().wrong.as_deref();
+    if changed {
+        let why = "what is wrong is not what it was when it was shown; look at it again".to_owned();
+        let _ = to.send(Answer::Refused { why });
+    }
+    changed
+}
+
+fn refuse_review(to: &tokio::sync::mpsc::UnboundedSender<Answer>) {
+    let why = "a verify or a drill is running already; ask again when it is over".to_owned();
+    let _ = to.send(Answer::Refused { why });
+}
+
+/// What stays out of the bucket until somebody does something about it.
+fn unfit(troubled: &HashMap<Path, String>) -> Fault {
+    let first = troubled.iter().min().map(|(path, why)| format!("{path}: {why}")).unwrap_or_default();
+    Fault::other(format!("{} files cannot be in it as they are; the first is {first}", troubled.len()))
 }
 
 fn have_to_wait<'a>(later: impl ExactSizeIterator<Item = (&'a Path, &'a str)>) -> Fault {

@@ -1023,6 +1023,7 @@ fn moves(most: usize) -> impl Strategy<Value = Vec<Move>> {
         }),
         2 => any::<bool>().prop_map(|retry| StorageReport::NotReady { why: "no".into(), retry }),
         1 => Just(StorageReport::Waits { why: "not yet".into() }),
+        1 => Just(StorageReport::Unheard { why: "silence".into() }),
         1 => (0u64..2).prop_map(|files| StorageReport::Drained { files, bytes: files }),
     ];
     let one = prop_oneof![

@@ -113,6 +113,7 @@ impl Machine {
                 let next = if retry { Next::Underway } else { Next::Operator };
                 self.tree_is_not_good(step, one_line(&why), Lack::Fault(next), now, out);
             }
+            StorageReport::Unheard { why } => self.bucket_is_silent(step, one_line(&why), now, out),
             StorageReport::Waits { why } => {
                 self.tree_is_not_good(step, one_line(&why), Lack::Turn, now, out);
             }
@@ -125,7 +126,7 @@ impl Machine {
         self.storage.tree = Some(tree);
         let Some(record) = self.steps.iter_mut().find(|r| r.step.name == step) else { return };
         let began = match record.state {
-            StepState::Done { .. } => return,
+            StepState::Done { .. } => return self.storage.said.clear(),
             StepState::Running { since } | StepState::Killing { since, .. } => since,
             StepState::Failed { began, .. } => {
                 let text = "The storage is there; what waits for it goes on";
@@ -138,6 +139,24 @@ impl Machine {
         self.storage.was_ready = true;
         self.storage.said.clear();
         self.advance(now, out);
+    }
+
+    /// A tree that outlives its worker outlives an outage too, whichever comes first.
+    fn bucket_is_silent(&mut self, step: StepName, why: String, now: Moment, out: &mut Vec<Action>) {
+        if !self.is_done(step) || !self.tree().is_some_and(|tree| tree.independent) {
+            self.tree_is_not_good(step, why, Lack::Fault(Next::Underway), now, out);
+        } else if !self.storage.said.contains(&why) {
+            let text = format!(
+                "Nothing is replicated: {why}; the storage worker goes on trying, and what stands on the tree goes on"
+            );
+            out.push(Action::Say(Level::Warn, text));
+            self.remember(why);
+        }
+    }
+
+    fn remember(&mut self, why: String) {
+        self.storage.said.truncate(SAID_MAX - 1);
+        self.storage.said.insert(0, why);
     }
 
     /// There is no tree yet, or there is none any more.
@@ -176,8 +195,7 @@ impl Machine {
                 (Level::Error, format!("Boot step {} failed: {why}; {follows}", step.as_str()))
             };
             out.push(Action::Say(level, text));
-            self.storage.said.truncate(SAID_MAX - 1);
-            self.storage.said.insert(0, why);
+            self.remember(why);
         }
         if was_good {
             self.storage.tree = None;

@@ -13,8 +13,9 @@ use std::io::{BufRead as _, IsTerminal as _, Read as _, Write as _};
 const ANSWER_MAX: u64 = 256;
 
 pub(super) fn accept(yes: bool) -> Result<Exit, Trouble> {
+    let mut seen = None;
     if !yes {
-        confirmed("storage accept", |status| {
+        let status = confirmed("storage accept", |status| {
             let mut lines: Vec<String> =
                 status.why.iter().map(|why| format!("{}: {why}", status.phase)).collect();
             lines.push(count(status.incidents.len() as u64, "incident", "incidents"));
@@ -25,8 +26,9 @@ pub(super) fn accept(yes: bool) -> Result<Exit, Trouble> {
             lines.push("Have you looked at all of it, and shall this machine go on?".to_owned());
             lines
         })?;
+        seen = status.wrong;
     }
-    follow::run("accept", Ask::Accept, None)
+    follow::run("accept", Ask::Accept { seen }, None)
 }
 
 pub(super) fn takeover(yes: bool) -> Result<Exit, Trouble> {
@@ -44,8 +46,11 @@ pub(super) fn takeover(yes: bool) -> Result<Exit, Trouble> {
     follow::run("takeover", Ask::Takeover, None)
 }
 
-/// Asks `question`, whose last line is the question itself.
-fn confirmed(what: &str, question: impl FnOnce(&StorageStatus) -> Vec<String>) -> Result<(), Trouble> {
+/// Asks `question`, whose last line is the question itself. Yields what it was asked of.
+fn confirmed(
+    what: &str,
+    question: impl FnOnce(&StorageStatus) -> Vec<String>,
+) -> Result<StorageStatus, Trouble> {
     let stdin = std::io::stdin();
     if !stdin.is_terminal() {
         let cause = "it cannot be taken back, and nobody is here to confirm it";
@@ -58,7 +63,7 @@ fn confirmed(what: &str, question: impl FnOnce(&StorageStatus) -> Vec<String>) -
     let mut answer = String::new();
     let read = stdin.lock().take(ANSWER_MAX).read_line(&mut answer);
     if read.is_ok() && means_yes(&answer) {
-        return Ok(());
+        return Ok(*status);
     }
     Err(Trouble::new(Exit::Bad, what, "not confirmed; nothing was done"))
 }

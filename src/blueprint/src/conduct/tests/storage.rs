@@ -291,6 +291,45 @@ fn when_the_worker_dies_under_an_independent_tree_nobody_notices() {
 }
 
 #[test]
+fn an_outage_after_the_worker_died_stops_nobody_on_an_independent_tree() {
+    let mut boot = Boot::on_a_tree(true);
+    let gateway = boot.run("gateway");
+    boot.ends("storage", End::Signal(9));
+    boot.pass(s(1));
+    boot.runs("storage");
+    let silent = || StorageReport::Unheard { why: "the bucket cannot be reached".into() };
+    let done = boot.says(silent());
+    assert_eq!(boot.deeds(&done), [""; 0]);
+    assert!(
+        matches!(&said(&done)[..], [(Level::Warn, text)] if text.contains("Nothing is replicated")),
+        "{done:?}"
+    );
+    assert_eq!(boot.says(silent()), [], "said once");
+    assert_eq!(boot.state_of(StepName::Storage), "done");
+    // Again, after it was good.
+    boot.says(ready(true));
+    assert_eq!(boot.says(silent()).len(), 1);
+    assert_eq!(boot.run("gateway"), gateway);
+    // What is known against it counts as ever.
+    let done = boot.says(not_ready(LOST, true));
+    assert_eq!(boot.deeds(&done), ["TERM gateway"]);
+}
+
+#[test]
+fn an_outage_is_no_tree_where_there_is_none_that_outlives_its_worker() {
+    let silent = || StorageReport::Unheard { why: "the bucket cannot be reached".into() };
+    let mut boot = Boot::awaiting();
+    boot.says(silent());
+    assert_eq!(boot.state_of(StepName::Storage), "failed");
+    assert_eq!(boot.shown("gateway").state, "blocked");
+    boot.says(ready(true));
+    boot.gets_up();
+    let mut boot = Boot::on_a_tree(false);
+    let done = boot.says(silent());
+    assert_eq!(boot.deeds(&done), ["TERM gateway"]);
+}
+
+#[test]
 fn when_the_worker_dies_and_the_tree_with_it_the_next_one_waits_until_nobody_stands_on_the_old_tree() {
     for end in [End::Signal(9), End::Code(0), End::Code(1), End::OutOfMemory] {
         let mut boot = Boot::on_a_tree(false);
