@@ -845,6 +845,38 @@ fn an_event_that_comes_again_is_taken_again_and_answered_once() {
 }
 
 #[test]
+fn what_was_handed_over_is_answered_though_the_server_hangs_up_at_once() {
+    let mut world = World::new();
+    let session = |n: usize| telegram(&(n % 10).to_string());
+    let mut expected: BTreeMap<String, Vec<usize>> = BTreeMap::new();
+    let events: Vec<(usize, Value)> = (0..50).map(|n| world.message(&session(n))).collect();
+    for (_, event) in &events {
+        world.mux.abandon(event).expect("it listens");
+    }
+    // The server does not know what became of them.
+    for (at, (n, event)) in events.iter().enumerate() {
+        world.deliver(event);
+        expected.entry(session(at)).or_default().push(*n);
+    }
+    for (session, all) in &expected {
+        until(&format!("all of {session} is answered; {}", world.state(session)), PATIENCE, || {
+            (world.events(session).len() >= all.len()).then_some(())
+        });
+    }
+    let last: Vec<(String, usize)> = expected.keys().map(|s| (s.clone(), world.hand_over(s))).collect();
+    for (session, last) in last {
+        until("the last one is answered", PATIENCE, || world.events(&session).contains(&last).then_some(()));
+        // Connections that are beside each other have no order.
+        let mut events = world.events(&session);
+        events.sort_unstable();
+        let mut all = expected[&session].clone();
+        all.push(last);
+        assert_eq!(events, all, "{session}");
+    }
+    assert_eq!(world.mux.conflicts(), Vec::<String>::new());
+}
+
+#[test]
 fn what_was_taken_is_answered_though_the_client_is_killed_at_once() {
     let mut world = World::new();
     let session = telegram("1");

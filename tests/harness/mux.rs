@@ -8,7 +8,7 @@
 //! * [`Mux::ill`] makes it fail on demand.
 
 use crate::network::Network;
-use crate::serve::{Answer, Client, Reply, Request, Server, lock};
+use crate::serve::{Answer, Client, Power, Reply, Request, Server, lock};
 use base64::Engine as _;
 use base64::prelude::BASE64_URL_SAFE_NO_PAD as BASE64_URL;
 use ed25519_dalek::{Signer as _, SigningKey};
@@ -121,6 +121,8 @@ struct Shared {
     network: Network,
     state: Mutex<State>,
     changed: Condvar,
+    /// Of the courier.
+    power: Arc<Power>,
 }
 
 impl Shared {
@@ -163,8 +165,12 @@ impl Mux {
             up: true,
             closing: false,
         };
-        let shared =
-            Arc::new(Shared { network: network.clone(), state: Mutex::new(state), changed: Condvar::new() });
+        let shared = Arc::new(Shared {
+            network: network.clone(),
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+            power: Arc::default(),
+        });
         let its = Arc::clone(&shared);
         let server = Server::start(network, (Ipv4Addr::LOCALHOST, PORT).into(), move |r| serve(r, &its));
         let its = Arc::clone(&shared);
@@ -233,11 +239,13 @@ impl Mux {
     /// A power cut.
     pub fn stop(&self) {
         self.shared.state().up = false;
+        self.shared.power.cut();
         self.server.stop();
     }
 
     pub fn resume(&self) {
         self.server.resume();
+        self.shared.power.on();
         self.shared.state().up = true;
         self.shared.changed.notify_all();
     }
@@ -313,6 +321,18 @@ impl Mux {
         self.shared.state().route(event);
         let token = self.token(|_, _| {});
         self.post(event.to_string().as_bytes(), Some(&token)).map(|answer| answer.status)
+    }
+
+    /// Hands all of an event over, and hangs up at once.
+    pub fn abandon(&self, event: &Value) -> std::io::Result<()> {
+        let mut state = self.shared.state();
+        state.route(event);
+        let tenant = state.tenant.clone();
+        drop(state);
+        let bearer = format!("Bearer {}", self.token(|_, _| {}));
+        let headers = [("X-OpenClaw-Id", tenant.as_str()), ("Authorization", &bearer)];
+        let client = self.client(Duration::from_secs(20)).client;
+        client.throw(INBOUND_PATH, &headers, event.to_string().as_bytes())
     }
 
     /// One attempt on a connection of its own.
@@ -392,6 +412,7 @@ impl Courier {
 fn carry(shared: &Shared) {
     let address: SocketAddr = (Ipv4Addr::LOCALHOST, INBOUND_PORT).into();
     let mut courier = Courier { client: Client::new(&shared.network, address, Duration::from_secs(15)) };
+    courier.client.power(Arc::clone(&shared.power));
     let mut wait = FIRST_WAIT;
     loop {
         let mut state = shared.state();

@@ -218,11 +218,37 @@ pub struct Client {
     address: SocketAddr,
     timeout: Duration,
     connection: Option<BufReader<TcpStream>>,
+    power: Arc<Power>,
+}
+
+/// A switch for a client that somebody else uses.
+#[derive(Default)]
+pub(crate) struct Power {
+    off: AtomicBool,
+    stream: Mutex<Option<TcpStream>>,
+}
+
+impl Power {
+    /// At once: the connection is cut, and there is no other.
+    pub(crate) fn cut(&self) {
+        self.off.store(true, Ordering::SeqCst);
+        if let Some(stream) = lock(&self.stream).take() {
+            let _ = stream.shutdown(std::net::Shutdown::Both);
+        }
+    }
+
+    pub(crate) fn on(&self) {
+        self.off.store(false, Ordering::SeqCst);
+    }
 }
 
 impl Client {
     pub fn new(network: &Network, address: SocketAddr, timeout: Duration) -> Self {
-        Self { network: network.clone(), address, timeout, connection: None }
+        Self { network: network.clone(), address, timeout, connection: None, power: Arc::default() }
+    }
+
+    pub(crate) fn power(&mut self, power: Arc<Power>) {
+        self.power = power;
     }
 
     pub fn connect(&self) -> Result<TcpStream> {
@@ -230,11 +256,21 @@ impl Client {
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(self.timeout))?;
         stream.set_write_timeout(Some(self.timeout))?;
+        *lock(&self.power.stream) = Some(stream.try_clone()?);
+        if self.power.off.load(Ordering::SeqCst) {
+            return Err(ErrorKind::ConnectionAborted.into());
+        }
         Ok(stream)
     }
 
-    /// Once, on the connection that is there or a new one.
-    pub fn post(&mut self, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Result<Answer> {
+    /// Sends all of it on a connection of its own, and is gone.
+    pub fn throw(&self, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Result<()> {
+        let stream = self.connect()?;
+        (&stream).write_all(&self.request(path, headers, body))?;
+        stream.shutdown(std::net::Shutdown::Both)
+    }
+
+    fn request(&self, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Vec<u8> {
         let mut text = format!(
             "POST {path} HTTP/1.1\r\nHost: {}\r\nContent-Type: application/json\r\nContent-Length: {}\r\n",
             self.address,
@@ -245,6 +281,12 @@ impl Client {
         }
         let mut bytes = (text + "\r\n").into_bytes();
         bytes.extend_from_slice(body);
+        bytes
+    }
+
+    /// Once, on the connection that is there or a new one.
+    pub fn post(&mut self, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Result<Answer> {
+        let bytes = self.request(path, headers, body);
         let kept = self.connection.take();
         let fresh = kept.is_none();
         let mut reader = match kept {

@@ -184,6 +184,9 @@ pub const SET_BY_SUPERVISOR: &[&str] = &[
 pub const NEVER_PASSED: &[&str] =
     &["PATH", "HOME", "USER", "LOGNAME", "SHELL", "PWD", "OLDPWD", "HOSTNAME", "TERM", "_"];
 
+/// For the operator's `cvm pair`, which reads them by itself; nobody else gets them.
+pub const OPERATORS: &[&str] = &["MUX_ADMIN_TOKEN", "MUX_ADMIN_TOKEN_FILE"];
+
 const FILE_SUFFIX: &str = "_FILE";
 
 /// Names longer than this may differ in two letters from a name of the table to count as a
@@ -468,7 +471,8 @@ fn twin_of_secret(name: &[u8]) -> Option<&'static Variable> {
 
 fn passes(name: &[u8]) -> bool {
     let listed = |list: &[&str]| list.iter().any(|entry| entry.as_bytes() == name);
-    if listed(SET_BY_SUPERVISOR) || listed(NEVER_PASSED) || twin_of_secret(name).is_some() {
+    let kept = [SET_BY_SUPERVISOR, NEVER_PASSED, OPERATORS].into_iter().any(listed);
+    if kept || twin_of_secret(name).is_some() {
         return false;
     }
     match lookup(name) {
@@ -486,7 +490,7 @@ fn withheld(meant: &Variable) -> bool {
 fn slip_of(name: &[u8]) -> Option<(String, &'static Variable)> {
     let known = lookup(name).is_some()
         || twin_of_secret(name).is_some()
-        || SET_BY_SUPERVISOR.iter().chain(NEVER_PASSED).any(|entry| entry.as_bytes() == name);
+        || [SET_BY_SUPERVISOR, NEVER_PASSED, OPERATORS].concat().iter().any(|entry| entry.as_bytes() == name);
     if known {
         return None;
     }

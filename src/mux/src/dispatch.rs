@@ -118,18 +118,22 @@ impl Dispatch {
         *self.stopping.borrow()
     }
 
-    /// An event that is in the queue.
+    /// An event that is in the queue. One that is here already stays where it is.
     pub(crate) fn push(self: &Arc<Self>, seq: i64, session: String, size: u64) {
+        let mut sessions = self.sessions();
+        let is_worked_on = sessions.contains_key(&session);
+        let open = sessions.entry(session.clone()).or_default();
+        if open.contains_key(&seq) {
+            return;
+        }
+        open.insert(seq, size);
+        drop(sessions);
         self.depth.fetch_add(1, Ordering::Relaxed);
         self.bytes.fetch_add(size, Ordering::Relaxed);
         self.changed.notify_one();
-        let mut sessions = self.sessions();
-        if let Some(open) = sessions.get_mut(&session) {
-            open.insert(seq, size);
+        if is_worked_on {
             return;
         }
-        sessions.insert(session.clone(), BTreeMap::from([(seq, size)]));
-        drop(sessions);
         self.running.fetch_add(1, Ordering::Relaxed);
         let this = Arc::clone(self);
         tokio::spawn(async move {

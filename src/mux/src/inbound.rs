@@ -27,7 +27,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Notify, Semaphore, watch};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
 
 /// The contract's.
 const BODY_MAX: u64 = 10 * 1024 * 1024;
@@ -54,7 +54,7 @@ pub(crate) struct Door {
     pub(crate) dispatch: Arc<Dispatch>,
     pub(crate) replication: Option<Arc<Replication>>,
     pub(crate) desk: Arc<Desk>,
-    pub(crate) bodies: Semaphore,
+    pub(crate) bodies: Arc<Semaphore>,
     pub(crate) guests: Guests,
 }
 
@@ -66,7 +66,7 @@ impl Door {
         replication: Option<Arc<Replication>>,
         desk: Arc<Desk>,
     ) -> Self {
-        let bodies = Semaphore::new(BODIES_KIB as usize);
+        let bodies = Arc::new(Semaphore::new(BODIES_KIB as usize));
         Self { registration, queue, dispatch, replication, desk, bodies, guests: Guests::default() }
     }
 }
@@ -205,7 +205,7 @@ fn later(code: &str) -> Reply {
     reply
 }
 
-async fn answer(door: &Door, guest: u64, request: Request<Incoming>) -> Reply {
+async fn answer(door: &Arc<Door>, guest: u64, request: Request<Incoming>) -> Reply {
     match (request.uri().path(), request.method()) {
         ("/v1/mux/inbound", &Method::POST) => {}
         ("/v1/mux/inbound", _) => return away(StatusCode::METHOD_NOT_ALLOWED, "only POST"),
@@ -244,7 +244,7 @@ async fn is_allowed(door: &Door, request: &Request<Incoming>) -> Result<(), Repl
     Ok(())
 }
 
-async fn take(door: &Door, request: Request<Incoming>) -> Result<Reply, Reply> {
+async fn take(door: &Arc<Door>, request: Request<Incoming>) -> Result<Reply, Reply> {
     let too_large = || away(StatusCode::PAYLOAD_TOO_LARGE, "an event has at most 10 MiB");
     let announced = request.headers().get(CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
     if announced.is_some_and(|length| length > BODY_MAX) {
@@ -254,7 +254,7 @@ async fn take(door: &Door, request: Request<Incoming>) -> Result<Reply, Reply> {
         return Err(later("the queue is full"));
     }
     let kib = u32::try_from(announced.unwrap_or(BODY_MAX).div_ceil(1024)).unwrap_or(BODIES_KIB).max(1);
-    let room = tokio::time::timeout(ROOM_TIME, door.bodies.acquire_many(kib)).await;
+    let room = tokio::time::timeout(ROOM_TIME, Arc::clone(&door.bodies).acquire_many_owned(kib)).await;
     let Ok(Ok(room)) = room else { return Err(later("too much at a time")) };
     let reading = read(request.into_body(), announced);
     let body = match tokio::time::timeout(BODY_TIME, reading).await {
@@ -263,6 +263,25 @@ async fn take(door: &Door, request: Request<Incoming>) -> Result<Reply, Reply> {
         Ok(Err(Unread::Broken)) => return Err(away(StatusCode::BAD_REQUEST, "the body broke off")),
         Err(_) => return Err(away(StatusCode::REQUEST_TIMEOUT, "the body took too long")),
     };
+    // To the end, even when the server hangs up and nobody waits any more: what is in the queue must
+    // be worked on.
+    let keeping = tokio::spawn(keep(Arc::clone(door), body, room));
+    let word = keeping.await.map_err(|_| later("this was not taken"))??;
+    // The event is ours and is answered as ever; the server keeps it too, and its next delivery is known.
+    if let Some(replication) = &door.replication
+        && !replication.wait().await
+    {
+        return Err(later("the bucket does not have it yet"));
+    }
+    Ok(reply(StatusCode::OK, word))
+}
+
+/// Into the queue, and on its way.
+async fn keep(
+    door: Arc<Door>,
+    body: Vec<Vec<u8>>,
+    room: OwnedSemaphorePermit,
+) -> Result<&'static str, Reply> {
     let head = Head::read(Pieces { all: &body, at: 0, offset: 0 })
         .map_err(|rule| reply(StatusCode::BAD_REQUEST, rule))?;
     if head.openclaw_id.as_deref().is_some_and(|id| id != door.registration.device_id()) {
@@ -272,28 +291,24 @@ async fn take(door: &Door, request: Request<Incoming>) -> Result<Reply, Reply> {
     let session = head.session_key.clone();
     let accepted = door.queue.accept(head.event_id, head.session_key, head.channel, body).await;
     drop(room);
-    let word = match accepted {
+    match accepted {
         Ok(Accepted::New(seq)) => {
             door.desk.change(|board| board.accepted += 1);
             door.dispatch.push(seq, session, size);
-            "accepted"
+            Ok("accepted")
         }
-        Ok(Accepted::Known) => {
+        Ok(Accepted::Known(open)) => {
             door.desk.change(|board| board.duplicates += 1);
-            "known"
+            if let Some((seq, session)) = open {
+                door.dispatch.push(seq, session, size);
+            }
+            Ok("known")
         }
         Err(failure) => {
             door.desk.failed(failure.to_string());
-            return Err(later("the queue cannot be written"));
+            Err(later("the queue cannot be written"))
         }
-    };
-    // The event is ours and is answered as ever; the server keeps it too, and its next delivery is known.
-    if let Some(replication) = &door.replication
-        && !replication.wait().await
-    {
-        return Err(later("the bucket does not have it yet"));
     }
-    Ok(reply(StatusCode::OK, word))
 }
 
 enum Unread {

@@ -35,6 +35,7 @@ mod event;
 mod gateway;
 mod http;
 mod inbound;
+mod keychain;
 mod outbound;
 mod pair;
 mod queue;

@@ -60,11 +60,11 @@ impl fmt::Display for Failure {
     }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Accepted {
     New(i64),
-    /// The same event once more.
-    Known,
+    /// The same event once more, with its number and session while it is not done.
+    Known(Option<(i64, String)>),
 }
 
 /// An event that is not done.
@@ -151,7 +151,11 @@ impl Queue {
                 )?
                 .execute(params![id, session, channel, signed(now_ms())])?;
             if new == 0 {
-                return Ok(Accepted::Known);
+                return db
+                    .prepare_cached("SELECT seq, session FROM event WHERE id = ? AND state < 2")?
+                    .query_row([id], |row| Ok((row.get(0)?, row.get(1)?)))
+                    .optional()
+                    .map(Accepted::Known);
             }
             let seq = db.last_insert_rowid();
             let mut insert = db.prepare_cached("INSERT INTO body VALUES (?, ?, ?)")?;
@@ -359,11 +363,11 @@ mod tests {
         runtime().block_on(async {
             let (queue, _thread) = Queue::open(&path).unwrap();
             assert_eq!(put(&queue, "a", "s").await, Accepted::New(1));
-            assert_eq!(put(&queue, "a", "s").await, Accepted::Known);
+            assert_eq!(put(&queue, "a", "t").await, Accepted::Known(Some((1, "s".to_owned()))));
             queue.done(1, "sent".into()).await.unwrap();
-            assert_eq!(put(&queue, "a", "s").await, Accepted::Known);
+            assert_eq!(put(&queue, "a", "s").await, Accepted::Known(None));
             queue.prune(now_ms() + KEPT_MS - 1000).await.unwrap();
-            assert_eq!(put(&queue, "a", "s").await, Accepted::Known);
+            assert_eq!(put(&queue, "a", "s").await, Accepted::Known(None));
             queue.prune(now_ms() + KEPT_MS + 1000).await.unwrap();
             assert!(matches!(put(&queue, "a", "s").await, Accepted::New(_)));
         });

@@ -2,19 +2,20 @@
 //!
 //! Refuses to log a token, and to ask for keys because somebody made up a name for one: an unknown
 //! `kid` is asked for once a minute at most.
-//! May import: `backoff`, `desk`, `http`, `token`.
+//! May import: `backoff`, `desk`, `http`, `keychain`, `token`.
 
 use crate::backoff::{Backoff, jittered};
 use crate::desk::{Desk, now_ms};
 use crate::http::{Ask, Http};
+use crate::keychain::Keychain;
 use crate::token::{Keys, Refusal, verify};
 use cvm_blueprint::supervise::Level;
 use hyper::Method;
 use serde::Deserialize;
 use serde_json::json;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
-use tokio::sync::{Mutex as Turn, Notify, watch};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{Notify, watch};
 use zeroize::Zeroizing;
 
 /// What we tell the server: it gives a delivery up after this.
@@ -51,8 +52,7 @@ pub(crate) struct Registration {
     desk: Arc<Desk>,
     token: watch::Sender<Option<Arc<Token>>>,
     wanted: Notify,
-    keys: Mutex<Arc<Keys>>,
-    keys_asked: Turn<Option<Instant>>,
+    keys: Keychain,
 }
 
 #[derive(Deserialize)]
@@ -90,8 +90,7 @@ impl Registration {
             desk,
             token: watch::Sender::new(None),
             wanted: Notify::new(),
-            keys: Mutex::default(),
-            keys_asked: Turn::new(None),
+            keys: Keychain::new(KEYS_BETWEEN, KEYS_ANEW),
         }
     }
 
@@ -238,30 +237,15 @@ impl Registration {
 
     // === Its keys ===
 
-    fn keys(&self) -> Arc<Keys> {
-        Arc::clone(&self.keys.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
     /// Keeps the keys at hand.
     pub(crate) async fn keep_keys(&self) {
-        let mut backoff = Backoff::of_contract();
-        loop {
-            let wait = match self.fetch_keys().await {
-                Ok(()) => {
-                    backoff = Backoff::of_contract();
-                    jittered(KEYS_ANEW)
-                }
-                Err(why) => {
-                    self.desk
-                        .failed(format!("the mux-server's keys cannot be had: {why}; it is tried again"));
-                    backoff.next()
-                }
-            };
-            tokio::time::sleep(wait).await;
-        }
+        let failed = |why| {
+            self.desk.failed(format!("the mux-server's keys cannot be had: {why}; it is tried again"));
+        };
+        self.keys.keep(|| self.fetch_keys(), failed).await;
     }
 
-    async fn fetch_keys(&self) -> Result<(), String> {
+    async fn fetch_keys(&self) -> Result<Keys, String> {
         let ask = Ask {
             method: Method::GET,
             url: &self.url("/.well-known/jwks.json"),
@@ -272,41 +256,26 @@ impl Registration {
             answer_max: ANSWER_MAX,
             time: KEYS_TIME,
         };
-        let answer = self.http.ask(ask).await?;
+        let answer = self.http.ask(ask).await.map_err(|why| why.to_string())?;
         if !answer.is_good() {
             return Err(format!("it answers {}", answer.words()));
         }
-        let keys = Keys::parse(&answer.body)?;
-        *self.keys.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(keys);
-        Ok(())
+        Ok(Keys::parse(&answer.body)?)
     }
 
     /// Whether the bearer of `token` is the mux-server.
     pub(crate) async fn check(&self, token: &str) -> Result<(), Denied> {
         let now_s = || i64::try_from(now_ms() / 1000).unwrap_or(i64::MAX);
-        let look = || verify(token, &self.keys(), &self.server.device_id, now_s());
-        match look() {
-            Ok(()) => return Ok(()),
-            Err(Refusal::Broken(why)) => return Err(Denied::Token(why)),
-            Err(Refusal::UnknownKey) => {}
+        let look = || verify(token, &self.keys.keys(), &self.server.device_id, now_s());
+        let mut found = look();
+        if found == Err(Refusal::UnknownKey) {
+            self.keys.miss().await;
+            found = look();
         }
-        // One at a time; who waited finds what the other one brought.
-        let mut asked = self.keys_asked.lock().await;
-        match look() {
-            Ok(()) => return Ok(()),
-            Err(Refusal::Broken(why)) => return Err(Denied::Token(why)),
-            Err(Refusal::UnknownKey) => {}
-        }
-        if asked.is_none_or(|at| at.elapsed() >= KEYS_BETWEEN) {
-            *asked = Some(Instant::now());
-            if let Err(why) = self.fetch_keys().await {
-                self.desk.failed(format!("the mux-server's keys cannot be had: {why}; it is tried again"));
-            }
-        }
-        match look() {
+        match found {
             Ok(()) => Ok(()),
             Err(Refusal::Broken(why)) => Err(Denied::Token(why)),
-            Err(Refusal::UnknownKey) if self.keys().is_empty() => Err(Denied::NoKeys),
+            Err(Refusal::UnknownKey) if self.keys.keys().is_empty() => Err(Denied::NoKeys),
             Err(Refusal::UnknownKey) => Err(Denied::Token("the token's key is not the mux-server's")),
         }
     }

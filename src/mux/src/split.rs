@@ -33,12 +33,14 @@ pub(crate) fn messages(text: &str, limit: usize) -> Vec<String> {
     for piece in cuts {
         let before = open.clone();
         for line in piece.lines().filter_map(|line| line.trim_start().strip_prefix(FENCE)) {
-            open = if open.is_some() {
-                None
-            } else {
-                let language = line.trim();
-                let known = language.len() <= LANGUAGE_MAX && !language.contains('`');
-                Some(if known { language.to_owned() } else { String::new() })
+            // A longer fence is one too.
+            let word = line.trim_start_matches('`').trim();
+            open = match open {
+                Some(_) if word.is_empty() => None,
+                None if !word.contains('`') => {
+                    Some(if word.len() <= LANGUAGE_MAX { word.to_owned() } else { String::new() })
+                }
+                as_before => as_before,
             };
         }
         let inside = trimmed(piece);
@@ -176,6 +178,16 @@ mod tests {
             assert!(units(part) <= 400);
         }
         assert!(parts[1].starts_with("```rust\n"));
+    }
+
+    #[test]
+    fn a_line_that_begins_with_code_opens_no_block_and_one_inside_closes_none() {
+        let prose = "one two three\n".repeat(60);
+        for part in messages(&format!("```x``` is code\n{prose}"), 400).iter().skip(1) {
+            assert!(!part.contains(FENCE), "{part}");
+        }
+        let parts = messages(&format!("```sh\n```rust is no end\n{prose}```\nDone."), 400);
+        assert!(parts.len() > 2 && parts[1].starts_with("```sh\n"), "{parts:?}");
     }
 
     proptest! {

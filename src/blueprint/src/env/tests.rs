@@ -41,7 +41,7 @@ fn the_table_names_each_variable_once_and_explains_it_in_one_line() {
 
 #[test]
 fn what_the_supervisor_sets_is_no_variable_of_the_user() {
-    for name in SET_BY_SUPERVISOR.iter().chain(NEVER_PASSED) {
+    for name in SET_BY_SUPERVISOR.iter().chain(NEVER_PASSED).chain(OPERATORS) {
         assert!(variable(name).is_none(), "{name}");
     }
 }
@@ -139,7 +139,7 @@ fn only_secrets_come_from_files() {
 #[test]
 fn the_gateway_gets_what_is_not_ours_and_what_is_meant_for_it() {
     let mut pairs: Vec<(&str, &str)> = VARIABLES.iter().map(|variable| (variable.name, "x")).collect();
-    pairs.extend(SET_BY_SUPERVISOR.iter().chain(NEVER_PASSED).map(|name| (*name, "x")));
+    pairs.extend(SET_BY_SUPERVISOR.iter().chain(NEVER_PASSED).chain(OPERATORS).map(|name| (*name, "x")));
     pairs.extend([("ANTHROPIC_API_KEY", "x"), ("OPENCLAW_LOG_LEVEL", "x"), ("AWS_CA_BUNDLE", "x")]);
     assert_eq!(
         passed(&environment(&pairs)),
