@@ -1516,6 +1516,27 @@ fn an_operator_gets_a_pairing_token_as_text_as_json_and_as_a_picture() {
     assert!(code != Some(0) && !said.contains(ADMIN_TOKEN), "{code:?} {said}");
 }
 
+#[test]
+fn another_device_is_not_said_to_be_reached_where_this_one_is() {
+    let network = Network::new();
+    let spy = Spy::start(&network, 9401);
+    let machine = Builder::product().fake_gateway(RELAY).network(&network).start();
+    let pair = |more: &[&str]| {
+        let words = [&["cvm", "pair", "telegram", "--server", "http://127.0.0.1:9401"], more].concat();
+        let mut command = machine.command(&words);
+        command.env("MUX_ADMIN_TOKEN", ADMIN_TOKEN).env("MASTER_KEY", MASTER_KEY);
+        command.env("MUX_INBOUND_URL", "https://here.example.org/v1/mux/inbound");
+        let output = command.output().expect("nsenter runs");
+        assert_ne!(output.status.code(), Some(0), "the spy answers 404");
+        spy.seen()
+    };
+    let other = "0".repeat(64);
+    let seen = pair(&["--device", &other]);
+    assert!(seen.contains(&other) && !seen.contains("here.example.org"), "{seen}");
+    let seen = pair(&[]);
+    assert!(seen.contains("here.example.org"), "{seen}");
+}
+
 // === The real gateway ===
 
 const CONFIG: &str = r#"{
