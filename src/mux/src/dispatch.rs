@@ -389,6 +389,7 @@ impl Dispatch {
                     self.desk.failed(failure.to_string());
                 }
             }
+            while let Ok(true) = self.queue.shrink().await {}
             if let Ok(depth) = self.queue.depth().await {
                 self.desk.change(|board| {
                     (board.waiting, board.to_send) = (depth.waiting, depth.answered);
