@@ -386,6 +386,10 @@ fn what_is_no_event_is_refused_and_disturbs_nobody() {
         event[name] = json!({"a": 1});
         bodies.push(event.to_string().into_bytes());
     }
+    // It could not stand in a header.
+    let mut event = whole.clone();
+    event["channel"] = json!("tele\ngram");
+    bodies.push(event.to_string().into_bytes());
     for body in bodies {
         let shown: String = String::from_utf8_lossy(&body).chars().take(80).collect();
         let answer = world.mux.post(&body, Some(&token)).expect("an answer");
