@@ -154,6 +154,11 @@ fn first(value: &Value, pointers: &[&str]) -> Option<Value> {
 }
 
 impl<'a> Message<'a> {
+    /// Where an answer goes, without what was said.
+    pub(crate) fn address(self) -> Message<'static> {
+        Message { text: String::new(), attachments: Vec::new(), ..self }
+    }
+
     pub(crate) fn read(bytes: &'a [u8]) -> Result<Self, String> {
         // The text of the error says where, and quotes nothing.
         let whole: Whole<'a> =
