@@ -55,7 +55,7 @@ impl fmt::Display for Picture<'_> {
 }
 
 impl Picture<'_> {
-    fn size(&self) -> usize {
+    pub(crate) fn size(&self) -> usize {
         match &self.data {
             Data::Base64(text) => text.len(),
             Data::Raw(bytes) => bytes.len().div_ceil(3) * 4,

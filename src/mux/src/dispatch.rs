@@ -254,7 +254,7 @@ impl Dispatch {
             Made::Whole(question, slot) => (question, slot),
             Made::Nothing(next) => return Ok(next),
         };
-        let Question { mut letter, body, room, has_pictures } = question;
+        let Question { mut letter, body, room, has_pictures } = *question;
         let asking = self.gateway.ask(&letter.session, &letter.channel, body, room);
         let outcome = tokio::select! {
             outcome = asking => outcome,
@@ -391,7 +391,7 @@ impl Dispatch {
             Some(slot) => slot,
             None => self.place(&self.slots).await?,
         };
-        Ok(Made::Whole(Question { letter, body, room, has_pictures }, slot))
+        Ok(Made::Whole(Box::new(Question { letter, body, room, has_pictures }), slot))
     }
 
     // === The answer ===
@@ -521,7 +521,7 @@ struct Question {
 }
 
 enum Made<'a> {
-    Whole(Question, SemaphorePermit<'a>),
+    Whole(Box<Question>, SemaphorePermit<'a>),
     /// There is nothing to ask, or not yet.
     Nothing(Next),
 }
@@ -578,7 +578,7 @@ mod tests {
         let (mut tries, now) = (Tries::new(false), Instant::now());
         assert!(!tries.is_unsendable(now + 2 * UNSENDABLE));
         tries.unsent_since = Some(now);
-        assert!(!tries.is_unsendable(now + UNSENDABLE - Duration::from_secs(1)));
+        assert!(!tries.is_unsendable(now + UNSENDABLE / 2));
         assert!(tries.is_unsendable(now + UNSENDABLE));
     }
 

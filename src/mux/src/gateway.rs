@@ -19,6 +19,8 @@ use zeroize::Zeroizing;
 const TIME: Duration = Duration::from_secs(2 * 3600);
 /// An answer is text.
 const ANSWER_MAX: usize = 4 * 1024 * 1024;
+/// What stands around a text and around a picture, some escapes included.
+const AROUND: usize = 512;
 const READY_TIME: Duration = Duration::from_secs(5);
 const READY_MAX: usize = 64 * 1024;
 /// What agents say when they want to say nothing, and what the gateway says when they said nothing.
@@ -90,8 +92,12 @@ pub(crate) fn question(text: &str, pictures: &[Picture<'_>]) -> Bytes {
         Content::Parts(said.into_iter().chain(shown).collect())
     };
     let chat = Chat { model: "openclaw/default", stream: false, messages: [Turn { role: "user", content }] };
+    // In one go: growing would need twice the room of what may be ten mebibytes.
+    let size = text.len() + pictures.iter().map(|one| one.size() + AROUND).sum::<usize>() + AROUND;
+    let mut bytes = Vec::with_capacity(size);
     // Strings and lists only: there is nothing that it could refuse.
-    serde_json::to_vec(&chat).unwrap_or_default().into()
+    let _ = serde_json::to_writer(&mut bytes, &chat);
+    bytes.into()
 }
 
 impl Gateway {
@@ -113,7 +119,7 @@ impl Gateway {
             answer_max: READY_MAX,
             time: READY_TIME,
         };
-        self.http.ask(ask).await.is_ok_and(|answer| answer.status < 500)
+        self.http.ask(ask).await.is_ok_and(|answer| !matches!(answer.status, 502..=504))
     }
 
     pub(crate) async fn ask(

@@ -211,7 +211,10 @@ impl Queue {
                 })
                 .optional()?;
             let Some((id, session, channel, answered)) = row else { return Ok(None) };
-            let mut body = Vec::new();
+            let size: i64 = db
+                .prepare_cached("SELECT coalesce(sum(length(bytes)), 0) FROM body WHERE seq = ?")?
+                .query_row([seq], |row| row.get(0))?;
+            let mut body = Vec::with_capacity(usize::try_from(size).unwrap_or_default());
             let mut pieces = db.prepare_cached("SELECT bytes FROM body WHERE seq = ? ORDER BY n")?;
             let mut rows = pieces.query([seq])?;
             while let Some(row) = rows.next()? {
