@@ -386,6 +386,10 @@ fn what_is_no_event_is_refused_and_disturbs_nobody() {
         event[name] = json!({"a": 1});
         bodies.push(event.to_string().into_bytes());
     }
+    // It could not stand in a header.
+    let mut event = whole.clone();
+    event["channel"] = json!("tele\ngram");
+    bodies.push(event.to_string().into_bytes());
     for body in bodies {
         let shown: String = String::from_utf8_lossy(&body).chars().take(80).collect();
         let answer = world.mux.post(&body, Some(&token)).expect("an answer");
@@ -465,6 +469,58 @@ fn pictures_reach_the_gateway_whether_they_came_along_or_have_to_be_fetched() {
     let visits = world.mux.visits(Door::File);
     assert_eq!(visits.len(), 1);
     assert_eq!(visits[0].status, Some(200));
+}
+
+#[test]
+fn pictures_that_nobody_can_fetch_hold_up_no_other_chat() {
+    let mut world = World::new();
+    world.mux.ill(Door::File, Ill::Hangs, 1_000_000);
+    let url = world.mux.file("telegram", "abc", "image/png", &png());
+    for chat in 0..20 {
+        let (_, mut event) = world.message(&telegram(&format!("picture-{chat}")));
+        event["attachments"] =
+            json!([{"type": "image", "mimeType": "image/png", "fileName": "a.png", "url": url}]);
+        world.deliver(&event);
+    }
+    until("a picture is asked for", PATIENCE, || (!world.mux.visits(Door::File).is_empty()).then_some(()));
+    let session = telegram("words");
+    let n = world.hand_over(&session);
+    world.answers(&session, &[n]);
+}
+
+#[test]
+fn pictures_are_not_fetched_again_and_again_while_the_gateway_is_away() {
+    let mut world = World::new();
+    world.chat.ready(false);
+    let url = world.mux.file("telegram", "abc", "image/png", &png());
+    let (session, other) = (telegram("picture"), telegram("words"));
+    let (n, mut event) = world.message(&session);
+    event["attachments"] =
+        json!([{"type": "image", "mimeType": "image/png", "fileName": "a.png", "url": url}]);
+    world.deliver(&event);
+    until("it was asked", PATIENCE, || (world.chat.turned_away() == 1).then_some(()));
+    let m = world.hand_over(&other);
+    until("the other one was asked often", PATIENCE, || (world.chat.turned_away() >= 6).then_some(()));
+    world.chat.ready(true);
+    world.answers(&session, &[n]);
+    world.answers(&other, &[m]);
+    assert!(world.mux.visits(Door::File).len() <= 2, "{:#?}", world.mux.visits(Door::File));
+}
+
+#[test]
+fn a_gateway_that_takes_no_pictures_gets_the_words_and_is_told_of_them() {
+    let script =
+        |asked: &Asked, n: usize| if pictures(asked).is_empty() { echo(asked, n) } else { Said::Status(413) };
+    let mut world = World::with(script, |builder| builder);
+    let session = telegram("1");
+    let (n, mut event) = world.message(&session);
+    event["attachments"] =
+        json!([{"type": "image", "mimeType": "image/png", "fileName": "dot.png", "content": PNG}]);
+    world.deliver(&event);
+    world.answers(&session, &[n]);
+    let asked = world.chat.asked();
+    assert_eq!(asked.len(), 3, "{asked:#?}");
+    assert!(asked[1].last().contains("dot.png"), "{:#}", asked[1].body);
 }
 
 #[test]
@@ -1067,7 +1123,36 @@ fn a_stop_in_order_loses_nothing_and_repeats_nothing() {
     assert_eq!(world.mux.conflicts(), Vec::<String>::new());
 }
 
+#[test]
+fn what_the_gateway_is_about_to_answer_is_sent_before_a_stop_is_over() {
+    let script = |asked: &Asked, n: usize| Said::After(Duration::from_secs(2), echo_text(asked, n));
+    let mut world = World::with(script, |builder| builder);
+    let session = telegram("1");
+    let n = world.hand_over(&session);
+    until("it is asked", PATIENCE, || (world.asked(n) == 1).then_some(()));
+    world.machine.ok(&["cvm", "stop", "mux"]);
+    assert_eq!(world.events(&session), [n], "{}", world.logs());
+    world.machine.ok(&["cvm", "start", "mux"]);
+    world.answers(&session, &[n]);
+    assert_eq!(world.asked(n), 1);
+}
+
 // === What the server is told ===
+
+#[test]
+fn the_status_says_soon_that_an_answer_waits_for_the_server() {
+    let mut world =
+        World::with(|asked, n| Said::After(Duration::from_secs(3), echo_text(asked, n)), |builder| builder);
+    world.mux.ill(Door::Send, Ill::Says(503), 1_000_000);
+    let session = telegram("1");
+    let n = world.hand_over(&session);
+    until("it waits for the server", PATIENCE, || {
+        let mux = &world.machine.status()["mux"];
+        (mux["waiting"] == 0 && mux["to_send"] == 1).then_some(())
+    });
+    world.mux.heal();
+    world.answers(&session, &[n]);
+}
 
 #[test]
 fn an_answer_whose_fate_is_unknown_is_sent_again_under_the_same_key_and_arrives_once() {
@@ -1514,6 +1599,27 @@ fn an_operator_gets_a_pairing_token_as_text_as_json_and_as_a_picture() {
     assert_ne!(code, Some(0));
     let (code, said) = pair(&["cvm", "pair", "telegram", "--server", "http://127.0.0.1:9"], ADMIN_TOKEN);
     assert!(code != Some(0) && !said.contains(ADMIN_TOKEN), "{code:?} {said}");
+}
+
+#[test]
+fn another_device_is_not_said_to_be_reached_where_this_one_is() {
+    let network = Network::new();
+    let spy = Spy::start(&network, 9401);
+    let machine = Builder::product().fake_gateway(RELAY).network(&network).start();
+    let pair = |more: &[&str]| {
+        let words = [&["cvm", "pair", "telegram", "--server", "http://127.0.0.1:9401"], more].concat();
+        let mut command = machine.command(&words);
+        command.env("MUX_ADMIN_TOKEN", ADMIN_TOKEN).env("MASTER_KEY", MASTER_KEY);
+        command.env("MUX_INBOUND_URL", "https://here.example.org/v1/mux/inbound");
+        let output = command.output().expect("nsenter runs");
+        assert_ne!(output.status.code(), Some(0), "the spy answers 404");
+        spy.seen()
+    };
+    let other = "0".repeat(64);
+    let seen = pair(&["--device", &other]);
+    assert!(seen.contains(&other) && !seen.contains("here.example.org"), "{seen}");
+    let seen = pair(&[]);
+    assert!(seen.contains("here.example.org"), "{seen}");
 }
 
 // === The real gateway ===

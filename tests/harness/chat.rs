@@ -73,6 +73,7 @@ struct State {
     script: Arc<Script>,
     /// What `/readyz` says, and whether questions are taken.
     ready: bool,
+    turned_away: usize,
     at_once: HashMap<String, usize>,
     most_in_a_session: usize,
     most: usize,
@@ -94,6 +95,7 @@ impl Chat {
             asked: Vec::new(),
             script: Arc::new(script),
             ready: true,
+            turned_away: 0,
             at_once: HashMap::new(),
             most_in_a_session: 0,
             most: 0,
@@ -116,6 +118,11 @@ impl Chat {
     /// All questions so far.
     pub fn asked(&self) -> Vec<Asked> {
         lock(&self.state).asked.clone()
+    }
+
+    /// How many questions came while it was not ready.
+    pub fn turned_away(&self) -> usize {
+        lock(&self.state).turned_away
     }
 
     /// How many questions were being answered at the same time: at most in any one session, and
@@ -153,6 +160,7 @@ fn answer(request: &Request<'_>, state: &Mutex<State>) -> Reply {
     let (script, number) = {
         let mut state = lock(state);
         if !state.ready {
+            state.turned_away += 1;
             return Reply::json(503, &json!({"error": {"message": "not ready", "type": "unavailable"}}));
         }
         state.asked.push(asked.clone());

@@ -90,7 +90,8 @@ fn specification(args: &PairArgs) -> Result<PairSpec, Trouble> {
         base_url: base_url.as_str().to_owned(),
         admin_token: admin_token()?,
         device_id,
-        inbound_url: inbound_url.or_else(|| given("MUX_INBOUND_URL")),
+        // Another device is not reached where this one is.
+        inbound_url: inbound_url.or_else(|| given("MUX_INBOUND_URL").filter(|_| args.device.is_none())),
         channel: args.channel.clone(),
         session_key: args.session.clone(),
         ttl_s: args.ttl,

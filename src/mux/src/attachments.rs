@@ -1,7 +1,7 @@
 //! What came with a message: pictures for the agent to see, and a line about everything else.
 //!
 //! The gateway's endpoint takes pictures, 8 of them, 10 MB each; other files it cannot take, and the
-//! agent is told of them. Files are fetched from the mux-server with our token, from elsewhere over
+//! agent is told of them. No more than 8 are tried, in a minute at most for all of them. Files are fetched from the mux-server with our token, from elsewhere over
 //! https without it.
 //!
 //! Refuses more than its memory holds: what is left out is named to the agent.
@@ -9,7 +9,7 @@
 
 use crate::backoff::Backoff;
 use crate::event::{Attachment, Source};
-use crate::http::{Ask, Http, TOO_LARGE};
+use crate::http::{Ask, Http, Unanswered};
 use crate::register::Registration;
 use base64::display::Base64Display;
 use base64::prelude::BASE64_STANDARD;
@@ -19,6 +19,7 @@ use hyper::header::CONTENT_TYPE;
 use std::borrow::Cow;
 use std::fmt;
 use std::time::Duration;
+use tokio::time::Instant;
 
 const PICTURES: [&str; 6] =
     ["image/jpeg", "image/png", "image/gif", "image/webp", "image/heic", "image/heif"];
@@ -26,6 +27,8 @@ const PICTURES_MAX: usize = 8;
 /// Of all pictures of one message, as they are sent: what this program has memory for.
 const BYTES_MAX: usize = 10 * 1024 * 1024;
 const TIME: Duration = Duration::from_secs(30);
+/// Of all pictures of one message: somebody waits for the answer.
+const TIME_OF_ALL: Duration = Duration::from_secs(60);
 /// Then the message goes without it.
 const TRIES: u32 = 6;
 const NAME_MAX: usize = 80;
@@ -52,7 +55,7 @@ impl fmt::Display for Picture<'_> {
 }
 
 impl Picture<'_> {
-    fn size(&self) -> usize {
+    pub(crate) fn size(&self) -> usize {
         match &self.data {
             Data::Base64(text) => text.len(),
             Data::Raw(bytes) => bytes.len().div_ceil(3) * 4,
@@ -67,15 +70,18 @@ pub(crate) async fn gather<'a>(
     registration: &Registration,
 ) -> (Vec<Picture<'a>>, Vec<String>) {
     let (mut pictures, mut lines) = (Vec::<Picture<'a>>::new(), Vec::new());
+    let (end, mut tried) = (Instant::now() + TIME_OF_ALL, 0);
     for one in given {
         let about = about(&one);
         let is_picture = PICTURES.contains(&one.mime.as_str());
         let outcome = if !is_picture {
             Err("this kind of file cannot be shown to you")
-        } else if pictures.len() >= PICTURES_MAX {
+        } else if tried >= PICTURES_MAX {
             Err("too many pictures in one message")
         } else {
-            picture(one, http, registration).await
+            tried += 1;
+            let trying = tokio::time::timeout_at(end, picture(one, http, registration));
+            trying.await.unwrap_or(Err("it could not be had in time"))
         };
         let used: usize = pictures.iter().map(Picture::size).sum();
         match outcome {
@@ -85,6 +91,11 @@ pub(crate) async fn gather<'a>(
         }
     }
     (pictures, lines)
+}
+
+/// Lines in the place of what the gateway did not take.
+pub(crate) fn leave_out(given: &[Attachment<'_>]) -> Vec<String> {
+    given.iter().map(|one| format!("[attachment: {}; left out: it was not taken]", about(one))).collect()
 }
 
 fn about(one: &Attachment<'_>) -> String {
@@ -131,15 +142,40 @@ fn bare(text: &str) -> &str {
     if text.starts_with("data:") { text.split_once(',').map_or("", |(_, data)| data) } else { text }
 }
 
+/// Below it are the files that the mux-server keeps for us.
+const FILES: &str = "/v1/mux/files/";
+
 /// Where a file is, and whether our token belongs there.
 fn place(url: &str, base: &str) -> Option<(String, bool)> {
-    if url.starts_with('/') && !url.starts_with("//") {
-        return Some((format!("{base}{url}"), true));
-    }
-    if url.strip_prefix(base).is_some_and(|rest| rest.starts_with('/')) {
-        return Some((url.to_owned(), true));
-    }
-    url.starts_with("https://").then(|| (url.to_owned(), false))
+    let whole = if url.starts_with('/') && !url.starts_with("//") {
+        Cow::Owned(format!("{base}{url}"))
+    } else {
+        Cow::Borrowed(url)
+    };
+    let (base_host, base_path) = parts(base)?;
+    let (host, path) = parts(&whole)?;
+    let below = path.strip_prefix(base_path.trim_end_matches('/')).filter(|_| host == base_host);
+    // What climbs or is written in another way may arrive elsewhere.
+    let plain = |path: &str| !path.contains("..") && !path.contains(['%', '\\']) && !path.contains("//");
+    let is_file =
+        |rest: &str| rest.starts_with(FILES) && plain(rest.split(['?', '#']).next().unwrap_or_default());
+    let ours = below.is_some_and(is_file);
+    (ours || host.starts_with("https://")).then(|| (whole.into_owned(), ours))
+}
+
+/// Scheme and host with its port, in one form, and the rest.
+fn parts(url: &str) -> Option<(String, &str)> {
+    let (scheme, rest) = url.split_once("://")?;
+    let (host, path) = rest.split_at(rest.find(['/', '?', '#']).unwrap_or(rest.len()));
+    let scheme = scheme.to_ascii_lowercase();
+    let usual = match scheme.as_str() {
+        "https" => ":443",
+        "http" => ":80",
+        _ => return None,
+    };
+    let host = host.to_ascii_lowercase();
+    let host = host.strip_suffix(usual).unwrap_or(&host);
+    (!host.is_empty()).then(|| (format!("{scheme}://{host}"), path))
 }
 
 async fn fetch(
@@ -182,7 +218,7 @@ async fn fetch(
             Ok(answer) if matches!(answer.status, 300..=407 | 409..=424 | 426..=428 | 430..=499) => {
                 return Err("it could not be had");
             }
-            Err(why) if why.starts_with(TOO_LARGE) => return Err("too large"),
+            Err(Unanswered::TooLarge(_)) => return Err("too large"),
             Ok(_) | Err(_) => {}
         }
         tokio::time::sleep(backoff.next()).await;
@@ -202,7 +238,25 @@ mod tests {
             at("/v1/mux/files/telegram?x=1").unwrap().0,
             "https://mux.example.org/v1/mux/files/telegram?x=1"
         );
-        assert!(at("/v1/x").unwrap().1 && at("https://mux.example.org/v1/x").unwrap().1);
+        let ours = |url: &str| at(url).unwrap().1;
+        assert!(
+            ours("/v1/mux/files/telegram?x=%2F..") && ours("https://mux.example.org/v1/mux/files/whatsapp?a")
+        );
+        assert!(
+            ours("https://mux.example.org:443/v1/mux/files/telegram")
+                && ours("HTTPS://MUX.example.org/v1/mux/files/a")
+        );
+        let port = place("https://mux.example.org/v1/mux/files/a", "https://mux.example.org:443");
+        assert!(port.unwrap().1);
+        for other in [
+            "/v1/x",
+            "https://mux.example.org/v1/admin",
+            "https://mux.example.org:444/v1/mux/files/telegram",
+            "/v1/mux/files/../admin",
+            "/v1/mux/files/%2e%2e/admin",
+        ] {
+            assert!(!ours(other), "{other}");
+        }
         assert!(!at("https://mux.example.org.evil.example/v1/x").unwrap().1);
         assert!(!at("https://cdn.example.org/a.png").unwrap().1);
         assert!(

@@ -2,7 +2,7 @@
 //! different ones.
 //!
 //! ```text
-//! received ──> asked (the gateway) ──> answered (kept, in parts) ──> sent (each part) ──> done
+//! received ──> gathered (pictures) ──> asked (the gateway) ──> answered (kept, in parts) ──> sent (each part) ──> done
 //! ```
 //!
 //! Each arrow ends with a commit, and what comes after a crash begins at the last one. So the agent
@@ -21,12 +21,13 @@ use crate::outbound::{self, Outbound, Part};
 use crate::queue::{Failure, Open, Queue};
 use crate::register::Registration;
 use crate::split;
+use bytes::Bytes;
 use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-use tokio::sync::{Notify, Semaphore, watch};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, SemaphorePermit, watch};
 
 /// Runs of the agent beside each other. The gateway has its own limit; this one is against asking it
 /// a thousand things at once.
@@ -39,6 +40,12 @@ const GATEWAY: (Duration, Duration) = (Duration::from_millis(500), Duration::fro
 const FAILED: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
 /// A run that goes on failing for this long would hold up its chat for ever.
 const FAILING_MAX: Duration = Duration::from_secs(15 * 60);
+/// And for at least so many runs: the gateway may have been away in between.
+const FAILURES_MIN: u32 = 3;
+/// What the mux-server fails at for this long, answering each time, it will not take.
+const UNSENDABLE: Duration = Duration::from_secs(24 * 3600);
+/// A body of more bytes is loaded when no other one of its kind is in memory.
+const LARGE: u64 = 256 * 1024;
 /// A refusal may be a moment's: a configuration that is being written, say.
 const REFUSALS_MAX: u32 = 3;
 const STATISTICS: Duration = Duration::from_secs(1);
@@ -64,7 +71,8 @@ pub(crate) struct Dispatch {
     bytes: AtomicU64,
     slots: Semaphore,
     senders: Semaphore,
-    /// Messages with attachments go one at a time, until they are on their way.
+    /// Large messages and those with attachments go one at a time, until they are on their way. Who has
+    /// a slot never waits for this, so that what cannot be fetched holds up no other chat.
     heavy: Arc<Semaphore>,
     stopping: watch::Receiver<bool>,
     running: AtomicUsize,
@@ -162,7 +170,7 @@ impl Dispatch {
                 next
             };
             let Some((seq, size)) = next else { return };
-            if self.is_stopping() || self.process(seq).await.is_err() {
+            if self.is_stopping() || self.process(seq, size).await.is_err() {
                 return;
             }
             if let Some(open) = self.sessions().get_mut(session) {
@@ -174,29 +182,32 @@ impl Dispatch {
         }
     }
 
-    async fn process(&self, seq: i64) -> Result<(), Stopping> {
-        let mut tries = Tries::new();
+    async fn process(&self, seq: i64, size: u64) -> Result<(), Stopping> {
+        let mut tries = Tries::new(size > LARGE);
         loop {
             let Some(answered) = self.insist(|| self.queue.is_answered(seq)).await? else { return Ok(()) };
-            // What waits, waits in the queue: only what is worked on is in memory.
-            let room = if answered { &self.senders } else { &self.slots };
-            let Ok(permit) = room.acquire().await else { return Err(Stopping) };
-            if self.is_stopping() {
-                return Err(Stopping);
-            }
-            let Some(open) = self.insist(|| self.queue.load(seq)).await? else { return Ok(()) };
-            let next = if open.answered {
-                self.send(seq, &open, &mut tries).await?
+            let next = if answered {
+                self.send_on(seq, size, &mut tries).await?
             } else {
-                self.answer(seq, open, &mut tries).await?
+                self.answer(seq, &mut tries).await?
             };
-            drop(permit);
             match next {
                 Next::Done => return Ok(()),
                 Next::Now => {}
                 Next::After(span) => self.pause(span).await?,
             }
         }
+    }
+
+    /// What waits, waits in the queue: only what is worked on is in memory.
+    async fn place<'a>(&self, room: &'a Semaphore) -> Result<SemaphorePermit<'a>, Stopping> {
+        let permit = room.acquire().await.map_err(|_| Stopping)?;
+        if self.is_stopping() { Err(Stopping) } else { Ok(permit) }
+    }
+
+    async fn alone(&self) -> Result<OwnedSemaphorePermit, Stopping> {
+        let permit = Arc::clone(&self.heavy).acquire_owned().await.map_err(|_| Stopping)?;
+        if self.is_stopping() { Err(Stopping) } else { Ok(permit) }
     }
 
     async fn end(&self, seq: i64, id: &str, outcome: &str) -> Result<Next, Stopping> {
@@ -234,51 +245,83 @@ impl Dispatch {
 
     // === The agent ===
 
-    /// Asks once, and keeps what comes of it.
-    async fn answer(&self, seq: i64, open: Open, tries: &mut Tries) -> Result<Next, Stopping> {
-        let (id, limit) = (open.id.clone(), split::limit_of(&open.channel));
-        let ignored = |why: String| {
-            self.desk.change(|board| board.ignored += 1);
-            why
+    /// Asks once, keeps what comes of it, and sends it.
+    async fn answer(&self, seq: i64, tries: &mut Tries) -> Result<Next, Stopping> {
+        if tries.heavy && tries.was_away {
+            self.gateway_is_back().await?;
+        }
+        let (question, slot) = match self.question(seq, tries).await? {
+            Made::Whole(question, slot) => (question, slot),
+            Made::Nothing(next) => return Ok(next),
         };
-        let outcome = match self.ask(open).await? {
-            Asked::Outcome(outcome) => outcome,
-            Asked::Nothing(why) => return self.end(seq, &id, &ignored(why)).await,
+        let Question { mut letter, body, room, has_pictures } = *question;
+        let asking = self.gateway.ask(&letter.session, &letter.channel, body, room);
+        let outcome = tokio::select! {
+            outcome = asking => outcome,
+            () = self.outbound.type_on(&letter.channel, &letter.session) => return Err(Stopping),
         };
+        drop(slot);
+        tries.was_away = matches!(outcome, gateway::Outcome::Later(_));
+        let is_well = || self.desk.change(|board| board.gateway_error = None);
         let answer = match outcome {
             gateway::Outcome::Answer(text) => {
-                self.desk.change(|board| board.gateway_error = None);
+                is_well();
                 text
             }
             gateway::Outcome::Silence => {
-                self.desk.change(|board| board.gateway_error = None);
-                return self.end(seq, &id, &ignored("the agent says nothing".to_owned())).await;
+                is_well();
+                return self.ignore(seq, &letter.id, "the agent says nothing").await;
             }
             gateway::Outcome::Later(why) => {
                 self.desk.change(|board| board.gateway_error = Some(why));
-                return Ok(Next::After(tries.away.next()));
+                // What it costs to ask again counts.
+                let wait = if tries.heavy { &mut tries.failing } else { &mut tries.away };
+                return Ok(Next::After(wait.next()));
             }
             gateway::Outcome::Failed(why) => {
-                let since = *tries.failing_since.get_or_insert_with(Instant::now);
-                if since.elapsed() < FAILING_MAX {
+                if !tries.is_failing_for_good() {
                     self.desk.change(|board| board.gateway_error = Some(why));
                     return Ok(Next::After(tries.failing.next()));
                 }
-                self.give_up(&format!("event {seq}: {why}, for {} min", FAILING_MAX.as_secs() / 60));
+                is_well();
+                self.give_up(&format!("event {seq}: {why}, {} times", tries.failures));
                 NOT_ANSWERED.to_owned()
             }
-            gateway::Outcome::Refused(why) => {
+            gateway::Outcome::Refused(400 | 413, _) if has_pictures => {
+                tries.without_pictures = true;
+                return Ok(Next::Now);
+            }
+            gateway::Outcome::Refused(_, why) => {
                 tries.refusals += 1;
                 if tries.refusals < REFUSALS_MAX {
                     return Ok(Next::After(tries.failing.next()));
                 }
+                is_well();
                 self.give_up(&format!("event {seq}: the gateway refuses it with {why}"));
                 NOT_TAKEN.to_owned()
             }
         };
-        let parts = split::messages(&answer, limit);
+        let parts = split::messages(&answer, split::limit_of(&letter.channel));
         self.insist(|| self.queue.answered(seq, parts.clone())).await?;
-        Ok(Next::Now)
+        self.changed.notify_one();
+        letter.parts = (0..).zip(parts).collect();
+        // At once, on a stop too: see `main`.
+        let Ok(_permit) = self.senders.acquire().await else { return Err(Stopping) };
+        self.send(seq, &letter, tries).await
+    }
+
+    /// Before much is loaded for it.
+    async fn gateway_is_back(&self) -> Result<(), Stopping> {
+        let mut backoff = Backoff::new(GATEWAY.0, GATEWAY.1);
+        while !self.gateway.is_ready().await {
+            self.pause(backoff.next()).await?;
+        }
+        Ok(())
+    }
+
+    async fn ignore(&self, seq: i64, id: &str, why: &str) -> Result<Next, Stopping> {
+        self.desk.change(|board| board.ignored += 1);
+        self.end(seq, id, why).await
     }
 
     /// The record of what did not end as somebody expected.
@@ -287,60 +330,97 @@ impl Dispatch {
         self.desk.change(|board| board.refused += 1);
     }
 
-    async fn ask(&self, open: Open) -> Result<Asked, Stopping> {
-        let message = match Message::read(&open.body) {
-            Ok(message) => message,
-            Err(at) => return Ok(Asked::Nothing(format!("ignored: it is no message, {at}"))),
-        };
-        if !message.for_us {
-            return Ok(Asked::Nothing("ignored: a group that did not mention us".to_owned()));
-        }
-        if message.text.is_empty() && message.attachments.is_empty() {
-            return Ok(Asked::Nothing("ignored: it is empty".to_owned()));
-        }
-        let Message { mut text, attachments, .. } = message;
-        let (body, room) = if attachments.is_empty() {
-            (gateway::question(&text, &[]), None)
+    /// What the gateway is asked, and a slot to ask it in.
+    async fn question(&self, seq: i64, tries: &mut Tries) -> Result<Made<'_>, Stopping> {
+        let mut slot = None;
+        let mut room = None;
+        if tries.heavy {
+            room = Some(self.alone().await?);
         } else {
-            let room = Arc::clone(&self.heavy).acquire_owned().await.ok();
-            let gathering = attachments::gather(attachments, &self.http, &self.registration);
-            let (pictures, lines) = tokio::select! {
-                gathered = gathering => gathered,
-                () = self.stopped() => return Err(Stopping),
-            };
-            for line in lines {
-                if !text.is_empty() {
-                    text.push('\n');
-                }
-                text.push_str(&line);
-            }
-            (gateway::question(&text, &pictures), room)
-        };
-        let Open { session, channel, body: received, .. } = open;
-        drop((received, text));
-        let asking = self.gateway.ask(&session, &channel, body, room);
-        tokio::select! {
-            outcome = asking => Ok(Asked::Outcome(outcome)),
-            () = self.outbound.type_on(&channel, &session) => Err(Stopping),
+            slot = Some(self.place(&self.slots).await?);
         }
+        let Some(open) = self.insist(|| self.queue.load(seq)).await? else {
+            return Ok(Made::Nothing(Next::Done));
+        };
+        let mut message = match Message::read(&open.body) {
+            Ok(message) => message,
+            Err(at) => {
+                self.desk.failed(format!("event {seq} is no message that can be read, {at}"));
+                self.desk.change(|board| board.refused += 1);
+                return self.end(seq, &open.id, "refused: it is no message").await.map(Made::Nothing);
+            }
+        };
+        let nothing = if !message.for_us {
+            Some("ignored: a group that did not mention us")
+        } else if message.text.is_empty() && message.attachments.is_empty() {
+            Some("ignored: it is empty")
+        } else {
+            None
+        };
+        if let Some(why) = nothing {
+            return self.ignore(seq, &open.id, why).await.map(Made::Nothing);
+        }
+        let given = std::mem::take(&mut message.attachments);
+        let (pictures, lines) = if tries.without_pictures {
+            (Vec::new(), attachments::leave_out(&given))
+        } else if given.is_empty() {
+            (Vec::new(), Vec::new())
+        } else if tries.heavy {
+            tokio::select! {
+                gathered = attachments::gather(given, &self.http, &self.registration) => gathered,
+                () = self.stopped() => return Err(Stopping),
+            }
+        } else {
+            tries.heavy = true;
+            return Ok(Made::Nothing(Next::Now));
+        };
+        for line in lines {
+            if !message.text.is_empty() {
+                message.text.push('\n');
+            }
+            message.text.push_str(&line);
+        }
+        let body = gateway::question(&message.text, &pictures);
+        let has_pictures = !pictures.is_empty();
+        drop(pictures);
+        let message = message.address();
+        let Open { id, session, channel, body: received, .. } = open;
+        drop(received);
+        let letter = Letter { id, session, channel, message, parts: Vec::new() };
+        let slot = match slot {
+            Some(slot) => slot,
+            None => self.place(&self.slots).await?,
+        };
+        Ok(Made::Whole(Box::new(Question { letter, body, room, has_pictures }), slot))
     }
 
     // === The answer ===
 
+    /// What was answered before.
+    async fn send_on(&self, seq: i64, size: u64, tries: &mut Tries) -> Result<Next, Stopping> {
+        let room = if size > LARGE { Some(self.alone().await?) } else { None };
+        let _permit = self.place(&self.senders).await?;
+        let Some(open) = self.insist(|| self.queue.load(seq)).await? else { return Ok(Next::Done) };
+        let message = Message::read(&open.body).unwrap_or_default().address();
+        let Open { id, session, channel, parts, body, .. } = open;
+        drop((body, room));
+        self.send(seq, &Letter { id, session, channel, message, parts }, tries).await
+    }
+
     /// All parts, as far as it goes now.
-    async fn send(&self, seq: i64, open: &Open, tries: &mut Tries) -> Result<Next, Stopping> {
-        let message = Message::read(&open.body).unwrap_or_default();
-        for (number, text) in &open.parts {
+    async fn send(&self, seq: i64, letter: &Letter, tries: &mut Tries) -> Result<Next, Stopping> {
+        for (number, text) in &letter.parts {
             let part = Part {
-                event: &open.id,
+                event: &letter.id,
                 number: *number,
-                channel: &open.channel,
-                session: &open.session,
+                channel: &letter.channel,
+                session: &letter.session,
                 text,
-                message: &message,
+                message: &letter.message,
             };
             // One that is under way gets its time: see `main`.
             let pass = tokio::select! {
+                biased;
                 pass = self.registration.pass() => pass,
                 () = self.stopped() => return Err(Stopping),
             };
@@ -349,22 +429,35 @@ impl Dispatch {
                 // The rest of these words would not go with those that have arrived.
                 outbound::Outcome::AnsweredBefore => {
                     self.desk.change(|board| board.answered += 1);
-                    return self.end(seq, &open.id, "answered before, in other words").await;
+                    return self.end(seq, &letter.id, "answered before, in other words").await;
                 }
                 outbound::Outcome::Refused(why) => {
-                    self.desk.failed(format!("the mux-server refuses the answer to event {seq}: {why}"));
-                    self.desk.change(|board| board.refused += 1);
-                    return self.end(seq, &open.id, &format!("refused: {why}")).await;
+                    return self.refused(seq, &letter.id, &why).await;
+                }
+                outbound::Outcome::Failed(why, _) if tries.is_unsendable(Instant::now()) => {
+                    return self.refused(seq, &letter.id, &format!("{why}, for a day")).await;
+                }
+                outbound::Outcome::Failed(why, after) => {
+                    tries.unsent_since.get_or_insert_with(Instant::now);
+                    self.desk.failed(format!("{why}; it is tried again"));
+                    return Ok(Next::After(tries.sending.next().max(after.unwrap_or_default())));
                 }
                 outbound::Outcome::Unknown(why, after) => {
                     self.desk.failed(format!("{why}; it is tried again"));
                     return Ok(Next::After(tries.sending.next().max(after.unwrap_or_default())));
                 }
             }
+            tries.unsent_since = None;
             self.insist(|| self.queue.sent(seq, *number)).await?;
         }
         self.desk.change(|board| board.answered += 1);
-        self.end(seq, &open.id, "answered").await
+        self.end(seq, &letter.id, "answered").await
+    }
+
+    async fn refused(&self, seq: i64, id: &str, why: &str) -> Result<Next, Stopping> {
+        self.desk.failed(format!("the mux-server refuses the answer to event {seq}: {why}"));
+        self.desk.change(|board| board.refused += 1);
+        self.end(seq, id, &format!("refused: {why}")).await
     }
 
     // === Besides ===
@@ -389,6 +482,7 @@ impl Dispatch {
                     self.desk.failed(failure.to_string());
                 }
             }
+            while let Ok(true) = self.queue.shrink().await {}
             if let Ok(depth) = self.queue.depth().await {
                 self.desk.change(|board| {
                     (board.waiting, board.to_send) = (depth.waiting, depth.answered);
@@ -408,9 +502,28 @@ enum Next {
     After(Duration),
 }
 
-enum Asked {
-    Outcome(gateway::Outcome),
-    Nothing(String),
+/// What goes to a chat, and where that is.
+struct Letter {
+    id: String,
+    session: String,
+    channel: String,
+    message: Message<'static>,
+    /// Number and text.
+    parts: Vec<(i64, String)>,
+}
+
+struct Question {
+    letter: Letter,
+    body: Bytes,
+    /// Held until a large body is on its way.
+    room: Option<OwnedSemaphorePermit>,
+    has_pictures: bool,
+}
+
+enum Made<'a> {
+    Whole(Box<Question>, SemaphorePermit<'a>),
+    /// There is nothing to ask, or not yet.
+    Nothing(Next),
 }
 
 /// What one event has behind it in this life.
@@ -419,17 +532,66 @@ struct Tries {
     failing: Backoff,
     sending: Backoff,
     failing_since: Option<Instant>,
+    failures: u32,
     refusals: u32,
+    unsent_since: Option<Instant>,
+    /// It is large, or has attachments.
+    heavy: bool,
+    was_away: bool,
+    without_pictures: bool,
 }
 
 impl Tries {
-    fn new() -> Self {
+    fn new(heavy: bool) -> Self {
         Self {
             away: Backoff::new(GATEWAY.0, GATEWAY.1),
             failing: Backoff::new(FAILED.0, FAILED.1),
             sending: Backoff::of_contract(),
             failing_since: None,
+            failures: 0,
             refusals: 0,
+            unsent_since: None,
+            heavy,
+            was_away: false,
+            without_pictures: false,
         }
+    }
+
+    /// One more run has failed.
+    fn is_failing_for_good(&mut self) -> bool {
+        self.failures += 1;
+        let since = *self.failing_since.get_or_insert_with(Instant::now);
+        self.failures >= FAILURES_MIN && since.elapsed() >= FAILING_MAX
+    }
+
+    fn is_unsendable(&self, now: Instant) -> bool {
+        self.unsent_since.is_some_and(|since| now.duration_since(since) >= UNSENDABLE)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_mux_server_fails_at_is_tried_for_a_day() {
+        let (mut tries, now) = (Tries::new(false), Instant::now());
+        assert!(!tries.is_unsendable(now + 2 * UNSENDABLE));
+        tries.unsent_since = Some(now);
+        assert!(!tries.is_unsendable(now + UNSENDABLE / 2));
+        assert!(tries.is_unsendable(now + UNSENDABLE));
+    }
+
+    #[test]
+    fn a_run_that_failed_a_few_times_in_a_short_time_is_tried_again() {
+        let mut tries = Tries::new(false);
+        for _ in 0..10 {
+            assert!(!tries.is_failing_for_good());
+        }
+        tries.failing_since = Instant::now().checked_sub(FAILING_MAX);
+        assert!(tries.is_failing_for_good());
+        // The gateway may have been away for all that time.
+        tries.failures = 1;
+        assert!(!tries.is_failing_for_good());
     }
 }

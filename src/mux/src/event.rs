@@ -1,7 +1,7 @@
 //! What the mux-server hands us, read: first only what the queue needs, later the message.
 //!
-//! Lenient where the chat platforms differ (numbers as text, fields that are null), strict about
-//! what a message cannot be without. Pure.
+//! Lenient where the chat platforms differ (numbers as text, fields that are null or of another type),
+//! strict about what a message cannot be without. Pure.
 //! May import: nothing of this crate.
 
 use serde::{Deserialize, Deserializer};
@@ -26,14 +26,15 @@ pub(crate) struct Head {
 impl Head {
     /// None with a rule when it cannot be an event.
     pub(crate) fn read(from: impl std::io::Read) -> Result<Self, &'static str> {
-        let head: Self = serde_json::from_reader(from)
+        // It reads a byte at a time.
+        let head: Self = serde_json::from_reader(std::io::BufReader::new(from))
             .map_err(|_| "the body is no event: JSON with eventId, channel and sessionKey")?;
         let fits = |text: &str| !text.is_empty() && text.len() <= NAME_MAX;
         if !fits(&head.event_id) || !fits(&head.session_key) || !fits(&head.channel) {
             return Err("eventId, channel and sessionKey have 1 to 1024 bytes");
         }
-        if head.session_key.chars().any(char::is_control) {
-            return Err("sessionKey has no control characters");
+        if head.session_key.chars().chain(head.channel.chars()).any(char::is_control) {
+            return Err("sessionKey and channel have no control characters");
         }
         Ok(head)
     }
@@ -72,7 +73,7 @@ pub(crate) enum Source<'a> {
 #[serde(rename_all = "camelCase")]
 struct Whole<'a> {
     #[serde(borrow, default)]
-    event: Option<Inner<'a>>,
+    event: Option<&'a RawValue>,
     #[serde(default, deserialize_with = "text")]
     body: Option<String>,
     #[serde(default, deserialize_with = "text")]
@@ -88,12 +89,12 @@ struct Whole<'a> {
     #[serde(borrow, default)]
     channel_data: Option<&'a RawValue>,
     #[serde(borrow, default)]
-    attachments: Option<Vec<Given<'a>>>,
-    #[serde(default)]
-    was_mentioned: Option<bool>,
+    attachments: Option<&'a RawValue>,
+    #[serde(default, deserialize_with = "text")]
+    was_mentioned: Option<String>,
 }
 
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
 struct Inner<'a> {
     #[serde(default, deserialize_with = "text")]
     kind: Option<String>,
@@ -131,6 +132,15 @@ fn word(value: &Value) -> Option<String> {
     }
 }
 
+fn is_yes(text: &str) -> bool {
+    ["true", "yes", "1"].iter().any(|yes| text.trim().eq_ignore_ascii_case(yes))
+}
+
+/// None when it is something else.
+fn typed<'a, T: Deserialize<'a>>(raw: &'a RawValue) -> Option<T> {
+    serde_json::from_str(raw.get()).ok()
+}
+
 /// Larger raw envelopes are not searched: what is looked for stands in small ones.
 const RAW_MAX: usize = 256 * 1024;
 
@@ -144,11 +154,16 @@ fn first(value: &Value, pointers: &[&str]) -> Option<Value> {
 }
 
 impl<'a> Message<'a> {
+    /// Where an answer goes, without what was said.
+    pub(crate) fn address(self) -> Message<'static> {
+        Message { text: String::new(), attachments: Vec::new(), ..self }
+    }
+
     pub(crate) fn read(bytes: &'a [u8]) -> Result<Self, String> {
         // The text of the error says where, and quotes nothing.
         let whole: Whole<'a> =
             serde_json::from_slice(bytes).map_err(|e| format!("line {} column {}", e.line(), e.column()))?;
-        let (kind, raw) = whole.event.map_or((None, None), |e| (e.kind, e.raw));
+        let Inner { kind, raw } = whole.event.and_then(typed).unwrap_or_default();
         let kind = kind.unwrap_or_else(|| "message".to_owned());
         let (raw, data) = (small(raw), small(whole.channel_data));
         let mut said = whole.body.unwrap_or_default().trim().to_owned();
@@ -171,7 +186,8 @@ impl<'a> Message<'a> {
         }
         let direct = whole.chat_type.as_deref() != Some("group");
         // Commands and buttons are for us by their nature.
-        let for_us = direct || kind != "message" || whole.was_mentioned == Some(true);
+        let mentioned = whole.was_mentioned.as_deref().is_some_and(is_yes);
+        let for_us = direct || kind != "message" || mentioned;
         let chats = ["/chatId", "/chat_id", "/chat/id"];
         let chats_raw =
             ["/message/chat/id", "/chat/id", "/callback_query/message/chat/id", "/edited_message/chat/id"];
@@ -180,7 +196,8 @@ impl<'a> Message<'a> {
             .or_else(|| first(&raw, &chats_raw))
             .or_else(|| if direct { whole.from.as_ref().and_then(bare) } else { None })
             .or_else(|| whole.to.as_ref().and_then(bare));
-        let attachments = whole.attachments.unwrap_or_default().into_iter().map(attachment).collect();
+        let given: Vec<&RawValue> = whole.attachments.and_then(typed).unwrap_or_default();
+        let attachments = given.into_iter().filter_map(typed).map(attachment).collect();
         Ok(Self {
             text: said,
             for_us,
@@ -292,8 +309,31 @@ mod tests {
         for bad in ["", "[]", "{}", r#"{"eventId":"","channel":"c","sessionKey":"s"}"#] {
             assert!(Head::read(bad.as_bytes()).is_err(), "{bad}");
         }
-        let control = r#"{"eventId":"e","channel":"c","sessionKey":"a\nb"}"#;
-        assert!(Head::read(control.as_bytes()).is_err());
+        for control in [
+            r#"{"eventId":"e","channel":"c","sessionKey":"a\nb"}"#,
+            r#"{"eventId":"e","channel":"c\nd","sessionKey":"a"}"#,
+        ] {
+            assert!(Head::read(control.as_bytes()).is_err(), "{control}");
+        }
+    }
+
+    #[test]
+    fn a_field_of_another_type_does_not_cost_the_message() {
+        assert!(for_us(&json!({"chatType": "group", "wasMentioned": "yes"})));
+        assert!(for_us(&json!({"chatType": "group", "wasMentioned": 1})));
+        assert!(!for_us(&json!({"chatType": "group", "wasMentioned": "no"})));
+        assert!(!for_us(&json!({"chatType": "group", "wasMentioned": [true]})));
+        for change in [
+            json!({"event": "message"}),
+            json!({"attachments": "none"}),
+            json!({"attachments": ["a", 5, null]}),
+            json!({"channelData": 7, "threadId": {"a": 1}, "accountId": []}),
+        ] {
+            let bytes = event(&change);
+            assert_eq!(Message::read(&bytes).unwrap().text, "hello", "{change}");
+        }
+        let given = json!([5, {"type": "image", "fileName": ["x"], "content": "AAAA"}]);
+        assert_eq!(Message::read(&event(&json!({"attachments": given}))).unwrap().attachments.len(), 1);
     }
 
     proptest! {

@@ -6,7 +6,7 @@
 //! Refuses to judge what the agent says. May import: `attachments`, `event`, `http`.
 
 use crate::attachments::Picture;
-use crate::http::{Ask, Http};
+use crate::http::{Ask, Http, Unanswered};
 use bytes::Bytes;
 use hyper::Method;
 use serde::Serialize;
@@ -19,12 +19,16 @@ use zeroize::Zeroizing;
 const TIME: Duration = Duration::from_secs(2 * 3600);
 /// An answer is text.
 const ANSWER_MAX: usize = 4 * 1024 * 1024;
+/// What stands around a text and around a picture, some escapes included.
+const AROUND: usize = 512;
+const READY_TIME: Duration = Duration::from_secs(5);
+const READY_MAX: usize = 64 * 1024;
 /// What agents say when they want to say nothing, and what the gateway says when they said nothing.
 const SILENT: [&str; 2] = ["NO_REPLY", "No response from OpenClaw."];
 
 pub(crate) struct Gateway {
     http: Http,
-    url: String,
+    base: String,
     token: Zeroizing<String>,
 }
 
@@ -37,8 +41,8 @@ pub(crate) enum Outcome {
     Later(String),
     /// The run failed; the next one may not.
     Failed(String),
-    /// It does not take this message.
-    Refused(String),
+    /// It does not take this message: with its status.
+    Refused(u16, String),
 }
 
 #[derive(Serialize)]
@@ -88,15 +92,34 @@ pub(crate) fn question(text: &str, pictures: &[Picture<'_>]) -> Bytes {
         Content::Parts(said.into_iter().chain(shown).collect())
     };
     let chat = Chat { model: "openclaw/default", stream: false, messages: [Turn { role: "user", content }] };
+    // In one go: growing would need twice the room of what may be ten mebibytes.
+    let size = text.len() + pictures.iter().map(|one| one.size() + AROUND).sum::<usize>() + AROUND;
+    let mut bytes = Vec::with_capacity(size);
     // Strings and lists only: there is nothing that it could refuse.
-    serde_json::to_vec(&chat).unwrap_or_default().into()
+    let _ = serde_json::to_writer(&mut bytes, &chat);
+    bytes.into()
 }
 
 impl Gateway {
     pub(crate) fn new(port: u16, token: Zeroizing<String>) -> Result<Self, String> {
         // A connection of its own for each question: none that a restart has made stale.
         let http = Http::new(false, false)?;
-        Ok(Self { http, url: format!("http://127.0.0.1:{port}/v1/chat/completions"), token })
+        Ok(Self { http, base: format!("http://127.0.0.1:{port}"), token })
+    }
+
+    /// Whether it is worth a large question: something is there, and does not say that it is not ready.
+    pub(crate) async fn is_ready(&self) -> bool {
+        let ask = Ask {
+            method: Method::GET,
+            url: &format!("{}/readyz", self.base),
+            bearer: None,
+            headers: &[],
+            body: None,
+            room: None,
+            answer_max: READY_MAX,
+            time: READY_TIME,
+        };
+        self.http.ask(ask).await.is_ok_and(|answer| !matches!(answer.status, 502..=504))
     }
 
     pub(crate) async fn ask(
@@ -108,7 +131,7 @@ impl Gateway {
     ) -> Outcome {
         let ask = Ask {
             method: Method::POST,
-            url: &self.url,
+            url: &format!("{}/v1/chat/completions", self.base),
             bearer: Some(&self.token),
             headers: &[("x-openclaw-session-key", session), ("x-openclaw-message-channel", channel)],
             body: Some(body),
@@ -117,7 +140,8 @@ impl Gateway {
             time: TIME,
         };
         match self.http.ask(ask).await {
-            Err(why) => Outcome::Later(format!("the gateway does not answer: {why}")),
+            Err(why @ Unanswered::Away(_)) => Outcome::Later(format!("the gateway does not answer: {why}")),
+            Err(why) => Outcome::Failed(format!("the gateway gives no answer: {why}")),
             Ok(answer) => read(answer.status, &answer.words(), &answer.json()),
         }
     }
@@ -134,7 +158,7 @@ fn read(status: u16, words: &str, body: &Value) -> Outcome {
         401 => later("it does not take the derived token; `cvm doctor` says why"),
         404 => later("its HTTP API is off; set gateway.http.endpoints.chatCompletions.enabled to true"),
         408 | 425 | 429 => later("it is asked again"),
-        400..=499 => Outcome::Refused(words.to_owned()),
+        400..=499 => Outcome::Refused(status, words.to_owned()),
         500 => Outcome::Failed(format!("the gateway answers {words}")),
         _ => later("it is asked again"),
     }
@@ -177,7 +201,7 @@ mod tests {
             assert!(matches!(read(status, "", &json!({})), Outcome::Later(_)), "{status}");
         }
         for status in [400, 403, 413] {
-            assert!(matches!(read(status, "", &json!({})), Outcome::Refused(_)), "{status}");
+            assert!(matches!(read(status, "", &json!({})), Outcome::Refused(..)), "{status}");
         }
         assert!(matches!(read(500, "", &json!({})), Outcome::Failed(_)));
     }

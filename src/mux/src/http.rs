@@ -14,6 +14,7 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use std::convert::Infallible;
 use std::error::Error;
+use std::fmt;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -69,6 +70,26 @@ impl Answer {
     }
 }
 
+/// Why nobody knows an answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Unanswered {
+    /// Nobody was reached.
+    Away(String),
+    /// Somebody was, and it broke off, took too long, or cannot be asked at all.
+    Broken(String),
+    /// Trying again does not make it smaller.
+    TooLarge(usize),
+}
+
+impl fmt::Display for Unanswered {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Away(why) | Self::Broken(why) => f.write_str(why),
+            Self::TooLarge(most) => write!(f, "the answer is larger than {most} bytes"),
+        }
+    }
+}
+
 /// A question. `bearer` goes into the Authorization header and nowhere else.
 pub(crate) struct Ask<'a> {
     pub(crate) method: Method,
@@ -117,22 +138,23 @@ impl Http {
     }
 
     /// The answer, whatever its status; or why nobody knows one.
-    pub(crate) async fn ask(&self, ask: Ask<'_>) -> Result<Answer, String> {
+    pub(crate) async fn ask(&self, ask: Ask<'_>) -> Result<Answer, Unanswered> {
         let time = ask.time;
         match tokio::time::timeout(time, self.exchange(ask)).await {
             Ok(outcome) => outcome,
-            Err(_) => Err(format!("no answer within {} s", time.as_secs())),
+            Err(_) => Err(Unanswered::Broken(format!("no answer within {} s", time.as_secs()))),
         }
     }
 
-    async fn exchange(&self, ask: Ask<'_>) -> Result<Answer, String> {
+    async fn exchange(&self, ask: Ask<'_>) -> Result<Answer, Unanswered> {
+        let broken = |why: &str| Unanswered::Broken(why.to_owned());
         let mut request = Request::builder()
             .method(ask.method)
             .uri(ask.url)
             .header(USER_AGENT, concat!("openclaw-cvm/", env!("CARGO_PKG_VERSION")));
         if let Some(bearer) = ask.bearer {
             let mut value = HeaderValue::try_from(format!("Bearer {bearer}"))
-                .map_err(|_| "the token cannot stand in a header".to_owned())?;
+                .map_err(|_| broken("the token cannot stand in a header"))?;
             value.set_sensitive(true);
             request = request.header(AUTHORIZATION, value);
         }
@@ -141,20 +163,22 @@ impl Http {
         }
         for (name, value) in ask.headers {
             let value = HeaderValue::from_bytes(value.as_bytes())
-                .map_err(|_| format!("{name} cannot stand in a header"))?;
+                .map_err(|_| broken(&format!("{name} cannot stand in a header")))?;
             request = request.header(*name, value);
         }
         let request = request
             .body(Payload { data: ask.body, _room: ask.room })
-            .map_err(|_| "this is no address that can be asked".to_owned())?;
-        let answer = self.client.request(request).await.map_err(|e| words(&e))?;
+            .map_err(|_| broken("this is no address that can be asked"))?;
+        let answer = self.client.request(request).await.map_err(|e| {
+            if e.is_connect() { Unanswered::Away(words(&e)) } else { Unanswered::Broken(words(&e)) }
+        })?;
         let (parts, mut body) = answer.into_parts();
         let mut bytes = BytesMut::new();
         while let Some(frame) = body.frame().await {
-            let frame = frame.map_err(|e| words(&e))?;
+            let frame = frame.map_err(|e| Unanswered::Broken(words(&e)))?;
             if let Some(data) = frame.data_ref() {
                 if bytes.len() + data.len() > ask.answer_max {
-                    return Err(format!("{TOO_LARGE} than {} bytes", ask.answer_max));
+                    return Err(Unanswered::TooLarge(ask.answer_max));
                 }
                 bytes.extend_from_slice(data);
             }
@@ -188,9 +212,6 @@ impl Body for Payload {
         SizeHint::with_exact(self.data.as_ref().map_or(0, Bytes::len) as u64)
     }
 }
-
-/// How the one error begins that trying again does not change.
-pub(crate) const TOO_LARGE: &str = "the answer is larger";
 
 /// The last cause says most; none of them holds a header or a body.
 fn words(error: &(dyn Error + 'static)) -> String {

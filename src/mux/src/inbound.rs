@@ -47,6 +47,8 @@ const ROOM_TIME: Duration = Duration::from_secs(2);
 /// Events that are not done. The server keeps what is not taken.
 const DEPTH_MAX: u64 = 50_000;
 const DEPTH_BYTES_MAX: u64 = 512 * 1024 * 1024;
+/// With a bucket, where the queue goes as one file whenever it has changed.
+const DEPTH_BYTES_MAX_BUCKET: u64 = 64 * 1024 * 1024;
 
 pub(crate) struct Door {
     pub(crate) registration: Arc<Registration>,
@@ -56,6 +58,7 @@ pub(crate) struct Door {
     pub(crate) desk: Arc<Desk>,
     pub(crate) bodies: Arc<Semaphore>,
     pub(crate) guests: Guests,
+    bytes_max: u64,
 }
 
 impl Door {
@@ -67,7 +70,17 @@ impl Door {
         desk: Arc<Desk>,
     ) -> Self {
         let bodies = Arc::new(Semaphore::new(BODIES_KIB as usize));
-        Self { registration, queue, dispatch, replication, desk, bodies, guests: Guests::default() }
+        let bytes_max = if replication.is_some() { DEPTH_BYTES_MAX_BUCKET } else { DEPTH_BYTES_MAX };
+        Self {
+            registration,
+            queue,
+            dispatch,
+            replication,
+            desk,
+            bodies,
+            guests: Guests::default(),
+            bytes_max,
+        }
     }
 }
 
@@ -250,7 +263,7 @@ async fn take(door: &Arc<Door>, request: Request<Incoming>) -> Result<Reply, Rep
     if announced.is_some_and(|length| length > BODY_MAX) {
         return Err(too_large());
     }
-    if door.dispatch.depth() >= DEPTH_MAX || door.dispatch.bytes() >= DEPTH_BYTES_MAX {
+    if door.dispatch.depth() >= DEPTH_MAX || door.dispatch.bytes() >= door.bytes_max {
         return Err(later("the queue is full"));
     }
     let kib = u32::try_from(announced.unwrap_or(BODY_MAX).div_ceil(1024)).unwrap_or(BODIES_KIB).max(1);

@@ -225,7 +225,7 @@ async fn run(spec: MuxSpec, reports: File) -> Result<(), String> {
     };
     let desk = Arc::new(Desk::new(board, Some(reports)));
     let path = Path::new(&spec.directory).join(QUEUE);
-    let (queue, writer) = queue::Queue::open(&path).map_err(|e| format!("{}: {e}", path.display()))?;
+    let (queue, _writer) = queue::Queue::open(&path).map_err(|e| format!("{}: {e}", path.display()))?;
     let http = Arc::new(http::Http::new(spec.base_url.starts_with("https:"), true)?);
     let server = Server {
         base_url: spec.base_url.clone(),
@@ -281,11 +281,7 @@ async fn run(spec: MuxSpec, reports: File) -> Result<(), String> {
     let time = Duration::from_secs(u64::from(spec.drain_s)).saturating_sub(STOP_MARGIN);
     let _ = tokio::time::timeout(time, dispatch.rest()).await;
     helpers.shutdown().await;
-    drop((door, dispatch, queue));
     // What still runs holds the queue, and is not waited for: it may be ended at any moment.
-    if writer.is_finished() {
-        let _ = writer.join();
-    }
     Ok(())
 }
 

@@ -6,7 +6,7 @@
 //! Refuses to decide by itself that something has arrived. May import: `event`, `http`, `register`.
 
 use crate::event::Message;
-use crate::http::{Answer, Ask, Http};
+use crate::http::{Answer, Ask, Http, Unanswered};
 use crate::register::{Pass, Registration};
 use hyper::Method;
 use serde_json::{Value, json};
@@ -46,6 +46,8 @@ pub(crate) enum Outcome {
     Refused(String),
     /// Nobody knows; the same again, after this time at least.
     Unknown(String, Option<Duration>),
+    /// The server itself fails at it, and perhaps always will; the same again, but not for ever.
+    Failed(String, Option<Duration>),
 }
 
 /// Stable for ever: a changed key is an answer that arrives twice.
@@ -122,7 +124,7 @@ impl Outbound {
         key: Option<&str>,
         body: &str,
         time: Duration,
-    ) -> Result<Answer, String> {
+    ) -> Result<Answer, Unanswered> {
         let id = ("x-openclaw-id", self.registration.device_id());
         let with_key = key.map(|key| [id, ("idempotency-key", key)]);
         let headers = with_key.as_ref().map_or(std::slice::from_ref(&id), |two| &two[..]);
@@ -166,6 +168,9 @@ fn judge(answer: &Answer) -> Outcome {
             Outcome::Unknown(format!("the mux-server answers {words}"), answer.retry_after())
         }
         400..=499 => Outcome::Refused(words),
+        500 | 501 | 505..=599 => {
+            Outcome::Failed(format!("the mux-server answers {words}"), answer.retry_after())
+        }
         _ => Outcome::Unknown(format!("the mux-server answers {words}"), answer.retry_after()),
     }
 }
@@ -207,8 +212,9 @@ mod tests {
         assert_eq!(judge(&answer(409, "{}")), Outcome::AnsweredBefore);
         let refused = judge(&answer(403, r#"{"ok":false,"code":"ROUTE_NOT_BOUND"}"#));
         assert_eq!(refused, Outcome::Refused("403 ROUTE_NOT_BOUND".into()));
-        for status in [401, 404, 408, 429, 500, 502, 503] {
+        for status in [401, 404, 408, 429, 502, 503, 504] {
             assert!(matches!(judge(&answer(status, "")), Outcome::Unknown(..)), "{status}");
         }
+        assert!(matches!(judge(&answer(500, "")), Outcome::Failed(..)));
     }
 }

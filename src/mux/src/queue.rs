@@ -25,6 +25,11 @@ const BATCH: usize = 128;
 const KEPT_MS: u64 = 7 * 24 * 3600 * 1000;
 const KEPT_AT_LEAST_MS: u64 = 2 * 24 * 3600 * 1000;
 const DONE_MAX: i64 = 100_000;
+/// Free pages of 4 KiB that stay for what comes next, while something is open and while nothing is.
+const FREE_BUSY: i64 = 1024;
+const FREE_IDLE: i64 = 64;
+/// Pages in one transaction: acknowledgements wait for it.
+const FREE_ROUND: i64 = 1024;
 const SCHEMA_VERSION: i64 = 1;
 
 const SCHEMA: &str = "
@@ -47,7 +52,8 @@ CREATE TABLE part (
 );
 ";
 
-type Finish = Box<dyn FnOnce(Result<(), Failure>) + Send>;
+/// What follows the transaction, whatever became of it.
+type Finish = Box<dyn FnOnce(&Connection, Result<(), Failure>) + Send>;
 type Job = Box<dyn FnOnce(&Connection) -> (bool, Finish) + Send>;
 
 /// The queue did not take or yield something; nothing of it has happened.
@@ -124,16 +130,19 @@ impl Queue {
             let done = work(db);
             let finish: Finish = match done {
                 // Whoever asked may be gone.
-                Ok(value) => Box::new(move |committed| drop(tell.send(committed.map(|()| value)))),
+                Ok(value) => Box::new(move |_, committed| drop(tell.send(committed.map(|()| value)))),
                 Err(error) => {
                     let failure = Failure(error.to_string());
-                    return (false, Box::new(move |_| drop(tell.send(Err(failure)))));
+                    return (false, Box::new(move |_, _| drop(tell.send(Err(failure)))));
                 }
             };
             (true, finish)
         });
-        let gone = || Failure("it is closed".to_owned());
-        self.jobs.send(job).map_err(|_| gone())?;
+        self.send(job, told).await
+    }
+
+    async fn send<T>(&self, job: Job, told: oneshot::Receiver<Result<T, Failure>>) -> Result<T, Failure> {
+        self.jobs.send(job).map_err(|_| Failure("it is closed".to_owned()))?;
         told.await.map_err(|_| Failure("it cannot begin to write".to_owned()))?
     }
 
@@ -202,7 +211,10 @@ impl Queue {
                 })
                 .optional()?;
             let Some((id, session, channel, answered)) = row else { return Ok(None) };
-            let mut body = Vec::new();
+            let size: i64 = db
+                .prepare_cached("SELECT coalesce(sum(length(bytes)), 0) FROM body WHERE seq = ?")?
+                .query_row([seq], |row| row.get(0))?;
+            let mut body = Vec::with_capacity(usize::try_from(size).unwrap_or_default());
             let mut pieces = db.prepare_cached("SELECT bytes FROM body WHERE seq = ? ORDER BY n")?;
             let mut rows = pieces.query([seq])?;
             while let Some(row) = rows.next()? {
@@ -285,13 +297,50 @@ impl Queue {
                     [before(KEPT_AT_LEAST_MS), done - DONE_MAX],
                 )?;
             }
-            let mut vacuum = db.prepare("PRAGMA incremental_vacuum(256)")?;
-            let mut rows = vacuum.query([])?;
-            while rows.next()?.is_some() {}
             Ok(())
         })
         .await
     }
+
+    /// Gives some of the room back that nothing needs: all but a little when nothing is open. With a
+    /// bucket the file goes there as it is. Yields whether there is more.
+    pub(crate) async fn shrink(&self) -> Result<bool, Failure> {
+        let (tell, told) = oneshot::channel();
+        let job: Job = Box::new(move |db| {
+            let outcome = shrink(db);
+            let good = outcome.is_ok();
+            let finish: Finish = Box::new(move |db, committed| {
+                let outcome = outcome.map_err(|e| Failure(e.to_string()));
+                let outcome = committed.and(outcome).map(|left| {
+                    // The file is as large as ever until the log has been written back to it.
+                    if left.is_some() {
+                        let _ = db.query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |_| Ok(()));
+                    }
+                    left == Some(true)
+                });
+                drop(tell.send(outcome));
+            });
+            (good, finish)
+        });
+        self.send(job, told).await
+    }
+}
+
+/// Whether there is more to give back; none when nothing was.
+fn shrink(db: &Connection) -> rusqlite::Result<Option<bool>> {
+    let free: i64 = db.query_row("PRAGMA freelist_count", [], |row| row.get(0))?;
+    let busy: bool = db
+        .prepare_cached("SELECT EXISTS (SELECT 1 FROM event WHERE state < 2)")?
+        .query_row([], |row| row.get(0))?;
+    let kept = if busy { FREE_BUSY } else { FREE_IDLE };
+    if free <= kept {
+        return Ok(None);
+    }
+    let round = (free - kept).min(FREE_ROUND);
+    let mut vacuum = db.prepare(&format!("PRAGMA incremental_vacuum({round})"))?;
+    let mut rows = vacuum.query([])?;
+    while rows.next()?.is_some() {}
+    Ok(Some(free - round > kept))
 }
 
 fn connect(path: &Path) -> rusqlite::Result<Connection> {
@@ -337,7 +386,7 @@ fn carry_out(db: &mut Connection, batch: Vec<Job>) {
         Err(error) => Err(Failure(rusqlite::Error::to_string(&error))),
     };
     for finish in finishes {
-        finish(verdict.clone());
+        finish(db, verdict.clone());
     }
 }
 
@@ -395,6 +444,26 @@ mod tests {
             assert_eq!((depth.waiting, depth.answered, depth.oldest_ms.is_some()), (1, 1, true));
             queue.done(1, "sent".into()).await.unwrap();
             assert_eq!(queue.load(1).await.unwrap(), None);
+        });
+    }
+
+    #[test]
+    fn the_file_is_small_again_when_all_is_done() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("q.sqlite");
+        runtime().block_on(async {
+            let (queue, _thread) = Queue::open(&path).unwrap();
+            let body = || vec![vec![b'x'; 256 * 1024]; 16];
+            for n in 0..6 {
+                queue.accept(n.to_string(), "s".into(), "c".into(), body()).await.unwrap();
+            }
+            let size = || std::fs::metadata(&path).unwrap().len();
+            assert!(size() > 20 << 20);
+            for seq in 1..=6 {
+                queue.done(seq, "sent".into()).await.unwrap();
+            }
+            while queue.shrink().await.unwrap() {}
+            assert!(size() < 1 << 20, "{}", size());
         });
     }
 
