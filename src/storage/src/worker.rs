@@ -145,15 +145,16 @@ impl Worker {
 
     fn open(&mut self) -> Result<Ready, Fault> {
         let (desk, spec, accepted) = (Arc::clone(&self.desk), Arc::clone(&self.spec), self.accepted.clone());
-        let said = Said { accepted: &accepted, takeover: std::mem::take(&mut self.takeover) };
-        opening::open(&spec, &desk, said, &mut |wait| {
+        let mut forced = std::mem::take(&mut self.takeover);
+        let said = Said { accepted: &accepted, takeover: forced };
+        let outcome = opening::open(&spec, &desk, said, &mut |wait| {
             self.pause(wait);
-            if self.stopping {
-                Err(Fault::other("the machine is stopping"))
-            } else {
-                Ok(std::mem::take(&mut self.takeover))
-            }
-        })
+            forced |= std::mem::take(&mut self.takeover);
+            if self.stopping { Err(Fault::other("the machine is stopping")) } else { Ok(forced) }
+        });
+        // A heartbeat of the owner's came between, which the operator's word counts for too.
+        self.takeover |= forced && matches!(outcome, Err(Fault::Conflict));
+        outcome
     }
 
     /// What the bucket does not have, as far as can be known without it.
