@@ -173,7 +173,7 @@ pub enum Ask {
     /// Go on with what the bucket has, after the operator has looked at what is wrong.
     Accept {
         /// [`StorageStatus::wrong`] as the operator has seen it.
-        #[serde(default)]
+        #[serde(default, skip_serializing_if = "Option::is_none")]
         seen: Option<String>,
     },
     /// Do not wait for another instance's heartbeat to go stale.

@@ -275,12 +275,14 @@ fn the_supervisors_status_begins_with_the_bucket_and_survives_an_absent_worker()
 
 /// A copy of `cvm` with a `cvm-storage` beside it that tells what it was given.
 fn installed(program: &str) -> (tempfile::TempDir, PathBuf) {
+    // By another process: what this one has open for writing, a child that another test starts at
+    // the same moment has too, and then nobody can execute it.
+    const INSTALL: &str =
+        r#"cp "$1" "$2/cvm" && printf %s "$3" > "$2/cvm-storage" && chmod 755 "$2/cvm-storage""#;
     let directory = tempfile::tempdir().unwrap();
+    let words = ["sh", env!("CARGO_BIN_EXE_cvm"), directory.path().to_str().unwrap(), program];
+    assert!(Command::new("sh").args(["-c", INSTALL]).args(words).status().unwrap().success());
     let ours = directory.path().join("cvm");
-    std::fs::copy(env!("CARGO_BIN_EXE_cvm"), &ours).unwrap();
-    let theirs = directory.path().join("cvm-storage");
-    std::fs::write(&theirs, program).unwrap();
-    std::fs::set_permissions(&theirs, std::fs::Permissions::from_mode(0o755)).unwrap();
     (directory, ours)
 }
 

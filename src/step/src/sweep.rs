@@ -127,8 +127,10 @@ mod tests {
     use crate::processes::process;
     use std::process::{Child, Command};
 
+    /// In a session of its own: the one of whoever runs this test may have no leader any more, and
+    /// then all of it would be the run's.
     fn sleeper(run: &str, script: &str) -> Child {
-        Command::new("sh").args(["-c", script]).env("CVM_RUN", run).spawn().unwrap()
+        Command::new("setsid").args(["sh", "-c", script]).env("CVM_RUN", run).spawn().unwrap()
     }
 
     /// A run that no other test and no supervisor on this machine has.
