@@ -1,7 +1,7 @@
 //! What PID 1, the keepers and plain mode have in common: forking, reaping, signals, and
 //! descriptors that cannot block.
 //!
-//! The only crate of the supervisor with `unsafe` in it; each use says why it is sound.
+//! Nearly all that is `unsafe` is here; each use says why it is sound.
 //! `std::process` is not used: `Command::spawn` waits until the child has exec'd, which on a
 //! dead mount is for ever, and its `Child` does not live beside a wait for any child.
 //!
