@@ -10,8 +10,9 @@
 use crate::places::Places;
 use crate::processes::{self, Process, Table};
 use crate::report::{Failure, Outcome, Report};
+use cvm_process::acting::Acting;
 use nix::sys::signal::Signal;
-use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
+use nix::unistd::{Gid, Uid};
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Read;
@@ -103,22 +104,12 @@ fn environment(places: &Places, pid: i32) -> Option<Zeroizing<Vec<u8>>> {
         // Root without CAP_SYS_PTRACE, as in a container without privileges, may not look into a
         // process of another user's; as that user it may.
         let owner = std::fs::metadata(path.parent().unwrap_or(&path)).map_err(|_| error)?;
-        as_user(owner.uid(), owner.gid(), || File::open(&path))
+        let _acting = Acting::of(Uid::from_raw(owner.uid()), Gid::from_raw(owner.gid()))?;
+        File::open(&path)
     });
     let mut bytes = Zeroizing::new(Vec::new());
     file.ok()?.take(ENVIRONMENT_MAX).read_to_end(&mut bytes).ok()?;
     Some(bytes)
-}
-
-/// Does `what` with the rights of a user, as far as files are concerned.
-fn as_user<T>(uid: u32, gid: u32, what: impl FnOnce() -> T) -> T {
-    let (own_user, own_group) = (nix::unistd::geteuid(), nix::unistd::getegid());
-    setfsgid(Gid::from_raw(gid));
-    setfsuid(Uid::from_raw(uid));
-    let outcome = what();
-    setfsuid(own_user);
-    setfsgid(own_group);
-    outcome
 }
 
 #[cfg(test)]
