@@ -6,7 +6,7 @@
 //! one where it matters what it makes of a message. `CVM_SOAK=1` makes more rounds of what is
 //! random; moments are chosen by a seed.
 
-use cvm_harness::chat::Asked;
+use cvm_harness::chat::{Asked, MODEL_PORT, local_model};
 use cvm_harness::machine::{DEVICE_ID, GATEWAY_TOKEN, MASTER_KEY, PATIENCE};
 use cvm_harness::mux::{ADMIN_TOKEN, Door, Ill, REGISTER_KEY, jwt, message, unix_now};
 use cvm_harness::{Builder, Chat, Cloud, Machine, Mux, Network, Said, until};
@@ -1627,17 +1627,6 @@ fn another_device_is_not_said_to_be_reached_where_this_one_is() {
 
 // === The real gateway ===
 
-const CONFIG: &str = r#"{
-  "gateway": {"mode": "local", "bind": "lan", "port": 18789,
-    "auth": {"mode": "token", "token": "${OPENCLAW_GATEWAY_TOKEN}"},
-    "http": {"endpoints": {"chatCompletions": {"enabled": true}}}},
-  "update": {"checkOnStart": false},
-  "agents": {"defaults": {"model": {"primary": "local/m"}}},
-  "models": {"mode": "merge", "providers": {"local": {"baseUrl": "http://127.0.0.1:9100/v1", "apiKey": "sk-local",
-    "api": "openai-completions", "models": [{"id": "m", "name": "M", "input": ["text", "image"], "contextWindow": 120000, "maxTokens": 4096}]}}}
-}
-"#;
-
 /// What a model would say that shows what it was told.
 fn model(asked: &Asked, _: usize) -> Said {
     let words: Vec<String> = events_in(&asked.everything()).into_iter().map(event_word).collect();
@@ -1648,14 +1637,13 @@ fn model(asked: &Asked, _: usize) -> Said {
 fn the_real_gateway_answers_remembers_its_sessions_apart_and_survives_its_own_death() {
     let network = Network::new();
     let mux = Mux::start(&network, DEVICE_ID);
-    let chat = Chat::start(&network, 9100, model);
-    let config = base64::Engine::encode(&base64::prelude::BASE64_STANDARD, CONFIG);
+    let chat = Chat::start(&network, MODEL_PORT, model);
     let machine = Builder::product()
         .real_gateway()
         .environment("MASTER_KEY", MASTER_KEY)
         .environment("ENABLE_DOCKER", "0")
         .environment("OPENCLAW_GATEWAY_RESTART_DELAY", "0")
-        .environment("OPENCLAW_CONFIG_B64", &config)
+        .environment("OPENCLAW_CONFIG_B64", &local_model())
         .mux(&network, &mux)
         .start();
     let mut world = World { machine, chat, mux, next: 1 };

@@ -3,20 +3,22 @@
 //!
 //! `CVM_SOAK=1` makes more rounds of what is random here. Moments are chosen by a seed.
 
+use cvm_harness::chat::{MODEL_PORT, local_model};
 use cvm_harness::dice::Dice;
 use cvm_harness::machine::{MASTER_KEY, PATIENCE};
 use cvm_harness::sqlite::examine_bytes;
 use cvm_harness::tools::Rclone;
-use cvm_harness::{Builder, Cloud, Fault, Machine, difference, digest, flush, independent, storage, until};
+use cvm_harness::{
+    Builder, Chat, Cloud, Fault, Machine, Said, difference, digest, flush, independent, storage, until,
+};
 use sha2::{Digest as _, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::net::{Ipv4Addr, TcpStream};
+use std::io::{BufRead as _, BufReader};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::process::{Child, Stdio};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Of the one key that all machines here have: see tests/vectors/keys.json.
@@ -911,87 +913,6 @@ fn thousands_of_changes_without_a_bucket_cost_no_memory_and_all_of_them_arrive()
 
 // === The real gateway ===
 
-/// A model that keeps what it was asked, and always says the same.
-struct Model(Arc<Mutex<Vec<String>>>);
-
-impl Model {
-    fn start(cloud: &Cloud) -> Self {
-        let listener = cloud.network.listen((Ipv4Addr::LOCALHOST, 9100).into()).expect("a free port");
-        let asked = Arc::new(Mutex::new(Vec::new()));
-        let keep = Arc::clone(&asked);
-        std::thread::spawn(move || {
-            for stream in listener.incoming().flatten() {
-                let keep = Arc::clone(&keep);
-                std::thread::spawn(move || answer(stream, &keep));
-            }
-        });
-        Self(asked)
-    }
-
-    fn asked(&self) -> Vec<String> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-}
-
-fn answer(mut stream: TcpStream, keep: &Mutex<Vec<String>>) -> Option<()> {
-    let mut reader = BufReader::new(stream.try_clone().ok()?);
-    let mut length = 0;
-    loop {
-        let mut line = String::new();
-        reader.read_line(&mut line).ok()?;
-        if line.trim().is_empty() {
-            break;
-        }
-        if let Some((name, value)) = line.split_once(':')
-            && name.eq_ignore_ascii_case("content-length")
-        {
-            length = value.trim().parse().ok()?;
-        }
-    }
-    let mut body = vec![0; length];
-    reader.read_exact(&mut body).ok()?;
-    let body = String::from_utf8_lossy(&body).into_owned();
-    let streams = body.contains("\"stream\":true");
-    keep.lock().unwrap_or_else(PoisonError::into_inner).push(body);
-    let head = r#""id":"c1","created":1,"model":"m""#;
-    let usage = r#""usage":{"prompt_tokens":5,"completion_tokens":2,"total_tokens":7}"#;
-    let (kind, text) = if streams {
-        let chunk = |delta: &str, end: &str| {
-            format!(
-                "data: {{{head},\"object\":\"chat.completion.chunk\",\"choices\":[{{\"index\":0,\"delta\":{delta},\"finish_reason\":{end}}}]}}\n\n"
-            )
-        };
-        let text = [
-            chunk(r#"{"role":"assistant","content":"understood"}"#, "null"),
-            chunk("{}", "\"stop\""),
-            format!(
-                "data: {{{head},\"object\":\"chat.completion.chunk\",\"choices\":[],{usage}}}\n\ndata: [DONE]\n\n"
-            ),
-        ];
-        ("text/event-stream", text.concat())
-    } else {
-        let choice =
-            r#"{"index":0,"message":{"role":"assistant","content":"understood"},"finish_reason":"stop"}"#;
-        (
-            "application/json",
-            format!("{{{head},\"object\":\"chat.completion\",\"choices\":[{choice}],{usage}}}"),
-        )
-    };
-    let length = text.len();
-    write!(stream, "HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{text}").ok()
-}
-
-const CONFIG: &str = r#"{
-  "gateway": {"mode": "local", "bind": "lan", "port": 18789,
-    "auth": {"mode": "token", "token": "${OPENCLAW_GATEWAY_TOKEN}"},
-    "http": {"endpoints": {"chatCompletions": {"enabled": true}}}},
-  "update": {"checkOnStart": false},
-  "agents": {"defaults": {"model": {"primary": "local/m"}}},
-  "models": {"mode": "merge", "providers": {"local": {"baseUrl": "http://127.0.0.1:9100/v1", "apiKey": "sk-local",
-    "api": "openai-completions", "models": [{"id": "m", "name": "M", "contextWindow": 120000, "maxTokens": 4096}]}}}
-}
-"#;
-
 fn say(machine: &Machine, words: &str) -> String {
     let body =
         format!(r#"{{"model":"openclaw/default","messages":[{{"role":"user","content":"{words}"}}]}}"#);
@@ -1027,8 +948,8 @@ fn device(cloud: &Cloud) -> String {
 fn a_conversation_goes_on_after_its_machine_was_lost() {
     let _turn = turn();
     let cloud = Cloud::new();
-    let model = Model::start(&cloud);
-    let config = base64::Engine::encode(&base64::prelude::BASE64_STANDARD, CONFIG);
+    let model = Chat::start(&cloud.network, MODEL_PORT, |_, _| Said::Text("understood".to_owned()));
+    let config = local_model();
     let start = || {
         let machine = Builder::product()
             .real_gateway()
@@ -1053,7 +974,7 @@ fn a_conversation_goes_on_after_its_machine_was_lost() {
     eprintln!("from the loss to a gateway that is ready: {:?}", lost.elapsed());
     let said = say(&machine, "which colour was it");
     assert!(said.contains("understood"), "{said}");
-    let asked = model.asked();
+    let asked: Vec<String> = model.asked().iter().map(|asked| asked.body.to_string()).collect();
     assert!(
         asked[before..].iter().any(|body| body.contains("which colour") && body.contains("heliotrope")),
         "the model is not told what was said before: {:#?}",

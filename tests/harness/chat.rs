@@ -11,6 +11,25 @@ use std::net::Ipv4Addr;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+/// Where [`local_model`] has its model.
+pub const MODEL_PORT: u16 = 9100;
+
+const CONFIG: &str = r#"{
+  "gateway": {"mode": "local", "bind": "lan", "port": 18789,
+    "auth": {"mode": "token", "token": "${OPENCLAW_GATEWAY_TOKEN}"},
+    "http": {"endpoints": {"chatCompletions": {"enabled": true}}}},
+  "update": {"checkOnStart": false},
+  "agents": {"defaults": {"model": {"primary": "local/m"}}},
+  "models": {"mode": "merge", "providers": {"local": {"baseUrl": "http://127.0.0.1:9100/v1", "apiKey": "sk-local",
+    "api": "openai-completions", "models": [{"id": "m", "name": "M", "input": ["text", "image"], "contextWindow": 120000, "maxTokens": 4096}]}}}
+}
+"#;
+
+/// `OPENCLAW_CONFIG_B64` for a real gateway whose model is a [`Chat`] at [`MODEL_PORT`].
+pub fn local_model() -> String {
+    base64::Engine::encode(&base64::prelude::BASE64_STANDARD, CONFIG)
+}
+
 /// One question.
 #[derive(Debug, Clone)]
 pub struct Asked {
