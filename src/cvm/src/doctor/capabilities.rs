@@ -67,7 +67,10 @@ mod tests {
         assert_eq!(judge(docker, NEEDED, fail).verdict, Verdict::Ok);
         let outcome = judge(docker, WANTED, warn);
         assert_eq!(outcome.verdict, Verdict::Warn);
-        assert_eq!(outcome.remedy.unwrap(), "in docker-compose.yml: cap_add: [SYS_ADMIN, NET_ADMIN, DAC_READ_SEARCH]");
+        assert_eq!(
+            outcome.remedy.unwrap(),
+            "in docker-compose.yml: cap_add: [SYS_ADMIN, NET_ADMIN, DAC_READ_SEARCH]"
+        );
         assert_eq!(judge(Some(u64::MAX), WANTED, warn).verdict, Verdict::Ok);
     }
 }
