@@ -262,6 +262,35 @@ fn whatever_is_done_to_the_tree_is_restored_in_sync_mode() {
     battery(Sync);
 }
 
+#[test]
+fn times_of_files_stay_when_their_data_comes_up_behind_the_gateway() {
+    let cloud = Cloud::new();
+    let mut machine = Fuse.start(&cloud);
+    plant(&machine.path(WORKSPACE));
+    flush(&machine);
+    assert_eq!(machine.stop(), 0);
+    drop(machine);
+    let data = Rule::new(Fault::Hang).method("GET").path(&key(&cloud, "openclaw/workspace/many"));
+    cloud.proxy.add(data);
+    let machine = Fuse.start(&cloud);
+    let at = machine.path(WORKSPACE);
+    let modified = |name: &str| fs::metadata(at.join(name)).unwrap().modified().unwrap();
+    let before = modified("many/d1/f7");
+    fs::rename(at.join("many/d1"), at.join("many/d7")).unwrap();
+    let time = nix::sys::time::TimeSpec::new(1_234_567_890, 987_654_321);
+    let no_links = nix::sys::stat::UtimensatFlags::NoFollowSymlink;
+    nix::sys::stat::utimensat(nix::fcntl::AT_FDCWD, &at.join("many/d2/f8"), &time, &time, no_links).unwrap();
+    cloud.proxy.heal();
+    independent(&machine);
+    flush(&machine);
+    assert_eq!(modified("many/d7/f7"), before, "of a file whose directory was moved");
+    let time = std::time::UNIX_EPOCH + Duration::new(1_234_567_890, 987_654_321);
+    assert_eq!(modified("many/d2/f8"), time, "of one whose time was set");
+    let expected = tree(&machine);
+    let machine = restored(&cloud, machine, Fuse);
+    assert_eq!(difference(&expected, &tree(&machine)), "");
+}
+
 /// The same without a bucket: what the two modes are measured by.
 #[test]
 fn whatever_is_done_to_the_tree_stays_on_the_volume_in_local_mode() {

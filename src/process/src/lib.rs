@@ -7,6 +7,7 @@
 //!
 //! Refuses to decide anything, to allocate threads, and to read configuration.
 
+pub mod acting;
 pub mod cached;
 pub mod descriptor;
 pub mod handle;

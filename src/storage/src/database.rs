@@ -5,14 +5,26 @@
 //! locks. So a database is opened here through the same path as its writers, and by nobody else in
 //! this process meanwhile: POSIX drops all locks of a process on a file with its first close.
 //!
-//! Refuses to change a database: no checkpoint, no schema. May import: `fault`, `rules`.
+//! `SQLite` rolls a journal back that it finds, and removes what the journal names. Both are the
+//! agent's to write, so a database is only opened with the rights of its owner over files, and
+//! root's only as root where nobody else may put a journal.
+//!
+//! Refuses to change a database: no checkpoint, no schema. May import: `entry`, `fault`, `opened`,
+//! `rules`, `volume`.
 
+use crate::entry;
 use crate::fault::Fault;
+use crate::opened;
 use crate::rules::SQLITE_MAGIC;
+use crate::volume;
+use cvm_process::acting::Acting;
+use nix::sys::stat::FileStat;
+use nix::unistd::{Gid, Uid};
 use rusqlite::config::DbConfig;
 use rusqlite::{Connection, ErrorCode, OpenFlags};
+use std::fmt::Write as _;
 use std::fs::File;
-use std::io::Read as _;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::Path;
 use std::time::Duration;
 
@@ -29,16 +41,74 @@ pub(crate) enum NoCopy {
 }
 
 pub(crate) fn has_magic(file: &Path) -> bool {
-    let mut head = [0u8; 16];
-    File::open(file).and_then(|mut f| f.read_exact(&mut head)).is_ok() && head == *SQLITE_MAGIC
+    volume::open_file(file).is_ok_and(|file| begins_like_one(&file))
 }
 
-/// Writes one committed state of the database at `from` to `to`, which is new.
-pub(crate) fn copy(from: &Path, to: &Path) -> Result<(), NoCopy> {
-    let source = open(from).map_err(|e| judge(&e))?;
+/// Leaves it where it is to be read from.
+pub(crate) fn begins_like_one(file: &File) -> bool {
+    let mut head = [0u8; 16];
+    file.read_exact_at(&mut head, 0).is_ok() && head == *SQLITE_MAGIC
+}
+
+/// Whose rights a database is opened with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Owner {
+    user: Uid,
+    group: Gid,
+}
+
+const NOBODY: Owner = Owner { user: Uid::from_raw(65534), group: Gid::from_raw(65534) };
+
+impl Owner {
+    /// For the database at `path`, which has just been opened.
+    pub(crate) fn of(top: &Path, path: &entry::Path, file: &File) -> Result<Self, Fault> {
+        let of = file.metadata()?;
+        let owner = Self { user: Uid::from_raw(of.uid()), group: Gid::from_raw(of.gid()) };
+        if !owner.user.is_root() {
+            return Ok(owner);
+        }
+        // Whoever may write to a directory on the way may put another one, and a journal, there.
+        let mut next = path.parent();
+        loop {
+            let dir = next.as_ref().map_or_else(|| top.to_owned(), |dir| dir.below(top));
+            let other = volume::look(&dir)?.and_then(|stat| Self::but_root(&stat));
+            match (other, next) {
+                (Some(other), _) => return Ok(other),
+                (None, None) => return Ok(owner),
+                (None, Some(dir)) => next = dir.parent(),
+            }
+        }
+    }
+
+    /// Who besides root may write to it.
+    fn but_root(stat: &FileStat) -> Option<Self> {
+        let shared = stat.st_mode & 0o002 != 0 || stat.st_mode & 0o020 != 0 && stat.st_gid != 0;
+        match stat.st_uid {
+            0 => shared.then_some(NOBODY),
+            user => Some(Self { user: Uid::from_raw(user), group: Gid::from_raw(stat.st_gid) }),
+        }
+    }
+}
+
+/// Writes one committed state of the database at `from`, which is `owner`'s, to `to`, which is new.
+pub(crate) fn copy(from: &Path, to: &Path, owner: Owner) -> Result<(), NoCopy> {
+    for suffix in ["-wal", "-shm"] {
+        beside(from, suffix)?;
+    }
+    let journal = beside(from, "-journal")?;
+    let owner = match journal.filter(|_| owner.user.is_root()).and_then(|stat| Owner::but_root(&stat)) {
+        Some(other) => other,
+        None => owner,
+    };
+    // It is opened while we are root, in a directory of root's.
     let mut target = Connection::open(to).map_err(|e| judge(&e))?;
     // Nobody else sees it, and it is thrown away if we die.
     target.execute_batch("PRAGMA synchronous = OFF; PRAGMA journal_mode = OFF;").map_err(|e| judge(&e))?;
+    let acting = (owner.user != Uid::effective())
+        .then(|| Acting::of(owner.user, owner.group))
+        .transpose()
+        .map_err(|e| NoCopy::Later(format!("it cannot be opened as its owner: {}", e.desc())))?;
+    let source = open(from).map_err(|e| judge(&e))?;
     {
         let backup = rusqlite::backup::Backup::new(&source, &mut target).map_err(|e| judge(&e))?;
         // All pages in one step: one state, and a reader of the log like any other.
@@ -48,14 +118,29 @@ pub(crate) fn copy(from: &Path, to: &Path) -> Result<(), NoCopy> {
         }
     }
     drop(source);
+    drop(acting);
     let verdict = check_open(&target);
     drop(target);
     verdict.map_err(NoCopy::Damaged)
 }
 
+/// What `SQLite` keeps beside a database.
+fn beside(database: &Path, suffix: &str) -> Result<Option<FileStat>, NoCopy> {
+    let mut name = database.as_os_str().to_owned();
+    name.push(suffix);
+    let found = volume::look(Path::new(&name)).map_err(|e| NoCopy::Later(e.to_string()))?;
+    match found {
+        Some(found) if volume::kind_of(&found) != libc::S_IFREG => {
+            Err(NoCopy::Damaged(format!("what lies at its {suffix} is no file")))
+        }
+        found => Ok(found),
+    }
+}
+
 /// Writable, because a journal that a crash left behind must be rolled back first, as `SQLite` does
 /// for whoever comes first; and without a checkpoint when we close.
 fn open(file: &Path) -> rusqlite::Result<Connection> {
+    opened::only_files();
     let flags =
         OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX | OpenFlags::SQLITE_OPEN_NOFOLLOW;
     let source = Connection::open_with_flags(file, flags)?;
@@ -65,11 +150,23 @@ fn open(file: &Path) -> rusqlite::Result<Connection> {
     Ok(source)
 }
 
-/// Whether a database that nobody writes to is whole.
+/// Whether a database that nobody writes to is whole. As it is: what lies beside it may be a
+/// journal of the agent's.
 pub(crate) fn check(file: &Path) -> Result<(), String> {
-    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-    let db = Connection::open_with_flags(file, flags).map_err(|e| words(&e))?;
+    opened::only_files();
+    let flags =
+        OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX | OpenFlags::SQLITE_OPEN_URI;
+    let db = Connection::open_with_flags(as_it_is(file), flags).map_err(|e| words(&e))?;
     check_open(&db)
+}
+
+fn as_it_is(file: &Path) -> String {
+    let mut uri = "file:".to_owned();
+    for byte in file.as_os_str().as_encoded_bytes() {
+        // A String takes whatever is written to it.
+        let _ = write!(uri, "%{byte:02X}");
+    }
+    uri + "?immutable=1"
 }
 
 fn check_open(db: &Connection) -> Result<(), String> {
@@ -110,11 +207,39 @@ impl From<NoCopy> for Fault {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::{PermissionsExt as _, chown};
 
     fn files() -> (tempfile::TempDir, std::path::PathBuf, std::path::PathBuf) {
         let dir = tempfile::tempdir().unwrap();
         let (a, b) = (dir.path().join("a"), dir.path().join("b"));
         (dir, a, b)
+    }
+
+    fn copied(from: &Path, to: &Path) -> Result<(), NoCopy> {
+        let name = entry::Path::new(from.file_name().unwrap().as_encoded_bytes()).unwrap();
+        let owner = Owner::of(from.parent().unwrap(), &name, &volume::open_file(from).unwrap()).unwrap();
+        copy(from, to, owner)
+    }
+
+    fn may_be_entered(dir: &Path) {
+        std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o755)).unwrap();
+    }
+
+    /// A journal of a database with so many pages that was left behind, and names another file.
+    fn hot_journal(pages: u32, names: &Path) -> Vec<u8> {
+        let name = names.as_os_str().as_encoded_bytes();
+        let magic = [0xd9, 0xd5, 0x05, 0xf9, 0x20, 0xa1, 0x63, 0xd7];
+        let mut bytes = magic.to_vec();
+        for number in [0, 0, pages, 512, 4096] {
+            bytes.extend(u32::to_be_bytes(number));
+        }
+        bytes.resize(512, 0);
+        bytes.extend(u32::to_be_bytes(0x4000_0000 / 4096 + 1));
+        bytes.extend(name);
+        bytes.extend(u32::to_be_bytes(u32::try_from(name.len()).unwrap()));
+        bytes.extend(u32::to_be_bytes(name.iter().map(|b| u32::from(*b)).sum()));
+        bytes.extend(magic);
+        bytes
     }
 
     fn count(file: &Path) -> i64 {
@@ -132,12 +257,12 @@ mod tests {
             .unwrap();
             db.execute_batch("BEGIN; INSERT INTO t VALUES (2);").unwrap();
             if mode == "WAL" {
-                copy(&a, &b).unwrap();
+                copied(&a, &b).unwrap();
                 assert_eq!(count(&b), 1, "an open transaction is not in the copy");
                 std::fs::remove_file(&b).unwrap();
             }
             db.execute_batch("COMMIT").unwrap();
-            copy(&a, &b).unwrap();
+            copied(&a, &b).unwrap();
             assert_eq!(count(&b), 2, "{mode}");
             assert!(has_magic(&b) && check(&b).is_ok());
         }
@@ -150,7 +275,7 @@ mod tests {
         db.execute_batch("PRAGMA journal_mode=WAL; CREATE TABLE t(x); INSERT INTO t VALUES (1);").unwrap();
         let wal = a.with_extension("-wal").with_file_name("a-wal");
         let before = (std::fs::read(&a).unwrap(), std::fs::read(&wal).unwrap());
-        copy(&a, &b).unwrap();
+        copied(&a, &b).unwrap();
         assert!(before == (std::fs::read(&a).unwrap(), std::fs::read(&wal).unwrap()));
     }
 
@@ -162,12 +287,172 @@ mod tests {
             "CREATE TABLE t(x); PRAGMA locking_mode=EXCLUSIVE; BEGIN EXCLUSIVE; INSERT INTO t VALUES (1);",
         )
         .unwrap();
-        assert!(matches!(copy(&a, &b), Err(NoCopy::Later(_))));
+        assert!(matches!(copied(&a, &b), Err(NoCopy::Later(_))));
         drop(db);
         let mut bytes = std::fs::read(&a).unwrap();
         bytes[100..].fill(0xaa);
         std::fs::write(&a, bytes).unwrap();
         let _ = std::fs::remove_file(&b);
-        assert!(matches!(copy(&a, &b), Err(NoCopy::Damaged(_))));
+        assert!(matches!(copied(&a, &b), Err(NoCopy::Damaged(_))));
+    }
+
+    #[test]
+    fn a_journal_of_the_agents_removes_nothing_of_roots() {
+        if !Uid::effective().is_root() {
+            return;
+        }
+        // Whose are the directory, the database, and the journal. One of root's may have been moved there.
+        for (directory, database, of_journal) in [(0, 990, 990), (0, 0, 990), (990, 990, 0), (990, 0, 0)] {
+            let (dir, _, b) = files();
+            let own = dir.path().join("own");
+            std::fs::create_dir(&own).unwrap();
+            may_be_entered(dir.path());
+            may_be_entered(&own);
+            let a = own.join("a");
+            let db = Connection::open(&a).unwrap();
+            db.execute_batch("PRAGMA page_size=4096; CREATE TABLE t(x); INSERT INTO t VALUES (1);").unwrap();
+            drop(db);
+            let pages = u32::try_from(std::fs::metadata(&a).unwrap().len() / 4096).unwrap();
+            let roots = dir.path().join("roots");
+            std::fs::write(&roots, "precious").unwrap();
+            let journal = own.join("a-journal");
+            std::fs::write(&journal, hot_journal(pages, &roots)).unwrap();
+            for (at, user) in [(&own, directory), (&a, database), (&journal, of_journal)] {
+                chown(at, Some(user), Some(user)).unwrap();
+            }
+            let outcome = copied(&a, &b);
+            let case = format!("{directory} {database} {of_journal}: {outcome:?}");
+            assert!(std::fs::read(&roots).is_ok_and(|text| text == b"precious"), "{case}");
+            assert!(matches!(outcome, Err(NoCopy::Later(_))), "{case}");
+        }
+    }
+
+    #[test]
+    fn a_database_is_checked_without_what_lies_beside_it() {
+        let (dir, _, _) = files();
+        let a = dir.path().join("a ?#%41");
+        let db = Connection::open(&a).unwrap();
+        db.execute_batch("PRAGMA page_size=4096; PRAGMA journal_mode=WAL; CREATE TABLE t(x)").unwrap();
+        drop(db);
+        let pages = u32::try_from(std::fs::metadata(&a).unwrap().len() / 4096).unwrap();
+        let roots = dir.path().join("roots");
+        std::fs::write(&roots, "precious").unwrap();
+        std::fs::write(dir.path().join("a ?#%41-journal"), hot_journal(pages, &roots)).unwrap();
+        assert_eq!(check(&a), Ok(()));
+        assert!(roots.exists());
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 3);
+        let mut bytes = std::fs::read(&a).unwrap();
+        bytes[100..].fill(0xaa);
+        std::fs::write(&a, bytes).unwrap();
+        assert!(check(&a).is_err());
+    }
+
+    #[test]
+    fn the_owner_of_a_database_is_enough_to_copy_it() {
+        if !Uid::effective().is_root() {
+            return;
+        }
+        for mode in ["WAL", "DELETE"] {
+            let (dir, _, b) = files();
+            let own = dir.path().join("own");
+            std::fs::create_dir(&own).unwrap();
+            may_be_entered(dir.path());
+            let at = own.join("db");
+            let db = Connection::open(&at).unwrap();
+            let make = format!("PRAGMA journal_mode={mode}; CREATE TABLE t(x); INSERT INTO t VALUES (1);");
+            db.execute_batch(&make).unwrap();
+            let all = || std::fs::read_dir(&own).unwrap().map(|e| e.unwrap().path());
+            for path in all().chain([own.clone()]) {
+                std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o700)).unwrap();
+                chown(path, Some(990), Some(990)).unwrap();
+            }
+            copied(&at, &b).unwrap();
+            assert_eq!(count(&b), 1, "{mode}, in use");
+            drop(db);
+            std::fs::remove_file(&b).unwrap();
+            copied(&at, &b).unwrap();
+            assert_eq!(count(&b), 1, "{mode}, at rest");
+            for file in all() {
+                assert_eq!(std::fs::metadata(&file).unwrap().uid(), 990, "{mode}: {}", file.display());
+            }
+        }
+    }
+
+    #[test]
+    fn a_database_of_roots_among_files_of_the_agents_is_copied_with_the_agents_rights() {
+        if !Uid::effective().is_root() {
+            return;
+        }
+        for mode in ["WAL", "DELETE"] {
+            let (dir, a, b) = files();
+            let db = Connection::open(&a).unwrap();
+            let make = format!("PRAGMA journal_mode={mode}; CREATE TABLE t(x); INSERT INTO t VALUES (1);");
+            db.execute_batch(&make).unwrap();
+            may_be_entered(dir.path());
+            chown(dir.path(), Some(990), Some(990)).unwrap();
+            copied(&a, &b).unwrap();
+            assert_eq!(count(&b), 1, "{mode}, in use");
+            drop(db);
+            std::fs::remove_file(&b).unwrap();
+            copied(&a, &b).unwrap();
+            assert_eq!(count(&b), 1, "{mode}, at rest");
+            let db = Connection::open(&a).unwrap();
+            db.execute_batch("INSERT INTO t VALUES (2)").unwrap();
+        }
+    }
+
+    #[test]
+    fn who_may_put_a_journal_beside_a_database_of_roots_is_whose_rights_it_is_opened_with() {
+        if !Uid::effective().is_root() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let top = dir.path();
+        std::fs::create_dir_all(top.join("a/b")).unwrap();
+        let path = entry::Path::new(b"a/b/db").unwrap();
+        let file = File::create(path.below(top)).unwrap();
+        let user = || Owner::of(top, &path, &file).unwrap().user.as_raw();
+        assert_eq!(user(), 0);
+        std::fs::set_permissions(top.join("a/b"), std::fs::Permissions::from_mode(0o1777)).unwrap();
+        assert_eq!(user(), 65534);
+        may_be_entered(&top.join("a/b"));
+        chown(top.join("a"), Some(990), None).unwrap();
+        assert_eq!(user(), 990);
+        chown(path.below(top), Some(991), None).unwrap();
+        assert_eq!(user(), 991);
+    }
+
+    /// What it says, from a thread that may wait for ever.
+    fn at_once(what: impl FnOnce() -> Result<(), NoCopy> + Send + 'static) -> Result<(), NoCopy> {
+        let (tell, done) = std::sync::mpsc::channel();
+        std::thread::spawn(move || tell.send(what()));
+        done.recv_timeout(Duration::from_secs(60)).expect("nobody waits")
+    }
+
+    #[test]
+    fn a_log_that_is_no_file_is_not_waited_for() {
+        for suffix in ["-journal", "-wal", "-shm"] {
+            let (dir, a, b) = files();
+            Connection::open(&a)
+                .unwrap()
+                .execute_batch("PRAGMA journal_mode=WAL; CREATE TABLE t(x);")
+                .unwrap();
+            let pipe = dir.path().join(format!("a{suffix}"));
+            nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+            let told = at_once(move || copied(&a, &b));
+            assert!(matches!(told, Err(NoCopy::Damaged(_))), "{suffix}: {told:?}");
+        }
+    }
+
+    #[test]
+    fn a_pipe_that_a_journal_names_is_not_waited_for() {
+        let (dir, a, b) = files();
+        Connection::open(&a).unwrap().execute_batch("PRAGMA page_size=4096; CREATE TABLE t(x)").unwrap();
+        let pages = u32::try_from(std::fs::metadata(&a).unwrap().len() / 4096).unwrap();
+        let pipe = dir.path().join("pipe");
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        std::fs::write(dir.path().join("a-journal"), hot_journal(pages, &pipe)).unwrap();
+        let told = at_once(move || copied(&a, &b));
+        assert!(matches!(told, Err(NoCopy::Later(_))), "{told:?}");
     }
 }

@@ -2,7 +2,8 @@
 //! copied up by the kernel, which does it as one step whoever else writes at the same moment.
 //!
 //! Refuses to copy up what does not match the manifest: that is hidden, and an incident.
-//! May import: `desk`, `entry`, `fault`, `fetch`, `index`, `manifest`, `stage`, `volume`.
+//! May import: `desk`, `entry`, `fault`, `fetch`, `index`, `lifting`, `manifest`,
+//! `stage`, `volume`.
 
 use crate::desk::{Desk, Open};
 use crate::entry::{Entry, Kind, Path};
@@ -10,8 +11,7 @@ use crate::fault::Fault;
 use crate::fetch::{self, Fetcher, Got, Wanted};
 use crate::index::{Known, Row};
 use crate::manifest::{Line, Word};
-use crate::scan::known_by;
-use crate::{parallel, stage, volume};
+use crate::{lifting, parallel, scan, stage, volume};
 use cvm_blueprint::paths;
 use cvm_blueprint::storage::Progress;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
@@ -182,29 +182,16 @@ fn lost(path: &Path, fault: &Fault) -> Lifted {
 
 /// What is up already stays as it is.
 fn copy_up(open: &Open, path: &Path, entry: &Entry) -> Result<Option<Known>, Fault> {
-    let (at, upper) = (path.below(&open.volume.tree), path.below(&open.volume.upper));
-    match open_for_writing(&at) {
-        Ok(_) => {}
+    let upper = path.below(&open.volume.upper);
+    if !lifting::lift(&open.volume, path, Some(entry.mtime_ns))? {
         // The gateway removed or moved it meanwhile.
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(error.into()),
+        return Ok(None);
     }
     let Some(before) = volume::look(&upper)? else { return Ok(None) };
     let untouched = entry.sha().is_some() && stage::hash(&upper)?.1 == entry.sha().unwrap_or_default();
-    if !untouched {
-        return Ok(None);
-    }
-    // The times that the manifest knows.
-    if volume::mtime_ns(&before) != entry.mtime_ns {
-        let now = volume::look(&upper)?.map(|stat| volume::mtime_ns(&stat));
-        if now == Some(volume::mtime_ns(&before)) {
-            volume::set_mtime(&at, entry.mtime_ns)?;
-        }
-    }
     let Some(after) = volume::look(&upper)? else { return Ok(None) };
-    let same = (before.st_size, before.st_ino) == (after.st_size, after.st_ino)
-        && volume::mtime_ns(&after) == entry.mtime_ns;
-    Ok(same.then(|| known_by(&upper, &after, false)))
+    let same = untouched && scan::sign_of(&upper, &before, false) == scan::sign_of(&upper, &after, false);
+    Ok(same.then(|| scan::known_by(&upper, &after, false)))
 }
 
 /// What was bad may have been put right in the bucket: it is fetched again, checked, and put where
@@ -267,15 +254,9 @@ fn lift_into(open: &Open, path: &Path, unread: &mut Vec<(Path, String)>) -> Resu
     let at = path.below(&open.volume.tree);
     let Some(stat) = volume::look(&at)? else { return Ok(()) };
     if volume::kind_of(&stat) == libc::S_IFREG {
-        match open_for_writing(&at) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                let why = Fault::from(error);
-                unread.push((
-                    path.clone(),
-                    format!("its data, still under another name, is not to be had: {why}"),
-                ));
-            }
-            _ => {}
+        if let Err(why) = lifting::lift(&open.volume, path, Some(volume::mtime_ns(&stat))) {
+            unread
+                .push((path.clone(), format!("its data, still under another name, is not to be had: {why}")));
         }
         return Ok(());
     }
@@ -288,10 +269,4 @@ fn lift_into(open: &Open, path: &Path, unread: &mut Vec<(Path, String)>) -> Resu
     }
     // A directory too, so that the scan of the upper layer sees it.
     volume::set_mtime(&at, volume::mtime_ns(&stat))
-}
-
-/// Which makes the kernel copy up what is only below.
-fn open_for_writing(at: &FsPath) -> std::io::Result<std::fs::File> {
-    let how = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
-    OpenOptions::new().read(true).write(true).custom_flags(how.bits()).open(at)
 }

@@ -696,7 +696,8 @@ fn lay_upper(
             continue;
         }
         if !row.entry.is_file() {
-            if volume::look(&path.below(&volume.upper))?.is_none() {
+            if !laid || volume::look(&path.below(&volume.upper))?.is_none() {
+                // Those of a restore that was killed too: they are dressed when all is in them.
                 skeleton.push((path.clone(), row.entry.clone()));
             }
             above.push(path.clone());

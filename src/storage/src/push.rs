@@ -23,13 +23,11 @@ use crate::parallel;
 use crate::rules;
 use crate::scan::Change;
 use crate::stage::{self, Outcome, Staged};
-use crate::volume::Volume;
+use crate::volume::{self, Volume};
 use cvm_process::handle::Fate;
-use nix::fcntl::OFlag;
 use std::collections::HashSet;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::fs::OpenOptionsExt as _;
 
 /// A batch is as large as a loss of half its work is cheap.
 const BATCH_FILES: usize = 400;
@@ -128,7 +126,7 @@ impl Pusher<'_> {
             metas.into_iter().partition(|line| leaving.contains(&line.path));
         // Databases first, and then what is small: most of what is lost is lost soonest.
         let size = |path: &Path| {
-            crate::volume::look(&path.below(&self.volume.upper))
+            volume::look(&path.below(&self.volume.upper))
                 .ok()
                 .flatten()
                 .map_or(0, |s| crate::scan::size_of(&s))
@@ -229,13 +227,9 @@ impl Pusher<'_> {
         if lines.len() > SYNCED_ALONE {
             return Ok(nix::unistd::syncfs(File::open(&self.volume.upper)?)?);
         }
-        let how = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
         for line in lines {
-            let at = line.path.below(&self.volume.upper);
             // What is gone or replaced meanwhile is the next scan's.
-            if let Ok(file) = OpenOptions::new().read(true).custom_flags(how.bits()).open(at)
-                && file.metadata()?.is_file()
-            {
+            if let Ok(file) = volume::open_below(&self.volume.upper, &line.path) {
                 file.sync_all()?;
             }
         }
@@ -463,7 +457,7 @@ mod tests {
                 fs::create_dir_all(self.at(name).parent().unwrap()).unwrap();
                 fs::write(self.at(name), name).unwrap();
             }
-            let stat = crate::volume::look(&self.at(name)).unwrap().unwrap();
+            let stat = volume::look(&self.at(name)).unwrap().unwrap();
             let kind = Kind::File { size: 1, sha: Some(Digest([0; 32])), database: false };
             let line = Line { path: path(name), word: Word::Is(scan::dressed(kind, &stat)) };
             self.index.apply(&[line], None).unwrap();

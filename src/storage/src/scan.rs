@@ -13,11 +13,12 @@
 //! ```
 //!
 //! Refuses to read a file's content and to follow a link. May import: `entry`, `fault`, `index`,
-//! `rules`, `volume`.
+//! `lifting`, `rules`, `volume`.
 
 use crate::entry::{Entry, Kind, Path};
 use crate::fault::Fault;
 use crate::index::{Index, Known, Row, Sign};
+use crate::lifting::Seen;
 use crate::rules;
 use crate::volume::{self, Volume};
 use cvm_process::handle::Handle;
@@ -146,7 +147,8 @@ impl<'a> Scanner<'a> {
                 whiteouts.insert(name);
                 continue;
             }
-            if rules::is_volatile(&path) || self.is_log(&path, &name) {
+            let file = volume::kind_of(&stat) == libc::S_IFREG;
+            if rules::is_volatile(&path) || file && self.is_log(&path, &name) {
                 continue;
             }
             let row = known.remove(&name);
@@ -206,6 +208,18 @@ impl<'a> Scanner<'a> {
 
     fn file(&mut self, path: &Path, stat: &FileStat, row: Option<Row>) -> Result<(), Fault> {
         let at = path.below(&self.volume.upper);
+        let mut stat = *stat;
+        if let Some(row) = row.as_ref().filter(|row| row.lower) {
+            match self.volume.lifting.look(path, &at)? {
+                Seen::Is(Some(now)) => stat = now,
+                Seen::Is(None) => return Ok(()),
+                Seen::InTheMaking => {
+                    stat.st_mtime = row.entry.mtime_ns.div_euclid(1_000_000_000);
+                    stat.st_mtime_nsec = row.entry.mtime_ns.rem_euclid(1_000_000_000);
+                }
+            }
+        }
+        let stat = &stat;
         if self.volume.overlay && stat.st_nlink > 0 && volume::mark(&at, METACOPY).is_some() {
             self.data_below(path, stat, row.as_ref(), &at);
             return Ok(());
@@ -225,8 +239,9 @@ impl<'a> Scanner<'a> {
             }
             return Ok(());
         }
-        let database = self.is_database(path, &at, stat);
-        self.found.changes.push(Change::Read { path: path.clone(), database, was: row.map(Box::new) });
+        let database = self.is_database(path, stat);
+        let was = row.map(|row| Box::new(if database { row } else { of_any_file(row) }));
+        self.found.changes.push(Change::Read { path: path.clone(), database, was });
         Ok(())
     }
 
@@ -285,12 +300,11 @@ impl<'a> Scanner<'a> {
         if self.index.get(&base).ok().flatten().is_some_and(|row| row.entry.is_database()) {
             return true;
         }
-        let base = base.below(&self.volume.upper);
-        if crate::database::has_magic(&base) {
+        if self.begins_like_a_database(&base) {
             return true;
         }
         let mut head = [0u8; 8];
-        let Ok(n) = std::fs::File::open(path.below(&self.volume.upper))
+        let Ok(n) = volume::open_below(&self.volume.upper, path)
             .and_then(|mut f| std::io::Read::read(&mut f, &mut head))
         else {
             return false;
@@ -298,16 +312,23 @@ impl<'a> Scanner<'a> {
         let head = head.get(..n).unwrap_or_default();
         // The log of a database that is being created may have no header yet.
         let begun = head.iter().all(|b| *b == 0)
-            && volume::look(&base).ok().flatten().is_some_and(|s| s.st_size == 0);
+            && volume::look(&base.below(&self.volume.upper))
+                .ok()
+                .flatten()
+                .is_some_and(|s| volume::kind_of(&s) == libc::S_IFREG && s.st_size == 0);
         begun || rules::is_database_log(head)
     }
 
     /// By its first bytes; an empty file with a log beside it is one that is being created.
-    fn is_database(&self, path: &Path, at: &FsPath, stat: &FileStat) -> bool {
+    fn is_database(&self, path: &Path, stat: &FileStat) -> bool {
         if stat.st_size == 0 {
-            return log_of(&path.below(&self.volume.upper)).is_some_and(|wal| wal.st_size > 0);
+            return is_begun(&path.below(&self.volume.upper));
         }
-        crate::database::has_magic(at)
+        self.begins_like_a_database(path)
+    }
+
+    fn begins_like_a_database(&self, path: &Path) -> bool {
+        volume::open_below(&self.volume.upper, path).is_ok_and(|file| crate::database::begins_like_one(&file))
     }
 
     fn sign(&self, path: &Path, stat: &FileStat, database: bool) -> Sign {
@@ -319,7 +340,12 @@ impl<'a> Scanner<'a> {
 pub(crate) fn log_of(database: &FsPath) -> Option<FileStat> {
     let mut name = database.as_os_str().to_owned();
     name.push("-wal");
-    volume::look(FsPath::new(&name)).ok().flatten()
+    volume::look(FsPath::new(&name)).ok().flatten().filter(|log| volume::kind_of(log) == libc::S_IFREG)
+}
+
+/// Whether an empty file is a database all the same: all there is of it is in its log.
+pub(crate) fn is_begun(database: &FsPath) -> bool {
+    log_of(database).is_some_and(|log| log.st_size > 0)
 }
 
 /// By what a file is known again. A change of a database shows in its log first.
@@ -358,6 +384,14 @@ pub(crate) fn dressed(kind: Kind, stat: &FileStat) -> Entry {
         mtime_ns: volume::mtime_ns(stat),
         link: shared.then_some(stat.st_ino),
     }
+}
+
+/// A database that was empty when it was pushed need not be one.
+fn of_any_file(mut row: Row) -> Row {
+    if let Kind::File { size: 0, database, .. } = &mut row.entry.kind {
+        *database = false;
+    }
+    row
 }
 
 /// A database's time changes with each commit; that alone is not worth a line.
@@ -477,9 +511,51 @@ mod tests {
         bench.push();
         // A tick of the file system's clock later, a copy of ours is no change.
         std::thread::sleep(std::time::Duration::from_millis(20));
-        crate::database::copy(&bench.dir.path().join("any name"), &bench.volume.staging().join("copy"))
-            .unwrap();
+        let at = bench.dir.path().join("any name");
+        let path = Path::new(b"any name").unwrap();
+        let owner =
+            crate::database::Owner::of(bench.dir.path(), &path, &fs::File::open(&at).unwrap()).unwrap();
+        crate::database::copy(&at, &bench.volume.staging().join("copy"), owner).unwrap();
         assert_eq!(bench.words(), Vec::<String>::new());
+    }
+
+    #[test]
+    fn the_time_of_a_file_whose_data_is_brought_up_is_not_taken_for_its_own() {
+        let bench = Bench::new();
+        bench.write("a", "1");
+        bench.push();
+        let path = Path::new(b"a").unwrap();
+        bench.index.set_all_lower(true).unwrap();
+        // Of a stub, what the kernel does when the data is wanted.
+        let at = bench.dir.path().join("a");
+        let mark = c"trusted.overlay.metacopy";
+        assert_eq!(volume::set_mark(&at, mark, b""), Ok(()), "this test needs root and a disk with marks");
+        let volume = Volume { overlay: true, ..Volume::plain(bench.dir.path()).unwrap() };
+        let scan = || Scanner::new(&volume, &bench.index, "p", &HashSet::new()).full().unwrap().changes;
+        assert_eq!(scan(), []);
+        volume.lifting.during(&path, || {
+            volume::set_mtime(&at, 1).unwrap();
+            assert_eq!(scan(), []);
+        });
+        assert!(matches!(scan().as_slice(), [Change::Meta { .. }]), "{:?}", scan());
+    }
+
+    #[test]
+    fn what_is_no_file_is_neither_waited_for_nor_followed() {
+        let bench = Bench::new();
+        let at = bench.dir.path().to_owned();
+        let db = rusqlite::Connection::open(at.join("elsewhere")).unwrap();
+        db.execute_batch("CREATE TABLE t(x)").unwrap();
+        for pipe in ["x-wal", "y", "z-journal"] {
+            nix::unistd::mkfifo(&at.join(pipe), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        }
+        bench.write("y-wal", "beside a pipe");
+        bench.write("link-wal", "beside a link to a database");
+        std::os::unix::fs::symlink("elsewhere", at.join("link")).unwrap();
+        let (tell, done) = std::sync::mpsc::channel();
+        std::thread::spawn(move || tell.send(bench.words()));
+        let words = done.recv_timeout(std::time::Duration::from_secs(10)).expect("no scan waits for a pipe");
+        assert_eq!(words, ["db elsewhere", "meta link", "read link-wal", "read y-wal"]);
     }
 
     #[test]

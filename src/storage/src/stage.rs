@@ -1,18 +1,19 @@
 //! A private copy of one file at one moment, with its hash: what is sent is what was hashed.
 //!
 //! Refuses to call a copy good that was torn by a writer while it was made, as long as trying
-//! again can help. May import: `database`, `entry`, `fault`, `manifest`, `scan`, `volume`.
+//! again can help. May import: `database`, `entry`, `fault`, `lifting`, `manifest`,
+//! `scan`, `volume`.
 
 use crate::database::{self, NoCopy};
 use crate::entry::{Entry, Kind, Path};
 use crate::fault::Fault;
 use crate::index::{Known, Sign};
+use crate::lifting::Seen;
 use crate::manifest::Digest;
 use crate::scan;
 use crate::volume::{self, Volume};
-use nix::fcntl::OFlag;
 use sha2::{Digest as _, Sha256};
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path as FsPath;
@@ -23,6 +24,8 @@ const TRIES: u32 = 3;
 /// The longest tick of a kernel's clock, twice.
 const TICK_NS: i64 = 20_000_000;
 const PIECE: usize = 256 * 1024;
+/// How long a database that is made anew may be empty.
+const NEW_NS: u64 = 5_000_000_000;
 
 /// A copy that can be sent.
 pub(crate) struct Staged {
@@ -56,29 +59,40 @@ pub(crate) fn stage(
     let at = path.below(&volume.upper);
     let to = volume.staging().join(&name);
     for attempt in 1..=TRIES {
-        let Some(before) = volume::look(&at)? else { return Ok(Outcome::Vanished) };
+        let before = match volume.lifting.look(path, &at)? {
+            Seen::Is(Some(stat)) => stat,
+            Seen::Is(None) => return Ok(Outcome::Vanished),
+            Seen::InTheMaking => return Ok(Outcome::Later("its data is just brought up".to_owned())),
+        };
         if volume::kind_of(&before) != libc::S_IFREG {
             return Ok(Outcome::Vanished);
         }
-        if before.st_size > 0 {
-            // It may have been replaced since the scan.
-            database = database::has_magic(&at);
-            if was_database && !database {
-                return Ok(Outcome::Damaged("it does not begin like one any more".to_owned()));
-            }
+        let source = match volume::open_below(&volume.upper, path) {
+            Ok(source) => source,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Outcome::Vanished),
+            Err(error) => return Err(error.into()),
+        };
+        // It may have been replaced since the scan.
+        let empty = before.st_size == 0;
+        database = if empty { database && scan::is_begun(&at) } else { database::begins_like_one(&source) };
+        if was_database && !database {
+            let why = "it does not begin like one any more".to_owned();
+            return Ok(if empty { emptied(age_ns(&before)) } else { Outcome::Damaged(why) });
         }
         let Known { sign, handle } = scan::known_by(&at, &before, database);
         let _ = std::fs::remove_file(&to);
         let (size, sha) = if database {
+            let owner = database::Owner::of(&volume.tree, path, &source)?;
+            // Closed before SQLite has it.
+            drop(source);
             // Through the merged tree: SQLite's locks live on the path that its writers use.
-            match database::copy(&path.below(&volume.tree), &to) {
+            match database::copy(&path.below(&volume.tree), &to, owner) {
                 Ok(()) => hash(&to)?,
                 Err(NoCopy::Later(why)) => return Ok(Outcome::Later(why)),
                 Err(NoCopy::Damaged(why)) => return Ok(Outcome::Damaged(why)),
             }
         } else {
-            match copy(&at, &to) {
-                Err(Fault::Missing) => return Ok(Outcome::Vanished),
+            match copy(source, &to) {
                 // Made in this moment: bytes of it are not a state of it.
                 Ok(_) if database::has_magic(&to) && attempt < TRIES => continue,
                 other => other?,
@@ -107,20 +121,30 @@ pub(crate) fn stage(
 /// Such a file is read once more.
 fn is_young(at: &FsPath, stat: &nix::sys::stat::FileStat) -> bool {
     let changed = scan::log_of(at).map_or(0, |log| volume::ctime_ns(&log)).max(volume::ctime_ns(stat));
-    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_REALTIME)
-        .map_or(0, |now| now.tv_sec().saturating_mul(1_000_000_000).saturating_add(now.tv_nsec()));
-    now.saturating_sub(changed) < TICK_NS
+    now_ns().saturating_sub(changed) < TICK_NS
+}
+
+fn now_ns() -> i64 {
+    nix::time::clock_gettime(nix::time::ClockId::CLOCK_REALTIME)
+        .map_or(0, |now| now.tv_sec().saturating_mul(1_000_000_000).saturating_add(now.tv_nsec()))
+}
+
+/// A database that has been empty for so long.
+fn emptied(age_ns: u64) -> Outcome {
+    if age_ns < NEW_NS {
+        Outcome::Later("it is empty yet".to_owned())
+    } else {
+        Outcome::Damaged("it is empty".to_owned())
+    }
+}
+
+/// Since its last change; what changed in the future has not changed for long.
+fn age_ns(stat: &nix::sys::stat::FileStat) -> u64 {
+    u64::try_from(now_ns().saturating_sub(volume::ctime_ns(stat))).unwrap_or(u64::MAX)
 }
 
 /// Copies up to where the file ended when it was opened; holes stay holes.
-fn copy(from: &FsPath, to: &FsPath) -> Result<(u64, Digest), Fault> {
-    let opened =
-        OpenOptions::new().read(true).custom_flags((OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits()).open(from);
-    let source = match opened {
-        Ok(file) => file,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Err(Fault::Missing),
-        Err(error) => return Err(error.into()),
-    };
+fn copy(source: File, to: &FsPath) -> Result<(u64, Digest), Fault> {
     let length = source.metadata()?.len();
     let mut target = OpenOptions::new().write(true).create_new(true).mode(0o600).open(to)?;
     let copied = hash_of(source.take(length), |bytes| {
@@ -136,8 +160,7 @@ fn copy(from: &FsPath, to: &FsPath) -> Result<(u64, Digest), Fault> {
 
 /// Size and hash of a file as it is.
 pub(crate) fn hash(file: &FsPath) -> Result<(u64, Digest), Fault> {
-    let source = OpenOptions::new().read(true).custom_flags(OFlag::O_NOFOLLOW.bits()).open(file)?;
-    hash_of(source, |_| Ok(()))
+    hash_of(volume::open_file(file)?, |_| Ok(()))
 }
 
 fn hash_of(
@@ -154,4 +177,56 @@ fn hash_of(
         and(bytes)?;
     }
     Ok((size, Digest(hasher.finalize().into())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    fn staged(volume: &Volume, name: &str, database: bool, was_database: bool) -> Outcome {
+        let path = Path::new(name.as_bytes()).unwrap();
+        stage(volume, &path, database, was_database, "copy".to_owned()).unwrap()
+    }
+
+    #[test]
+    fn a_database_that_is_empty_now_is_not_sent_in_place_of_the_good_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let volume = Volume::plain(dir.path()).unwrap();
+        let at = dir.path().join("db");
+        fs::write(&at, "").unwrap();
+        assert!(matches!(staged(&volume, "db", false, false), Outcome::Ready(_)), "it never was one");
+        assert!(!matches!(staged(&volume, "db", false, true), Outcome::Ready(_)));
+        assert!(!matches!(staged(&volume, "db", true, true), Outcome::Ready(_)), "its log is gone again");
+        // One that is made anew gets its time.
+        assert!(matches!(emptied(NEW_NS - 1), Outcome::Later(_)));
+        assert!(matches!(emptied(NEW_NS), Outcome::Damaged(_)));
+        // All there is of it is in its log.
+        let db = rusqlite::Connection::open(&at).unwrap();
+        db.execute_batch("PRAGMA journal_mode=WAL; CREATE TABLE t(x)").unwrap();
+        assert!(
+            matches!(staged(&volume, "db", true, true), Outcome::Ready(Staged { entry, .. }) if entry.size() > 0)
+        );
+    }
+
+    #[test]
+    fn a_copy_is_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let volume = Volume::plain(dir.path()).unwrap();
+        let content = b"what is no database, and longer than a database's first bytes";
+        fs::write(dir.path().join("file"), content).unwrap();
+        assert!(matches!(staged(&volume, "file", false, false), Outcome::Ready(_)));
+        assert_eq!(fs::read(volume.staging().join("copy")).unwrap(), content);
+    }
+
+    #[test]
+    fn nothing_is_read_through_a_link_that_stands_where_a_directory_was() {
+        let dir = tempfile::tempdir().unwrap();
+        let volume = Volume::plain(dir.path()).unwrap();
+        fs::create_dir(dir.path().join("outside")).unwrap();
+        fs::write(dir.path().join("outside/file"), "1").unwrap();
+        std::os::unix::fs::symlink("outside", dir.path().join("d")).unwrap();
+        let path = Path::new(b"d/file").unwrap();
+        assert!(!matches!(stage(&volume, &path, false, false, "copy".to_owned()), Ok(Outcome::Ready(_))));
+    }
 }

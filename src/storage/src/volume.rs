@@ -9,16 +9,20 @@
 //! VOLUME/*                        sync mode: the tree itself
 //! ```
 //!
-//! Refuses to follow a symbolic link of the tree's. May import: `entry`, `fault`.
+//! Refuses to follow a symbolic link of the tree's. May import: `entry`, `fault`, `lifting`.
 
 use crate::entry::Path;
 use crate::fault::Fault;
+use crate::lifting::Lifting;
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use nix::sys::stat::{FileStat, UtimensatFlags, lstat, utimensat};
 use nix::sys::time::TimeSpec;
 use std::ffi::{CStr, CString};
-use std::fs;
+use std::fs::{self, File, OpenOptions};
+use std::io;
 use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path as FsPath, PathBuf};
 
 pub(crate) struct Volume {
@@ -31,6 +35,7 @@ pub(crate) struct Volume {
     /// Where the tree's files really are: the tree itself, or the upper layer below it.
     pub(crate) upper: PathBuf,
     pub(crate) overlay: bool,
+    pub(crate) lifting: Lifting,
 }
 
 impl Volume {
@@ -46,6 +51,7 @@ impl Volume {
             tree: root.to_owned(),
             upper: root.to_owned(),
             overlay: false,
+            lifting: Lifting::default(),
         };
         for name in ["staging", "upper", "work", "aside"] {
             builder.create(volume.own.join(name))?;
@@ -61,6 +67,7 @@ impl Volume {
             tree: tree.to_owned(),
             upper: self.own.join("upper"),
             overlay: true,
+            lifting: Lifting::default(),
         }
     }
 
@@ -100,10 +107,15 @@ impl Volume {
             }
             let target = to.join(entry.file_name());
             if target.symlink_metadata().is_ok() {
-                return Err(Fault::Disk(format!(
-                    "two trees on the volume: {} is at its top and in the overlay's layer; move one of them away",
+                tracing::error!(
+                    "two trees on the volume: {} is at its top and in the overlay's layer",
                     entry.file_name().to_string_lossy()
-                )));
+                );
+                // This one is told to everybody, and names are the agent's.
+                return Err(Fault::Disk(
+                    "two trees on the volume: a name, which the worker's log has, is at its top and in the overlay's layer; move one of them away"
+                        .to_owned(),
+                ));
             }
             fs::rename(entry.path(), target)?;
             moved += 1;
@@ -142,9 +154,32 @@ impl Volume {
 pub(crate) fn look(path: &FsPath) -> Result<Option<FileStat>, Fault> {
     match lstat(path) {
         Ok(stat) => Ok(Some(stat)),
-        Err(nix::errno::Errno::ENOENT | nix::errno::Errno::ENOTDIR) => Ok(None),
+        Err(Errno::ENOENT | Errno::ENOTDIR) => Ok(None),
         Err(error) => Err(error.into()),
     }
+}
+
+/// Opens a file for reading, and only a file: no link is followed, and no pipe waited for.
+pub(crate) fn open_file(path: &FsPath) -> io::Result<File> {
+    let how = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
+    only_a_file(OpenOptions::new().read(true).custom_flags(how.bits()).open(path)?)
+}
+
+/// The same for a path of the tree, whose directories are the agent's to replace by links. A kernel
+/// before 5.6 can only refuse the last one.
+pub(crate) fn open_below(top: &FsPath, path: &Path) -> io::Result<File> {
+    let how = OpenHow::new()
+        .flags(OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_BENEATH);
+    match openat2(&File::open(top)?, &path.below(FsPath::new("")), how) {
+        Ok(file) => only_a_file(file.into()),
+        Err(Errno::ENOSYS | Errno::EPERM) => open_file(&path.below(top)),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn only_a_file(file: File) -> io::Result<File> {
+    if file.metadata()?.is_file() { Ok(file) } else { Err(io::Error::other("it is no file")) }
 }
 
 pub(crate) fn kind_of(stat: &FileStat) -> u32 {
@@ -209,4 +244,21 @@ pub(crate) fn make_parents(root: &FsPath, path: &Path) -> Result<(), Fault> {
         fs::create_dir_all(parent.below(root))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn that_there_are_two_trees_is_said_without_a_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let [from, to] = ["from", "to"].map(|name| dir.path().join(name));
+        for at in [&from, &to] {
+            fs::create_dir(at).unwrap();
+            fs::write(at.join("private-name"), "1").unwrap();
+        }
+        let said = Volume::move_tree(&from, &to).unwrap_err().to_string();
+        assert!(said.contains("two trees") && !said.contains("private-name"), "{said}");
+    }
 }

@@ -1,0 +1,96 @@
+//! Files whose data the kernel is bringing up. Of a file of which only mode, owner and times are
+//! above, it writes the data into what is there, and the file has the time of that until whoever
+//! asked for it has put its own back. Nobody takes that time for the file's.
+//!
+//! Refuses to make a scan wait: data may come over the network. May import: `entry`, `fault`, `volume`.
+
+use crate::entry::Path;
+use crate::fault::Fault;
+use crate::volume::{self, Volume};
+use nix::fcntl::OFlag;
+use nix::sys::stat::FileStat;
+use std::collections::HashSet;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path as FsPath;
+use std::sync::{Mutex, PoisonError};
+
+#[derive(Debug, Default)]
+pub(crate) struct Lifting(Mutex<HashSet<Path>>);
+
+impl Lifting {
+    /// What is above of a file, unless its data is just brought up.
+    pub(crate) fn look(&self, path: &Path, at: &FsPath) -> Result<Seen, Fault> {
+        let set = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if set.contains(path) { Ok(Seen::InTheMaking) } else { Ok(Seen::Is(volume::look(at)?)) }
+    }
+
+    pub(crate) fn during<T>(&self, path: &Path, work: impl FnOnce() -> T) -> T {
+        let mut set = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        set.insert(path.clone());
+        drop(set);
+        let outcome = work();
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(path);
+        outcome
+    }
+}
+
+pub(crate) enum Seen {
+    Is(Option<FileStat>),
+    InTheMaking,
+}
+
+/// Makes the kernel bring a file's data up, with the time that the file has had above or, when there
+/// was nothing of it above, the one that is given. False when the file is not there any more.
+pub(crate) fn lift(volume: &Volume, path: &Path, mtime_ns: Option<i64>) -> Result<bool, Fault> {
+    let (at, upper) = (path.below(&volume.tree), path.below(&volume.upper));
+    volume.lifting.during(path, || {
+        let above = volume::look(&upper)?.map(|stat| volume::mtime_ns(&stat));
+        match open_for_writing(&at) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            other => other?,
+        };
+        let now = volume::look(&upper)?.map(|stat| volume::mtime_ns(&stat));
+        if let Some(time) = above.or(mtime_ns).filter(|time| now.is_some_and(|now| now != *time)) {
+            volume::set_mtime(&at, time)?;
+        }
+        Ok(true)
+    })
+}
+
+/// Which makes the kernel copy up what is only below.
+fn open_for_writing(at: &FsPath) -> io::Result<File> {
+    let how = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
+    OpenOptions::new().read(true).write(true).custom_flags(how.bits()).open(at)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_in_the_making_is_not_looked_at_and_others_are() {
+        let dir = tempfile::tempdir().unwrap();
+        let volume = Volume::plain(dir.path()).unwrap();
+        let [a, b] = ["a", "b"].map(|name| Path::new(name.as_bytes()).unwrap());
+        let seen = |path: &Path| volume.lifting.look(path, &path.below(&volume.upper)).unwrap();
+        volume.lifting.during(&a, || {
+            assert!(matches!(seen(&a), Seen::InTheMaking));
+            assert!(matches!(seen(&b), Seen::Is(None)));
+        });
+        assert!(matches!(seen(&a), Seen::Is(None)));
+    }
+
+    #[test]
+    fn a_file_keeps_the_time_that_it_had_above() {
+        let dir = tempfile::tempdir().unwrap();
+        let volume = Volume::plain(dir.path()).unwrap();
+        let path = Path::new(b"a").unwrap();
+        let at = path.below(&volume.upper);
+        std::fs::write(&at, "1").unwrap();
+        volume::set_mtime(&at, 1_234).unwrap();
+        assert!(lift(&volume, &path, Some(5_678)).unwrap());
+        assert_eq!(volume::mtime_ns(&volume::look(&at).unwrap().unwrap()), 1_234);
+    }
+}
