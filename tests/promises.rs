@@ -54,6 +54,7 @@ fn compose_grants_single_rights_each_with_its_reason() {
     }
     for line in [
         "    restart: unless-stopped",
+        "    hostname: openclaw",
         "      - \"1022:22\"",
         "      - \"18789:18789\"",
         "      - \"18790:18790\"",
