@@ -27,8 +27,8 @@ const LARGEST: f64 = 450e6;
 
 /// Paths that are not the same in two builds of one commit. May only become shorter.
 const NOT_REPRODUCIBLE: &[&str] = &[];
-/// What an engine lays into every container.
-const OF_THE_ENGINE: &[&str] = &["etc/hostname", "etc/hosts", "etc/mtab", "etc/resolv.conf"];
+/// What an engine lays into every container, and the directory whose time that changes.
+const OF_THE_ENGINE: &[&str] = &["etc", "etc/hostname", "etc/hosts", "etc/mtab", "etc/resolv.conf"];
 
 /// Past the test runner, which keeps what a test prints to itself.
 fn say(text: &str) {
