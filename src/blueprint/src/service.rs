@@ -265,7 +265,9 @@ fn gateway(config: &Config) -> Service {
     let seconds = |s: Seconds| Duration::from_secs(u64::from(s.get()));
     let http = |path: &str| Probe::Http { port, path: path.into() };
     let openclaw = [paths::NODE, paths::OPENCLAW];
-    let run = ["gateway", "run", "--bind", "lan", "--port", &port.to_string(), "--force"];
+    // Without --force: the port is free, see `prepare`, and in a container whose IPv6 is turned off
+    // that would take it for busy.
+    let run = ["gateway", "run", "--bind", "lan", "--port", &port.to_string()];
     let repair = ["doctor", "--fix", "--yes", "--non-interactive"];
     Service {
         name: "gateway",

@@ -220,6 +220,11 @@ impl Kit {
         if kind == service::Environment::Storage {
             pairs.extend([(&b"GOGC"[..], &b"50"[..]), (b"GOMEMLIMIT", b"128MiB")]);
         }
+        if kind == service::Environment::Dockerd {
+            // A container that is not privileged sees the kernel's settings read-only, and dockerd
+            // would start none because it cannot turn IPv6 off in it.
+            pairs.push((b"DOCKER_ALLOW_IPV6_ON_IPV4_INTERFACE", b"1"));
+        }
         // A user's LANG is passed through; a service without one still speaks UTF-8.
         let has_lang = pairs.iter().any(|(name, _)| *name == b"LANG");
         let own = [("PATH", path.as_str()), ("HOME", &home), ("USER", user), ("LOGNAME", user)];

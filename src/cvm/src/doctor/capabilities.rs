@@ -20,12 +20,13 @@ const NEEDED: &[(&str, u8, &str)] = &[
 const WANTED: &[(&str, u8, &str)] = &[
     ("SYS_ADMIN", 21, "mounts: dockerd, and the S3 mode with FUSE"),
     ("NET_ADMIN", 12, "dockerd's bridge and iptables"),
+    ("DAC_READ_SEARCH", 2, "the S3 mode knows a file again that was renamed"),
 ];
 
 pub(crate) fn check(notebook: &mut Notebook<'_>) {
     let effective = facts::read("/proc/self/status").and_then(|text| effective(&text));
     notebook.check("needed by every service", || judge(effective, NEEDED, fail));
-    notebook.check("needed by dockerd and FUSE", || judge(effective, WANTED, warn));
+    notebook.check("needed by dockerd and S3 mode", || judge(effective, WANTED, warn));
 }
 
 fn effective(status: &str) -> Option<u64> {
@@ -66,7 +67,10 @@ mod tests {
         assert_eq!(judge(docker, NEEDED, fail).verdict, Verdict::Ok);
         let outcome = judge(docker, WANTED, warn);
         assert_eq!(outcome.verdict, Verdict::Warn);
-        assert_eq!(outcome.remedy.unwrap(), "in docker-compose.yml: cap_add: [SYS_ADMIN, NET_ADMIN]");
+        assert_eq!(
+            outcome.remedy.unwrap(),
+            "in docker-compose.yml: cap_add: [SYS_ADMIN, NET_ADMIN, DAC_READ_SEARCH]"
+        );
         assert_eq!(judge(Some(u64::MAX), WANTED, warn).verdict, Verdict::Ok);
     }
 }

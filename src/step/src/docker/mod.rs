@@ -57,7 +57,12 @@ fn privileges(places: &Places) -> Outcome<()> {
     let missing: Vec<&str> =
         NEEDED.iter().filter(|(bit, _)| effective & (1 << bit) == 0).map(|(_, name)| *name).collect();
     if !missing.is_empty() {
-        return Err(not_allowed(&format!("{} is missing", missing.join(" and "))));
+        let verb = if missing.len() == 1 { "is" } else { "are" };
+        let names: Vec<&str> = missing.iter().map(|name| name.trim_start_matches("CAP_")).collect();
+        return Err(not_allowed(
+            &format!("{} {verb} missing", missing.join(" and ")),
+            &format!("cap_add: [{}]", names.join(", ")),
+        ));
     }
     may_mount(places)
 }
@@ -68,13 +73,17 @@ fn may_mount(places: &Places) -> Outcome<()> {
     let mounted = mount(Some("tmpfs"), trial.path(), Some("tmpfs"), MsFlags::empty(), Some("size=4k"));
     let _ = umount2(trial.path(), MntFlags::MNT_DETACH);
     let _ = std::fs::remove_dir(trial.path());
-    mounted.map_err(|errno| not_allowed(&format!("mounting is forbidden ({})", errno.desc())))
+    mounted.map_err(|errno| {
+        not_allowed(
+            &format!("mounting is forbidden ({})", errno.desc()),
+            "security_opt: [seccomp=unconfined, apparmor=unconfined]",
+        )
+    })
 }
 
-fn not_allowed(what: &str) -> Failure {
+fn not_allowed(what: &str, line: &str) -> Failure {
     Failure::for_good(format!(
-        "dockerd cannot run in this container: {what}. Set `privileged: true` for it in docker-compose.yml, or set \
-         ENABLE_DOCKER=0"
+        "dockerd cannot run in this container: {what}. Set `{line}` for it in docker-compose.yml, or set ENABLE_DOCKER=0"
     ))
 }
 

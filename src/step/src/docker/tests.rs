@@ -21,7 +21,7 @@ fn image(capabilities: &str) -> (tempfile::TempDir, Places) {
 }
 
 const ALL: &str = "000001ffffffffff";
-/// What a container has without `privileged`.
+/// What a container has unless more is asked for.
 const DEFAULT: &str = "00000000a80425fb";
 
 fn config(root: &Path) -> Value {
@@ -41,7 +41,7 @@ fn missing_privileges_are_named_with_the_line_that_grants_them() {
     let (_temp, places) = image(DEFAULT);
     let failure = prepare(&places, &mut Report::default()).unwrap_err();
     assert!(!failure.retry);
-    for words in ["CAP_NET_ADMIN and CAP_SYS_ADMIN", "privileged: true"] {
+    for words in ["CAP_NET_ADMIN and CAP_SYS_ADMIN are missing", "cap_add: [NET_ADMIN, SYS_ADMIN]"] {
         assert!(failure.why.contains(words), "{}", failure.why);
     }
 }

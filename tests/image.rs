@@ -1,0 +1,474 @@
+//! The image as users have it: built from this commit, started by the compose file on a machine
+//! with a container engine, looked at, broken, and started anew.
+//!
+//! The binaries in it are those beside the tests, so that they are compiled once; the stage that
+//! compiles them otherwise is built with `CVM_SOAK`. Tests take turns: there is one engine.
+
+use cvm_harness::engine::{Engine, IMAGE};
+use cvm_harness::machine::{MASTER_KEY, PATIENCE, binaries, repository};
+use cvm_harness::{Garage, Network, Proxy, difference, digest, until};
+use serde_json::Value;
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::sync::{Mutex, MutexGuard, Once, PoisonError};
+use std::time::Duration;
+
+/// The container that the compose file makes.
+const CVM: &str = "cvm-openclaw-1";
+/// Where containers find their host.
+const HOST: &str = "172.17.0.1";
+/// A start of the real gateway, on a machine that does much else besides.
+const STARTS_WITHIN: Duration = Duration::from_mins(5);
+/// All but Node and openclaw, in bytes.
+const LARGEST: f64 = 450e6;
+
+/// Paths that are not the same in two builds of one commit. May only become shorter.
+const NOT_REPRODUCIBLE: &[&str] = &[];
+/// What an engine lays into every container, and the directory whose time that changes.
+const OF_THE_ENGINE: &[&str] = &["etc", "etc/hostname", "etc/hosts", "etc/mtab", "etc/resolv.conf"];
+
+/// Past the test runner, which keeps what a test prints to itself.
+fn say(text: &str) {
+    let _ = writeln!(std::io::stderr(), "{text}");
+}
+
+/// One test at a time; nothing where no engine can run.
+fn turn() -> Option<MutexGuard<'static, ()>> {
+    static TURN: Mutex<()> = Mutex::new(());
+    static BUILT: Once = Once::new();
+    let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(why) = Engine::missing() {
+        say(&format!("\n*** SKIPPED: no container engine can run here, so the image is NOT TESTED: {why}\n"));
+        return None;
+    }
+    BUILT.call_once(|| {
+        let engine = Engine::builder();
+        clean(&engine);
+        engine.build(IMAGE, &["--given", &binaries().display().to_string()]);
+    });
+    Some(turn)
+}
+
+/// What an earlier run left.
+fn clean(engine: &Engine) {
+    for container in engine.docker(&["ps", "--all", "--quiet"]).lines() {
+        engine.docker(&["rm", "--force", "--volumes", container]);
+    }
+    engine.docker(&["volume", "prune", "--force"]);
+    engine.docker(&["network", "prune", "--force"]);
+}
+
+/// What an operator has: a key that the CVM's host knows, and the host key that `MASTER_KEY` gives.
+struct Laptop {
+    key: String,
+    public: String,
+    known: String,
+}
+
+impl Laptop {
+    fn new() -> Self {
+        let home = tempfile::tempdir().expect("a temporary directory");
+        let key = home.path().join("key");
+        let made =
+            Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(&key).status();
+        assert!(made.expect("ssh-keygen runs").success());
+        let known = Command::new(binaries().join("cvm"))
+            .args(["derive", "ssh-known-hosts", "--host", "127.0.0.1", "--port", "1022"])
+            .env("MASTER_KEY", MASTER_KEY)
+            .output()
+            .expect("cvm runs");
+        assert!(known.status.success());
+        let read = |path: &Path| fs::read_to_string(path).expect("ssh-keygen wrote it");
+        Self {
+            key: read(&key),
+            public: read(&key.with_extension("pub")),
+            known: String::from_utf8_lossy(&known.stdout).into_owned(),
+        }
+    }
+
+    fn engine(&self, network: &Network) -> Engine {
+        let engine = Engine::runner(network, |host| {
+            host.file("/home/root/.ssh/authorized_keys", &self.public, 0o600)
+                .file("/laptop/key", &self.key, 0o600)
+                .file("/laptop/known_hosts", &self.known, 0o644)
+        });
+        clean(&engine);
+        engine
+    }
+}
+
+/// `ssh -p 1022`, which takes no host key but the derived one.
+fn ssh(engine: &Engine, command: &str) -> Output {
+    let mut words = vec!["ssh", "-F", "none", "-p", "1022", "-i", "/laptop/key"];
+    for option in [
+        "BatchMode=yes",
+        "IdentitiesOnly=yes",
+        "StrictHostKeyChecking=yes",
+        "UserKnownHostsFile=/laptop/known_hosts",
+        "GlobalKnownHostsFile=none",
+    ] {
+        words.extend(["-o", option]);
+    }
+    words.extend(["root@127.0.0.1", command]);
+    engine.host.exec(&words)
+}
+
+#[track_caller]
+fn good(what: &str, output: &Output) -> String {
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(
+        output.status.success(),
+        "{what}: {}\n{text}{}",
+        output.status,
+        String::from_utf8_lossy(&output.stderr)
+    );
+    text
+}
+
+/// What the image's own compose does with our compose file.
+#[track_caller]
+fn compose(engine: &Engine, environment: &[(&str, &str)], words: &[&str]) {
+    let mut all = vec!["run", "--rm", "--interactive", "--network", "none", "--entrypoint", "docker"];
+    all.extend(["--volume", "/engine/docker.sock:/run/docker.sock"]);
+    let set: Vec<String> = environment
+        .iter()
+        .chain(&[("OPENCLAW_CVM_IMAGE", IMAGE), ("MASTER_KEY", MASTER_KEY)])
+        .map(|(name, value)| format!("{name}={value}"))
+        .collect();
+    all.extend(set.iter().flat_map(|pair| ["--env", pair.as_str()]));
+    all.extend([IMAGE, "compose", "--project-name", "cvm", "--file", "-"]);
+    all.extend(words);
+    let file = fs::File::open(repository().join("docker-compose.yml")).expect("the compose file is there");
+    let output = engine.client(&all).stdin(Stdio::from(file)).output().expect("docker runs");
+    good(&format!("compose {words:?}"), &output);
+}
+
+/// By `docker exec`.
+fn exec(engine: &Engine, words: &[&str]) -> Output {
+    engine.try_docker(&[&["exec", CVM], words].concat())
+}
+
+#[track_caller]
+fn inside(engine: &Engine, words: &[&str]) -> String {
+    good(&format!("{words:?} in the container"), &exec(engine, words)).trim_end().to_owned()
+}
+
+#[track_caller]
+fn healthy(engine: &Engine) {
+    let deadline = std::time::Instant::now() + STARTS_WITHIN;
+    until("the container is healthy", STARTS_WITHIN * 2, || {
+        let health = exec(engine, &["cvm", "health"]);
+        assert!(
+            std::time::Instant::now() < deadline,
+            "not healthy: {}{}\nthe container said:\n{}\nthe gateway said:\n{}",
+            String::from_utf8_lossy(&health.stdout),
+            String::from_utf8_lossy(&health.stderr),
+            log(engine, CVM),
+            String::from_utf8_lossy(&exec(engine, &["cvm", "logs", "gateway"]).stdout),
+        );
+        health.status.success().then_some(())
+    });
+}
+
+fn log(engine: &Engine, container: &str) -> String {
+    let output = engine.try_docker(&["logs", container]);
+    String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
+}
+
+/// Also of a machine that is not healthy.
+fn status(engine: &Engine) -> Value {
+    serde_json::from_slice(&exec(engine, &["cvm", "status", "--json"]).stdout).unwrap_or_default()
+}
+
+/// The gateway's pid, when it has one.
+fn gateway(engine: &Engine) -> Option<i64> {
+    let status = status(engine);
+    status["services"].as_array()?.iter().find(|s| s["name"] == "gateway")?["pid"].as_i64()
+}
+
+/// What must be the same in every container that has the same key and state.
+#[derive(Debug, PartialEq)]
+struct Identity {
+    device: String,
+    /// Fingerprints of the gateway's token, the host key and the others.
+    keys: Value,
+    note: String,
+}
+
+const NOTE: &str = "/data/openclaw/workspace/note.txt";
+
+fn identity(engine: &Engine) -> Identity {
+    let database = "file:/data/openclaw/state/openclaw.sqlite?mode=ro";
+    let query = "SELECT device_id FROM device_identities WHERE identity_key = 'primary'";
+    Identity {
+        device: inside(engine, &["sqlite3", database, query]),
+        keys: status(engine)["keys"].clone(),
+        note: inside(engine, &["cat", NOTE]),
+    }
+}
+
+fn write_note(engine: &Engine) {
+    let script = format!("mkdir -p $(dirname {NOTE}) && echo remembered >{NOTE}");
+    inside(engine, &["runuser", "-u", "openclaw", "--", "sh", "-c", &script]);
+}
+
+/// `docker stop`, as long as the compose file lets it take.
+#[track_caller]
+fn stops_clean(engine: &Engine) {
+    engine.docker(&["stop", CVM]);
+    assert_eq!(engine.inspect(CVM, ".State.ExitCode"), "0", "{}", log(engine, CVM));
+}
+
+#[test]
+fn the_image_is_small_and_says_what_it_is_and_holds_no_leftovers() {
+    let Some(_turn) = turn() else { return };
+    let engine = Engine::runner(&Network::new(), |host| host);
+    let run = |words: &[&str]| {
+        let options = ["run", "--rm", "--network", "none", "--entrypoint", "sh", IMAGE, "-c"];
+        engine.docker(&[&options, words].concat())
+    };
+
+    let weights =
+        fs::read_to_string(repository().join("target/image/weights.txt")).expect("image/build wrote it");
+    say(&format!("\nWhat weighs how much in the image, in MB:\n{weights}"));
+    let all_else = weights.lines().find_map(|l| l.strip_suffix("  all but Node and openclaw"));
+    let all_else: f64 = all_else.and_then(|n| n.trim().parse().ok()).expect("the table ends with it");
+    assert!(all_else * 1e6 <= LARGEST, "{all_else} MB");
+
+    let revision = Command::new("git").args(["rev-parse", "HEAD"]).current_dir(repository()).output();
+    let revision = String::from_utf8_lossy(&revision.expect("git runs").stdout).trim().to_owned();
+    let label = |name: &str| {
+        engine.inspect(IMAGE, &format!("index .Config.Labels \"org.opencontainers.image.{name}\""))
+    };
+    assert!(label("revision").starts_with(&revision));
+    assert_eq!(label("version"), env!("CARGO_PKG_VERSION"));
+    assert_eq!(label("created").len(), "2026-01-01T00:00:00Z".len());
+
+    let leftovers =
+        run(&["find /var/lib/apt/lists /var/cache/apt /var/log /tmp /var/tmp /root/.npm /root/.cargo \
+         /etc/ssh/ssh_host_* /run/secrets -type f 2>/dev/null; command -v cc gcc rustc cargo go npm python3; \
+         true"]);
+    assert_eq!(leftovers, "");
+    assert_eq!(run(&["id -u openclaw; id -g openclaw; id -u openclaw-mux"]), "990\n990\n18790");
+    assert_eq!(run(&["ls /usr/local/lib/openclaw-cvm"]), run_names());
+
+    let bill = fs::read(repository().join("target/image/sbom.spdx.json")).expect("image/build wrote it");
+    let bill: Value = serde_json::from_slice(&bill).expect("JSON");
+    assert_eq!(bill["spdxVersion"], "SPDX-2.3");
+    let locators: BTreeSet<&str> = bill["packages"]
+        .as_array()
+        .expect("a list")
+        .iter()
+        .filter_map(|p| p["externalRefs"][0]["referenceLocator"].as_str())
+        .collect();
+    for expected in [
+        "pkg:npm/openclaw@",
+        "pkg:deb/debian/docker.io@",
+        "pkg:cargo/serde@",
+        "pkg:golang/github.com/rclone/rclone@",
+    ] {
+        assert!(locators.iter().any(|l| l.starts_with(expected)), "no {expected}");
+    }
+}
+
+/// The binaries, as `ls` shows them.
+fn run_names() -> String {
+    let output = Command::new(repository().join("image/binaries")).output().expect("image/binaries runs");
+    String::from_utf8_lossy(&output.stdout).trim_end().to_owned()
+}
+
+#[test]
+fn a_volume_keeps_everything_through_kills_restarts_and_a_new_container() {
+    let Some(_turn) = turn() else { return };
+    let laptop = Laptop::new();
+    let engine = laptop.engine(&Network::new());
+    let given = [("OPENCLAW_GATEWAY_RESTART_DELAY", "1")];
+    compose(&engine, &given, &["up", "--detach"]);
+
+    // Up before anything else, with the key that was known before the machine was.
+    until("SSH answers", PATIENCE, || ssh(&engine, "true").status.success().then_some(()));
+    healthy(&engine);
+    let shown = good("cvm status over SSH", &ssh(&engine, "cvm status"));
+    assert!(shown.contains("gateway"), "{shown}");
+
+    assert_eq!(engine.inspect(CVM, ".HostConfig.Privileged"), "false");
+    assert_eq!(engine.inspect(CVM, ".Config.StopTimeout"), "620");
+
+    for words in [&["openclaw", "--version"][..], &["openclaw", "channels", "status", "--probe"]] {
+        let command = words.join(" ");
+        let (by_ssh, by_exec) = (good(&command, &ssh(&engine, &command)), inside(&engine, words));
+        if words.len() == 2 {
+            assert_eq!(by_ssh.trim_end(), by_exec);
+            assert!(by_exec.starts_with("OpenClaw "), "{by_exec}");
+        }
+    }
+
+    // An image made on the spot, of a program that needs nothing else.
+    until("dockerd is ready", PATIENCE, || exec(&engine, &["docker", "info"]).status.success().then_some(()));
+    let script = "tar -C /usr/local/lib/openclaw-cvm -c cvm | docker import - spot && docker run --rm spot /cvm --version";
+    let said = inside(&engine, &["sh", "-c", script]);
+    assert!(said.lines().any(|l| l.starts_with("cvm ")), "{said}");
+
+    write_note(&engine);
+    let before = identity(&engine);
+    let old = gateway(&engine).expect("a healthy machine has one");
+    inside(&engine, &["kill", "-9", &old.to_string()]);
+    until("another gateway runs", PATIENCE, || gateway(&engine).filter(|new| *new != old));
+    healthy(&engine);
+
+    engine.docker(&["restart", CVM]);
+    healthy(&engine);
+    assert_eq!(log(&engine, CVM).matches("SSH daemon started.").count(), 2);
+    assert_eq!(identity(&engine), before);
+
+    stops_clean(&engine);
+    engine.docker(&["rm", CVM]);
+    compose(&engine, &given, &["up", "--detach"]);
+    healthy(&engine);
+    assert_eq!(identity(&engine), before);
+    good("SSH with the same host key", &ssh(&engine, "cvm health"));
+    stops_clean(&engine);
+    clean(&engine);
+}
+
+#[test]
+fn a_bucket_brings_everything_back_when_the_container_and_its_volumes_are_destroyed() {
+    let Some(_turn) = turn() else { return };
+    let (laptop, garage, network) = (Laptop::new(), Garage::start(), Network::new());
+    let proxy = Proxy::open_in(&network, garage.address());
+    let engine = laptop.engine(&network);
+    let endpoint = format!("http://{HOST}:{}", proxy.address().port());
+    let given = [
+        ("S3_BUCKET", garage.bucket()),
+        ("S3_ENDPOINT", endpoint.as_str()),
+        ("S3_REGION", garage.region()),
+        ("AWS_ACCESS_KEY_ID", garage.access_key()),
+        ("AWS_SECRET_ACCESS_KEY", garage.secret_key()),
+        // A machine that is lost is succeeded after three beats.
+        ("S3_HEARTBEAT", "1"),
+        ("ENABLE_DOCKER", "0"),
+    ];
+    compose(&engine, &given, &["up", "--detach"]);
+    healthy(&engine);
+    write_note(&engine);
+    inside(&engine, &["cvm", "storage", "flush"]);
+    let before = identity(&engine);
+
+    engine.docker(&["rm", "--force", "--volumes", CVM]);
+    for volume in engine.docker(&["volume", "ls", "--quiet"]).lines() {
+        engine.docker(&["volume", "rm", volume]);
+    }
+    compose(&engine, &given, &["up", "--detach"]);
+    healthy(&engine);
+    let said = log(&engine, CVM);
+    assert!(said.contains("rclone FUSE mount ready at /data"), "{said}");
+    assert_eq!(identity(&engine), before);
+    good("SSH with the same host key", &ssh(&engine, "cvm storage status"));
+    stops_clean(&engine);
+    clean(&engine);
+}
+
+#[test]
+fn what_a_container_may_not_do_is_said_and_the_rest_works() {
+    let Some(_turn) = turn() else { return };
+    let (garage, network) = (Garage::start(), Network::new());
+    let proxy = Proxy::open_in(&network, garage.address());
+    let engine = Laptop::new().engine(&network);
+    // As a plain `docker run` has it: no capability, no device, no option more than the engine's own.
+    let pairs = [
+        format!("S3_ENDPOINT=http://{HOST}:{}", proxy.address().port()),
+        format!("S3_BUCKET={}", garage.bucket()),
+        format!("S3_REGION={}", garage.region()),
+        format!("AWS_ACCESS_KEY_ID={}", garage.access_key()),
+        format!("AWS_SECRET_ACCESS_KEY={}", garage.secret_key()),
+        format!("MASTER_KEY={MASTER_KEY}"),
+    ];
+    let mut words = vec!["run", "--detach", "--name", CVM];
+    words.extend(pairs.iter().flat_map(|pair| ["--env", pair.as_str()]));
+    words.push(IMAGE);
+    engine.docker(&words);
+    healthy(&engine);
+    let said = log(&engine, CVM);
+    assert!(said.contains("FUSE mount failed, falling back to sync mode."), "{said}");
+    let doctor = exec(&engine, &["cvm", "doctor"]);
+    let doctor = String::from_utf8_lossy(&doctor.stdout);
+    for missing in ["SYS_ADMIN", "NET_ADMIN", "/dev/fuse"] {
+        assert!(doctor.contains(missing), "the doctor does not say {missing}:\n{doctor}");
+    }
+    until("dockerd's failure is a warning", PATIENCE, || {
+        log(&engine, CVM).lines().any(|l| l.contains("WARN") && l.contains("dockerd")).then_some(())
+    });
+    clean(&engine);
+}
+
+#[test]
+fn two_builds_of_one_commit_are_the_same() {
+    let Some(_turn) = turn() else { return };
+    let engine = Engine::builder();
+    let again = "openclaw-cvm:again";
+    let given = binaries().display().to_string();
+    engine.build(again, &["--no-cache", "--given", &given]);
+    assert_same_trees(&engine, IMAGE, again);
+    engine.docker(&["rmi", "--force", again]);
+}
+
+/// The stage that compiles, from nothing, twice.
+#[test]
+fn two_builds_with_the_compilers_of_the_image_are_the_same() {
+    if std::env::var_os("CVM_SOAK").is_none() {
+        return;
+    }
+    let Some(_turn) = turn() else { return };
+    let engine = Engine::builder();
+    let tags = ["openclaw-cvm:first", "openclaw-cvm:second"];
+    for tag in tags {
+        engine.build(tag, &["--no-cache"]);
+    }
+    assert_same_trees(&engine, tags[0], tags[1]);
+    for tag in tags {
+        engine.docker(&["rmi", "--force", tag]);
+    }
+}
+
+#[track_caller]
+fn assert_same_trees(engine: &Engine, first: &str, second: &str) {
+    let (first, second) = (tree(engine, first), tree(engine, second));
+    let difference = difference(&first, &second);
+    let path = |line: &str| line.split('"').nth(1).unwrap_or_default().to_owned();
+    let found: BTreeSet<String> = difference.lines().map(path).collect();
+    let known: BTreeSet<String> = NOT_REPRODUCIBLE.iter().map(|p| (*p).to_owned()).collect();
+    say(&format!("\nNot reproducible in the image: {known:?}"));
+    assert_eq!(found, known, "a path that is not known, or one that is reproducible by now:\n{difference}");
+}
+
+/// Everything in an image, a line for each path.
+#[track_caller]
+fn tree(engine: &Engine, image: &str) -> Vec<String> {
+    let place = tempfile::tempdir_in(repository().join("target/image")).expect("target/ is writable");
+    let container = engine.docker(&["create", "--network", "none", image]);
+    let mut export = engine.client(&["export", &container]);
+    let mut export = export.stdout(Stdio::piped()).spawn().expect("docker runs");
+    let tar = Command::new("tar")
+        .args(["--extract", "--same-owner", "--same-permissions", "--numeric-owner", "--directory"])
+        .arg(place.path())
+        .stdin(export.stdout.take().expect("stdout is piped"))
+        .status();
+    assert!(tar.expect("tar runs").success() && export.wait().expect("docker is our child").success());
+    engine.docker(&["rm", "--volumes", &container]);
+    let date = Command::new("git").args(["log", "-1", "--format=%ct"]).current_dir(repository()).output();
+    let date: i64 =
+        String::from_utf8_lossy(&date.expect("git runs").stdout).trim().parse().expect("a number");
+    let lines = digest(place.path(), &[".dockerenv", "dev", "proc", "sys"]);
+    let lines = lines.into_iter().filter(|line| {
+        !OF_THE_ENGINE.contains(&line.split('"').nth(1).unwrap_or_default()) && !line.starts_with("\"\"")
+    });
+    let lines: Vec<String> = lines.collect();
+    for line in &lines {
+        let time = line.split(' ').find_map(|word| word.split_once('.')?.0.parse::<i64>().ok());
+        assert!(time.is_none_or(|t| t <= date), "younger than the commit: {line}");
+    }
+    lines
+}
