@@ -118,9 +118,10 @@ pub(crate) fn stage(
 }
 
 /// Whether the next change may carry the same time: kernels before 6.13 stamp files by the tick.
-/// Such a file is read once more.
+/// Such a file is read once more. Of a log it is the time of its content that counts: each copy
+/// that is taken as root gives the log to the database's owner, and is itself no change.
 fn is_young(at: &FsPath, stat: &nix::sys::stat::FileStat) -> bool {
-    let changed = scan::log_of(at).map_or(0, |log| volume::ctime_ns(&log)).max(volume::ctime_ns(stat));
+    let changed = scan::log_of(at).map_or(0, |log| volume::mtime_ns(&log)).max(volume::ctime_ns(stat));
     now_ns().saturating_sub(changed) < TICK_NS
 }
 
@@ -207,6 +208,26 @@ mod tests {
         assert!(
             matches!(staged(&volume, "db", true, true), Outcome::Ready(Staged { entry, .. }) if entry.size() > 0)
         );
+    }
+
+    #[test]
+    fn a_database_that_nobody_writes_to_is_known_after_a_while_however_often_it_is_copied() {
+        let dir = tempfile::tempdir().unwrap();
+        let volume = Volume::plain(dir.path()).unwrap();
+        let db = rusqlite::Connection::open(dir.path().join("db")).unwrap();
+        db.execute_batch("PRAGMA journal_mode=WAL; CREATE TABLE t(x)").unwrap();
+        let copy = || match staged(&volume, "db", true, true) {
+            Outcome::Ready(staged) => staged,
+            _ => panic!("there is a copy of a database that is at rest"),
+        };
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        while copy().young {
+            assert!(
+                std::time::Instant::now() < deadline,
+                "it is taken for one that has just been written to"
+            );
+        }
+        assert!(!copy().young);
     }
 
     #[test]
