@@ -338,6 +338,60 @@ fn files_that_grow_or_go_while_they_are_pushed_do_not_stop_the_rest() {
     assert_eq!(difference(&expected, &tree(&machine)), "");
 }
 
+/// What the bucket has under a name, by stock rclone's reading, which tells no empty file from none.
+fn in_bucket(cloud: &Cloud, name: &str) -> Option<String> {
+    let text = stock_rclone(cloud).ok(&["cat", &format!("crypt:{name}")]);
+    (!text.is_empty()).then(|| String::from_utf8_lossy(&text).into_owned())
+}
+
+/// Rotates a log while something fails, and yields what the bucket has of it then.
+fn rotated(cloud: &Cloud, machine: &Machine, fault: Rule) -> [Option<String>; 2] {
+    cloud.proxy.add(fault);
+    let rotate = "cd /data/openclaw/workspace && mv log log.1 && echo new > log && echo $$ > beside";
+    machine.ok(&["sh", "-c", rotate]);
+    // It is of the same round, and goes up.
+    until("the rest is pushed", PATIENCE, || in_bucket(cloud, "openclaw/workspace/beside"));
+    until("the log is waited for", PATIENCE, || {
+        let said = machine.exec(&["cvm", "storage", "flush"]);
+        (!said.status.success()).then_some(())
+    });
+    let seen = ["log", "log.1"].map(|name| in_bucket(cloud, &format!("openclaw/workspace/{name}")));
+    cloud.proxy.heal();
+    until("all is pushed", PATIENCE, || {
+        machine.exec(&["cvm", "storage", "flush"]).status.success().then_some(())
+    });
+    assert_eq!(in_bucket(cloud, "openclaw/workspace/log").as_deref(), Some("new\n"));
+    assert_eq!(in_bucket(cloud, "openclaw/workspace/log.1").as_deref(), Some("old\n"));
+    seen
+}
+
+#[test]
+fn what_the_bucket_has_is_there_under_its_new_name_before_another_file_takes_the_old_one() {
+    let cloud = Cloud::new();
+    let machine = Fuse.start(&cloud);
+    machine.ok(&["sh", "-c", "mkdir -p /data/openclaw/workspace && echo old > /data/openclaw/workspace/log"]);
+    flush(&machine);
+    let new_name = key(&cloud, "openclaw/workspace/log.1");
+    let fault = Rule::new(Fault::Status(503)).method("PUT").path(&new_name);
+    let [log, log_1] = rotated(&cloud, &machine, fault);
+    assert_eq!((log.as_deref(), log_1), (Some("old\n"), None));
+}
+
+#[test]
+fn what_is_only_in_the_bucket_is_not_written_over_there_by_what_takes_its_name() {
+    let cloud = Cloud::new();
+    let machine = Fuse.start(&cloud);
+    machine.ok(&["sh", "-c", "mkdir -p /data/openclaw/workspace && echo old > /data/openclaw/workspace/log"]);
+    flush(&machine);
+    drop(machine);
+    // It does not come up: nobody can read it.
+    let fault = Rule::new(Fault::Status(403)).method("GET").path(&key(&cloud, "openclaw/workspace/log"));
+    cloud.proxy.add(fault.clone());
+    let machine = Fuse.start(&cloud);
+    let [log, log_1] = rotated(&cloud, &machine, fault);
+    assert_eq!((log.as_deref(), log_1), (Some("old\n"), None));
+}
+
 #[test]
 fn a_name_that_is_too_long_is_an_incident_until_it_is_shorter() {
     let cloud = Cloud::new();

@@ -479,6 +479,76 @@ fn a_bucket_that_was_rolled_back_is_refused_by_who_knows_better() {
 }
 
 #[test]
+fn a_volume_that_was_rolled_back_does_not_take_the_bucket_back_with_it() {
+    let cloud = Cloud::new();
+    let machine = started(cloud.machine());
+    let write = |machine: &Machine, text: &str| {
+        let at = machine.path("/data/openclaw/workspace/one");
+        std::fs::create_dir_all(at.parent().expect("below /data")).expect("a directory");
+        std::fs::write(at, text).expect("a file");
+        flush(machine);
+    };
+    write(&machine, "old");
+    independent(&machine);
+    flush(&machine);
+    // Nothing changes now: a copy is what a snapshot of the disk would be.
+    let copy = tempfile::tempdir().expect("a directory");
+    let cp = |from: &std::path::Path, to: &std::path::Path| {
+        let status = std::process::Command::new("cp").arg("-aT").arg(from).arg(to).status();
+        assert!(status.expect("cp is there").success());
+    };
+    cp(&machine.data(), &copy.path().join("data"));
+    for text in ["newer", "newer still", "new"] {
+        write(&machine, text);
+    }
+    let machine = machine.again(|builder| {
+        let data = builder.scratch().join("data");
+        std::fs::remove_dir_all(&data).expect("nobody uses it");
+        cp(&copy.path().join("data"), &data);
+        builder
+    });
+    machine.service_in("gateway", &["ready"]);
+    machine.line("neither merged nor pushed");
+    assert_eq!(machine.read("/data/openclaw/workspace/one"), "new");
+    assert_eq!(set_aside(&machine), 1);
+}
+
+#[test]
+fn a_write_that_was_given_up_and_arrives_late_changes_nothing() {
+    let cloud = Cloud::new();
+    let machine = started(cloud.machine());
+    write(&machine, &["openclaw/workspace/one"], "words");
+    flush(&machine);
+    independent(&machine);
+    flush(&machine);
+    let raw = Raw::new(&cloud.garage);
+    let segment = raw.key(&raw.segments()[0]);
+    let manifest = segment.rsplit_once('/').expect("it is in a directory").0;
+    cloud.proxy.clear_log();
+    cloud.proxy.add(Rule::new(Fault::Late).method("PUT").path(manifest).times(1));
+    let kept = || cloud.proxy.log().into_iter().find(|entry| entry.fault == Some(Fault::Late));
+    write(&machine, &["openclaw/workspace/two"], "other words");
+    until("a segment is lost on its way", LONG, kept);
+    // What is written in its place is not the same.
+    for name in ["two", "three", "four"] {
+        write(&machine, &[&format!("openclaw/workspace/{name}")], "words");
+        until("it is in the bucket in spite of all", LONG, || {
+            machine.exec(&["cvm", "storage", "flush"]).status.success().then_some(())
+        });
+    }
+    assert_eq!(kept().expect("a segment was written").status, None);
+    cloud.proxy.heal();
+    until("it has arrived", LONG, || kept().is_some_and(|e| e.status == Some(200)).then_some(()));
+    drop(machine);
+    let machine = started(cloud.machine());
+    for name in ["one", "two", "three", "four"] {
+        let path = format!("openclaw/workspace/{name}");
+        until("it is fetched", LONG, || (read(&machine, &path)? == content(&path, "words")).then_some(()));
+    }
+    assert!(incidents(&machine).is_empty(), "{:?}", incidents(&machine));
+}
+
+#[test]
 fn a_manifest_that_was_tampered_with_is_refused_until_the_operator_accepts() {
     let cloud = Cloud::new();
     drop(history(&cloud));

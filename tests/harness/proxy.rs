@@ -35,6 +35,8 @@ pub enum Fault {
     HalfResponse,
     /// The server does what it was asked, and nothing of its answer comes back.
     NoResponse,
+    /// The client's connection is reset, and the server does what it was asked when the rules change.
+    Late,
 }
 
 /// A fault, and the requests that it happens to: all, unless told otherwise.
@@ -471,6 +473,9 @@ fn exchange(
             _among = shared.writing.read().unwrap_or_else(PoisonError::into_inner);
         }
     }
+    if fault == Some(Fault::Late) {
+        return late(shared, id, head, from, client);
+    }
     let Ok(upstream) = TcpStream::connect(shared.upstream) else {
         // The nearest thing to a refusal that is left.
         reset(client);
@@ -488,6 +493,31 @@ fn exchange(
     shared.note(id, |e| e.up = up);
     let kept = respond(shared, id, method, fault, &upstream, client)?;
     Ok(kept && may_follow)
+}
+
+/// Keeps a request whose sender is told that it is lost.
+fn late(
+    shared: &Shared,
+    id: u64,
+    head: &Head,
+    from: &mut BufReader<TcpStream>,
+    client: &TcpStream,
+) -> Result<bool> {
+    let mut request = head.raw.clone();
+    head.request_body().relay(from, &mut request)?;
+    reset(client);
+    client.shutdown(std::net::Shutdown::Both)?;
+    let mut state = lock(&shared.state);
+    let edition = state.edition;
+    while state.edition == edition && !state.closing {
+        state = shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+    }
+    drop(state);
+    let mut upstream = TcpStream::connect(shared.upstream)?;
+    upstream.write_all(&request)?;
+    let answer = Head::read(&mut BufReader::new(upstream))?.ok_or(ErrorKind::UnexpectedEof)?;
+    shared.note(id, |e| e.status = answer.status().ok());
+    Ok(false)
 }
 
 /// Passes the answer on. Yields whether the connection can be used again.

@@ -25,6 +25,15 @@ pub(crate) struct Chain {
     base: Head,
     /// What was written since the segment that starts at 0: the last word on each path.
     tail: BTreeMap<Path, Last>,
+    /// The newest one, when nobody knows whether it has arrived.
+    unsure: Option<Segment>,
+}
+
+struct Segment {
+    name: Name,
+    bytes: Vec<u8>,
+    head: Head,
+    lines: Vec<Line>,
 }
 
 #[derive(Default)]
@@ -52,6 +61,7 @@ impl Chain {
             segments: Vec::new(),
             base: Head::default(),
             tail: BTreeMap::new(),
+            unsure: None,
         }
     }
 
@@ -59,9 +69,9 @@ impl Chain {
         Ok(bucket.list(DIRECTORY)?.iter().filter_map(|(n, _)| Name::parse(n)).collect())
     }
 
-    /// The latest owner that has written anything.
-    pub(crate) fn newest_epoch(bucket: &Bucket) -> Result<u64, Fault> {
-        Ok(Self::names(bucket)?.iter().map(|n| n.epoch).max().unwrap_or(0))
+    /// The latest owner that has written anything, and how far it has come.
+    pub(crate) fn newest(bucket: &Bucket) -> Result<(u64, u64), Fault> {
+        Ok(Self::names(bucket)?.iter().map(|n| (n.epoch, n.to)).max().unwrap_or_default())
     }
 
     /// Reads what the index does not know yet.
@@ -250,21 +260,46 @@ impl Chain {
         }
     }
 
-    /// Writes the next segment. When it is uncertain whether that succeeded, the next try writes
-    /// the same generation again, over it.
-    pub(crate) fn append(&mut self, bucket: &Bucket, epoch: u64, lines: &[Line]) -> Result<Head, Fault> {
+    /// Writes the next segment, and then into the index what it says. When it is uncertain whether
+    /// both have happened, it has to be settled before the next one.
+    pub(crate) fn append(
+        &mut self,
+        bucket: &Bucket,
+        index: &Index,
+        epoch: u64,
+        lines: &[Line],
+    ) -> Result<(), Fault> {
+        if self.unsure.is_some() {
+            return Err(Fault::other("it is not settled yet whether the last segment has arrived"));
+        }
         let (bytes, head) =
             manifest::next_segment(&bucket.key, self.head, epoch, now_ms(), lines, self.owner)?;
         let name = Name { from: self.head.generation, to: head.generation, epoch };
-        bucket.write(&format!("{DIRECTORY}/{name}"), &bytes, &When::Always)?;
-        if self.head.generation == 0 {
-            self.base = head;
-        } else {
-            self.remember(lines);
+        self.unsure = Some(Segment { name, bytes, head, lines: lines.to_vec() });
+        self.settle(bucket, index)
+    }
+
+    pub(crate) fn is_unsure(&self) -> bool {
+        self.unsure.is_some()
+    }
+
+    /// Writes a segment that may have arrived once more, byte for byte, and believes in it from then
+    /// on. Another one of the same name would be changed into this one by a request that was given
+    /// up here, and that something on the way has kept until then.
+    pub(crate) fn settle(&mut self, bucket: &Bucket, index: &Index) -> Result<(), Fault> {
+        let Some(Segment { name, bytes, head, lines }) = &self.unsure else { return Ok(()) };
+        bucket.write(&format!("{DIRECTORY}/{name}"), bytes, &When::Always)?;
+        index.apply(lines, Some(*head))?;
+        if let Some(Segment { name, head, lines, .. }) = self.unsure.take() {
+            if self.head.generation == 0 {
+                self.base = head;
+            } else {
+                self.remember(&lines);
+            }
+            self.segments.push(name);
+            self.head = head;
         }
-        self.segments.push(name);
-        self.head = head;
-        Ok(head)
+        Ok(())
     }
 
     /// Whether a boot would have to read many segments.

@@ -22,7 +22,7 @@ use std::time::Duration;
 /// Downloads at once. Small files cost a round trip each and little else.
 const PARALLEL: u32 = 64;
 /// Below this many files one request for each is cheaper than listing the whole bucket.
-const FEW: usize = 200;
+pub(crate) const FEW: usize = 200;
 const CHECKERS: usize = 4;
 
 /// One path with all that its object may be: the settled entry first, then the intended one.

@@ -2,8 +2,8 @@
 //! copied up by the kernel, which does it as one step whoever else writes at the same moment.
 //!
 //! Refuses to copy up what does not match the manifest: that is hidden, and an incident.
-//! May import: `desk`, `entry`, `fault`, `fetch`, `index`, `lifting`, `manifest`, `moved`, `scan`,
-//! `stage`, `volume`.
+//! May import: `desk`, `entry`, `fault`, `fetch`, `index`, `lifting`, `manifest`, `moved`, `order`,
+//! `scan`, `stage`, `volume`.
 
 use crate::desk::{Desk, Open};
 use crate::entry::{Entry, Kind, Path};
@@ -11,6 +11,7 @@ use crate::fault::Fault;
 use crate::fetch::{self, Fetcher, Got, Wanted};
 use crate::index::{Known, Row};
 use crate::manifest::{Line, Word};
+use crate::order::Unread;
 use crate::{lifting, moved, parallel, scan, stage, volume};
 use cvm_blueprint::paths;
 use cvm_blueprint::storage::Progress;
@@ -246,13 +247,15 @@ fn bring_back(open: &Open, path: &Path, from: &FsPath, entry: &Entry) -> Result<
 /// Checks and copies up everything below a directory that was moved while its files were only
 /// below, or one file whose name has changed. Yields what could not be read there, and why. What is
 /// bad is that under its old name, under which it stays in the manifest.
-pub(crate) fn lift_tree(open: &Open, path: &Path) -> Result<Vec<(Path, String)>, Fault> {
+pub(crate) fn lift_tree(open: &Open, path: &Path) -> Result<Vec<Unread>, Fault> {
     let below = parallel::apart(|| Below::of(open, path))?;
     let (mut known, mut unread) = (Vec::new(), Vec::new());
     for (here, old) in below.files {
-        match open.index.get(&old)?.filter(|row| row.entry.is_file()) {
-            Some(row) => known.push((here, old, row)),
-            None => unread.push((here, "nothing is known of what it was".to_owned())),
+        if let Some(row) = open.index.get(&old)?.filter(|row| row.entry.is_file()) {
+            known.push((here, old, row));
+        } else {
+            let why = "nothing is known of what it was".to_owned();
+            unread.push(Unread { path: here, data_at: None, why });
         }
     }
     let lifted = parallel::each_apart(known, THREADS, |(here, old, row)| {
@@ -264,7 +267,7 @@ pub(crate) fn lift_tree(open: &Open, path: &Path) -> Result<Vec<(Path, String)>,
             Moved::Up => continue,
             Moved::Bad(why) => Some(why),
             Moved::Later(why) => {
-                unread.push((here, why));
+                unread.push(Unread { path: here, data_at: Some(old), why });
                 continue;
             }
             Moved::Unclear => match ask_rclone(open, &old) {
@@ -273,7 +276,8 @@ pub(crate) fn lift_tree(open: &Open, path: &Path) -> Result<Vec<(Path, String)>,
             },
         };
         let Some(why) = bad else {
-            unread.push((here, "its data, still under another name, is not to be had".to_owned()));
+            let why = "its data, still under another name, is not to be had".to_owned();
+            unread.push(Unread { path: here, data_at: Some(old), why });
             continue;
         };
         open.index.set_bad(&old, Some(&why))?;

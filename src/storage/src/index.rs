@@ -82,6 +82,13 @@ impl Index {
         Ok(Self { db: Mutex::new(db) })
     }
 
+    /// From here on whoever still holds it gets errors.
+    pub(crate) fn close(&self) {
+        if let Ok(nothing) = Connection::open_in_memory() {
+            *self.db() = nothing;
+        }
+    }
+
     fn db(&self) -> MutexGuard<'_, Connection> {
         self.db.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -37,6 +37,7 @@ mod mount;
 mod moved;
 mod opened;
 mod opening;
+mod order;
 mod owner;
 mod parallel;
 mod push;

@@ -176,12 +176,20 @@ fn words(error: &std::io::Error) -> String {
         .map_or_else(|| error.to_string(), |code| nix::errno::Errno::from_raw(code).desc().to_owned())
 }
 
-/// The descriptor over which the kernel asks for the mount, as this process holds it.
+/// The descriptor over which the kernel asks for the mount, as this process holds it. One of an
+/// earlier mount may be open yet; kernels that do not say which is which have the first one taken.
 fn fuse_descriptor() -> Option<i32> {
+    let table = fs::read_to_string("/proc/self/mountinfo").ok()?;
+    let mount = table.lines().rev().find(|line| line.split(' ').nth(4) == Some(paths::BUCKET_MOUNT))?;
+    let connection = mount.split(' ').nth(2)?.split_once(':')?.1;
     let entries = fs::read_dir("/proc/self/fd").ok()?;
     entries.flatten().find_map(|entry| {
+        let number = entry.file_name().to_str()?.parse().ok()?;
         let leads = fs::read_link(entry.path()).ok()?;
-        (leads == Path::new("/dev/fuse")).then(|| entry.file_name().to_str()?.parse().ok()).flatten()
+        let said = fs::read_to_string(format!("/proc/self/fdinfo/{number}")).ok()?;
+        let mut words = said.split_whitespace();
+        let of = words.find(|word| *word == "fuse_connection:").and_then(|_| words.next());
+        (leads == Path::new("/dev/fuse") && of.is_none_or(|of| of == connection)).then_some(number)
     })
 }
 

@@ -140,8 +140,8 @@ pub(crate) fn open(
     let ours = held.index.number("epoch")?;
     still_there(&held, survey, word)?;
     // Before the record is read: what is written after it has an epoch that it knows.
-    let written = if survey == Survey::Managed { Chain::newest_epoch(&bucket)? } else { 0 };
-    let known = ours.max(written);
+    let newest = if survey == Survey::Managed { Chain::newest(&bucket)? } else { (0, 0) };
+    let known = ours.max(newest.0);
     let beat = Duration::from_secs(u64::from(spec.heartbeat_s.max(1)));
     let before = wait_for_it(&bucket, desk, &held.me, known, beat, word, &mut *pause)?;
     let tried = Tried::read(&held.index)?;
@@ -153,7 +153,7 @@ pub(crate) fn open(
         ))?;
     }
     let survey = without_manifest(survey, &before, &held, word)?;
-    past(desk, &held, survey, owned_by_others)?;
+    past(desk, &held, survey, owned_by_others || is_behind(&held, newest, ours)?)?;
     tried.and(before.record.as_ref(), &held)?;
     let taken = uptime();
     let lease = Lease::take(&bucket, &held.me, &before.when, before.epoch, beat)?;
@@ -291,6 +291,12 @@ fn held_words(record: Option<&owner::Record>, patience: Duration) -> String {
         "{who}; it is taken over when {gone} for {} s. If you know that no other instance runs: `cvm storage takeover`",
         patience.as_secs()
     )
+}
+
+/// Whether this volume has written more than it knows of: somebody has put an older state of it back.
+/// It always knows of all segments but the last, whose answer a crash may have cut off.
+fn is_behind(held: &Held, (epoch, written): (u64, u64), ours: u64) -> Result<bool, Fault> {
+    Ok(epoch == ours && written > held.index.head()?.generation + 1)
 }
 
 /// Whether what is on the volume belongs to what is in the bucket.
@@ -484,8 +490,7 @@ fn keep_promises(
     if lines.is_empty() {
         return Ok(());
     }
-    let head = chain.append(bucket, lease.epoch(), &lines)?;
-    index.apply(&lines, Some(head))
+    chain.append(bucket, index, lease.epoch(), &lines)
 }
 
 fn settle(lease: &Lease, bucket: &Bucket, index: &Index, taken: Duration) -> Result<(), Fault> {
@@ -546,8 +551,7 @@ fn adopt(
     };
     lines.extend(directories.into_iter().map(directory));
     // One segment: half of an adoption must not look like all of it.
-    let head = chain.append(bucket, lease.epoch(), &lines)?;
-    index.apply(&lines, Some(head))
+    chain.append(bucket, index, lease.epoch(), &lines)
 }
 
 /// The old sync mode kept databases apart. Each goes to where it belongs, unless one is there.

@@ -13,7 +13,7 @@
 //! databases have committed meanwhile goes up before the rest.
 //!
 //! Refuses to write when the lease does not confirm it. May import: `bucket`, `chain`, `entry`,
-//! `fault`, `index`, `manifest`, `owner`, `parallel`, `rules`, `scan`, `stage`, `volume`.
+//! `fault`, `index`, `manifest`, `order`, `owner`, `parallel`, `rules`, `scan`, `stage`, `volume`.
 
 use crate::bucket::Bucket;
 use crate::chain::Chain;
@@ -21,6 +21,7 @@ use crate::entry::{Entry, Path};
 use crate::fault::Fault;
 use crate::index::{Index, Known, Row};
 use crate::manifest::{Line, Word};
+use crate::order::{self, Passed, ToRead, Unread};
 use crate::owner::{Lease, uptime};
 use crate::parallel;
 use crate::rules;
@@ -30,7 +31,6 @@ use crate::volume::{self, Volume};
 use cvm_process::handle::Fate;
 use std::collections::HashSet;
 use std::fs::File;
-use std::os::unix::ffi::OsStrExt as _;
 use std::time::Duration;
 
 /// A batch is as large as a loss of half its work is cheap.
@@ -61,23 +61,25 @@ pub(crate) struct Pusher<'a> {
     pub(crate) progress: &'a dyn Fn(u64, u64),
 }
 
-/// A file to be read, whether it is a database, and what it was.
-type Read = (Path, bool, Option<Box<Row>>);
-
 /// What a round, or what is left of it, has to do.
 #[derive(Debug, Default)]
 pub(crate) struct Work {
-    /// With their sizes, in their order.
-    reads: Vec<(u64, Read)>,
+    /// In their order.
+    reads: Vec<ToRead>,
+    passed: Vec<Passed>,
     metas: Vec<Line>,
     gone: Vec<Path>,
     /// Of the slices before.
-    moving: bool,
-    holds: Holds,
+    so_far: SoFar,
 }
 
 impl Work {
-    pub(crate) fn of(changes: Vec<Change>, volume: &Volume) -> Self {
+    pub(crate) fn of(
+        changes: Vec<Change>,
+        volume: &Volume,
+        index: &Index,
+        prefix: &str,
+    ) -> Result<Self, Fault> {
         let mut this = Self::default();
         let size = |path: &Path| {
             let stat = volume::look(&path.below(&volume.upper)).ok().flatten();
@@ -85,28 +87,46 @@ impl Work {
         };
         for change in changes {
             match change {
-                Change::Read { path, database, was } => this.reads.push((size(&path), (path, database, was))),
+                Change::Read { path, database, was } => {
+                    this.reads.push(ToRead { size: size(&path), path, database, was, rank: 0 });
+                }
                 Change::Meta { path, entry } => this.metas.push(Line { path, word: Word::Is(entry) }),
                 Change::Gone { path } => this.gone.push(path),
             }
         }
-        // Databases first, and then what is small: most of what is lost is lost soonest.
-        this.reads.sort_by_key(|(size, (_, database, _))| (!database, *size));
-        this
+        this.passed = order::order(&mut this.reads, volume, index, prefix)?;
+        Ok(this)
     }
 
     pub(crate) fn files(&self) -> impl Iterator<Item = &Path> {
-        self.reads.iter().map(|(_, (path, ..))| path)
+        self.reads.iter().map(|read| &read.path)
     }
 
     /// What is newer than we are is known of these.
-    pub(crate) fn forget(&mut self, paths: &HashSet<Path>) {
+    pub(crate) fn forget(&mut self, newer: &Self) {
+        let paths: HashSet<&Path> = newer.files().collect();
         if !paths.is_empty() {
-            self.reads.retain(|(_, (path, ..))| !paths.contains(path));
+            self.reads.retain(|read| !paths.contains(&read.path));
             self.metas.retain(|line| !paths.contains(&line.path));
             self.gone.retain(|path| !paths.contains(path));
         }
     }
+
+    fn leave_out(&mut self, path: &Path) -> bool {
+        let before = self.reads.len();
+        self.reads.retain(|read| read.path != *path);
+        self.reads.len() < before
+    }
+}
+
+/// What the beginning of a round means for the rest of it.
+#[derive(Debug, Clone, Copy, Default)]
+struct SoFar {
+    moving: bool,
+    /// What may have been moved to a name that the bucket does not have yet.
+    holds: Holds,
+    /// Something could not be sent.
+    unsent: bool,
 }
 
 /// What a round could not do.
@@ -123,14 +143,10 @@ pub(crate) struct Rest {
     pub(crate) removals: u64,
     /// To be looked at once more, for their times are too fresh to tell one change from the next.
     pub(crate) young: Vec<Path>,
-    /// Something new vanished before it could be read: it may have moved on to another name, and
-    /// what is gone may be it under an older one.
-    pub(crate) moving: bool,
     /// Files that were not where the scan looked, by their old names and by those of now: both have
     /// to be looked at again.
     pub(crate) elsewhere: Vec<Path>,
-    /// What may have been moved to a name that the bucket does not have yet.
-    holds: Holds,
+    so_far: SoFar,
 }
 
 /// Which removals have to wait for what is still to come.
@@ -144,36 +160,53 @@ enum Holds {
 }
 
 impl Rest {
+    /// Something new vanished before it could be read: it may have moved on to another name, and
+    /// what is gone may be it under an older one.
+    pub(crate) fn moving(&self) -> bool {
+        self.so_far.moving
+    }
+
     fn moves(&mut self, holds: Holds, insists: bool) {
         if holds != Holds::Nothing && !insists {
-            self.moving = true;
-            self.holds = Holds::Everything;
+            self.so_far.moving = true;
+            self.so_far.holds = Holds::Everything;
         }
     }
 
     fn wait(&mut self, path: Path, why: String, holds: Holds) {
         self.later.push((path, why));
-        self.holds = self.holds.max(holds);
+        self.so_far.holds = self.so_far.holds.max(holds);
     }
 }
 
+const NOT_YET: &str = "the bucket does not have what was here before under its new name yet";
+
 impl Pusher<'_> {
-    /// One slice. `urgent` is what comes first, and then at least one batch of its own. `unread` was moved and cannot be had: until it can,
-    /// nothing may go that it may be.
-    pub(crate) fn round(&mut self, work: Work, urgent: Work, unread: Vec<(Path, String)>) -> Rest {
-        let Work { reads, metas, gone, moving, holds } = work;
-        let mut rest = Rest { moving, holds, removals: gone.len() as u64, ..Rest::default() };
-        for (path, why) in unread {
+    /// One slice. `urgent` is what comes first, and then at least one batch of its own. `unread` was
+    /// moved and cannot be had: until it can, nothing may go that it may be.
+    pub(crate) fn round(&mut self, mut work: Work, urgent: Work, unread: Vec<Unread>) -> Rest {
+        let mut rest = Rest { removals: work.gone.len() as u64, so_far: work.so_far, ..Rest::default() };
+        for Unread { path, data_at, why } in unread {
+            if let Some(old) = data_at.filter(|old| work.leave_out(old)) {
+                rest.wait(old, NOT_YET.to_owned(), Holds::Nothing);
+            }
             rest.wait(path, why, Holds::Everything);
         }
-        let bytes = reads.iter().map(|(size, _)| size).sum();
+        for Passed { path, now_at } in std::mem::take(&mut work.passed) {
+            if !self.insists && work.leave_out(&path) {
+                rest.so_far.moving = true;
+                rest.elsewhere.extend([now_at, path.clone()]);
+                rest.wait(path, NOT_YET.to_owned(), Holds::Nothing);
+            }
+        }
+        let Work { reads, metas, gone, .. } = work;
+        let bytes = reads.iter().map(|read| read.size).sum();
         let begun = self
             .files(urgent.reads, Duration::MAX, (reads.len() as u64, bytes), &mut rest)
             .and_then(|_| self.files(reads, self.until, (0, 0), &mut rest));
         let outcome = match begun {
             Ok(reads) if !reads.is_empty() => {
-                let (moving, holds) = (rest.moving, rest.holds);
-                rest.left = Some(Work { reads, metas, gone, moving, holds });
+                rest.left = Some(Work { reads, metas, gone, so_far: rest.so_far, ..Work::default() });
                 return rest;
             }
             other => other.map(drop),
@@ -184,7 +217,7 @@ impl Pusher<'_> {
             metas.into_iter().partition(|line| leaving.contains(&line.path));
         let outcome = outcome
             .and_then(|()| self.metas(&metas))
-            .and_then(|()| self.may_go(gone, rest.holds))
+            .and_then(|()| self.may_go(gone, rest.so_far.holds))
             .and_then(|gone| {
                 let living = Living { volume: self.volume, index: self.index, prefix: &self.bucket.prefix };
                 living.left_out(gone, &instead, &mut rest.elsewhere)
@@ -198,27 +231,33 @@ impl Pusher<'_> {
     /// Yields those that are left when the time is over. `after` are files and bytes that come later.
     fn files(
         &mut self,
-        sized: Vec<(u64, Read)>,
+        reads: Vec<ToRead>,
         until: Duration,
         after: (u64, u64),
         rest: &mut Rest,
-    ) -> Result<Vec<(u64, Read)>, Fault> {
-        let mut left: u64 = after.1 + sized.iter().map(|(size, _)| size).sum::<u64>();
-        let mut files = after.0 + sized.len() as u64;
-        let mut queue = sized.into_iter().peekable();
-        while queue.peek().is_some() {
+    ) -> Result<Vec<ToRead>, Fault> {
+        let mut left: u64 = after.1 + reads.iter().map(|read| read.size).sum::<u64>();
+        let mut files = after.0 + reads.len() as u64;
+        let mut queue = reads.into_iter().peekable();
+        while let Some(rank) = queue.peek().map(|read| read.rank) {
             let (mut batch, mut bytes) = (Vec::new(), 0);
-            while let Some((size, read)) =
-                queue.next_if(|(size, _)| batch.is_empty() || bytes + size <= BATCH_BYTES)
+            while let Some(read) = queue
+                .next_if(|read| read.rank == rank && (batch.is_empty() || bytes + read.size <= BATCH_BYTES))
             {
-                bytes += size;
+                bytes += read.size;
                 batch.push(read);
                 if batch.len() == BATCH_FILES {
                     break;
                 }
             }
             let count = batch.len() as u64;
-            self.batch(batch, rest)?;
+            if rank > 0 && (rest.so_far.unsent || rest.so_far.moving) {
+                for read in batch {
+                    rest.wait(read.path, NOT_YET.to_owned(), Holds::Nothing);
+                }
+            } else {
+                self.batch(batch, rest)?;
+            }
             (left, files) = (left.saturating_sub(bytes), files.saturating_sub(count));
             (self.progress)(files, left);
             if uptime() >= until {
@@ -228,17 +267,18 @@ impl Pusher<'_> {
         Ok(queue.collect())
     }
 
-    fn batch(&mut self, batch: Vec<Read>, rest: &mut Rest) -> Result<(), Fault> {
+    fn batch(&mut self, batch: Vec<ToRead>, rest: &mut Rest) -> Result<(), Fault> {
         let volume = self.volume;
         let numbered: Vec<_> = batch.into_iter().enumerate().collect();
-        let staged = parallel::each_apart(numbered, STAGERS, |(number, (path, database, was))| {
-            let was_database = was.as_ref().is_some_and(|row| row.entry.is_database());
-            let outcome = stage::stage(volume, &path, database, was_database, format!("push-{number}"));
-            (path, database, was, outcome)
+        let staged = parallel::each_apart(numbered, STAGERS, |(number, read)| {
+            let was_database = read.was.as_ref().is_some_and(|row| row.entry.is_database());
+            let name = format!("push-{number}");
+            let outcome = stage::stage(volume, &read.path, read.database, was_database, name);
+            (read, outcome)
         });
         let (mut to_send, mut lines) = (Vec::new(), Vec::new());
         let mut known: Vec<(Path, Known)> = Vec::new();
-        for (path, database, was, outcome) in staged {
+        for (ToRead { path, database, was, .. }, outcome) in staged {
             let settled = was.as_ref().is_some_and(|row| !row.promised);
             let held = match (settled, database) {
                 (true, _) => Holds::Nothing,
@@ -319,6 +359,7 @@ impl Pusher<'_> {
             match sent {
                 Ok(()) => done.push(staged),
                 Err(why) => {
+                    rest.so_far.unsent = true;
                     rest.wait(staged.path, why.to_string(), Holds::Everything);
                     fault = Some(why);
                 }
@@ -406,8 +447,7 @@ impl Pusher<'_> {
             return Ok(());
         }
         self.lease.confirm(self.bucket)?;
-        let head = self.chain.append(self.bucket, self.lease.epoch(), lines)?;
-        self.index.apply(lines, Some(head))
+        self.chain.append(self.bucket, self.index, self.lease.epoch(), lines)
     }
 
     fn discard(&self, name: &str) {
@@ -451,7 +491,7 @@ impl Living<'_> {
         for path in gone.iter().filter(|path| !replaced.contains(path)) {
             let Some(handle) = self.index.handle(path)? else { continue };
             let Fate::Lives(name) = handle.fate(&top) else { continue };
-            let here = self.name_of(&name);
+            let here = self.volume.path_of(&name);
             let has_another = || -> Result<bool, Fault> {
                 Ok(self.index.settled_as(&handle)?.iter().any(|other| !leaving.contains(other)))
             };
@@ -470,12 +510,6 @@ impl Living<'_> {
         let stays =
             |path: &Path| kept.contains(path) || kept.iter().any(|file| file.starts_with(path.as_bytes()));
         Ok(gone.into_iter().filter(|path| !stays(path)).collect())
-    }
-
-    /// The kernel knows none for what has several, or is moved at this very moment.
-    fn name_of(&self, whole: &[u8]) -> Option<Path> {
-        let name = whole.strip_prefix(self.volume.upper.as_os_str().as_bytes())?;
-        Path::new(name.strip_prefix(b"/")?)
     }
 }
 
@@ -553,6 +587,28 @@ mod tests {
         assert_eq!(tree.removes(&["d", "d/old"]), (these(&[]), these(&["new", "d/old"])));
         tree.has("new");
         assert_eq!(tree.removes(&["d", "d/old"]), (these(&["d", "d/old"]), Vec::new()));
+    }
+
+    #[test]
+    fn logs_that_are_rotated_go_up_before_others_take_their_names() {
+        let tree = Tree::new();
+        tree.has("log");
+        tree.has("log.1");
+        tree.moves("log.1", "log.2");
+        tree.moves("log", "log.1");
+        fs::write(tree.at("log"), "").unwrap();
+        let fetched = HashSet::new();
+        let found = scan::Scanner::new(&tree.volume, &tree.index, "p", &fetched).full().unwrap();
+        let work = Work::of(found.changes, &tree.volume, &tree.index, "p").unwrap();
+        let files: Vec<String> = work.files().map(ToString::to_string).collect();
+        assert_eq!(files, ["log.2", "log.1", "log"]);
+        assert!(work.passed.is_empty());
+        // The scan has not met the oldest: what takes its name waits for it.
+        let found = scan::Scanner::new(&tree.volume, &tree.index, "p", &fetched).full().unwrap();
+        let met = found.changes.into_iter().filter(|c| *c.path() != path("log.2")).collect();
+        let work = Work::of(met, &tree.volume, &tree.index, "p").unwrap();
+        let passed: Vec<_> = work.passed.iter().map(|p| (p.path.to_string(), p.now_at.to_string())).collect();
+        assert_eq!(passed, [("log.1".to_owned(), "log.2".to_owned())]);
     }
 
     #[test]

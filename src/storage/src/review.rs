@@ -12,7 +12,7 @@
 use crate::chain::now_ms;
 use crate::database;
 use crate::desk::{Desk, Open};
-use crate::entry::Path;
+use crate::entry::{Entry, Path};
 use crate::fault::Fault;
 use crate::fetch::{self, Fetcher, Got, Wanted};
 use crate::hydrate;
@@ -29,6 +29,8 @@ use tokio::sync::mpsc::UnboundedSender;
 /// Files of a drill besides every database, and what is too large for one.
 const SAMPLE: usize = 50;
 const SAMPLE_BYTES: u64 = 64 << 20;
+/// So much lies on the volume at once, or one file that is larger.
+const PORTION_BYTES: u64 = 256 << 20;
 /// Looks at a file that is pushed anew each time that it is looked at.
 const TRIES: u32 = 5;
 /// Of what the tree has good.
@@ -232,29 +234,76 @@ impl Review {
             .map(|(path, row)| Wanted { path: path.clone(), may_be: vec![row.entry.clone()] })
             .collect();
         let (files_total, bytes_total) = fetch::total(&wanted);
-        let progress = |files_done: u64, bytes_done: u64| {
+        let (mut files_done, mut bytes_done) = (0, 0);
+        let say = |files_done: u64, bytes_done: u64| {
             if let Some(to) = to {
                 let what = "reading back".to_owned();
                 let progress = Progress { what, files_done, files_total, bytes_done, bytes_total };
                 let _ = to.send(Answer::Progress(progress));
             }
         };
-        let fetcher = Fetcher { bucket: &open.bucket, parts: scratch.join("parts"), progress: &progress };
+        let parts = scratch.join("parts");
+        let fetcher = Fetcher { bucket: &open.bucket, parts, progress: &|_, _| {} };
         let tree = scratch.join("tree");
         let mut read = ReadBack::default();
-        for one in fetcher.files(wanted, &tree)? {
-            match one {
-                Got::Good(path, entry) if entry.is_database() => {
-                    if let Err(why) = database::check(&path.below(&tree)) {
-                        read.wrong.push((path, why));
+        for wanted in portions(wanted) {
+            let (files, bytes) = fetch::total(&wanted);
+            for one in fetcher.files(wanted, &tree)? {
+                match one {
+                    Got::Good(path, entry) if entry.is_database() => {
+                        if let Err(why) = database::check(&path.below(&tree)) {
+                            read.wrong.push((path, why));
+                        }
                     }
+                    Got::Good(..) => {}
+                    Got::Bad(path, why) => read.wrong.push((path, why)),
+                    Got::Later(_, fault) => read.fault = Some(fault),
                 }
-                Got::Good(..) => {}
-                Got::Bad(path, why) => read.wrong.push((path, why)),
-                Got::Later(_, fault) => read.fault = Some(fault),
             }
+            let _ = std::fs::remove_dir_all(&tree);
+            (files_done, bytes_done) = (files_done + files, bytes_done + bytes);
+            say(files_done, bytes_done);
         }
         let _ = std::fs::remove_dir_all(&scratch);
         Ok(read)
+    }
+}
+
+/// What is looked at together: a review must not fill the disk, however large the bucket is.
+fn portions(wanted: Vec<Wanted>) -> Vec<Vec<Wanted>> {
+    let mut portions: Vec<Vec<Wanted>> = Vec::new();
+    let mut bytes = 0;
+    for one in wanted {
+        let size = one.may_be.first().map_or(0, Entry::size);
+        let last = portions.last_mut();
+        if let Some(last) = last.filter(|l| l.len() < fetch::FEW && bytes + size <= PORTION_BYTES) {
+            last.push(one);
+        } else {
+            bytes = 0;
+            portions.push(vec![one]);
+        }
+        bytes += size;
+    }
+    portions
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::entry::Kind;
+
+    #[test]
+    fn a_review_keeps_little_on_the_volume_at_once() {
+        let one = |size: u64| {
+            let kind = Kind::File { size, sha: None, database: false };
+            let entry = Entry { kind, mode: 0o600, uid: 0, gid: 0, mtime_ns: 0, link: None };
+            Wanted { path: Path::new(b"a").expect("a path"), may_be: vec![entry] }
+        };
+        let lengths = |sizes: &[u64]| -> Vec<usize> {
+            portions(sizes.iter().map(|size| one(*size)).collect()).iter().map(Vec::len).collect()
+        };
+        assert_eq!(lengths(&[]), Vec::<usize>::new());
+        assert_eq!(lengths(&vec![1; fetch::FEW + 1]), [fetch::FEW, 1]);
+        assert_eq!(lengths(&[PORTION_BYTES, 1, PORTION_BYTES * 2, PORTION_BYTES - 1, 1]), [1, 1, 1, 2]);
     }
 }

@@ -71,6 +71,12 @@ impl Volume {
         }
     }
 
+    /// What is really at this place, as a path of the tree. The kernel knows none for what has
+    /// several, or is moved at this very moment.
+    pub(crate) fn path_of(&self, place: &[u8]) -> Option<Path> {
+        Path::new(place.strip_prefix(self.upper.as_os_str().as_bytes())?.strip_prefix(b"/")?)
+    }
+
     pub(crate) fn staging(&self) -> PathBuf {
         self.own.join("staging")
     }
@@ -106,6 +112,11 @@ impl Volume {
                 continue;
             }
             let target = to.join(entry.file_name());
+            // Somebody may have made directories before there was a tree.
+            if target.symlink_metadata().is_ok_and(|m| m.is_dir()) && only_directories(&entry.path())? {
+                fs::remove_dir_all(entry.path())?;
+                continue;
+            }
             if target.symlink_metadata().is_ok() {
                 tracing::error!(
                     "two trees on the volume: {} is at its top and in the overlay's layer",
@@ -148,6 +159,18 @@ impl Volume {
         };
         Ok(!any(&self.root)? && !any(&self.own.join("upper"))?)
     }
+}
+
+fn only_directories(at: &FsPath) -> io::Result<bool> {
+    if !at.symlink_metadata()?.is_dir() {
+        return Ok(false);
+    }
+    for entry in fs::read_dir(at)? {
+        if !only_directories(&entry?.path())? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// What the kernel says of a path itself, whatever it is; `None` when nothing is there.
@@ -260,5 +283,20 @@ mod tests {
         }
         let said = Volume::move_tree(&from, &to).unwrap_err().to_string();
         assert!(said.contains("two trees") && !said.contains("private-name"), "{said}");
+    }
+
+    #[test]
+    fn empty_directories_are_no_second_tree() {
+        let dir = tempfile::tempdir().unwrap();
+        let [from, to] = ["from", "to"].map(|name| dir.path().join(name));
+        fs::create_dir_all(from.join("openclaw/logs")).unwrap();
+        fs::create_dir_all(to.join("openclaw")).unwrap();
+        fs::write(to.join("openclaw/config"), "1").unwrap();
+        assert_eq!(Volume::move_tree(&from, &to).unwrap(), 0);
+        assert!(to.join("openclaw/config").exists() && !from.join("openclaw").exists());
+        fs::create_dir(from.join("openclaw")).unwrap();
+        fs::write(from.join("openclaw/file"), "1").unwrap();
+        assert!(Volume::move_tree(&from, &to).is_err());
+        assert!(from.join("openclaw/file").exists());
     }
 }

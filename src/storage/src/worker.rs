@@ -16,6 +16,7 @@ use crate::desk::{Desk, Open};
 use crate::entry::{Kind, Path};
 use crate::fault::{Accepted, Fault};
 use crate::opening::{self, Ready, Said};
+use crate::order::Unread;
 use crate::owner::uptime;
 use crate::push::{Pusher, Rest, Work};
 use crate::review::Review;
@@ -245,7 +246,7 @@ struct Round {
 }
 
 /// What comes before everything else, and what cannot be had.
-type Looked = (Vec<Change>, Vec<(Path, String)>);
+type Looked = (Work, Vec<Unread>);
 
 /// A tree that is good, and all that keeps it and the bucket equal.
 struct Tree<'a> {
@@ -384,6 +385,7 @@ impl<'a> Tree<'a> {
         });
         watching.recv().map_err(|_| Fault::other("the watcher did not start"))??;
         self.beat();
+        self.mind_what_was_inherited();
         if !self.hydrated {
             let (open, desk, stop, sender) = (
                 self.open(),
@@ -417,22 +419,11 @@ impl<'a> Tree<'a> {
             Arc::clone(&self.worker.desk),
         );
         let beat = Duration::from_secs(u64::from(self.worker.spec.heartbeat_s.max(1)));
-        // A mount that an earlier worker left is answered by the stand-in, which may die too.
-        let inherited = self.ready.mode == Mode::Fuse
-            && self.ready.stand_in.is_none()
-            && mount::is_mount(cvm_blueprint::paths::BUCKET_MOUNT);
-        let (mut looks, mut look_at) = (now_ms(), uptime());
         std::thread::spawn(move || {
             let mut due = uptime() + beat;
             while !stop.load(Ordering::Relaxed) {
                 // Short sleeps, so that a stop is not waited for, on a clock that counts sleep.
                 std::thread::sleep(Duration::from_millis(200).min(beat));
-                if inherited && uptime() >= look_at {
-                    (looks, look_at) = (looks + 1, uptime() + LOOK);
-                    if mount::is_dead(looks) {
-                        return drop(sender.send(Order::TreeIsDead));
-                    }
-                }
                 if uptime() < due {
                     continue;
                 }
@@ -450,6 +441,28 @@ impl<'a> Tree<'a> {
                         uptime() + (beat / 4).max(Duration::from_secs(1))
                     }
                 };
+            }
+        });
+    }
+
+    /// A mount that an earlier worker left is answered by the stand-in, which may die too. Whoever
+    /// asks may have to wait for the answer, and so does nothing else.
+    fn mind_what_was_inherited(&self) {
+        let inherited = self.ready.mode == Mode::Fuse
+            && self.ready.stand_in.is_none()
+            && mount::is_mount(cvm_blueprint::paths::BUCKET_MOUNT);
+        if !inherited {
+            return;
+        }
+        let (stop, sender) = (Arc::clone(&self.stop), self.worker.sender.clone());
+        std::thread::spawn(move || {
+            let mut number = now_ms();
+            while !stop.load(Ordering::Relaxed) {
+                number += 1;
+                if mount::is_dead(number) {
+                    return drop(sender.send(Order::TreeIsDead));
+                }
+                std::thread::sleep(LOOK);
             }
         });
     }
@@ -697,8 +710,8 @@ impl<'a> Tree<'a> {
         self.not_before = (began + BETWEEN).max(began + took + took / 4);
         self.dirty.append(&mut round.after);
         // What moved on is found where it is now, and then what it left may go.
-        self.moving = if rest.moving { self.moving + 1 } else { 0 };
-        self.everything |= rest.moving && rest.removals > 0;
+        self.moving = if rest.moving() { self.moving + 1 } else { 0 };
+        self.everything |= rest.moving() && rest.removals > 0;
         self.held = if rest.removals > 0 { self.held + 1 } else { 0 };
         self.settle(&round);
         self.finish(&rest, began);
@@ -753,12 +766,12 @@ impl<'a> Tree<'a> {
 
     /// Those of the files that have to wait which this slice is to try, or has found to be gone or
     /// settled.
-    fn waiting_in(&self, round: &Round, urgent: &[Change], goes_on: bool) -> HashSet<Path> {
+    fn waiting_in(&self, round: &Round, urgent: &Work, goes_on: bool) -> HashSet<Path> {
         if self.waiting.is_empty() {
             return HashSet::new();
         }
         let mut to_do: HashSet<&Path> = round.work.files().collect();
-        to_do.extend(urgent.iter().map(Change::path));
+        to_do.extend(urgent.files());
         let looked = |path: &Path| {
             let there = round.full || round.dirty.contains(path.split().0);
             !goes_on && there && !round.skipped.contains(path)
@@ -830,6 +843,12 @@ impl<'a> Tree<'a> {
 
     /// What a round is to do: first of all these, and what cannot be had.
     fn look_around(&mut self, round: &mut Round, first: &HashSet<&Path>) -> Result<Looked, Fault> {
+        if self.ready.chain.is_unsure() {
+            let open = self.open();
+            self.ready.lease.confirm(&open.bucket)?;
+            // Before the look: what it says is true of the index from here on.
+            self.ready.chain.settle(&open.bucket, &open.index)?;
+        }
         let (mut found, unread) = self.look(round.full, &round.dirty)?;
         if round.full && self.hydrated && !self.whole {
             self.on_whole()?;
@@ -853,8 +872,8 @@ impl<'a> Tree<'a> {
         }
         let is_first = |c: &Change| matches!(c, Change::Read { .. }) && first.contains(c.path());
         let (urgent, others) = found.changes.into_iter().partition(is_first);
-        round.work = Work::of(others, &self.ready.open.volume);
-        Ok((urgent, unread))
+        round.work = self.work(others)?;
+        Ok((self.work(urgent)?, unread))
     }
 
     /// Databases that have changed since the round began, and these. The rest is for the next one: a
@@ -875,10 +894,15 @@ impl<'a> Tree<'a> {
             }
             Change::Meta { .. } | Change::Gone { .. } => false,
         });
-        Ok((urgent, Vec::new()))
+        Ok((self.work(urgent)?, Vec::new()))
     }
 
-    fn look(&mut self, full: bool, dirty: &BTreeSet<Vec<u8>>) -> Result<(Found, Vec<(Path, String)>), Fault> {
+    fn work(&self, changes: Vec<Change>) -> Result<Work, Fault> {
+        let open = &self.ready.open;
+        Work::of(changes, &open.volume, &open.index, &open.bucket.prefix)
+    }
+
+    fn look(&mut self, full: bool, dirty: &BTreeSet<Vec<u8>>) -> Result<(Found, Vec<Unread>), Fault> {
         let open = self.open();
         let prefix = open.bucket.prefix.clone();
         let look = |fetched: &HashSet<Path>| {
@@ -894,23 +918,17 @@ impl<'a> Tree<'a> {
                 unread.append(&mut hydrate::lift_tree(&open, &path)?);
                 self.fetched.insert(path);
             }
-            self.fetched.extend(unread.iter().map(|(path, _)| path.clone()));
+            self.fetched.extend(unread.iter().map(|unread| unread.path.clone()));
             found = look(&self.fetched)?;
         }
-        self.unread = unread.iter().map(|(path, _)| path.clone()).collect();
+        self.unread = unread.iter().map(|unread| unread.path.clone()).collect();
         Ok((found, unread))
     }
 
-    fn slice(
-        &mut self,
-        round: &mut Round,
-        urgent: Vec<Change>,
-        unread: Vec<(Path, String)>,
-        until: Duration,
-    ) -> Rest {
+    fn slice(&mut self, round: &mut Round, urgent: Work, unread: Vec<Unread>, until: Duration) -> Rest {
         let open = self.open();
         let mut work = std::mem::take(&mut round.work);
-        work.forget(&urgent.iter().map(|change| change.path().clone()).collect());
+        work.forget(&urgent);
         let (desk, total) = (Arc::clone(&self.worker.desk), round.total);
         let oldest = self.oldest(round.first);
         let flushes = self.answering.iter().filter_map(|asked| match asked {
@@ -942,7 +960,7 @@ impl<'a> Tree<'a> {
             until,
             progress: &progress,
         };
-        pusher.round(work, Work::of(urgent, &open.volume), unread)
+        pusher.round(work, urgent, unread)
     }
 
     /// What was moved while we looked may have been missed at both names. So what is gone is only
@@ -1218,6 +1236,8 @@ impl<'a> Tree<'a> {
             let _ = to.send(Answer::Refused { why });
         }
         self.worker.desk.opened(None);
+        // A hydrator or a review that is still on its way must write nothing into the next life.
+        self.ready.open.index.close();
     }
 }
 

@@ -1,0 +1,151 @@
+//! In which order files go up.
+//!
+//! ```text
+//! first      databases, and then what is small: most of what is lost is lost soonest
+//! but        what the bucket has under one name only goes up under its new one
+//!            before something else takes its old one
+//! ```
+//!
+//! A log that is rotated, a file that is kept as a copy when a new one takes its name: if the new
+//! one came first, the bucket would for a while have no copy of what it has had. Each rank is sent
+//! when the ones below it have arrived. Of two files that change names with each other one has to be
+//! first all the same.
+//!
+//! Refuses to know what is sent and what failed: that is `push`. May import: `entry`, `fault`,
+//! `index`, `rules`, `volume`.
+
+use crate::entry::Path;
+use crate::fault::Fault;
+use crate::index::{Index, Row};
+use crate::rules;
+use crate::volume::Volume;
+use cvm_process::handle::Fate;
+use std::collections::HashMap;
+use std::fs::File;
+
+/// A file to be read, whether it is a database, and what it was.
+#[derive(Debug)]
+pub(crate) struct ToRead {
+    pub(crate) path: Path,
+    pub(crate) database: bool,
+    pub(crate) was: Option<Box<Row>>,
+    pub(crate) size: u64,
+    /// 0 waits for nothing.
+    pub(crate) rank: usize,
+}
+
+impl ToRead {
+    /// The bucket has something under this name that counts.
+    fn replaces(&self) -> Option<&Row> {
+        self.was.as_deref().filter(|row| row.entry.is_file() && !row.promised && row.bad.is_none())
+    }
+}
+
+/// A file that took the name of another, which lives under one that the scan has not met.
+#[derive(Debug)]
+pub(crate) struct Passed {
+    pub(crate) path: Path,
+    pub(crate) now_at: Path,
+}
+
+/// What was moved before its data came up, and cannot be had.
+#[derive(Debug)]
+pub(crate) struct Unread {
+    pub(crate) path: Path,
+    /// Where the bucket has its data.
+    pub(crate) data_at: Option<Path>,
+    pub(crate) why: String,
+}
+
+/// Puts them in order. Yields those that have to be looked at again first.
+pub(crate) fn order(
+    reads: &mut [ToRead],
+    volume: &Volume,
+    index: &Index,
+    prefix: &str,
+) -> Result<Vec<Passed>, Fault> {
+    let (after, passed) = followed(reads, volume, index, prefix)?;
+    let ranks = ranks(&after, |n| {
+        // Its content was only in the bucket: under which new name, nobody can say.
+        usize::from(reads.get(n).and_then(ToRead::replaces).is_some_and(|row| row.sign.is_none()))
+    });
+    for (read, rank) in reads.iter_mut().zip(ranks) {
+        read.rank = rank;
+    }
+    reads.sort_by_key(|read| (read.rank, !read.database, read.size));
+    Ok(passed)
+}
+
+/// For each file the one that is what it replaces.
+fn followed(
+    reads: &[ToRead],
+    volume: &Volume,
+    index: &Index,
+    prefix: &str,
+) -> Result<(Vec<Option<usize>>, Vec<Passed>), Fault> {
+    let top = File::open(&volume.upper)?;
+    let numbers: HashMap<&Path, usize> = reads.iter().zip(0..).map(|(read, n)| (&read.path, n)).collect();
+    let (mut after, mut passed) = (vec![None; reads.len()], Vec::new());
+    for (read, after) in reads.iter().zip(&mut after) {
+        if read.replaces().is_none() {
+            continue;
+        }
+        let Some(handle) = index.handle(&read.path)? else { continue };
+        let Fate::Lives(name) = handle.fate(&top) else { continue };
+        let Some(now_at) = volume.path_of(&name).filter(|now_at| *now_at != read.path) else { continue };
+        if let Some(number) = numbers.get(&now_at) {
+            *after = Some(*number);
+        } else if index.settled_as(&handle)?.iter().all(|path| *path == read.path)
+            && !rules::may_stay_out(&now_at)
+            && rules::too_long(prefix, &now_at).is_none()
+        {
+            passed.push(Passed { path: read.path.clone(), now_at });
+        }
+    }
+    Ok((after, passed))
+}
+
+/// One more than that of what comes before; those in a ring share theirs.
+fn ranks(after: &[Option<usize>], least: impl Fn(usize) -> usize) -> Vec<usize> {
+    let mut ranks: Vec<Option<usize>> = vec![None; after.len()];
+    for start in 0..after.len() {
+        let (mut way, mut here) = (Vec::new(), Some(start));
+        let known = loop {
+            match here {
+                None => break None,
+                Some(n) => match ranks.get(n).copied().flatten() {
+                    Some(rank) => break Some(rank),
+                    None if way.contains(&n) => break Some(0),
+                    None => way.push(n),
+                },
+            }
+            here = here.and_then(|n| after.get(n).copied().flatten());
+        };
+        let mut next = known.map_or(0, |rank| rank + 1);
+        for n in way.into_iter().rev() {
+            let rank = next.max(least(n));
+            if let Some(slot) = ranks.get_mut(n) {
+                *slot = Some(rank);
+            }
+            next = rank + 1;
+        }
+    }
+    ranks.into_iter().map(Option::unwrap_or_default).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_followed_has_a_lower_rank_unless_it_follows_itself() {
+        let of = |after: &[Option<usize>]| ranks(after, |_| 0);
+        // log -> log.1 -> log.2 -> log.3
+        assert_eq!(of(&[Some(1), Some(2), Some(3), None]), [3, 2, 1, 0]);
+        assert_eq!(of(&[None, Some(0), Some(0)]), [0, 1, 1]);
+        // Two that change names, and one that follows them.
+        let ring = of(&[Some(1), Some(0), Some(0)]);
+        assert!(ring[2] > ring[0], "{ring:?}");
+        assert_eq!(ranks(&[None, Some(0)], |n| usize::from(n == 0)), [1, 2]);
+    }
+}
