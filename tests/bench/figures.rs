@@ -56,17 +56,21 @@ impl Table {
         }
     }
 
+    /// What was measured before, and is not in this table, stays.
     pub(crate) fn save(&self, path: &Path) -> std::io::Result<()> {
-        let rows: Vec<serde_json::Value> = self
-            .figures
-            .iter()
-            .map(|f| {
-                serde_json::json!({
-                    "figure": f.what, "who": f.who, "unit": f.unit, "median": median(&f.values),
-                    "rounds": f.values.len(), "values": f.values, "target": f.target,
-                })
+        let is_new = |row: &serde_json::Value| {
+            self.figures.iter().any(|f| row["figure"] == f.what && row["who"] == f.who.as_str())
+        };
+        let before = fs::read(path).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
+        let mut rows: Vec<serde_json::Value> = before.unwrap_or_default();
+        rows.retain(|row| !is_new(row));
+        let fresh = self.figures.iter().map(|f| {
+            serde_json::json!({
+                "figure": f.what, "who": f.who, "unit": f.unit, "median": median(&f.values),
+                "rounds": f.values.len(), "values": f.values, "target": f.target,
             })
-            .collect();
+        });
+        rows.extend(fresh);
         fs::create_dir_all(path.parent().unwrap_or(Path::new(".")))?;
         fs::write(path, serde_json::to_string_pretty(&rows)? + "\n")
     }
