@@ -807,7 +807,7 @@ fn a_stop_pushes_what_is_pending_and_gives_the_bucket_away() {
 #[test]
 fn a_stop_without_a_bucket_ends_in_its_time_and_says_what_is_missing() {
     let _turn = turn();
-    for hangs in [false, true] {
+    for (hangs, is_pushing) in [(false, false), (true, false), (true, true)] {
         let cloud = Cloud::new();
         let mut machine = hasty(&cloud).environment("S3_DRAIN_TIMEOUT", "2").start();
         machine.service_in("gateway", &["ready"]);
@@ -824,10 +824,20 @@ fn a_stop_without_a_bucket_ends_in_its_time_and_says_what_is_missing() {
             assert_eq!(told.status.code(), Some(1), "{words}");
             assert!(words.contains("Not everything is in the bucket"), "{words}");
         }
+        if is_pushing {
+            until("a push hangs", PATIENCE, || {
+                cloud
+                    .proxy
+                    .log()
+                    .iter()
+                    .any(|e| e.method == "PUT" && e.fault == Some(Fault::Hang))
+                    .then_some(())
+            });
+        }
         let began = Instant::now();
         assert_eq!(machine.stop(), 75, "{}", logs(&machine));
         let took = began.elapsed();
-        assert!(took < Duration::from_secs(12), "it took {took:?}, hanging: {hangs}");
+        assert!(took < Duration::from_secs(12), "it took {took:?}, hanging: {hangs}, pushing: {is_pushing}");
         let output = machine.output();
         let last = output.lines().last().unwrap_or_default();
         assert!(last.contains("Not everything is in the bucket: 7 files"), "{output}");

@@ -549,6 +549,61 @@ fn a_write_that_was_given_up_and_arrives_late_changes_nothing() {
 }
 
 #[test]
+fn a_manifest_without_its_end_is_refused_by_a_machine_that_knows_nothing() {
+    let cloud = Cloud::new();
+    drop(history(&cloud));
+    let raw = Raw::new(&cloud.garage);
+    let segments = raw.segments();
+    raw.delete(segments.last().expect("there is a history"));
+    let machine = cloud.machine().start();
+    refused(&machine, &["end of the manifest is missing", "cvm storage accept"]);
+    accept(&machine);
+    machine.service_in("gateway", &["ready"]);
+}
+
+fn an_older_bucket_is_accepted(mode: Mode) {
+    let cloud = Cloud::new();
+    let machine = started(in_mode(mode, cloud.machine()));
+    write(&machine, &["openclaw/workspace/one", "openclaw/workspace/goes"], "early");
+    flush(&machine);
+    independent(&machine);
+    flush(&machine);
+    let early = all(&cloud.garage);
+    write(&machine, &["openclaw/workspace/one", "openclaw/workspace/two"], "late");
+    machine.ok(&["rm", "/data/openclaw/workspace/goes"]);
+    flush(&machine);
+    let mut machine = machine;
+    machine.destroy();
+    put_back(&cloud.garage, &early);
+    let machine = machine.again(|b| b);
+    refused(&machine, &["older than this volume"]);
+    accept(&machine);
+    machine.service_in("gateway", &["ready"]);
+    // All of the one, and all of the other beside it.
+    let early_one = Some(content("openclaw/workspace/one", "early"));
+    assert_eq!(read(&machine, "openclaw/workspace/one"), early_one);
+    assert!(read(&machine, "openclaw/workspace/goes").is_some());
+    assert_eq!(read(&machine, "openclaw/workspace/two"), None);
+    assert_eq!(set_aside(&machine), 1);
+    let mut find = std::process::Command::new("find");
+    let found = find.arg(machine.data().join(".cvm/storage/aside")).args(["-name", "two"]).output();
+    let found = String::from_utf8(found.expect("find runs").stdout).expect("a path");
+    let kept = std::fs::read(found.trim_end()).expect("it is there once");
+    assert_eq!(kept, content("openclaw/workspace/two", "late"));
+    flush(&machine);
+}
+
+#[test]
+fn an_older_bucket_that_is_accepted_is_not_merged_with_the_volume_in_fuse_mode() {
+    an_older_bucket_is_accepted(Mode::Fuse);
+}
+
+#[test]
+fn an_older_bucket_that_is_accepted_is_not_merged_with_the_volume_in_sync_mode() {
+    an_older_bucket_is_accepted(Mode::Sync);
+}
+
+#[test]
 fn a_manifest_that_was_tampered_with_is_refused_until_the_operator_accepts() {
     let cloud = Cloud::new();
     drop(history(&cloud));
@@ -1237,6 +1292,24 @@ fn a_volume_that_has_not_written_yet_is_no_stranger_to_its_own_record() {
     cloud.proxy.heal();
     machine.service_in("gateway", &["ready"]);
     assert_eq!(machine.read("/data/openclaw/workspace/local"), "of the volume");
+}
+
+#[test]
+fn a_crash_before_the_first_answer_makes_the_volume_no_stranger() {
+    let cloud = Cloud::new();
+    let raw = Raw::new(&cloud.garage);
+    let segment = raw.key(".cvm/manifest/any");
+    let manifest = segment.rsplit_once('/').expect("it is in a directory").0;
+    cloud.proxy.add(Rule::new(Fault::NoResponse).method("PUT").path(manifest));
+    let machine = local_volume(&cloud).start();
+    until("the first segment has arrived", LONG, || (!raw.segments().is_empty()).then_some(()));
+    let machine = machine.again(|b| b);
+    cloud.proxy.heal();
+    machine.service_in("gateway", &["ready"]);
+    assert_eq!(machine.read("/data/openclaw/workspace/local"), "of the volume");
+    assert_eq!(set_aside(&machine), 0);
+    flush(&machine);
+    assert_eq!(incidents(&machine), [""; 0]);
 }
 
 // === E. Secrets ===

@@ -110,8 +110,12 @@ impl Chain {
             other => other,
         };
         let mut this = Self { segments: chain.clone(), ..Self::empty(owner) };
-        // From the segment that ends where the index stands; its digest is checked on the way.
-        let at_boundary = known.generation > 0 && chain.iter().any(|n| n.to == known.generation);
+        // From the segment that ends where the index stands; its digest is checked on the way. A bucket
+        // that has but the first, of our own, is one of which a crash has cut off the answer.
+        let at_boundary = match known.generation {
+            0 => matches!(&chain[..], [only] if Some(only.epoch) == index.own_epoch()?),
+            known => chain.iter().any(|n| n.to == known),
+        };
         let continued = at_boundary
             && match this.read_on(bucket, index, known, anchor) {
                 Err(fault) if accepted.includes(&fault) => false,
@@ -169,6 +173,9 @@ impl Chain {
             }
             if from == 0 {
                 (self.head, self.base) = (head, head);
+                if known.generation == 0 {
+                    fresh.push((lines, head));
+                }
                 continue;
             }
             if self.head == Head::default() {
@@ -326,15 +333,16 @@ impl Chain {
         let bytes = manifest::merged_segment(&bucket.key, &header, lines.iter(), self.owner)?;
         let name = Name { from: header.from, to: header.to, epoch };
         bucket.write(&format!("{DIRECTORY}/{name}"), &bytes, &When::Always)?;
-        let (kept, covered): (Vec<_>, Vec<_>) =
-            self.segments.iter().copied().partition(|n| n.from < header.from);
-        self.segments = kept;
+        self.segments.retain(|n| n.from < header.from);
         self.segments.push(name);
         if all {
             self.base = self.head;
             self.tail.clear();
         }
-        for old in covered.into_iter().filter(|old| *old != name) {
+        // Those too that an earlier merge could not delete; not those of a successor.
+        let is_covered =
+            |old: &Name| old.to <= header.to && old.epoch <= epoch && !self.segments.contains(old);
+        for old in Self::names(bucket)?.iter().filter(|old| is_covered(old)) {
             bucket.delete(&format!("{DIRECTORY}/{old}"))?;
         }
         Ok(())

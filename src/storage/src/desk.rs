@@ -20,7 +20,7 @@ use std::io::Write as _;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// More than this nobody reads; the rest is counted.
+/// More than this nobody reads; others are named when some of these are settled.
 const INCIDENTS_MAX: usize = 200;
 
 /// The bucket and the volume, once they are open.
@@ -228,7 +228,8 @@ impl Desk {
     pub(crate) fn incident(&self, path: &str, what: &str, remedy: &str) {
         let mut board = self.board();
         let known = board.incidents.get(path).is_some_and(|(w, ..)| w == what);
-        if known || board.incidents.len() >= INCIDENTS_MAX {
+        let new = !board.incidents.contains_key(path);
+        if known || new && board.incidents.len() >= INCIDENTS_MAX {
             return;
         }
         tracing::error!("incident: {path}: {what}; {remedy}");

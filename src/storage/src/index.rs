@@ -1,5 +1,5 @@
 //! The index: what the bucket holds, as the last commit left it, and by which sign each file on
-//! this volume is known to be that. A cache on the volume: losing it costs reading every file once.
+//! this volume is known to be that. Without it a volume is a stranger to its bucket.
 //!
 //! Refuses: to be ahead of the bucket (rows change after the manifest has been written), and to
 //! touch the tree. May import: `entry`, `fault`, `manifest`.
@@ -108,6 +108,11 @@ impl Index {
 
     pub(crate) fn number(&self, name: &str) -> Result<u64, Fault> {
         Ok(self.meta(name)?.and_then(|v| v.parse().ok()).unwrap_or(0))
+    }
+
+    /// With which this volume has last owned the bucket.
+    pub(crate) fn own_epoch(&self) -> Result<Option<u64>, Fault> {
+        Ok(self.meta("epoch")?.and_then(|v| v.parse().ok()))
     }
 
     pub(crate) fn head(&self) -> Result<Head, Fault> {

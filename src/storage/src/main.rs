@@ -26,6 +26,7 @@ mod chain;
 mod crypt;
 mod database;
 mod desk;
+mod ending;
 mod entry;
 mod fault;
 mod fetch;
@@ -56,11 +57,13 @@ mod worker;
 use cvm_blueprint::storage::StorageSpec;
 use cvm_process::descriptor;
 use desk::Desk;
+use ending::Ending;
 use std::fs::File;
 use std::io::{Seek as _, SeekFrom};
 use std::os::fd::AsFd as _;
 use std::process::ExitCode;
 use std::sync::{Arc, mpsc};
+use std::time::Duration;
 use worker::{Order, Worker};
 
 /// Everything but the keys is short.
@@ -143,12 +146,17 @@ fn work() -> ExitCode {
         return ExitCode::FAILURE;
     };
     runtime.spawn(serve::serve(Arc::clone(&desk), sender.clone()));
-    let stopper = sender.clone();
+    let ending = Arc::new(Ending::default());
+    let (stopper, ends, watched) = (sender.clone(), Arc::clone(&ending), Arc::clone(&desk));
+    let drain = Duration::from_secs(u64::from(spec.drain_s));
     std::thread::spawn(move || {
         // Nothing is ever written to it; its end is the message.
         let mut byte = [0u8; 1];
         while matches!(nix::unistd::read(&lifeline, &mut byte), Err(nix::errno::Errno::EINTR) | Ok(1..)) {}
+        ends.until(drain);
         let _ = stopper.send(Order::Stop);
+        // Whatever the worker is doing just now.
+        ends.enforce(&watched, drain);
     });
     let boots = boots::Boots::new(desk.boot.clone());
     let worker = Worker {
@@ -160,6 +168,7 @@ fn work() -> ExitCode {
         refusal: None,
         accepted: fault::Accepted::default(),
         stopping: false,
+        ending,
         boots,
     };
     let clean = worker.run();

@@ -137,7 +137,7 @@ pub(crate) fn open(
     let survey = bucket.survey()?;
     let held = hold_volume(FsPath::new(cvm_blueprint::paths::DATA))?;
     held.volume.clear_staging_but_parts()?;
-    let ours = held.index.number("epoch")?;
+    let ours = held.index.own_epoch()?.unwrap_or(0);
     still_there(&held, survey, word)?;
     // Before the record is read: what is written after it has an epoch that it knows.
     let newest = if survey == Survey::Managed { Chain::newest(&bucket)? } else { (0, 0) };
@@ -153,10 +153,14 @@ pub(crate) fn open(
         ))?;
     }
     let survey = without_manifest(survey, &before, &held, word)?;
-    past(desk, &held, survey, owned_by_others || is_behind(&held, newest, ours)?)?;
+    let another = owned_by_others || is_behind(&held, newest, ours)?;
+    // All that the bucket has may be of ours, and the answer to it lost.
+    let unknown = ours == 0 || newest != (ours, 1);
+    let held = past(desk, held, survey, another, unknown)?;
     tried.and(before.record.as_ref(), &held)?;
     let taken = uptime();
-    let lease = Lease::take(&bucket, &held.me, &before.when, before.epoch, beat)?;
+    let reached = before.record.as_ref().map_or(0, |record| record.generation);
+    let lease = Lease::take(&bucket, &held.me, &before.when, before.epoch, reached, beat)?;
     if let Some(doubt) = lease.doubt(before.forced, before.read_at) {
         let until = uptime() + doubt;
         // Who succeeds itself on a busy machine takes its tree from nobody.
@@ -169,7 +173,7 @@ pub(crate) fn open(
         lease.look(&bucket)?;
     }
     desk.identity(&held.me.instance, lease.epoch());
-    let ready = tree(spec, desk, bucket, held, lease, survey, word, taken);
+    let ready = tree(spec, desk, bucket, held, lease, survey, word, taken, reached);
     if ready.is_err() {
         desk.opened(None);
     }
@@ -299,8 +303,9 @@ fn is_behind(held: &Held, (epoch, written): (u64, u64), ours: u64) -> Result<boo
     Ok(epoch == ours && written > held.index.head()?.generation + 1)
 }
 
-/// Whether what is on the volume belongs to what is in the bucket.
-fn past(desk: &Desk, held: &Held, survey: Survey, owned_by_others: bool) -> Result<(), Fault> {
+/// Whether what is on the volume belongs to what is in the bucket. `another`: others were there since;
+/// `unknown`: who has no index of the bucket has nothing to do with it.
+fn past(desk: &Desk, held: Held, survey: Survey, another: bool, unknown: bool) -> Result<Held, Fault> {
     let known = held.index.head()?;
     let empty = held.volume.is_empty()?;
     if survey != Survey::Managed {
@@ -313,22 +318,33 @@ fn past(desk: &Desk, held: &Held, survey: Survey, owned_by_others: bool) -> Resu
             );
         }
     }
-    let foreign = survey != Survey::Empty && (owned_by_others || known.generation == 0);
-    if foreign && !empty {
-        // Whoever stands on it hears of it first.
-        desk.not_ready("opening", "the volume holds a state with another past".to_owned(), true);
-        let name = format!("epoch-{}-{}", held.index.number("epoch")?, crate::chain::now_ms());
-        mount::clear()?;
-        // With the overlay gone, the volume is at /data again, wherever it was found.
-        Volume::plain(FsPath::new(cvm_blueprint::paths::DATA))?.set_aside(&name)?;
-        held.index.clear()?;
-        desk.warn(format!(
-            "The volume holds a state with another past than the bucket's; it is set aside in .cvm/storage/aside/{name} on the volume and neither merged nor pushed"
-        ));
-    } else if foreign {
-        held.index.clear()?;
+    let strange = match survey {
+        Survey::Empty => false,
+        Survey::Managed => another || known.generation == 0 && unknown,
+        // Objects that are to be adopted are nobody's.
+        Survey::Unmanaged | Survey::Bereft => another || !empty,
+    };
+    if !strange {
+        return Ok(held);
     }
-    Ok(())
+    let volume = if empty { held.volume } else { put_aside(desk, &held.index)? };
+    held.index.clear()?;
+    Ok(Held { volume, ..held })
+}
+
+/// A tree that is not to be merged with the bucket's. Yields the volume without it.
+fn put_aside(desk: &Desk, index: &Index) -> Result<Volume, Fault> {
+    // Whoever stands on it hears of it first.
+    desk.not_ready("opening", "the volume holds a state with another past".to_owned(), true);
+    let name = format!("epoch-{}-{}", index.own_epoch()?.unwrap_or(0), crate::chain::now_ms());
+    mount::clear()?;
+    // With the overlay gone, the volume is at /data again, wherever it was found.
+    let volume = Volume::plain(FsPath::new(cvm_blueprint::paths::DATA))?;
+    volume.set_aside(&name)?;
+    desk.warn(format!(
+        "The volume holds a state with another past than the bucket's; it is set aside in .cvm/storage/aside/{name} on the volume and neither merged nor pushed"
+    ));
+    Ok(volume)
 }
 
 #[allow(clippy::too_many_arguments)] // each is one thing that the way here has made sure of
@@ -341,6 +357,7 @@ fn tree(
     survey: Survey,
     word: Said<'_>,
     taken: Duration,
+    reached: u64,
 ) -> Result<Ready, Fault> {
     let owner = uid_gid(&spec.user);
     let anchor = spec.anchor.as_deref().and_then(Head::parse_anchor);
@@ -353,6 +370,16 @@ fn tree(
         _ => Loaded { chain: Chain::empty(owner), intents: Vec::new(), continued: false },
     };
     let Loaded { mut chain, intents, continued } = loaded;
+    // Whoever has accepted another gap in it knows that.
+    if survey == Survey::Managed && chain.head.generation < reached && !word.accepted.is_any() {
+        return Err(Fault::Suspicious(format!(
+            "the end of the manifest is missing: it is at generation {}, and its last owner had come to {reached}",
+            chain.head.generation
+        )));
+    }
+    if survey == Survey::Managed && !continued && !volume.is_empty()? {
+        put_aside(desk, &index)?;
+    }
     let nothing_left = survey == Survey::Managed && chain.head.generation == 0;
     let adopted = survey == Survey::Unmanaged || nothing_left;
     if adopted {
@@ -578,7 +605,6 @@ fn old_databases(desk: &Desk, volume: &Volume) -> Result<(), Fault> {
     Ok(())
 }
 
-/// The operator has looked: what the bucket does not have right is given up.
 /// What each path may become besides what it is.
 type Intended = HashMap<Path, Vec<Entry>>;
 

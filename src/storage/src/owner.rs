@@ -60,6 +60,14 @@ pub(crate) struct Record {
     #[serde(default)]
     beat_s: u64,
     released: bool,
+    /// How far its owner had come with the manifest: whoever finds less lacks the end of it.
+    #[serde(default, skip_serializing_if = "is_nothing")]
+    pub(crate) generation: u64,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)] // as serde wants it
+fn is_nothing(generation: &u64) -> bool {
+    *generation == 0
 }
 
 #[derive(Serialize, Deserialize)]
@@ -156,6 +164,7 @@ impl Lease {
         me: &Me,
         when: &When,
         epoch: u64,
+        generation: u64,
         beat: Duration,
     ) -> Result<Self, Fault> {
         let record = Record {
@@ -166,6 +175,7 @@ impl Lease {
             beat: 0,
             beat_s: beat.as_secs(),
             released: false,
+            generation,
         };
         let asked = uptime();
         let etag = match write(bucket, &record, when) {
@@ -197,6 +207,11 @@ impl Lease {
 
     pub(crate) fn epoch(&self) -> u64 {
         self.state().record.epoch
+    }
+
+    /// Said by the next renewal.
+    pub(crate) fn has_come_to(&self, generation: u64) {
+        self.state().record.generation = generation;
     }
 
     /// How long others may go on in good faith, because they have not seen our record yet. `forced`:
@@ -256,7 +271,7 @@ impl Lease {
         match write(bucket, &record, &when) {
             Ok(etag) => {
                 let mut state = self.state();
-                (state.record, state.etag, state.confirmed) = (record, etag, asked);
+                (state.record.beat, state.etag, state.confirmed) = (record.beat, etag, asked);
                 Ok(())
             }
             // Ours with an answer that got lost, or somebody else's: the record itself says.
@@ -329,6 +344,7 @@ mod tests {
             beat: 1,
             beat_s: 0,
             released,
+            generation: 0,
         }
     }
 

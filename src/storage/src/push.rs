@@ -345,11 +345,19 @@ impl Pusher<'_> {
             .collect();
         self.write(&intents)?;
         let (bucket, lease, staging) = (self.bucket, self.lease, self.volume.staging());
+        // Of a bucket that does not answer nothing more is asked: each would wait as long as the first.
+        let silent = std::sync::OnceLock::new();
         let sent = parallel::each(to_send, UPLOADERS, |staged| {
+            if let Some(fault) = silent.get().cloned() {
+                return (staged, Err(fault));
+            }
             // Asked for each: between two of them this machine may have slept, and been succeeded.
             let sent = lease
                 .confirm(bucket)
                 .and_then(|()| bucket.rclone.upload(&staging, &staged.name, &staged.path.object()));
+            if let Err(fault @ Fault::Unreachable(_)) = &sent {
+                let _ = silent.set(fault.clone());
+            }
             (staged, sent)
         });
         let mut fault = None;

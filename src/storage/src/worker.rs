@@ -13,7 +13,8 @@
 use crate::boots::Boots;
 use crate::chain::now_ms;
 use crate::desk::{Desk, Open};
-use crate::entry::{Kind, Path};
+use crate::ending::{self, Ending};
+use crate::entry::Path;
 use crate::fault::{Accepted, Fault};
 use crate::opening::{self, Ready, Said};
 use crate::order::Unread;
@@ -21,9 +22,8 @@ use crate::owner::uptime;
 use crate::push::{Pusher, Rest, Work};
 use crate::review::Review;
 use crate::scan::{Change, Found, Scanner};
-use crate::volume::Volume;
 use crate::watch::{Hint, Watcher};
-use crate::{boots, hydrate, mount, parallel, volume};
+use crate::{boots, hydrate, mount, parallel};
 use cvm_blueprint::storage::{Answer, Ask, Mode, Progress, StorageSpec};
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
@@ -42,9 +42,9 @@ const SLICE: Duration = Duration::from_secs(1);
 const LOCKED_MAX: Duration = Duration::from_secs(10);
 /// Hints are hints; the scan is the truth.
 const RESCAN: Duration = Duration::from_secs(300);
+/// The same where nobody gives hints.
+const BLIND_RESCAN: Duration = Duration::from_secs(20);
 const RETRY: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
-/// What the last request of a drain may take beyond its time.
-const DRAIN_GRACE: Duration = Duration::from_secs(1);
 /// Between two looks at whether a mount that was inherited still answers.
 const LOOK: Duration = Duration::from_secs(2);
 const LOGS: Duration = Duration::from_secs(60);
@@ -86,6 +86,7 @@ pub(crate) struct Worker {
     /// What he has accepted since there was a tree.
     pub(crate) accepted: Accepted,
     pub(crate) stopping: bool,
+    pub(crate) ending: Arc<Ending>,
     pub(crate) boots: Boots,
 }
 
@@ -165,7 +166,7 @@ impl Worker {
             None
         });
         // Of a volume without a tree of this bucket's nothing is missing there.
-        known.map_or((0, 0), |(volume, found)| count(&volume, &found))
+        known.map_or((0, 0), |(volume, found)| ending::missing(&volume, &found))
     }
 
     /// Waits, and takes orders meanwhile.
@@ -260,6 +261,7 @@ struct Tree<'a> {
     first: Option<Duration>,
     last: Duration,
     not_before: Duration,
+    rescan: Duration,
     rescan_at: Duration,
     retries: u32,
     logs_at: Duration,
@@ -313,6 +315,7 @@ impl<'a> Tree<'a> {
             let since = now_ms().saturating_sub(drill) / 1000;
             uptime() + Duration::from_secs(interval.saturating_sub(since).max(60))
         });
+        ready.lease.has_come_to(ready.chain.head.generation);
         let mut this = Self {
             worker,
             stop,
@@ -322,6 +325,7 @@ impl<'a> Tree<'a> {
             first: None,
             last: uptime(),
             not_before: Duration::ZERO,
+            rescan: RESCAN,
             rescan_at: uptime() + RESCAN,
             retries: 0,
             // At once: a boot that ends soon is one that somebody wants to know of.
@@ -383,7 +387,14 @@ impl<'a> Tree<'a> {
                 }
             }
         });
-        watching.recv().map_err(|_| Fault::other("the watcher did not start"))??;
+        if let Err(fault) = watching.recv().map_err(|_| Fault::other("the watcher did not start"))? {
+            self.rescan = BLIND_RESCAN;
+            self.rescan_at = uptime() + self.rescan;
+            self.worker.desk.warn(format!(
+                "The kernel does not say what changes ({fault}; fs.inotify.max_user_instances?): changes are found by a scan every {} s",
+                self.rescan.as_secs()
+            ));
+        }
         self.beat();
         self.mind_what_was_inherited();
         if !self.hydrated {
@@ -398,6 +409,8 @@ impl<'a> Tree<'a> {
                     match hydrate::run(&open, &desk, &stop) {
                         Ok(true) => return drop(sender.send(Order::Hydrated)),
                         Ok(false) => return,
+                        // What it had is closed.
+                        Err(_) if stop.load(Ordering::Relaxed) => return,
                         Err(fault) => {
                             desk.failed(&fault, Some(RETRY.0));
                             std::thread::sleep(RETRY.0);
@@ -459,7 +472,7 @@ impl<'a> Tree<'a> {
             let mut number = now_ms();
             while !stop.load(Ordering::Relaxed) {
                 number += 1;
-                if mount::is_dead(number) {
+                if mount::is_dead(number) && !stop.load(Ordering::Relaxed) {
                     return drop(sender.send(Order::TreeIsDead));
                 }
                 std::thread::sleep(LOOK);
@@ -689,6 +702,7 @@ impl<'a> Tree<'a> {
         }
         let open = self.open();
         self.worker.desk.head(self.ready.chain.head, open.index.totals()?);
+        self.ready.lease.has_come_to(self.ready.chain.head.generation);
         let again = rest.young.iter().chain(&rest.elsewhere);
         round.after.extend(again.map(|path| path.split().0.to_vec()));
         self.put_off(&rest, &looked_at, round.first.unwrap_or(began));
@@ -757,7 +771,7 @@ impl<'a> Tree<'a> {
     fn begin(&mut self, now: Duration) -> Round {
         let full = std::mem::take(&mut self.everything) || !self.hydrated;
         if full {
-            self.rescan_at = now + RESCAN;
+            self.rescan_at = now + self.rescan;
         }
         self.answering.append(&mut self.asked);
         let first = self.first.take().or(Some(now));
@@ -1157,11 +1171,10 @@ impl<'a> Tree<'a> {
     /// Pushes what is pending, and gives the bucket away. True when it has everything.
     fn drain(&mut self) -> bool {
         self.worker.desk.phase("draining");
-        let until = uptime() + Duration::from_secs(u64::from(self.worker.spec.drain_s));
+        let until = self.worker.ending.until(Duration::from_secs(u64::from(self.worker.spec.drain_s)));
         let open = self.open();
         self.waiting.clear();
         self.round = None;
-        self.leave_at(until);
         let mut left = (0u64, 0u64);
         let clean = loop {
             let mut round = Round { full: true, ..Round::default() };
@@ -1186,7 +1199,7 @@ impl<'a> Tree<'a> {
             let clean = fault.is_none();
             let scanned = Scanner::new(&open.volume, &open.index, &open.bucket.prefix, &self.fetched).full();
             left = match scanned {
-                Ok(found) => count(&open.volume, &found),
+                Ok(found) => ending::missing(&open.volume, &found),
                 Err(_) => (left.0.max(1), left.1),
             };
             // No round mends what is damaged, or gives what cannot be named a name.
@@ -1202,9 +1215,11 @@ impl<'a> Tree<'a> {
         }
         // Of a bucket that did not answer until now nothing more is asked.
         if left.0 == 0 {
+            self.worker.ending.all_is_there();
             self.last_words();
         }
         self.leave();
+        self.ready.lease.has_come_to(self.ready.chain.head.generation);
         if left.0 == 0
             && let Err(fault) = self.ready.lease.release(&open.bucket)
         {
@@ -1212,19 +1227,6 @@ impl<'a> Tree<'a> {
         }
         self.worker.desk.drained(left.0, left.1);
         left.0 == 0
-    }
-
-    /// A request that hangs must not hold up the end for longer than was asked for.
-    fn leave_at(&self, until: Duration) {
-        let (open, desk, fetched) = (self.open(), Arc::clone(&self.worker.desk), self.fetched.clone());
-        std::thread::spawn(move || {
-            std::thread::sleep(until.saturating_sub(uptime()) + DRAIN_GRACE);
-            let scanned = Scanner::new(&open.volume, &open.index, &open.bucket.prefix, &fetched).full();
-            let (files, bytes) = scanned.map_or((1, 0), |found| count(&open.volume, &found));
-            desk.drained(files.max(1), bytes);
-            #[allow(clippy::exit)] // the other threads wait for the network; dying loses nothing
-            std::process::exit(i32::from(crate::UNDRAINED));
-        });
     }
 
     fn leave(&mut self) {
@@ -1239,30 +1241,6 @@ impl<'a> Tree<'a> {
         // A hydrator or a review that is still on its way must write nothing into the next life.
         self.ready.open.index.close();
     }
-}
-
-/// What the bucket does not have as it is, what is in its files, and its names for the log. The
-/// times of directories are no loss beside that of files.
-fn count(volume: &Volume, found: &Found) -> (u64, u64) {
-    let of_directory = |c: &Change| matches!(c, Change::Meta { entry, .. } if entry.kind == Kind::Directory);
-    let impossible = found.impossible.iter().map(|(path, _)| path);
-    let of_files = found.changes.iter().filter(|c| !of_directory(c)).map(Change::path);
-    let mut all: Vec<&Path> = of_files.chain(impossible).collect();
-    if all.is_empty() {
-        all = found.changes.iter().map(Change::path).collect();
-    }
-    let meta: HashSet<&Path> =
-        found.changes.iter().filter(|c| matches!(c, Change::Meta { .. })).map(Change::path).collect();
-    let bytes = all
-        .iter()
-        .filter(|path| !meta.contains(*path))
-        .filter_map(|path| volume::look(&path.below(&volume.upper)).ok().flatten())
-        .map(|s| crate::scan::size_of(&s))
-        .sum();
-    for path in all.iter().take(100) {
-        tracing::warn!("not in the bucket: {path}");
-    }
-    (all.len() as u64, bytes)
 }
 
 /// Says so to an operator who has looked at something else than there is now.
