@@ -580,6 +580,34 @@ fn a_restore_that_was_killed_deletes_nothing_when_the_mode_changes() {
     assert_eq!(difference(&expected, &tree(&machine)), "");
 }
 
+// === What is fetched, and when ===
+
+#[test]
+fn what_the_gateway_reads_first_is_fetched_without_what_it_does_not() {
+    let cloud = Cloud::new();
+    let mut machine = Fuse.start(&cloud);
+    for n in 0..210 {
+        put(machine.path(&format!("/data/openclaw/credentials/{n}")), format!("secret {n}"));
+    }
+    for n in 0..20 {
+        put(machine.path(WORKSPACE).join(format!("late/{n}")), format!("late {n}"));
+    }
+    flush(&machine);
+    let expected = tree(&machine);
+    assert_eq!(machine.stop(), 0);
+    drop(machine);
+    // Nothing of it arrives before the gateway runs.
+    cloud.proxy.add(Rule::new(Fault::Hang).method("GET").path(&key(&cloud, "openclaw/workspace/late")));
+    let machine = Fuse.start(&cloud);
+    assert_eq!(storage(&machine)["independent"], false);
+    assert_eq!(machine.read("/data/openclaw/credentials/209"), "secret 209");
+    let parts = machine.data().join(".cvm/storage/staging/parts");
+    assert!(!parts.exists(), "what was fetched lies on the volume twice");
+    cloud.proxy.heal();
+    independent(&machine);
+    assert_eq!(difference(&expected, &tree(&machine)), "");
+}
+
 // === In the eyes of others ===
 
 /// What HKDF makes of the harness's `MASTER_KEY`, by another program's reckoning.

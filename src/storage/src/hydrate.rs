@@ -205,7 +205,8 @@ pub(crate) fn once_more(open: &Open, desk: &Desk) -> Result<(), Fault> {
         return Ok(());
     }
     let scratch = open.volume.staging().join("again");
-    let fetcher = Fetcher { bucket: &open.bucket, parts: scratch.join("parts"), progress: &|_, _| {} };
+    let (whole, parts) = (open.index.totals()?, scratch.join("parts"));
+    let fetcher = Fetcher { bucket: &open.bucket, whole, parts, progress: &|_, _| {} };
     let wanted = bad.into_iter().map(|(path, row)| Wanted { path, may_be: vec![row.entry] }).collect();
     let whole = scratch.join("tree");
     for got in fetcher.files(wanted, &whole)? {

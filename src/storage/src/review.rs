@@ -243,7 +243,8 @@ impl Review {
             }
         };
         let parts = scratch.join("parts");
-        let fetcher = Fetcher { bucket: &open.bucket, parts, progress: &|_, _| {} };
+        let whole = open.index.totals()?;
+        let fetcher = Fetcher { bucket: &open.bucket, whole, parts, progress: &|_, _| {} };
         let tree = scratch.join("tree");
         let mut read = ReadBack::default();
         for wanted in portions(wanted) {
