@@ -38,6 +38,13 @@ pub(crate) struct Volume {
     pub(crate) lifting: Lifting,
 }
 
+/// Bytes of the volume's file system.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Room {
+    pub(crate) free: u64,
+    pub(crate) whole: u64,
+}
+
 impl Volume {
     /// The volume at `root`, whose tree is itself.
     pub(crate) fn plain(root: &FsPath) -> Result<Self, Fault> {
@@ -79,6 +86,12 @@ impl Volume {
 
     pub(crate) fn staging(&self) -> PathBuf {
         self.own.join("staging")
+    }
+
+    pub(crate) fn room(&self) -> Result<Room, Fault> {
+        let stat = nix::sys::statvfs::statvfs(&self.own)?;
+        let bytes = |blocks: u64| blocks.saturating_mul(stat.fragment_size());
+        Ok(Room { free: bytes(stat.blocks_available()), whole: bytes(stat.blocks()) })
     }
 
     /// Empties the staging area of what a killed worker was sending. What it had fetched stays:
