@@ -580,6 +580,88 @@ fn a_restore_that_was_killed_deletes_nothing_when_the_mode_changes() {
     assert_eq!(difference(&expected, &tree(&machine)), "");
 }
 
+// === What is fetched, and when ===
+
+#[test]
+fn what_the_gateway_reads_first_is_fetched_without_what_it_does_not() {
+    let cloud = Cloud::new();
+    let mut machine = Fuse.start(&cloud);
+    for n in 0..210 {
+        put(machine.path(&format!("/data/openclaw/credentials/{n}")), format!("secret {n}"));
+    }
+    for n in 0..20 {
+        put(machine.path(WORKSPACE).join(format!("late/{n}")), format!("late {n}"));
+    }
+    flush(&machine);
+    let expected = tree(&machine);
+    assert_eq!(machine.stop(), 0);
+    drop(machine);
+    // Nothing of it arrives before the gateway runs.
+    cloud.proxy.add(Rule::new(Fault::Hang).method("GET").path(&key(&cloud, "openclaw/workspace/late")));
+    let machine = Fuse.start(&cloud);
+    assert_eq!(storage(&machine)["independent"], false);
+    assert_eq!(machine.read("/data/openclaw/credentials/209"), "secret 209");
+    let parts = machine.data().join(".cvm/storage/staging/parts");
+    assert!(!parts.exists(), "what was fetched lies on the volume twice");
+    cloud.proxy.heal();
+    independent(&machine);
+    assert_eq!(difference(&expected, &tree(&machine)), "");
+}
+
+/// A disk of its own, of so many MiB.
+struct Disk(tempfile::TempDir);
+
+impl Disk {
+    fn new(mib: u32) -> Self {
+        let this = Self(tempfile::tempdir().unwrap());
+        this.mount(nix::mount::MsFlags::empty(), mib);
+        this
+    }
+
+    fn grow(&self, mib: u32) {
+        self.mount(nix::mount::MsFlags::MS_REMOUNT, mib);
+    }
+
+    fn mount(&self, how: nix::mount::MsFlags, mib: u32) {
+        let size = format!("mode=755,size={mib}m");
+        nix::mount::mount(Some("tmpfs"), self.0.path(), Some("tmpfs"), how, Some(size.as_str())).unwrap();
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        let _ = nix::mount::umount2(self.0.path(), nix::mount::MntFlags::MNT_DETACH);
+    }
+}
+
+#[test]
+fn what_a_volume_has_no_room_for_is_said_and_not_read_until_there_is_room() {
+    let cloud = Cloud::new();
+    let mut machine = Fuse.start(&cloud);
+    put(machine.path(WORKSPACE).join("small"), "small");
+    put(machine.path(WORKSPACE).join("large"), vec![7u8; 32 << 20]);
+    flush(&machine);
+    let expected = tree(&machine);
+    assert_eq!(machine.stop(), 0);
+    drop(machine);
+    let disk = Disk::new(24);
+    cloud.proxy.clear_log();
+    let machine = ready(Fuse.of(cloud.machine()).unbind("/data").bind(disk.0.path(), "/data").start());
+    until("it is said", PATIENCE, || {
+        storage(&machine)["last_error"].as_str()?.contains("No space left on device").then_some(())
+    });
+    assert_eq!(storage(&machine)["independent"], false);
+    until("what has room is there", PATIENCE, || {
+        disk.0.path().join(".cvm/storage/upper/openclaw/workspace/small").exists().then_some(())
+    });
+    let large = key(&cloud, "openclaw/workspace/large");
+    let read = cloud.proxy.log().iter().any(|entry| entry.method == "GET" && entry.path.contains(&large));
+    assert!(!read, "what cannot be kept was read");
+    disk.grow(200);
+    independent(&machine);
+    assert_eq!(difference(&expected, &tree(&machine)), "");
+}
+
 // === In the eyes of others ===
 
 /// What HKDF makes of the harness's `MASTER_KEY`, by another program's reckoning.

@@ -3,15 +3,16 @@
 //!
 //! A copy is taken through `SQLite`'s own backup, which reads one committed state under `SQLite`'s own
 //! locks. So a database is opened here through the same path as its writers, and by nobody else in
-//! this process meanwhile: POSIX drops all locks of a process on a file with its first close.
+//! this process meanwhile: see `copying`.
 //!
 //! `SQLite` rolls a journal back that it finds, and removes what the journal names. Both are the
 //! agent's to write, so a database is only opened with the rights of its owner over files, and
 //! root's only as root where nobody else may put a journal.
 //!
-//! Refuses to change a database: no checkpoint, no schema. May import: `entry`, `fault`, `opened`,
-//! `rules`, `volume`.
+//! Refuses to change a database: no checkpoint, no schema. May import: `copying`, `entry`, `fault`,
+//! `opened`, `rules`, `volume`.
 
+use crate::copying::Copying;
 use crate::entry;
 use crate::fault::Fault;
 use crate::opened;
@@ -99,6 +100,10 @@ pub(crate) fn copy(from: &Path, to: &Path, owner: Owner) -> Result<(), NoCopy> {
     let owner = match journal.filter(|_| owner.user.is_root()).and_then(|stat| Owner::but_root(&stat)) {
         Some(other) => other,
         None => owner,
+    };
+    let copying = Copying::begin(from).map_err(|e| NoCopy::Later(Fault::from(e).to_string()))?;
+    let Some(_copying) = copying else {
+        return Err(NoCopy::Later("it is copied under another name".to_owned()));
     };
     // It is opened while we are root, in a directory of root's.
     let mut target = Connection::open(to).map_err(|e| judge(&e))?;

@@ -3,6 +3,7 @@
 //! Refuses to hold anything but words of ours, the server's error codes and paths: never a URL,
 //! a key or a password. Imports nothing of ours.
 
+use nix::errno::Errno;
 use std::collections::BTreeSet;
 use std::fmt;
 
@@ -98,6 +99,12 @@ impl Fault {
         }
     }
 
+    /// The volume is full, or what its user may have of it.
+    pub(crate) fn is_no_room(&self) -> bool {
+        let full = [Errno::ENOSPC, Errno::EDQUOT];
+        matches!(self, Self::Disk(why) if full.iter().any(|error| why.eq_ignore_ascii_case(error.desc())))
+    }
+
     pub(crate) fn remedy(&self) -> &'static str {
         match self {
             Self::Missing | Self::Other(_) | Self::NotImplemented => "look at `cvm logs storage`",
@@ -186,10 +193,11 @@ impl fmt::Display for Fault {
 impl From<std::io::Error> for Fault {
     fn from(error: std::io::Error) -> Self {
         // The kernel's words; ours are added where the path is known.
-        Self::Disk(error.raw_os_error().map_or_else(
-            || error.kind().to_string(),
-            |code| nix::errno::Errno::from_raw(code).desc().to_owned(),
-        ))
+        Self::Disk(
+            error
+                .raw_os_error()
+                .map_or_else(|| error.kind().to_string(), |code| Errno::from_raw(code).desc().to_owned()),
+        )
     }
 }
 
@@ -202,8 +210,8 @@ impl From<rusqlite::Error> for Fault {
     }
 }
 
-impl From<nix::errno::Errno> for Fault {
-    fn from(error: nix::errno::Errno) -> Self {
+impl From<Errno> for Fault {
+    fn from(error: Errno) -> Self {
         Self::Disk(error.desc().to_owned())
     }
 }

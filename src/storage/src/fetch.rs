@@ -10,6 +10,7 @@
 use crate::bucket::Bucket;
 use crate::entry::{Entry, Kind, Path};
 use crate::fault::Fault;
+use crate::index::Totals;
 use crate::manifest::Digest;
 use crate::{parallel, stage, volume};
 use std::collections::HashMap;
@@ -49,6 +50,16 @@ pub(crate) fn total(wanted: &[Wanted]) -> (u64, u64) {
     (wanted.len() as u64, bytes)
 }
 
+/// Whether these are so many of all that the rest may come along: nobody has to be told names then.
+fn is_nearly(wanted: &[Wanted], all: Totals) -> bool {
+    let (files, bytes) = total(wanted);
+    files >= most(all.files) && bytes >= most(all.bytes)
+}
+
+fn most(of: u64) -> u64 {
+    of - of / 10
+}
+
 /// What is wrong with an object that cannot be had, as far as trying again cannot help.
 pub(crate) fn lost(fault: &Fault) -> Option<&'static str> {
     match fault {
@@ -60,6 +71,8 @@ pub(crate) fn lost(fault: &Fault) -> Option<&'static str> {
 
 pub(crate) struct Fetcher<'a> {
     pub(crate) bucket: &'a Bucket,
+    /// All that the bucket has.
+    pub(crate) whole: Totals,
     /// Where parts lie while they are fetched; on the same volume as the target.
     pub(crate) parts: PathBuf,
     /// Told what is done: files and bytes.
@@ -76,7 +89,7 @@ impl Fetcher<'_> {
         let (plain, odd): (Vec<_>, Vec<_>) = wanted.into_iter().partition(|w| w.path.is_plain());
         let (few, many) = if plain.len() > FEW { (odd, plain) } else { ([odd, plain].concat(), Vec::new()) };
         if !many.is_empty() {
-            self.bulk()?;
+            self.bulk(&many)?;
             let done = (AtomicU64::new(0), AtomicU64::new(0));
             got.extend(parallel::each(many, CHECKERS, |wanted| {
                 let part = self.parts.join("bulk").join(std::ffi::OsStr::from_bytes(wanted.path.as_bytes()));
@@ -97,10 +110,11 @@ impl Fetcher<'_> {
         Ok(got)
     }
 
-    /// Everything in one call of rclone's, which lists the bucket and fetches many at a time.
-    fn bulk(&self) -> Result<(), Fault> {
+    /// These in one call of rclone's, which lists the bucket and fetches many at a time.
+    fn bulk(&self, wanted: &[Wanted]) -> Result<(), Fault> {
         let bulk = self.parts.join("bulk");
         fs::create_dir_all(&bulk)?;
+        let names = if is_nearly(wanted, self.whole) { None } else { Some(self.name(wanted)?) };
         let finished = std::sync::atomic::AtomicBool::new(false);
         let whole = std::thread::scope(|scope| {
             scope.spawn(|| {
@@ -111,7 +125,7 @@ impl Fetcher<'_> {
                     }
                 }
             });
-            let whole = self.bucket.rclone.download_all(&bulk, PARALLEL);
+            let whole = self.bucket.rclone.download_many(names.as_deref(), &bulk, PARALLEL);
             finished.store(true, Ordering::Relaxed);
             whole
         });
@@ -127,6 +141,18 @@ impl Fetcher<'_> {
             ) => Err(fault),
             _ => Ok(()),
         }
+    }
+
+    /// A list of them for rclone.
+    fn name(&self, wanted: &[Wanted]) -> Result<PathBuf, Fault> {
+        let mut lines = Vec::new();
+        for one in wanted {
+            lines.extend_from_slice(one.path.as_bytes());
+            lines.push(b'\n');
+        }
+        let names = self.parts.join("names");
+        fs::write(&names, lines)?;
+        Ok(names)
     }
 
     fn check_and_place(&self, wanted: &Wanted, part: &FsPath, root: &FsPath) -> Got {
@@ -282,4 +308,28 @@ pub(crate) fn dress_directories(entries: &[(Path, Entry)], root: &FsPath) -> Res
         volume::dress(&path.below(root), entry)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of_sizes(sizes: &[u64]) -> Vec<Wanted> {
+        let one = |size: &u64| {
+            let kind = Kind::File { size: *size, sha: None, database: false };
+            let entry = Entry { kind, mode: 0o600, uid: 0, gid: 0, mtime_ns: 0, link: None };
+            Wanted { path: Path::new(b"a").unwrap(), may_be: vec![entry] }
+        };
+        sizes.iter().map(one).collect()
+    }
+
+    #[test]
+    fn the_whole_bucket_comes_only_when_nearly_all_of_it_is_wanted() {
+        let all = Totals { files: 20, bytes: 2000 };
+        assert!(is_nearly(&of_sizes(&[100; 20]), all));
+        assert!(is_nearly(&of_sizes(&[100; 18]), all));
+        assert!(!is_nearly(&of_sizes(&[100; 17]), all));
+        assert!(!is_nearly(&of_sizes(&[1; 19]), all), "one large file is the rest");
+        assert!(!is_nearly(&of_sizes(&[2000]), all), "all but one small ones are the rest");
+    }
 }

@@ -3,7 +3,7 @@
 //!
 //! Refuses to copy up what does not match the manifest: that is hidden, and an incident.
 //! May import: `desk`, `entry`, `fault`, `fetch`, `index`, `lifting`, `manifest`, `moved`, `order`,
-//! `scan`, `stage`, `volume`.
+//! `owner`, `scan`, `stage`, `volume`.
 
 use crate::desk::{Desk, Open};
 use crate::entry::{Entry, Kind, Path};
@@ -12,14 +12,16 @@ use crate::fetch::{self, Fetcher, Got, Wanted};
 use crate::index::{Known, Row};
 use crate::manifest::{Line, Word};
 use crate::order::Unread;
+use crate::owner::uptime;
 use crate::{lifting, moved, parallel, scan, stage, volume};
 use cvm_blueprint::paths;
 use cvm_blueprint::storage::Progress;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
+use std::collections::HashSet;
 use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path as FsPath;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 const THREADS: usize = 12;
@@ -27,7 +29,12 @@ const THREADS: usize = 12;
 const BATCH: usize = 256;
 /// Reads of one file that fail before somebody else is asked about it.
 const TRIES: u32 = 3;
-const AGAIN: Duration = Duration::from_secs(5);
+/// Between two passes in which nothing came up: the first time, and at most.
+const AGAIN: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(60));
+/// So many in a row that cannot be had, and the rest is not asked for in this pass.
+const ENOUGH: u32 = 24;
+/// Names of those in the log.
+const NAMED: usize = 5;
 
 pub(crate) const REMEDY: &str = "look at the object's versions in the bucket; put a good one back and restart storage, or give the file up with `cvm storage accept`";
 
@@ -37,7 +44,50 @@ enum Lifted {
     Bad(Path, String),
     /// The mount says "I/O error" for everything; rclone says what it is.
     Unclear(Path),
-    Later,
+    Later(Path, Fault),
+    /// Not tried, because others could not be had.
+    Skipped,
+}
+
+/// What the threads of one pass know of each other's luck.
+struct Pass {
+    failed_in_a_row: AtomicU32,
+    /// The volume has no room for a file of this size, nor for a larger one.
+    too_large: AtomicU64,
+}
+
+impl Pass {
+    fn new() -> Self {
+        Self { failed_in_a_row: AtomicU32::new(0), too_large: AtomicU64::new(u64::MAX) }
+    }
+
+    fn is_over(&self) -> bool {
+        self.failed_in_a_row.load(Ordering::Relaxed) >= ENOUGH
+    }
+
+    fn skips(&self, size: u64) -> bool {
+        self.is_over() || size >= self.too_large.load(Ordering::Relaxed)
+    }
+
+    fn note(&self, size: u64, lifted: &Lifted) {
+        match lifted {
+            Lifted::Later(_, fault) if fault.is_no_room() => {
+                self.too_large.fetch_min(size, Ordering::Relaxed);
+            }
+            Lifted::Later(..) | Lifted::Unclear(_) => {
+                self.failed_in_a_row.fetch_add(1, Ordering::Relaxed);
+            }
+            Lifted::Up(..) | Lifted::Bad(..) => self.failed_in_a_row.store(0, Ordering::Relaxed),
+            Lifted::Skipped => {}
+        }
+    }
+}
+
+/// What a pass has come to.
+#[derive(Default)]
+struct Outcome {
+    progressed: bool,
+    later: Vec<(Path, Fault)>,
 }
 
 /// Goes on until nothing is only below, or `stop` is set. True when all is above.
@@ -54,61 +104,105 @@ pub(crate) fn run(open: &Open, desk: &Desk, stop: &AtomicBool) -> Result<bool, F
         }));
     };
     show();
+    let (mut idle, mut failed) = (0, HashSet::new());
     while !stop.load(Ordering::Relaxed) {
         let mut rows = open.index.lower()?;
         if rows.is_empty() {
             desk.progress(None);
             return Ok(true);
         }
-        rows.sort_by_key(|(_, row)| (!row.entry.is_database(), row.entry.size()));
-        let mut progressed = false;
+        // What could not be had keeps nothing back that can.
+        rows.sort_by_key(|(path, row)| (failed.contains(path), !row.entry.is_database(), row.entry.size()));
+        let (pass, mut outcome) = (Pass::new(), Outcome::default());
         for batch in rows.chunks(BATCH) {
             if stop.load(Ordering::Relaxed) {
                 return Ok(false);
             }
             let lifted = parallel::each_apart(batch.to_vec(), THREADS, |(path, row)| {
-                let lifted = lift(open, &path, &row);
+                let size = row.entry.size();
+                let skipped = row.entry.is_file() && pass.skips(size);
+                let lifted = if skipped { Lifted::Skipped } else { lift(open, &path, &row) };
+                pass.note(size, &lifted);
                 if matches!(lifted, Lifted::Up(..)) {
                     files.fetch_add(u64::from(row.entry.is_file()), Ordering::Relaxed);
-                    bytes.fetch_add(row.entry.size(), Ordering::Relaxed);
+                    bytes.fetch_add(size, Ordering::Relaxed);
                 }
                 lifted
             });
-            progressed |= settle(open, desk, lifted)?;
+            settle(open, desk, lifted, &mut outcome)?;
             show();
+            if pass.is_over() {
+                break;
+            }
         }
-        if !progressed {
-            std::thread::sleep(AGAIN);
+        let other = outcome.later.iter().filter(|(_, fault)| !fault.is_no_room());
+        failed = other.map(|(path, _)| path.clone()).collect();
+        idle = if outcome.progressed { 0 } else { idle + 1 };
+        if idle > 0 {
+            let wait = pause(idle);
+            say(desk, &outcome.later, wait);
+            sleep(stop, wait);
         }
     }
     Ok(false)
 }
 
-fn settle(open: &Open, desk: &Desk, lifted: Vec<Lifted>) -> Result<bool, Fault> {
+/// After so many passes in a row in which nothing came up.
+fn pause(idle: u32) -> Duration {
+    AGAIN.0.saturating_mul(1 << idle.saturating_sub(1).min(8)).min(AGAIN.1)
+}
+
+/// No longer than until `stop` is set.
+fn sleep(stop: &AtomicBool, wait: Duration) {
+    let until = uptime() + wait;
+    while !stop.load(Ordering::Relaxed) && uptime() < until {
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+/// Why nothing comes up. A full volume is what somebody can do something about.
+fn say(desk: &Desk, later: &[(Path, Fault)], wait: Duration) {
+    for (path, fault) in later.iter().take(NAMED) {
+        tracing::warn!("still only in the bucket: {path}: {fault}");
+    }
+    let telling = later.iter().find(|(_, fault)| fault.is_no_room()).or(later.first());
+    if let Some((_, fault)) = telling {
+        desk.failed(fault, Some(wait));
+    }
+}
+
+fn settle(open: &Open, desk: &Desk, lifted: Vec<Lifted>, outcome: &mut Outcome) -> Result<(), Fault> {
     let (mut up, mut known) = (Vec::new(), Vec::new());
-    let mut progressed = false;
+    // Who is not reached for one file is not asked about the next.
+    let mut out_of_reach = None;
     for one in lifted {
-        let one = match one {
-            Lifted::Unclear(path) => ask_rclone(open, &path),
-            one => one,
+        let one = match (one, &out_of_reach) {
+            (Lifted::Unclear(path), Some(fault)) => Lifted::Later(path, Fault::clone(fault)),
+            (Lifted::Unclear(path), None) => ask_rclone(open, &path),
+            (one, _) => one,
         };
         match one {
             Lifted::Up(path, Some(one)) => known.push((path, one)),
             Lifted::Up(path, None) => up.push(path),
             Lifted::Bad(path, why) => {
-                progressed = true;
+                outcome.progressed = true;
                 open.index.set_bad(&path, Some(&why))?;
                 open.index.set_lower(std::slice::from_ref(&path), false)?;
                 parallel::apart(|| hide(open, &path));
                 desk.incident(&path.to_string(), &why, REMEDY);
             }
-            Lifted::Later | Lifted::Unclear(_) => {}
+            Lifted::Later(path, fault) => {
+                if matches!(fault, Fault::Unreachable(_) | Fault::Tls(_) | Fault::Clock) {
+                    out_of_reach = Some(fault.clone());
+                }
+                outcome.later.push((path, fault));
+            }
+            Lifted::Unclear(_) | Lifted::Skipped => {}
         }
     }
-    progressed |= !up.is_empty() || !known.is_empty();
+    outcome.progressed |= !up.is_empty() || !known.is_empty();
     open.index.set_lower(&up, false)?;
-    open.index.set_known(&known)?;
-    Ok(progressed)
+    open.index.set_known(&known)
 }
 
 /// What is wrong in the bucket is not there for the gateway. What it has already written over is
@@ -137,10 +231,15 @@ fn lift(open: &Open, path: &Path, row: &Row) -> Lifted {
     if !row.entry.is_file() || written(open, path) {
         return Lifted::Up(path.clone(), None);
     }
+    // Not read for nothing.
+    if open.volume.room().is_ok_and(|room| room.free < row.entry.size()) {
+        return Lifted::Later(path.clone(), nix::errno::Errno::ENOSPC.into());
+    }
     match checked_below(path, &row.entry) {
-        Some(Ok(())) => {
-            copy_up(open, path, &row.entry).map_or(Lifted::Later, |known| Lifted::Up(path.clone(), known))
-        }
+        Some(Ok(())) => match copy_up(open, path, &row.entry) {
+            Ok(known) => Lifted::Up(path.clone(), known),
+            Err(fault) => Lifted::Later(path.clone(), fault),
+        },
         // Written over while it was read, and pushed: the object is the new one, and ours.
         Some(Err(_)) if written(open, path) => Lifted::Up(path.clone(), None),
         Some(Err(why)) => Lifted::Bad(path.clone(), why),
@@ -176,11 +275,14 @@ fn ask_rclone(open: &Open, path: &Path) -> Lifted {
     let staging = open.volume.staging();
     let asked = open.bucket.rclone.download(&path.object(), &staging, &name);
     let _ = std::fs::remove_file(staging.join(&name));
-    asked.map_or_else(|fault| lost(path, &fault), |()| Lifted::Later)
-}
-
-fn lost(path: &Path, fault: &Fault) -> Lifted {
-    fetch::lost(fault).map_or(Lifted::Later, |why| Lifted::Bad(path.clone(), why.to_owned()))
+    let Err(fault) = asked else {
+        let why = "the mount of the bucket did not give it, and the bucket does";
+        return Lifted::Later(path.clone(), Fault::other(why));
+    };
+    match fetch::lost(&fault) {
+        Some(why) => Lifted::Bad(path.clone(), why.to_owned()),
+        None => Lifted::Later(path.clone(), fault),
+    }
 }
 
 /// What is up already stays as it is.
@@ -205,7 +307,8 @@ pub(crate) fn once_more(open: &Open, desk: &Desk) -> Result<(), Fault> {
         return Ok(());
     }
     let scratch = open.volume.staging().join("again");
-    let fetcher = Fetcher { bucket: &open.bucket, parts: scratch.join("parts"), progress: &|_, _| {} };
+    let (whole, parts) = (open.index.totals()?, scratch.join("parts"));
+    let fetcher = Fetcher { bucket: &open.bucket, whole, parts, progress: &|_, _| {} };
     let wanted = bad.into_iter().map(|(path, row)| Wanted { path, may_be: vec![row.entry] }).collect();
     let whole = scratch.join("tree");
     for got in fetcher.files(wanted, &whole)? {
@@ -366,5 +469,44 @@ impl Below {
             _ => {}
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn path() -> Path {
+        Path::new(b"a").unwrap()
+    }
+
+    #[test]
+    fn passes_in_which_nothing_comes_up_are_ever_further_apart_up_to_a_minute() {
+        let pauses: Vec<u64> = (1..8).map(|idle| pause(idle).as_secs()).collect();
+        assert_eq!(pauses, [5, 10, 20, 40, 60, 60, 60]);
+        assert_eq!(pause(u32::MAX).as_secs(), 60);
+    }
+
+    #[test]
+    fn a_pass_ends_when_nothing_can_be_had_and_not_because_of_some() {
+        let pass = Pass::new();
+        for n in 0..4 * ENOUGH {
+            pass.note(1, &Lifted::Unclear(path()));
+            if n % 3 == 0 {
+                pass.note(1, &Lifted::Up(path(), None));
+            }
+        }
+        assert!(!pass.is_over());
+        for _ in 0..ENOUGH {
+            pass.note(1, &Lifted::Later(path(), Fault::Busy(503)));
+        }
+        assert!(pass.is_over() && pass.skips(0));
+    }
+
+    #[test]
+    fn where_one_file_has_no_room_only_smaller_ones_are_read() {
+        let pass = Pass::new();
+        pass.note(100, &Lifted::Later(path(), nix::errno::Errno::ENOSPC.into()));
+        assert!(pass.skips(100) && pass.skips(101) && !pass.skips(99));
     }
 }

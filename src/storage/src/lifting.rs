@@ -49,6 +49,9 @@ pub(crate) fn lift(volume: &Volume, path: &Path, mtime_ns: Option<i64>) -> Resul
         let above = volume::look(&upper)?.map(|stat| volume::mtime_ns(&stat));
         match open_for_writing(&at) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            Err(error) if error.kind() == io::ErrorKind::ExecutableFileBusy => {
+                return Err(Fault::other("it is a program that runs: it is brought up when it has ended"));
+            }
             other => other?,
         };
         let now = volume::look(&upper)?.map(|stat| volume::mtime_ns(&stat));
@@ -80,6 +83,21 @@ mod tests {
             assert!(matches!(seen(&b), Seen::Is(None)));
         });
         assert!(matches!(seen(&a), Seen::Is(None)));
+    }
+
+    #[test]
+    fn a_program_that_runs_is_told_from_a_broken_disk() {
+        let dir = tempfile::tempdir().unwrap();
+        let volume = Volume::plain(dir.path()).unwrap();
+        let path = Path::new(b"program").unwrap();
+        let at = path.below(&volume.upper);
+        std::fs::copy("/bin/sleep", &at).unwrap();
+        let mut child = std::process::Command::new(&at).arg("600").spawn().unwrap();
+        let outcome = lift(&volume, &path, None);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(matches!(&outcome, Err(Fault::Other(why)) if why.contains("runs")), "{outcome:?}");
+        assert!(lift(&volume, &path, None).unwrap());
     }
 
     #[test]

@@ -23,6 +23,7 @@
 mod boots;
 mod bucket;
 mod chain;
+mod copying;
 mod crypt;
 mod database;
 mod desk;

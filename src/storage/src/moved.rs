@@ -65,7 +65,8 @@ pub(crate) fn bring_up(bucket: &Bucket, index: &Index, volume: &Volume) -> Resul
             places.entry(from).or_default().push(to);
         }
     }
-    let fetcher = Fetcher { bucket, parts: volume.staging().join("moved-parts"), progress: &|_, _| {} };
+    let (whole, parts) = (index.totals()?, volume.staging().join("moved-parts"));
+    let fetcher = Fetcher { bucket, whole, parts, progress: &|_, _| {} };
     for got in fetcher.files(wanted.into_values().collect(), &scratch)? {
         match got {
             Got::Good(from, _) => {

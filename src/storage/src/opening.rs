@@ -810,11 +810,15 @@ fn early_files(
             bytes_total,
         }));
     };
-    let fetcher = Fetcher { bucket, parts: volume.own.join("staging/parts"), progress: &progress };
+    let parts = volume.own.join("staging/parts");
+    let fetcher = Fetcher { bucket, whole: index.totals()?, parts: parts.clone(), progress: &progress };
     let got = fetcher.files(early, &volume.upper)?;
     desk.progress(None);
     fetch::settle_on_disk(&volume.own)?;
-    take_over(index, volume, got)
+    let bad = take_over(index, volume, got)?;
+    // Of a restore that was killed too: the rest comes through the mount.
+    let _ = fs::remove_dir_all(parts);
+    Ok(bad)
 }
 
 /// What was fetched is known by its looks from now on; what is bad is remembered as that.
@@ -949,7 +953,8 @@ impl Making<'_> {
             }));
         };
         fetch::skeleton(&skeleton, &volume.tree)?;
-        let fetcher = Fetcher { bucket, parts: volume.own.join("staging/parts"), progress: &progress };
+        let parts = volume.own.join("staging/parts");
+        let fetcher = Fetcher { bucket, whole: index.totals()?, parts, progress: &progress };
         let got = fetcher.files(files, &volume.tree)?;
         desk.progress(None);
         let restored: Vec<(Path, Entry)> = got

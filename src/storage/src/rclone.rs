@@ -114,16 +114,26 @@ impl Rclone {
         .map(drop)
     }
 
-    /// All objects but our own to the same names below a directory, many at a time. What fails is
-    /// seen by what is not there afterwards.
-    pub(crate) fn download_all(&self, directory: &std::path::Path, parallel: u32) -> Result<(), Fault> {
+    /// All objects but our own, or only those that the file names, to the same names below a
+    /// directory, many at a time. What fails is seen by what is not there afterwards.
+    pub(crate) fn download_many(
+        &self,
+        names: Option<&std::path::Path>,
+        directory: &std::path::Path,
+        parallel: u32,
+    ) -> Result<(), Fault> {
+        // With names, only the directories that lead to them are listed.
+        let filter = match names {
+            Some(names) => json!({ "FilesFrom": [], "FilesFromRaw": [names] }),
+            None => json!({ "FilesFrom": [], "FilesFromRaw": [], "ExcludeRule": ["/.cvm/**"] }),
+        };
         Self::call(
             "sync/copy",
             &json!({ "srcFs": *self.remote, "dstFs": directory,
                 // What an earlier try fetched is not fetched again; it is checked like the rest.
                 "_config": { "Transfers": parallel, "Checkers": parallel, "UseServerModTime": true, "IgnoreExisting": true,
                     "NoUpdateModTime": true, "MultiThreadStreams": 0, "Retries": 1 },
-                "_filter": { "FilesFrom": [], "FilesFromRaw": [], "ExcludeRule": ["/.cvm/**"] } }),
+                "_filter": filter }),
         )
         .map(drop)
     }

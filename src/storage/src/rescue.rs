@@ -59,7 +59,8 @@ pub(crate) fn restore(spec: &StorageSpec, to: &FsPath) -> Result<u64, Fault> {
     fetch::skeleton(&entries, to)?;
     let shown = Mutex::new(None);
     let progress = |done: u64, had: u64| show(&shown, done.min(files), files, had.min(bytes), bytes);
-    let fetcher = Fetcher { bucket: &bucket, parts: scratch.join("parts"), progress: &progress };
+    let parts = scratch.join("parts");
+    let fetcher = Fetcher { bucket: &bucket, whole: index.totals()?, parts, progress: &progress };
     let got = fetcher.files(wanted, to)?;
     if std::io::stdout().is_terminal() {
         println!();

@@ -18,7 +18,7 @@ use crate::fetch::{self, Fetcher, Got, Wanted};
 use crate::hydrate;
 use crate::index::Row;
 use crate::scan::Scanner;
-use crate::volume;
+use crate::volume::{self, Room};
 use crate::worker::Order;
 use cvm_blueprint::storage::{Answer, Drill, Progress};
 use std::collections::{HashMap, HashSet};
@@ -31,6 +31,8 @@ const SAMPLE: usize = 50;
 const SAMPLE_BYTES: u64 = 64 << 20;
 /// So much lies on the volume at once, or one file that is larger.
 const PORTION_BYTES: u64 = 256 << 20;
+/// What a review leaves free for everybody else: a tenth of the disk, and at most so much.
+const LEAVES: u64 = 256 << 20;
 /// Looks at a file that is pushed anew each time that it is looked at.
 const TRIES: u32 = 5;
 /// Of what the tree has good.
@@ -52,6 +54,18 @@ struct ReadBack {
     wrong: Vec<(Path, String)>,
     /// Why some could not be read, which says nothing about them.
     fault: Option<Fault>,
+    /// What there was no room for.
+    skipped: HashSet<Path>,
+}
+
+impl ReadBack {
+    /// In words, if there is any.
+    fn left_out(&self) -> String {
+        match self.skipped.len() {
+            0 => String::new(),
+            n => format!("; {n} were left out, for which the volume has no room"),
+        }
+    }
 }
 
 impl Review {
@@ -103,10 +117,14 @@ impl Review {
                 text: format!("{name}: an object that the manifest does not know; it is ignored"),
             });
         }
-        let files = after.len();
+        let mut files = after.len();
+        let mut left_out = String::new();
         if deep {
             let rows = after.into_iter().filter(|(_, row)| !row.unsure).collect();
-            let ReadBack { wrong, fault } = self.read_back(rows, &Some(to.clone()))?;
+            let read = self.read_back(rows, &Some(to.clone()))?;
+            left_out = read.left_out();
+            let ReadBack { wrong, fault, skipped } = read;
+            files -= skipped.len();
             for (path, why) in wrong {
                 let again = self.has_good(&path)?;
                 say(format!("{path}: {why}{}", if again { AGAIN } else { "" }));
@@ -120,9 +138,9 @@ impl Review {
         }
         let how = if deep { "read back and checked" } else { "compared by name and size" };
         Ok(if wrong == 0 {
-            (format!("Tree and bucket are equal: {files} files {how}"), true)
+            (format!("Tree and bucket are equal: {files} files {how}{left_out}"), true)
         } else {
-            (format!("{wrong} differences in {files} files {how}"), false)
+            (format!("{wrong} differences in {files} files {how}{left_out}"), false)
         })
     }
 
@@ -161,7 +179,7 @@ impl Review {
             .filter(|(_, row)| row.bad.is_none() && !row.unsure)
             .partition(|(_, row)| row.entry.is_database());
         others.retain(|(_, row)| row.entry.size() <= SAMPLE_BYTES);
-        let databases_total = databases.len() as u64;
+        let of_databases: HashSet<Path> = databases.iter().map(|(path, _)| path.clone()).collect();
         let mut picked = databases;
         for _ in 0..SAMPLE.min(others.len()) {
             let mut bytes = [0u8; 8];
@@ -169,11 +187,15 @@ impl Review {
             let at = usize::try_from(u64::from_le_bytes(bytes) % others.len() as u64).unwrap_or(0);
             picked.push(others.swap_remove(at));
         }
-        let files = picked.len() as u64;
-        let ReadBack { wrong, fault } = match self.read_back(picked, to) {
+        let files = picked.len();
+        let read = match self.read_back(picked, to) {
             Ok(read) => read,
             Err(fault) => ReadBack { fault: Some(fault), ..ReadBack::default() },
         };
+        let left_out = read.left_out();
+        let ReadBack { wrong, fault, skipped } = read;
+        let files = (files - skipped.len()) as u64;
+        let databases = of_databases.difference(&skipped).count() as u64;
         for (path, why) in &wrong {
             let again = self.has_good(path)?;
             let (more, remedy) = if again { (AGAIN, MENDED) } else { ("", hydrate::REMEDY) };
@@ -186,11 +208,11 @@ impl Review {
         let (text, good) = if let Some(fault) = fault {
             (format!("the drill could not be done: {fault}"), false)
         } else if wrong.is_empty() {
-            (format!("{files} files restored and checked, {databases_total} databases among them"), true)
+            (format!("{files} files restored and checked, {databases} databases among them{left_out}"), true)
         } else {
-            (format!("{} of {files} files did not come back as they should", wrong.len()), false)
+            (format!("{} of {files} files did not come back as they should{left_out}", wrong.len()), false)
         };
-        let drill = Drill { ago_ms: 0, good, files, databases: databases_total, text: text.clone() };
+        let drill = Drill { ago_ms: 0, good, files, databases, text: text.clone() };
         let at = now_ms();
         let index = &self.open.index;
         index.set_meta("drilled", &at.to_string())?;
@@ -216,6 +238,7 @@ impl Review {
                 }
             }
             all.fault = read.fault;
+            all.skipped.extend(read.skipped);
             if rows.is_empty() || all.fault.is_some() {
                 break;
             }
@@ -243,11 +266,14 @@ impl Review {
             }
         };
         let parts = scratch.join("parts");
-        let fetcher = Fetcher { bucket: &open.bucket, parts, progress: &|_, _| {} };
+        let whole = open.index.totals()?;
+        let fetcher = Fetcher { bucket: &open.bucket, whole, parts, progress: &|_, _| {} };
         let tree = scratch.join("tree");
         let mut read = ReadBack::default();
         for wanted in portions(wanted) {
             let (files, bytes) = fetch::total(&wanted);
+            let (wanted, skipped) = fitting(wanted, open.volume.room()?);
+            read.skipped.extend(skipped);
             for one in fetcher.files(wanted, &tree)? {
                 match one {
                     Got::Good(path, entry) if entry.is_database() => {
@@ -287,18 +313,50 @@ fn portions(wanted: Vec<Wanted>) -> Vec<Vec<Wanted>> {
     portions
 }
 
+/// Those that fit on the volume together, and the others.
+fn fitting(wanted: Vec<Wanted>, room: Room) -> (Vec<Wanted>, Vec<Path>) {
+    let mut left = room.free.saturating_sub(LEAVES.min(room.whole / 10));
+    let (mut fit, mut skipped) = (Vec::new(), Vec::new());
+    for one in wanted {
+        let size = one.may_be.first().map_or(0, Entry::size);
+        if size <= left {
+            left -= size;
+            fit.push(one);
+        } else {
+            skipped.push(one.path);
+        }
+    }
+    (fit, skipped)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::entry::Kind;
 
+    fn one(size: u64) -> Wanted {
+        let kind = Kind::File { size, sha: None, database: false };
+        let entry = Entry { kind, mode: 0o600, uid: 0, gid: 0, mtime_ns: 0, link: None };
+        Wanted { path: Path::new(size.to_string().as_bytes()).expect("a path"), may_be: vec![entry] }
+    }
+
+    #[test]
+    fn a_review_leaves_room_on_the_volume_for_others() {
+        let sizes = |free, whole| -> Vec<u64> {
+            let (fit, skipped) = fitting([60, 50, 30, 0].map(one).into(), Room { free, whole });
+            assert_eq!(fit.len() + skipped.len(), 4);
+            fit.iter().map(|one| fetch::total(std::slice::from_ref(one)).1).collect()
+        };
+        assert_eq!(sizes(240, 1000), [60, 50, 30, 0]);
+        assert_eq!(sizes(239, 1000), [60, 50, 0], "a tenth stays free");
+        assert_eq!(sizes(150, 1000), [50, 0]);
+        assert_eq!(sizes(0, 1000), [0]);
+        assert_eq!(sizes(LEAVES + 140, u64::MAX), [60, 50, 30, 0], "a large disk needs no tenth");
+        assert_eq!(sizes(LEAVES + 30, u64::MAX), [30, 0]);
+    }
+
     #[test]
     fn a_review_keeps_little_on_the_volume_at_once() {
-        let one = |size: u64| {
-            let kind = Kind::File { size, sha: None, database: false };
-            let entry = Entry { kind, mode: 0o600, uid: 0, gid: 0, mtime_ns: 0, link: None };
-            Wanted { path: Path::new(b"a").expect("a path"), may_be: vec![entry] }
-        };
         let lengths = |sizes: &[u64]| -> Vec<usize> {
             portions(sizes.iter().map(|size| one(*size)).collect()).iter().map(Vec::len).collect()
         };

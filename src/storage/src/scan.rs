@@ -12,9 +12,10 @@
 //! a whiteout, or nothing          yes, and not only below    gone
 //! ```
 //!
-//! Refuses to read a file's content and to follow a link. May import: `entry`, `fault`, `index`,
-//! `lifting`, `rules`, `volume`.
+//! Refuses to read a file's content and to follow a link. May import: `copying`, `entry`, `fault`,
+//! `index`, `lifting`, `rules`, `volume`.
 
+use crate::copying;
 use crate::entry::{Entry, Kind, Path};
 use crate::fault::Fault;
 use crate::index::{Index, Known, Row, Sign};
@@ -304,11 +305,9 @@ impl<'a> Scanner<'a> {
             return true;
         }
         let mut head = [0u8; 8];
-        let Ok(n) = volume::open_below(&self.volume.upper, path)
-            .and_then(|mut f| std::io::Read::read(&mut f, &mut head))
-        else {
-            return false;
-        };
+        let read =
+            copying::open(&self.volume.upper, path, |mut file| std::io::Read::read(&mut file, &mut head));
+        let Ok(Some(Ok(n))) = read else { return false };
         let head = head.get(..n).unwrap_or_default();
         // The log of a database that is being created may have no header yet.
         let begun = head.iter().all(|b| *b == 0)
@@ -328,7 +327,9 @@ impl<'a> Scanner<'a> {
     }
 
     fn begins_like_a_database(&self, path: &Path) -> bool {
-        volume::open_below(&self.volume.upper, path).is_ok_and(|file| crate::database::begins_like_one(&file))
+        // One that is copied just now is one.
+        copying::open(&self.volume.upper, path, |file| crate::database::begins_like_one(&file))
+            .is_ok_and(|begins| begins.unwrap_or(true))
     }
 
     fn sign(&self, path: &Path, stat: &FileStat, database: bool) -> Sign {

@@ -271,7 +271,8 @@ fn fetch(
     scratch: &std::path::Path,
 ) -> Result<std::path::PathBuf, Fault> {
     std::fs::create_dir_all(scratch)?;
-    let fetcher = Fetcher { bucket: &open.bucket, parts: scratch.join("parts"), progress: &|_, _| {} };
+    let (whole, parts) = (open.index.totals()?, scratch.join("parts"));
+    let fetcher = Fetcher { bucket: &open.bucket, whole, parts, progress: &|_, _| {} };
     let wanted = vec![Wanted { path: path.clone(), may_be: vec![row.entry.clone()] }];
     let root = scratch.join("tree");
     match fetcher.files(wanted, &root)?.pop() {

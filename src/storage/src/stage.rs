@@ -1,9 +1,10 @@
 //! A private copy of one file at one moment, with its hash: what is sent is what was hashed.
 //!
 //! Refuses to call a copy good that was torn by a writer while it was made, as long as trying
-//! again can help. May import: `database`, `entry`, `fault`, `lifting`, `manifest`,
-//! `scan`, `volume`.
+//! again can help. May import: `copying`, `database`, `entry`, `fault`, `lifting`,
+//! `manifest`, `scan`, `volume`.
 
+use crate::copying;
 use crate::database::{self, NoCopy};
 use crate::entry::{Entry, Kind, Path};
 use crate::fault::Fault;
@@ -48,6 +49,12 @@ pub(crate) enum Outcome {
     Damaged(String),
 }
 
+/// What is copied, and how.
+enum Source {
+    Plain(File),
+    Database(database::Owner),
+}
+
 /// `database` is what the scan saw, and `was_database` what the bucket has.
 pub(crate) fn stage(
     volume: &Volume,
@@ -67,36 +74,42 @@ pub(crate) fn stage(
         if volume::kind_of(&before) != libc::S_IFREG {
             return Ok(Outcome::Vanished);
         }
-        let source = match volume::open_below(&volume.upper, path) {
-            Ok(source) => source,
+        // It may have been replaced since the scan.
+        let empty = before.st_size == 0;
+        let opened = copying::open(&volume.upper, path, |source| {
+            let is = if empty { database && scan::is_begun(&at) } else { database::begins_like_one(&source) };
+            // Closed before SQLite has it.
+            if is {
+                database::Owner::of(&volume.tree, path, &source).map(Source::Database)
+            } else {
+                Ok(Source::Plain(source))
+            }
+        });
+        let source = match opened {
+            Ok(Some(source)) => source?,
+            Ok(None) => return Ok(Outcome::Later("it is copied under another name".to_owned())),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Outcome::Vanished),
             Err(error) => return Err(error.into()),
         };
-        // It may have been replaced since the scan.
-        let empty = before.st_size == 0;
-        database = if empty { database && scan::is_begun(&at) } else { database::begins_like_one(&source) };
+        database = matches!(source, Source::Database(_));
         if was_database && !database {
             let why = "it does not begin like one any more".to_owned();
             return Ok(if empty { emptied(age_ns(&before)) } else { Outcome::Damaged(why) });
         }
         let Known { sign, handle } = scan::known_by(&at, &before, database);
         let _ = std::fs::remove_file(&to);
-        let (size, sha) = if database {
-            let owner = database::Owner::of(&volume.tree, path, &source)?;
-            // Closed before SQLite has it.
-            drop(source);
+        let (size, sha) = match source {
             // Through the merged tree: SQLite's locks live on the path that its writers use.
-            match database::copy(&path.below(&volume.tree), &to, owner) {
+            Source::Database(owner) => match database::copy(&path.below(&volume.tree), &to, owner) {
                 Ok(()) => hash(&to)?,
                 Err(NoCopy::Later(why)) => return Ok(Outcome::Later(why)),
                 Err(NoCopy::Damaged(why)) => return Ok(Outcome::Damaged(why)),
-            }
-        } else {
-            match copy(source, &to) {
+            },
+            Source::Plain(source) => match copy(source, &to) {
                 // Made in this moment: bytes of it are not a state of it.
                 Ok(_) if database::has_magic(&to) && attempt < TRIES => continue,
                 other => other?,
-            }
+            },
         };
         let Some(after) = volume::look(&at)? else { return Ok(Outcome::Vanished) };
         let still = database || scan::sign_of(&at, &after, false) == sign;

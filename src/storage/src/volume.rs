@@ -21,6 +21,7 @@ use nix::sys::time::TimeSpec;
 use std::ffi::{CStr, CString};
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::os::fd::AsRawFd as _;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path as FsPath, PathBuf};
@@ -36,6 +37,13 @@ pub(crate) struct Volume {
     pub(crate) upper: PathBuf,
     pub(crate) overlay: bool,
     pub(crate) lifting: Lifting,
+}
+
+/// Bytes of the volume's file system.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Room {
+    pub(crate) free: u64,
+    pub(crate) whole: u64,
 }
 
 impl Volume {
@@ -79,6 +87,12 @@ impl Volume {
 
     pub(crate) fn staging(&self) -> PathBuf {
         self.own.join("staging")
+    }
+
+    pub(crate) fn room(&self) -> Result<Room, Fault> {
+        let stat = nix::sys::statvfs::statvfs(&self.own)?;
+        let bytes = |blocks: u64| blocks.saturating_mul(stat.fragment_size());
+        Ok(Room { free: bytes(stat.blocks_available()), whole: bytes(stat.blocks()) })
     }
 
     /// Empties the staging area of what a killed worker was sending. What it had fetched stays:
@@ -199,6 +213,30 @@ pub(crate) fn open_below(top: &FsPath, path: &Path) -> io::Result<File> {
         Err(Errno::ENOSYS | Errno::EPERM) => open_file(&path.below(top)),
         Err(error) => Err(error.into()),
     }
+}
+
+/// The place of a path of the tree, whatever is there, without opening it.
+pub(crate) fn place_below(top: &FsPath, path: &Path) -> io::Result<File> {
+    let how = OpenHow::new()
+        .flags(OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_BENEATH);
+    match openat2(&File::open(top)?, &path.below(FsPath::new("")), how) {
+        Ok(place) => Ok(place.into()),
+        Err(Errno::ENOSYS | Errno::EPERM) => {
+            let how = OFlag::O_PATH | OFlag::O_NOFOLLOW;
+            OpenOptions::new().read(true).custom_flags(how.bits()).open(path.below(top))
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Opens what is there, if it is a file.
+pub(crate) fn open_place(place: &File) -> io::Result<File> {
+    if !place.metadata()?.is_file() {
+        return Err(io::Error::other("it is no file"));
+    }
+    let number = format!("/proc/thread-self/fd/{}", place.as_raw_fd());
+    OpenOptions::new().read(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(number)
 }
 
 fn only_a_file(file: File) -> io::Result<File> {
