@@ -974,6 +974,16 @@ fn an_operator_sees_checks_and_fetches_what_the_bucket_has() {
     let shallow = machine.exec(&["cvm", "storage", "verify"]);
     let said = String::from_utf8_lossy(&shallow.stdout).into_owned();
     assert!(!shallow.status.success() && said.contains("moved/two/three"), "{said}");
+    // A database is read back in any case.
+    sqlite_in(&machine, "c.execute('create table t(x)'); c.commit()", "/data/openclaw/workspace/verified.db");
+    flush(&machine);
+    let database = key(&cloud, "openclaw/workspace/verified.db");
+    let mut bytes = cloud.garage.object(&database).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    cloud.garage.put_object(&database, &bytes);
+    let shallow = machine.exec(&["cvm", "storage", "verify"]);
+    let said = String::from_utf8_lossy(&shallow.stdout).into_owned();
+    assert!(!shallow.status.success() && said.contains("verified.db"), "{said}");
 }
 
 #[test]

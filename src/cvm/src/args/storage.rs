@@ -41,8 +41,8 @@ Exit codes: 0 all is in the bucket, 1 not all, 3 there is no storage worker, 4 i
 
     /// Compare the tree with the bucket
     ///
-    /// Without --deep by what the bucket lists; with it every object is read back, decrypted and
-    /// hashed, which costs a download of everything.
+    /// By what the bucket lists, and every database is read back, decrypted and checked; with --deep
+    /// every object is, which costs a download of everything.
     #[command(after_help = "\
 Examples:
   cvm storage verify
