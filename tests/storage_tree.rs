@@ -978,9 +978,9 @@ fn an_operator_sees_checks_and_fetches_what_the_bucket_has() {
     sqlite_in(&machine, "c.execute('create table t(x)'); c.commit()", "/data/openclaw/workspace/verified.db");
     flush(&machine);
     let database = key(&cloud, "openclaw/workspace/verified.db");
-    let mut bytes = cloud.garage.object(&database).unwrap();
+    let mut bytes = cloud.garage.get_raw(&database).unwrap();
     *bytes.last_mut().unwrap() ^= 1;
-    cloud.garage.put_object(&database, &bytes);
+    cloud.garage.put_raw(&database, &bytes);
     let shallow = machine.exec(&["cvm", "storage", "verify"]);
     let said = String::from_utf8_lossy(&shallow.stdout).into_owned();
     assert!(!shallow.status.success() && said.contains("verified.db"), "{said}");

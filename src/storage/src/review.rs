@@ -118,10 +118,8 @@ impl Review {
             });
         }
         let files = after.len();
-        let rows: Vec<_> = after
-            .into_iter()
-            .filter(|(_, row)| !row.unsure && (deep || row.entry.is_database()))
-            .collect();
+        let rows: Vec<_> =
+            after.into_iter().filter(|(_, row)| !row.unsure && (deep || row.entry.is_database())).collect();
         let to_read = rows.len();
         let read = self.read_back(rows, &Some(to.clone()))?;
         let left_out = read.left_out();
