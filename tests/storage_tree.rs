@@ -6,9 +6,9 @@
 
 use cvm_harness::cloud::HEALTHY;
 use cvm_harness::machine::PATIENCE;
-use cvm_harness::tools::{Rclone, rclone_crypt_python};
+use cvm_harness::tools::{Rclone, python, rclone_crypt_python};
 use cvm_harness::{
-    Builder, Cloud, Fault, Machine, Rule, difference, digest, flush, independent, storage, until,
+    Builder, Cloud, Fault, Machine, Rule, difference, digest, flush, independent, machine, storage, until,
 };
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -918,6 +918,301 @@ fn a_bulk_of_files_holds_up_neither_a_commit_nor_an_order() {
     );
 }
 
+// === What takes the place of something else ===
+
+/// These cannot be sent; removals wait for them.
+fn held(cloud: &Cloud, names: &[&str]) {
+    for name in names {
+        let path = key(cloud, &format!("openclaw/workspace/{name}"));
+        cloud.proxy.add(Rule::new(Fault::Status(503)).method("PUT").path(&path));
+    }
+}
+
+/// The same as [`in_bucket`] for what may be a directory there, which stock rclone reads in full.
+fn object(cloud: &Cloud, name: &str) -> Option<String> {
+    let name = format!("openclaw/workspace/{name}");
+    cloud.garage.object(&key(cloud, &name)).and_then(|_| in_bucket(cloud, &name))
+}
+
+fn in_workspace(machine: &Machine, program: &str) {
+    machine.ok(&["sh", "-ec", &format!("mkdir -p {WORKSPACE}; cd {WORKSPACE}; {program}")]);
+}
+
+fn is_there(cloud: &Cloud, name: &str) {
+    until("it is pushed", PATIENCE, || in_bucket(cloud, &format!("openclaw/workspace/{name}")));
+}
+
+/// Waits until a round has found that it cannot do everything.
+fn held_up(machine: &Machine) {
+    until("something has to wait", PATIENCE, || {
+        (!machine.exec(&["cvm", "storage", "flush"]).status.success()).then_some(())
+    });
+}
+
+fn healed(cloud: &Cloud, machine: &Machine) {
+    cloud.proxy.heal();
+    until("all is pushed", PATIENCE, || {
+        machine.exec(&["cvm", "storage", "flush"]).status.success().then_some(())
+    });
+}
+
+/// Names and objects in the bucket are those of the tree, and the next machine has it.
+#[track_caller]
+fn comes_back(cloud: &Cloud, machine: Machine, mode: Mode) -> Machine {
+    let expected = tree(&machine);
+    let said = machine.ok(&["cvm", "storage", "verify", "--deep"]);
+    assert!(said.contains("equal") && !said.contains("does not know"), "{said}");
+    let machine = restored(cloud, machine, mode);
+    assert_eq!(difference(&expected, &tree(&machine)), "");
+    machine
+}
+
+fn listed(machine: &Machine, name: &str) -> bool {
+    let all = machine.ok(&["cvm", "storage", "ls", "openclaw/workspace"]);
+    all.lines().any(|line| line.ends_with(&format!("openclaw/workspace/{name}")))
+}
+
+fn link_for_a_directory(mode: Mode) {
+    let cloud = Cloud::new();
+    let machine = mode.start(&cloud);
+    in_workspace(&machine, "mkdir -p d e/in g; for n in d/x d/y e/x e/in/y g/x; do echo $n > $n; done");
+    flush(&machine);
+    held(&cloud, &["beside", "d2/x", "e2/in/y"]);
+    let at = machine.path(WORKSPACE);
+    put(at.join("beside"), "1");
+    fs::rename(at.join("d"), at.join("d2")).unwrap();
+    symlink("d2", at.join("d")).unwrap();
+    fs::rename(at.join("e"), at.join("e2")).unwrap();
+    put(at.join("e"), "file");
+    fs::remove_dir_all(at.join("g")).unwrap();
+    symlink("nowhere", at.join("g")).unwrap();
+    is_there(&cloud, "d2/y");
+    held_up(&machine);
+    assert!(listed(&machine, "d/x") && listed(&machine, "e/in/y"), "what moved is nowhere else yet");
+    assert_eq!(object(&cloud, "e"), None, "a file beside what is below it");
+    healed(&cloud, &machine);
+    assert!(!listed(&machine, "d/x") && !listed(&machine, "e/in/y") && !listed(&machine, "g/x"));
+    in_workspace(&machine, "echo NEW > d2/x; rm d2/y");
+    flush(&machine);
+    let machine = comes_back(&cloud, machine, mode);
+    assert_eq!(machine.read(&format!("{WORKSPACE}/d/x")), "NEW\n");
+}
+
+#[test]
+fn a_link_in_place_of_a_directory_hides_nothing_that_comes_back_in_fuse_mode() {
+    link_for_a_directory(Fuse);
+}
+
+#[test]
+fn a_link_in_place_of_a_directory_hides_nothing_that_comes_back_in_sync_mode() {
+    link_for_a_directory(Sync);
+}
+
+#[test]
+fn what_replaces_a_file_waits_until_the_files_removal_does_not() {
+    let cloud = Cloud::new();
+    let machine = Fuse.start(&cloud);
+    in_workspace(&machine, "echo f > f; echo g > g; ln -s f l");
+    flush(&machine);
+    held(&cloud, &["beside", "f2", "g2"]);
+    let at = machine.path(WORKSPACE);
+    put(at.join("beside"), "1");
+    fs::rename(at.join("f"), at.join("f2")).unwrap();
+    fs::rename(at.join("g"), at.join("g2")).unwrap();
+    fs::remove_file(at.join("l")).unwrap();
+    symlink("beside", at.join("f")).unwrap();
+    put(at.join("g/x"), "in\n");
+    put(at.join("l/x"), "in\n");
+    is_there(&cloud, "l/x");
+    held_up(&machine);
+    let has = |name: &str| object(&cloud, name);
+    assert_eq!((has("f").as_deref(), has("g").as_deref(), has("g/x")), (Some("f\n"), Some("g\n"), None));
+    healed(&cloud, &machine);
+    assert_eq!((has("f"), has("g"), has("g/x").as_deref()), (None, None, Some("in\n")));
+    comes_back(&cloud, machine, Sync);
+}
+
+#[test]
+fn a_directory_and_a_file_of_its_own_change_places_and_the_bucket_has_the_file_all_the_time() {
+    let cloud = Cloud::new();
+    let machine = Fuse.start(&cloud);
+    in_workspace(&machine, "mkdir d; echo inner > d/x; echo outer > f");
+    flush(&machine);
+    held(&cloud, &["d", "f/x"]);
+    let at = machine.path(WORKSPACE);
+    fs::rename(at.join("d/x"), at.join("t")).unwrap();
+    fs::remove_dir(at.join("d")).unwrap();
+    fs::rename(at.join("t"), at.join("d")).unwrap();
+    fs::rename(at.join("f"), at.join("t")).unwrap();
+    fs::create_dir(at.join("f")).unwrap();
+    fs::rename(at.join("t"), at.join("f/x")).unwrap();
+    held_up(&machine);
+    let has = |name: &str| object(&cloud, name);
+    assert_eq!((has("d/x").as_deref(), has("f").as_deref()), (Some("inner\n"), Some("outer\n")));
+    healed(&cloud, &machine);
+    assert_eq!((has("d").as_deref(), has("f/x").as_deref()), (Some("inner\n"), Some("outer\n")));
+    comes_back(&cloud, machine, Sync);
+}
+
+/// Writes lines into the manifest as an owner of the bucket would, so that it says what no worker
+/// writes any more.
+fn graft(cloud: &Cloud, lines: &str) {
+    const PROGRAM: &str = "
+import gzip, hashlib, hmac, json, sys
+old, lines, new, master = sys.argv[1:]
+mac = lambda key, text: hmac.new(key, text, hashlib.sha256).digest()
+key = mac(mac(bytes(32), master.encode()), b'openclaw-cvm-manifest-v1\\x01')
+def tag(purpose, *parts):
+    return mac(key, purpose + b''.join(len(p).to_bytes(8, 'little') + p for p in parts))
+last = json.loads(gzip.decompress(open(old, 'rb').read().split(b'\\n', 1)[1]).split(b'\\n')[0])
+body = lines.encode()
+head = tag(b'chain', bytes.fromhex(last['head']), hashlib.sha256(body).digest()).hex()
+header = dict(last, to=last['to'] + 1, prev=last['head'], head=head)
+header['from'] = last['to']
+packed = gzip.compress(json.dumps(header).encode() + b'\\n' + body)
+open(new, 'wb').write(b'openclaw-cvm-manifest 1 ' + tag(b'segment', packed).hex().encode() + b'\\n' + packed)
+print('%012d-%012d-%06d' % (header['from'], header['to'], header['epoch']))
+";
+    let rclone = stock_rclone(cloud);
+    let said = String::from_utf8(rclone.ok(&["lsf", "crypt:.cvm/manifest"])).unwrap();
+    let last = said.lines().max_by_key(|name| name.split('-').nth(1).map(str::to_owned)).unwrap();
+    let scratch = tempfile::tempdir().unwrap();
+    let [old, new] = ["old", "new"].map(|name| scratch.path().join(name).display().to_string());
+    rclone.ok(&["copyto", &format!("crypt:.cvm/manifest/{last}"), &old]);
+    let name = python(PROGRAM, &[&old, lines, &new, machine::MASTER_KEY]);
+    rclone.ok(&["copyto", &new, &format!("crypt:.cvm/manifest/{name}")]);
+}
+
+/// A bucket whose manifest has files below links, and below a file.
+fn with_files_astray() -> Cloud {
+    let cloud = Cloud::new();
+    let mut machine = Fuse.start(&cloud);
+    in_workspace(&machine, "mkdir d e g; for n in d/x d/odd d/empty e/x g/x good; do echo $n > $n; done");
+    in_workspace(&machine, ": > d/empty; chmod 666 d/odd; ln -s d/x d/link; mkdir d/sub");
+    flush(&machine);
+    assert_eq!(machine.stop(), 0);
+    let outside = "L3RtcC9vdXRzaWRl"; // /tmp/outside
+    let line = |name: &str, rest: &str| {
+        format!("{{\"p\":\"openclaw/workspace/{name}\",{rest},\"mode\":511,\"mt\":1700000000000000000}}\n")
+    };
+    let empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+    graft(
+        &cloud,
+        &[
+            line("d", &format!("\"t\":\"l\",\"to\":\"{outside}\"")),
+            line("e", "\"t\":\"l\",\"to\":\"bm93aGVyZQ==\""),
+            line("g", &format!("\"t\":\"f\",\"size\":0,\"sha\":\"{empty}\"")),
+        ]
+        .concat(),
+    );
+    let nothing = tempfile::NamedTempFile::new().unwrap();
+    stock_rclone(&cloud).ok(&["copyto", &nothing.path().display().to_string(), "crypt:openclaw/workspace/g"]);
+    cloud
+}
+
+const OUTSIDE: &str = "/tmp/outside";
+
+/// Nothing was written through the link.
+#[track_caller]
+fn untouched(machine: &Machine) {
+    let mut names: Vec<_> =
+        walk(&machine.path(OUTSIDE)).into_iter().filter_map(|p| p.file_name().map(OsStr::to_owned)).collect();
+    names.sort();
+    assert_eq!(names, ["x"]);
+    assert_eq!(machine.read(&format!("{OUTSIDE}/x")), "mine");
+}
+
+fn files_astray(mode: Mode) {
+    let cloud = with_files_astray();
+    let machine = ready(mode.of(cloud.machine().file("/tmp/outside/x", "mine", 0o600)).start());
+    independent(&machine);
+    untouched(&machine);
+    let at = machine.path(WORKSPACE);
+    assert_eq!(fs::read_to_string(at.join("good")).unwrap(), "good\n");
+    assert_eq!(fs::read_link(at.join("d")).unwrap(), Path::new(OUTSIDE));
+    assert_eq!(fs::read_link(at.join("e")).unwrap(), Path::new("nowhere"));
+    assert_eq!(fs::read(at.join("g")).unwrap(), b"");
+    flush(&machine);
+    for name in ["d/x", "d/odd", "d/sub", "e/x", "g/x"] {
+        assert!(!listed(&machine, name), "{name}");
+    }
+    untouched(&machine);
+    comes_back(&cloud, machine, mode);
+}
+
+#[test]
+fn files_below_links_are_neither_restored_nor_kept_in_fuse_mode() {
+    files_astray(Fuse);
+}
+
+#[test]
+fn files_below_links_are_neither_restored_nor_kept_in_sync_mode() {
+    files_astray(Sync);
+}
+
+#[test]
+fn a_restore_by_hand_writes_nothing_outside_of_its_directory() {
+    let cloud = with_files_astray();
+    // On another prefix: what it restores from is nobody's.
+    let elsewhere = cloud.machine().environment("S3_PREFIX", "elsewhere");
+    let machine = ready(elsewhere.file("/tmp/outside/x", "mine", 0o600).start());
+    let mut command = machine.command(&["cvm", "storage", "restore", "--to", "/tmp/whole"]);
+    command.env("MASTER_KEY", machine::MASTER_KEY).env("S3_BUCKET", cloud.garage.bucket());
+    command.env("S3_ENDPOINT", cloud.proxy.endpoint()).env("S3_REGION", cloud.garage.region());
+    command.env("AWS_ACCESS_KEY_ID", cloud.garage.access_key());
+    let output = command.env("AWS_SECRET_ACCESS_KEY", cloud.garage.secret_key()).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    untouched(&machine);
+    let at = machine.path("/tmp/whole/openclaw/workspace");
+    assert_eq!(fs::read_to_string(at.join("good")).unwrap(), "good\n");
+    assert_eq!(fs::read_link(at.join("d")).unwrap(), Path::new(OUTSIDE));
+}
+
+/// Does something while a round is on its way that has `log` in it, and tells whether what had the
+/// name went up before what has it now.
+fn rotated_meanwhile(cloud: &Cloud, machine: &Machine, rotate: &str) {
+    in_workspace(machine, "head -c 100000 /dev/zero | tr '\\0' x > log");
+    independent(machine);
+    flush(machine);
+    cloud.proxy.latency(Duration::from_millis(150));
+    let at = machine.path(WORKSPACE);
+    File::options().append(true).open(at.join("log")).unwrap().write_all(b"and more").unwrap();
+    for n in 0..1500 {
+        put(at.join(format!("many/{}/{n}", n % 97)), n.to_string());
+    }
+    let left = || storage(machine)["pending_files"].as_u64().unwrap_or_default();
+    until("the bulk is on its way", PATIENCE, || (left() > 700).then_some(()));
+    cloud.proxy.clear_log();
+    in_workspace(machine, rotate);
+    let keys = ["log", "log.1"].map(|name| key(cloud, &format!("openclaw/workspace/{name}")));
+    let first_of = |key: &String| {
+        let log = cloud.proxy.log();
+        log.iter().position(|entry| {
+            let path = entry.path.split('?').next().unwrap_or_default();
+            entry.method == "PUT" && path.ends_with(key.as_str())
+        })
+    };
+    until("both are sent", PATIENCE, || keys.iter().all(|key| first_of(key).is_some()).then_some(()));
+    assert!(first_of(&keys[1]) < first_of(&keys[0]), "the log took its own name before it had another");
+    healed(cloud, machine);
+}
+
+#[test]
+fn a_log_that_is_rotated_in_a_long_round_keeps_its_name_until_it_has_another() {
+    let cloud = Cloud::new();
+    let machine = Fuse.start(&cloud);
+    rotated_meanwhile(&cloud, &machine, "mv log log.1; echo new > log");
+    comes_back(&cloud, machine, Sync);
+}
+
+#[test]
+fn a_database_in_place_of_a_file_is_not_so_urgent_that_the_file_is_lost() {
+    let cloud = Cloud::new();
+    let machine = Fuse.start(&cloud);
+    let rotate = "mv log log.1; python3 -c \"import sqlite3; c=sqlite3.connect('log'); c.execute('create table t(x)'); c.commit()\"";
+    rotated_meanwhile(&cloud, &machine, rotate);
+}
+
 // === The operator's hand ===
 
 #[test]
@@ -940,7 +1235,7 @@ fn an_operator_sees_checks_and_fetches_what_the_bucket_has() {
     assert_eq!(storage(&machine)["drill"]["good"], true);
     let restore = || {
         let mut command = machine.command(&["cvm", "storage", "restore", "--to", "/tmp/whole"]);
-        command.env("MASTER_KEY", cvm_harness::machine::MASTER_KEY).env("S3_BUCKET", cloud.garage.bucket());
+        command.env("MASTER_KEY", machine::MASTER_KEY).env("S3_BUCKET", cloud.garage.bucket());
         command.env("S3_ENDPOINT", cloud.proxy.endpoint()).env("S3_REGION", cloud.garage.region());
         command.env("AWS_ACCESS_KEY_ID", cloud.garage.access_key());
         command.env("AWS_SECRET_ACCESS_KEY", cloud.garage.secret_key()).output().expect("nsenter runs")

@@ -12,7 +12,8 @@ use crate::entry::{Entry, Kind, Path};
 use crate::fault::Fault;
 use crate::index::Totals;
 use crate::manifest::Digest;
-use crate::{parallel, stage, volume};
+use crate::volume::{self, Within};
+use crate::{parallel, stage};
 use std::collections::HashMap;
 use std::fs;
 use std::os::unix::ffi::OsStrExt as _;
@@ -84,6 +85,7 @@ impl Fetcher<'_> {
     pub(crate) fn files(&self, wanted: Vec<Wanted>, root: &FsPath) -> Result<Vec<Got>, Fault> {
         let (empty, wanted): (Vec<_>, Vec<_>) =
             wanted.into_iter().partition(|w| w.may_be.iter().all(|e| e.size() == 0 && e.sha().is_some()));
+        fs::create_dir_all(root)?;
         let mut got: Vec<Got> = empty.into_iter().map(|w| place_empty(&w, root)).collect();
         fs::create_dir_all(&self.parts)?;
         let (plain, odd): (Vec<_>, Vec<_>) = wanted.into_iter().partition(|w| w.path.is_plain());
@@ -198,8 +200,8 @@ pub(crate) fn settle_on_disk(root: &FsPath) -> Result<(), Fault> {
 fn place(wanted: &Wanted, part: &FsPath, root: &FsPath) -> Result<Entry, Fault> {
     let (size, sha) = stage::hash(part)?;
     let entry = verified(wanted, size, sha)?;
-    volume::make_parents(root, &wanted.path)?;
-    let to = wanted.path.below(root);
+    let parent = Within::make(root, wanted.path.parent().as_ref())?;
+    let to = parent.name(wanted.path.name());
     fs::rename(part, &to)?;
     volume::dress(&to, &entry)?;
     Ok(entry)
@@ -241,8 +243,8 @@ fn place_empty(wanted: &Wanted, root: &FsPath) -> Got {
         return Got::Bad(wanted.path.clone(), "the manifest has no entry for it".to_owned());
     };
     let place = || -> Result<(), Fault> {
-        volume::make_parents(root, &wanted.path)?;
-        let to = wanted.path.below(root);
+        let parent = Within::make(root, wanted.path.parent().as_ref())?;
+        let to = parent.name(wanted.path.name());
         let _ = fs::remove_file(&to);
         fs::OpenOptions::new().write(true).create_new(true).open(&to)?;
         volume::dress(&to, entry)
@@ -264,11 +266,11 @@ fn fingerprint(path: &Path) -> u64 {
 /// final looks by [`finish`], because filling them changes their times.
 pub(crate) fn skeleton(entries: &[(Path, Entry)], root: &FsPath) -> Result<(), Fault> {
     for (path, entry) in entries {
-        let at = path.below(root);
         match &entry.kind {
-            Kind::Directory => fs::create_dir_all(&at)?,
+            Kind::Directory => drop(Within::make(root, Some(path))?),
             Kind::Symlink { target } => {
-                volume::make_parents(root, path)?;
+                let parent = Within::make(root, path.parent().as_ref())?;
+                let at = parent.name(path.name());
                 let _ = fs::remove_file(&at);
                 std::os::unix::fs::symlink(std::ffi::OsStr::from_bytes(target), &at)?;
                 volume::dress(&at, entry)?;
@@ -288,14 +290,21 @@ pub(crate) fn finish(entries: &[(Path, Entry)], root: &FsPath) -> Result<(), Fau
         }
     }
     for paths in groups.values() {
-        let Some((first, others)) = paths.split_first() else { continue };
-        let same = |a: &Path, b: &Path| stage::hash(&a.below(root)).ok() == stage::hash(&b.below(root)).ok();
-        for other in
-            others.iter().filter(|o| o.below(root).exists() && first.below(root).exists() && same(first, o))
-        {
-            let temporary = other.below(root).with_file_name(".cvm-link");
-            fs::hard_link(first.below(root), &temporary)?;
-            fs::rename(&temporary, other.below(root))?;
+        // What did not come back is joined with nothing.
+        let content = |path: &Path| {
+            let parent = Within::open(root, path.parent().as_ref()).ok()?;
+            let content = stage::hash(&parent.name(path.name())).ok()?;
+            Some((parent, content))
+        };
+        let mut paths = paths.iter();
+        let Some((first, (from, one))) = paths.next().and_then(|path| Some((path, content(path)?))) else {
+            continue;
+        };
+        for path in paths {
+            let Some((to, _)) = content(path).filter(|(_, other)| *other == one) else { continue };
+            let temporary = to.name(b".cvm-link");
+            fs::hard_link(from.name(first.name()), &temporary)?;
+            fs::rename(&temporary, to.name(path.name()))?;
         }
     }
     dress_directories(entries, root)
@@ -305,7 +314,7 @@ pub(crate) fn dress_directories(entries: &[(Path, Entry)], root: &FsPath) -> Res
     let mut directories: Vec<_> = entries.iter().filter(|(_, e)| e.kind == Kind::Directory).collect();
     directories.sort_by_key(|(path, _)| std::cmp::Reverse(path.as_bytes().split(|b| *b == b'/').count()));
     for (path, entry) in directories {
-        volume::dress(&path.below(root), entry)?;
+        volume::dress(&Within::open(root, Some(path))?.itself(), entry)?;
     }
     Ok(())
 }

@@ -13,10 +13,10 @@ use crate::index::{Known, Row};
 use crate::manifest::{Line, Word};
 use crate::order::Unread;
 use crate::owner::uptime;
-use crate::{lifting, moved, parallel, scan, stage, volume};
+use crate::volume::{self, Within};
+use crate::{lifting, moved, parallel, scan, stage};
 use cvm_blueprint::paths;
 use cvm_blueprint::storage::Progress;
-use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use std::collections::HashSet;
 use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt as _;
@@ -326,16 +326,8 @@ pub(crate) fn once_more(open: &Open, desk: &Desk) -> Result<(), Fault> {
 /// By a copy, as the tree may be another file system than the staging area; and through no link,
 /// as the directories are the agent's to replace.
 fn bring_back(open: &Open, path: &Path, from: &FsPath, entry: &Entry) -> Result<bool, Fault> {
-    use std::os::fd::AsRawFd as _;
-    use std::os::unix::ffi::OsStrExt as _;
-    let top = std::fs::File::open(&open.volume.tree)?;
-    let parent = path.parent().map_or_else(|| FsPath::new(".").to_owned(), |p| p.below(FsPath::new("")));
-    let how = OpenHow::new()
-        .flags(OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC)
-        .resolve(ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_BENEATH);
-    let Ok(parent) = openat2(&top, &parent, how) else { return Ok(false) };
-    let parent = std::path::PathBuf::from(format!("/proc/thread-self/fd/{}", parent.as_raw_fd()));
-    let (part, to) = (parent.join(".cvm-again"), parent.join(std::ffi::OsStr::from_bytes(path.name())));
+    let Ok(parent) = Within::open(&open.volume.tree, path.parent().as_ref()) else { return Ok(false) };
+    let (part, to) = (parent.name(b".cvm-again"), parent.name(path.name()));
     if volume::look(&to)?.is_some() {
         return Ok(false);
     }

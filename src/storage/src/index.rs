@@ -9,6 +9,7 @@ use crate::fault::Fault;
 use crate::manifest::{Digest, Head, Line, Word};
 use cvm_process::handle::Handle;
 use rusqlite::{Connection, OptionalExtension as _, Row as SqlRow, params};
+use std::collections::{HashMap, HashSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// By what a file is recognised without reading it.
@@ -56,6 +57,8 @@ pub(crate) struct Totals {
 /// Values of the column `unsure`; 1 is an entry that is settled and about to be another.
 const SURE: i64 = 0;
 const PROMISED: i64 = 2;
+/// A value of the column `kind`; those below it are files.
+const DIRECTORY: i64 = 2;
 
 const COLUMNS: &str = "dir, name, kind, size, sha, target, mode, uid, gid, mtime, link, s_size, s_mtime, s_change, lower, unsure, bad";
 
@@ -255,6 +258,61 @@ impl Index {
         self.select("", [])
     }
 
+    /// Whether there is anything.
+    pub(crate) fn has_below(&self, dir: &Path) -> Result<bool, Fault> {
+        let from = [dir.as_bytes(), b"/"].concat();
+        let to = [dir.as_bytes(), b"0"].concat();
+        let db = self.db();
+        let any = |sql: &str, values: &[&dyn rusqlite::ToSql]| db.prepare_cached(sql)?.exists(values);
+        Ok(any("SELECT 1 FROM entry WHERE dir = ? LIMIT 1", params![dir.as_bytes()])?
+            || any("SELECT 1 FROM entry WHERE dir >= ? AND dir < ? LIMIT 1", params![from, to])?)
+    }
+
+    /// What lies below something that is no directory, as no tree can have it.
+    pub(crate) fn astray(&self) -> Result<Vec<(Path, Row)>, Fault> {
+        let mut all = Vec::new();
+        for dir in self.directories_astray()? {
+            all.extend(self.select("WHERE dir = ?", [dir])?);
+        }
+        Ok(all)
+    }
+
+    fn directories_astray(&self) -> Result<Vec<Vec<u8>>, Fault> {
+        let db = self.db();
+        let mut statement = db.prepare_cached("SELECT DISTINCT dir FROM entry")?;
+        let mut kind = db.prepare_cached("SELECT kind FROM entry WHERE dir = ? AND name = ?")?;
+        let mut known: HashMap<Vec<u8>, bool> = HashMap::new();
+        let mut astray = Vec::new();
+        for dir in statement.query_map([], |r| r.get::<_, Vec<u8>>(0))? {
+            let dir = dir?;
+            let mut fine = true;
+            let mut above = Path::new(&dir);
+            while let Some(path) = above.filter(|_| fine) {
+                fine = if let Some(fine) = known.get(path.as_bytes()) {
+                    *fine
+                } else {
+                    let (dir, name) = path.split();
+                    let kind: Option<i64> = kind.query_row(params![dir, name], |r| r.get(0)).optional()?;
+                    known.insert(path.as_bytes().to_vec(), kind.is_none_or(|kind| kind == DIRECTORY));
+                    kind.is_none_or(|kind| kind == DIRECTORY)
+                };
+                above = path.parent();
+            }
+            if !fine {
+                astray.push(dir);
+            }
+        }
+        Ok(astray)
+    }
+
+    /// All that a tree can have.
+    pub(crate) fn standing(&self) -> Result<Vec<(Path, Row)>, Fault> {
+        let astray: HashSet<Vec<u8>> = self.directories_astray()?.into_iter().collect();
+        let mut all = self.all()?;
+        all.retain(|(path, _)| !astray.contains(path.split().0));
+        Ok(all)
+    }
+
     pub(crate) fn lower(&self) -> Result<Vec<(Path, Row)>, Fault> {
         self.select("WHERE lower = 1", [])
     }
@@ -314,6 +372,12 @@ impl Index {
 
 fn apply_line(db: &Connection, line: &Line) -> rusqlite::Result<()> {
     let (dir, name) = line.path.split();
+    if matches!(&line.word, Word::Is(entry) if !entry.is_file()) {
+        // Of a merged segment this may be all that is left of the file's end.
+        let sql =
+            "INSERT OR IGNORE INTO tomb SELECT ?3 FROM entry WHERE dir = ?1 AND name = ?2 AND kind < ?4";
+        db.prepare_cached(sql)?.execute(params![dir, name, line.path.as_bytes(), DIRECTORY])?;
+    }
     match &line.word {
         Word::Is(entry) => put(db, dir, name, entry, SURE)?,
         Word::WillBe(entry) => {
@@ -344,7 +408,7 @@ fn apply_line(db: &Connection, line: &Line) -> rusqlite::Result<()> {
 fn put(db: &Connection, dir: &[u8], name: &[u8], entry: &Entry, unsure: i64) -> rusqlite::Result<()> {
     let (kind, size, sha, target) = match &entry.kind {
         Kind::File { size, sha, database } => (i64::from(*database), *size, sha.map(|d| d.0.to_vec()), None),
-        Kind::Directory => (2, 0, None, None),
+        Kind::Directory => (DIRECTORY, 0, None, None),
         Kind::Symlink { target } => (3, 0, None, Some(target)),
     };
     let sql = "INSERT INTO entry (dir, name, kind, size, sha, target, mode, uid, gid, mtime, link, unsure)
@@ -372,7 +436,7 @@ fn row(r: &SqlRow<'_>) -> rusqlite::Result<(Vec<u8>, Vec<u8>, Row)> {
     let sha: Option<Vec<u8>> = r.get(4)?;
     let sha = sha.and_then(|bytes| <[u8; 32]>::try_from(bytes).ok()).map(Digest);
     let kind = match r.get::<_, i64>(2)? {
-        2 => Kind::Directory,
+        DIRECTORY => Kind::Directory,
         3 => Kind::Symlink { target: r.get::<_, Option<Vec<u8>>>(5)?.unwrap_or_default() },
         kind => Kind::File { size: unsigned(r.get(3)?), sha, database: kind == 1 },
     };
@@ -459,6 +523,45 @@ mod tests {
         index.apply(&[line("a", Word::Is(file(6)))], None).unwrap();
         let row = index.get(&Path::new(b"a").unwrap()).unwrap().unwrap();
         assert!(!row.unsure && row.entry.size() == 6);
+    }
+
+    fn of_kind(kind: Kind) -> Word {
+        Word::Is(Entry { kind, ..file(0) })
+    }
+
+    #[test]
+    fn what_lies_below_no_directory_is_astray_and_all_else_stands() {
+        let (_dir, index) = index();
+        let link = || of_kind(Kind::Symlink { target: b"x".to_vec() });
+        let lines = [
+            line("d", of_kind(Kind::Directory)),
+            line("d/a", Word::Is(file(1))),
+            line("nowhere/b", Word::Is(file(1))),
+            line("l", link()),
+            line("l/a", Word::Is(file(1))),
+            line("l/deep/er", Word::Is(file(1))),
+            line("f", Word::Is(file(1))),
+            line("f/d", of_kind(Kind::Directory)),
+            line("f/d/a", Word::Is(file(1))),
+            line("f0", Word::Is(file(1))),
+        ];
+        index.apply(&lines, None).unwrap();
+        let names = |rows: Vec<(Path, Row)>| {
+            let mut names: Vec<String> = rows.into_iter().map(|(path, _)| path.to_string()).collect();
+            names.sort();
+            names
+        };
+        assert_eq!(names(index.astray().unwrap()), ["f/d", "f/d/a", "l/a", "l/deep/er"]);
+        assert_eq!(names(index.standing().unwrap()), ["d", "d/a", "f", "f0", "l", "nowhere/b"]);
+        let has = |name: &str| index.has_below(&Path::new(name.as_bytes()).unwrap()).unwrap();
+        assert!(has("l") && has("l/deep") && has("nowhere") && !has("d/a") && !has("f0"));
+    }
+
+    #[test]
+    fn a_file_that_something_else_takes_the_place_of_leaves_an_object_to_be_deleted() {
+        let (_dir, index) = index();
+        index.apply(&[line("a", Word::Is(file(5))), line("a", of_kind(Kind::Directory))], None).unwrap();
+        assert_eq!(index.tombs(10).unwrap(), [Path::new(b"a").unwrap()]);
     }
 
     #[test]

@@ -53,6 +53,7 @@ mod serve;
 mod stage;
 mod volume;
 mod watch;
+mod way;
 mod worker;
 
 use cvm_blueprint::storage::StorageSpec;

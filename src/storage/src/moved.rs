@@ -16,7 +16,7 @@ use crate::fault::Fault;
 use crate::fetch::{Fetcher, Got, Wanted};
 use crate::index::Index;
 use crate::scan;
-use crate::volume::{self, Volume};
+use crate::volume::{self, Volume, Within};
 use std::collections::HashMap;
 use std::fs;
 use std::os::unix::ffi::OsStrExt as _;
@@ -71,7 +71,7 @@ pub(crate) fn bring_up(bucket: &Bucket, index: &Index, volume: &Volume) -> Resul
         match got {
             Got::Good(from, _) => {
                 for to in places.remove(&from).unwrap_or_default() {
-                    place(&from.below(&scratch), &to.below(&volume.upper))?;
+                    place(&from.below(&scratch), &to, &volume.upper)?;
                 }
             }
             // An incident under its old name, under which it stays in the manifest.
@@ -88,13 +88,12 @@ pub(crate) fn bring_up(bucket: &Bucket, index: &Index, volume: &Volume) -> Resul
 }
 
 /// A stub that is there already knows how the file has to look.
-fn place(from: &FsPath, to: &FsPath) -> Result<(), Fault> {
-    if let Some(stub) = volume::look(to)? {
+fn place(from: &FsPath, to: &Path, upper: &FsPath) -> Result<(), Fault> {
+    let parent = Within::make(upper, to.parent().as_ref())?;
+    let to = parent.name(to.name());
+    if let Some(stub) = volume::look(&to)? {
         let kind = crate::entry::Kind::File { size: 0, sha: None, database: false };
         volume::dress(from, &scan::dressed(kind, &stub))?;
-    }
-    if let Some(parent) = to.parent() {
-        fs::create_dir_all(parent)?;
     }
     Ok(fs::rename(from, to)?)
 }

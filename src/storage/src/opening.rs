@@ -22,7 +22,7 @@ use crate::owner::{self, Lease, Me, Verdict, uptime};
 use crate::rclone::MountModes;
 use crate::s3::When;
 use crate::scan::{Found, Scanner};
-use crate::volume::{self, Volume};
+use crate::volume::{self, Volume, Within};
 use crate::{hydrate, moved, rules, scan};
 use cvm_blueprint::storage::{Mode, Progress, StorageSpec};
 use std::collections::{HashMap, HashSet};
@@ -615,7 +615,7 @@ fn rows_and_wanted(index: &Index, intents: &[Line]) -> Result<(Vec<(Path, Row)>,
             intended.entry(line.path.clone()).or_default().push(entry.clone());
         }
     }
-    Ok((index.all()?, intended))
+    Ok((index.standing()?, intended))
 }
 
 fn wanted(path: &Path, row: &Row, intended: &Intended) -> Wanted {
@@ -738,10 +738,16 @@ fn lay_upper(
     intents: &[Line],
     owner: (u32, u32),
 ) -> Result<Vec<(Path, String)>, Fault> {
+    // Of these nothing is anywhere: the scan takes them for what they are.
+    let astray: Vec<Path> = index.astray()?.into_iter().map(|(path, _)| path).collect();
+    index.set_lower(&astray, false)?;
     let (rows, intended) = rows_and_wanted(index, intents)?;
     let below: Vec<&(Path, Row)> = rows.iter().filter(|(_, row)| row.lower && row.bad.is_none()).collect();
     let hidden = Hidden::new(volume);
     let laid = index.meta("laid")?.is_some();
+    if !laid {
+        make_way(desk, volume, &volume.upper, &rows)?;
+    }
     let (usual, _) = usual_modes(index)?;
     let (mut early, mut stubs, mut skeleton, mut above) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for (path, row) in below {
@@ -779,7 +785,7 @@ fn lay_upper(
     }
     fetch::skeleton(&skeleton, &volume.upper)?;
     for (path, entry) in &stubs {
-        stub(&path.below(&volume.upper), entry)?;
+        stub(&volume.upper, path, entry)?;
     }
     let bad = early_files(desk, bucket, index, volume, early)?;
     // Their data is where it is; the manifest says the rest.
@@ -821,6 +827,30 @@ fn early_files(
     Ok(bad)
 }
 
+/// A restore that did not come to its end may have made directories where something else belongs, and
+/// the other way round. They are nobody's yet, and are set aside all the same.
+fn make_way(desk: &Desk, volume: &Volume, root: &FsPath, rows: &[(Path, Row)]) -> Result<(), Fault> {
+    let aside = volume.own.join("aside").join(format!("in-the-way-{}", crate::chain::now_ms()));
+    let mut moved = 0u64;
+    for (path, row) in rows {
+        let Ok(parent) = Within::open(root, path.parent().as_ref()) else { continue };
+        let at = parent.name(path.name());
+        let Some(stat) = volume::look(&at)?.filter(|stat| !volume::is_whiteout(stat)) else { continue };
+        if (volume::kind_of(&stat) == libc::S_IFDIR) != (row.entry.kind == Kind::Directory) {
+            fs::create_dir_all(&aside)?;
+            moved += 1;
+            fs::rename(&at, aside.join(moved.to_string()))?;
+        }
+    }
+    if moved > 0 {
+        desk.warn(format!(
+            "{moved} files or directories that an unfinished restore left in the way of others are set aside in {}",
+            aside.display()
+        ));
+    }
+    Ok(())
+}
+
 /// What was fetched is known by its looks from now on; what is bad is remembered as that.
 fn take_over(index: &Index, volume: &Volume, got: Vec<Got>) -> Result<Vec<(Path, String)>, Fault> {
     let (mut lines, mut known, mut bad) = (Vec::new(), Vec::new(), Vec::new());
@@ -860,14 +890,13 @@ fn is_as_said(root: &FsPath, path: &Path, row: &Row) -> Result<bool, Fault> {
 }
 
 /// A file of which only mode, owner and times are above, as overlayfs itself would make it.
-fn stub(at: &FsPath, entry: &Entry) -> Result<(), Fault> {
-    if let Some(parent) = at.parent() {
-        fs::create_dir_all(parent)?;
-    }
-    let file = File::options().write(true).create_new(true).open(at)?;
+fn stub(upper: &FsPath, path: &Path, entry: &Entry) -> Result<(), Fault> {
+    let parent = Within::make(upper, path.parent().as_ref())?;
+    let at = parent.name(path.name());
+    let file = File::options().write(true).create_new(true).open(&at)?;
     file.set_len(entry.size())?;
-    volume::set_mark(at, c"trusted.overlay.metacopy", b"")?;
-    volume::dress(at, entry)
+    volume::set_mark(&at, c"trusted.overlay.metacopy", b"")?;
+    volume::dress(&at, entry)
 }
 
 /// What the upper layer hides of the lower one.
@@ -919,6 +948,9 @@ impl Making<'_> {
         let times = flatten(bucket, index, volume)?;
         let laid = index.meta("laid")?.is_some();
         let (rows, intended) = rows_and_wanted(index, intents)?;
+        if !laid {
+            make_way(desk, volume, &volume.tree, &rows)?;
+        }
         // Once it has all been here, what is not there was removed.
         let whole = continued && index.meta("restored")?.is_some();
         let missing: Vec<&(Path, Row)> = rows

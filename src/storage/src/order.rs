@@ -19,7 +19,7 @@ use crate::fault::Fault;
 use crate::index::{Index, Row};
 use crate::rules;
 use crate::volume::Volume;
-use cvm_process::handle::Fate;
+use cvm_process::handle::{Fate, Handle};
 use std::collections::HashMap;
 use std::fs::File;
 
@@ -32,11 +32,15 @@ pub(crate) struct ToRead {
     pub(crate) size: u64,
     /// 0 waits for nothing.
     pub(crate) rank: usize,
+    /// Something has to go before it.
+    pub(crate) late: bool,
+    /// By which the file that was there when its place in the order was found is known.
+    pub(crate) handle: Option<Handle>,
 }
 
 impl ToRead {
     /// The bucket has something under this name that counts.
-    fn replaces(&self) -> Option<&Row> {
+    pub(crate) fn replaces(&self) -> Option<&Row> {
         self.was.as_deref().filter(|row| row.entry.is_file() && !row.promised && row.bad.is_none())
     }
 }
@@ -90,19 +94,51 @@ fn followed(
         if read.replaces().is_none() {
             continue;
         }
-        let Some(handle) = index.handle(&read.path)? else { continue };
-        let Fate::Lives(name) = handle.fate(&top) else { continue };
-        let Some(now_at) = volume.path_of(&name).filter(|now_at| *now_at != read.path) else { continue };
+        let Some((handle, now_at)) = moved_on(&read.path, volume, index, &top)? else { continue };
         if let Some(number) = numbers.get(&now_at) {
             *after = Some(*number);
-        } else if index.settled_as(&handle)?.iter().all(|path| *path == read.path)
-            && !rules::may_stay_out(&now_at)
-            && rules::too_long(prefix, &now_at).is_none()
-        {
+        } else if is_all_there_is(&handle, &read.path, &now_at, index, prefix)? {
             passed.push(Passed { path: read.path.clone(), now_at });
         }
     }
     Ok((after, passed))
+}
+
+/// Where the file that the bucket has under this name, and under no other, lives now.
+pub(crate) fn lives_on(
+    path: &Path,
+    volume: &Volume,
+    index: &Index,
+    prefix: &str,
+) -> Result<Option<Path>, Fault> {
+    let top = File::open(&volume.upper)?;
+    let Some((handle, now_at)) = moved_on(path, volume, index, &top)? else { return Ok(None) };
+    Ok(is_all_there_is(&handle, path, &now_at, index, prefix)?.then_some(now_at))
+}
+
+/// The file that the bucket has under this name, when it has another one now.
+fn moved_on(
+    path: &Path,
+    volume: &Volume,
+    index: &Index,
+    top: &File,
+) -> Result<Option<(Handle, Path)>, Fault> {
+    let Some(handle) = index.handle(path)? else { return Ok(None) };
+    let Fate::Lives(name) = handle.fate(top) else { return Ok(None) };
+    Ok(volume.path_of(&name).filter(|now_at| now_at != path).map(|now_at| (handle, now_at)))
+}
+
+/// Whether the bucket has a file only under its name of old, and can have it under its new one.
+fn is_all_there_is(
+    handle: &Handle,
+    path: &Path,
+    now_at: &Path,
+    index: &Index,
+    prefix: &str,
+) -> Result<bool, Fault> {
+    Ok(index.settled_as(handle)?.iter().all(|other| other == path)
+        && !rules::may_stay_out(now_at)
+        && rules::too_long(prefix, now_at).is_none())
 }
 
 /// One more than that of what comes before; those in a ring share theirs.

@@ -2,22 +2,24 @@
 //!
 //! ```text
 //! for each batch:  copies and hashes -> intents into the manifest -> objects -> entries into the manifest
-//! at the end:      removals into the manifest -> objects deleted
+//! then             the same for what takes the place of something else, whose removal is in the same segment
+//! at the end:      removals into the manifest, with what comes instead -> objects deleted
 //! ```
 //!
 //! Removals come last, so that what was moved is there under its new name before it goes under its
 //! old one: a file that lives on under a name that the bucket does not have yet keeps its old one,
-//! however fast it moves. A batch that fails half way leaves intents behind, and its files are pushed again.
+//! however fast it moves. What cannot be beside something that stays, as a link where a directory was
+//! whose files are not yet there under new names, waits with it. A batch that fails half way leaves intents behind, and its files are pushed again.
 //!
 //! A round that is long is made in slices: between two of them the worker reads its orders, and what
 //! databases have committed meanwhile goes up before the rest.
 //!
 //! Refuses to write when the lease does not confirm it. May import: `bucket`, `chain`, `entry`,
-//! `fault`, `index`, `manifest`, `order`, `owner`, `parallel`, `rules`, `scan`, `stage`, `volume`.
+//! `fault`, `index`, `manifest`, `order`, `owner`, `parallel`, `rules`, `scan`, `stage`, `volume`, `way`.
 
 use crate::bucket::Bucket;
 use crate::chain::Chain;
-use crate::entry::{Entry, Path};
+use crate::entry::{Entry, Kind, Path};
 use crate::fault::Fault;
 use crate::index::{Index, Known, Row};
 use crate::manifest::{Line, Word};
@@ -28,8 +30,9 @@ use crate::rules;
 use crate::scan::Change;
 use crate::stage::{self, Outcome, Staged};
 use crate::volume::{self, Volume};
+use crate::way::Way;
 use cvm_process::handle::Fate;
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::time::Duration;
 
@@ -67,7 +70,11 @@ pub(crate) struct Work {
     /// In their order.
     reads: Vec<ToRead>,
     passed: Vec<Passed>,
+    /// Directories that were links: what is new below them comes after.
+    opening: Vec<Line>,
     metas: Vec<Line>,
+    /// Those of them that take the place of something else.
+    instead: Vec<Line>,
     gone: Vec<Path>,
     /// Of the slices before.
     so_far: SoFar,
@@ -85,17 +92,66 @@ impl Work {
             let stat = volume::look(&path.below(&volume.upper)).ok().flatten();
             stat.map_or(0, |s| crate::scan::size_of(&s))
         };
+        let mut metas = Vec::new();
         for change in changes {
             match change {
                 Change::Read { path, database, was } => {
-                    this.reads.push(ToRead { size: size(&path), path, database, was, rank: 0 });
+                    let handle = crate::scan::handle_of(&path.below(&volume.upper));
+                    let (size, rank, late) = (size(&path), 0, false);
+                    this.reads.push(ToRead { path, database, was, size, rank, late, handle });
                 }
-                Change::Meta { path, entry } => this.metas.push(Line { path, word: Word::Is(entry) }),
+                Change::Meta { path, entry } => metas.push((path, entry)),
                 Change::Gone { path } => this.gone.push(path),
             }
         }
+        // A directory and the one above it may both have said so.
+        this.gone.sort();
+        this.gone.dedup();
         this.passed = order::order(&mut this.reads, volume, index, prefix)?;
+        this.find_room(metas, index)?;
         Ok(this)
+    }
+
+    /// Sets apart what something else stands in the way of.
+    fn find_room(&mut self, mut metas: Vec<(Path, Entry)>, index: &Index) -> Result<(), Fault> {
+        let mut way = Way::new(index);
+        // Those above come first.
+        metas.sort_by(|(one, _), (other, _)| one.cmp(other));
+        for (path, entry) in metas {
+            let row = index.get(&path)?;
+            let was_link = row.as_ref().is_some_and(|row| matches!(row.entry.kind, Kind::Symlink { .. }));
+            let opens = was_link && entry.kind == Kind::Directory;
+            let is_free = way.of(&path, row.as_ref(), &entry.kind)?.is_empty();
+            let line = Line { path: path.clone(), word: Word::Is(entry) };
+            match (is_free, opens) {
+                (true, true) => {
+                    way.open(path);
+                    self.opening.push(line);
+                }
+                (true, false) => self.metas.push(line),
+                (false, _) => self.instead.push(line),
+            }
+        }
+        for read in &mut self.reads {
+            read.late = !way.of_file(&read.path, read.was.as_deref())?.is_empty();
+        }
+        // What follows them follows them here too.
+        let first = self.reads.iter().filter(|read| read.late).map(|read| read.rank).min();
+        for read in &mut self.reads {
+            read.late |= first.is_some_and(|first| read.rank > first);
+        }
+        Ok(())
+    }
+
+    /// What waits for nothing, of these files.
+    pub(crate) fn urgent(&mut self, is_one: impl Fn(&Path) -> bool) -> Self {
+        let passed: HashSet<&Path> = self.passed.iter().map(|passed| &passed.path).collect();
+        let is_urgent = |read: &ToRead| {
+            is_one(&read.path) && read.rank == 0 && !read.late && !passed.contains(&read.path)
+        };
+        let (reads, others) = std::mem::take(&mut self.reads).into_iter().partition(is_urgent);
+        self.reads = others;
+        Self { reads, ..Self::default() }
     }
 
     pub(crate) fn files(&self) -> impl Iterator<Item = &Path> {
@@ -107,7 +163,9 @@ impl Work {
         let paths: HashSet<&Path> = newer.files().collect();
         if !paths.is_empty() {
             self.reads.retain(|read| !paths.contains(&read.path));
-            self.metas.retain(|line| !paths.contains(&line.path));
+            for lines in [&mut self.opening, &mut self.metas, &mut self.instead] {
+                lines.retain(|line| !paths.contains(&line.path));
+            }
             self.gone.retain(|path| !paths.contains(path));
         }
     }
@@ -146,6 +204,8 @@ pub(crate) struct Rest {
     /// Files that were not where the scan looked, by their old names and by those of now: both have
     /// to be looked at again.
     pub(crate) elsewhere: Vec<Path>,
+    /// What waits for removals that had to wait.
+    pub(crate) blocked: Vec<Path>,
     so_far: SoFar,
 }
 
@@ -173,6 +233,12 @@ impl Rest {
         }
     }
 
+    /// It counts as a removal that is put off: when that is over, so is this.
+    fn block(&mut self, path: &Path) {
+        self.removals += 1;
+        self.blocked.push(path.clone());
+    }
+
     fn wait(&mut self, path: Path, why: String, holds: Holds) {
         self.later.push((path, why));
         self.so_far.holds = self.so_far.holds.max(holds);
@@ -184,10 +250,10 @@ const NOT_YET: &str = "the bucket does not have what was here before under its n
 impl Pusher<'_> {
     /// One slice. `urgent` is what comes first, and then at least one batch of its own. `unread` was
     /// moved and cannot be had: until it can, nothing may go that it may be.
-    pub(crate) fn round(&mut self, mut work: Work, urgent: Work, unread: Vec<Unread>) -> Rest {
+    pub(crate) fn round(&mut self, mut work: Work, mut urgent: Work, unread: Vec<Unread>) -> Rest {
         let mut rest = Rest { removals: work.gone.len() as u64, so_far: work.so_far, ..Rest::default() };
         for Unread { path, data_at, why } in unread {
-            if let Some(old) = data_at.filter(|old| work.leave_out(old)) {
+            if let Some(old) = data_at.filter(|old| work.leave_out(old) | urgent.leave_out(old)) {
                 rest.wait(old, NOT_YET.to_owned(), Holds::Nothing);
             }
             rest.wait(path, why, Holds::Everything);
@@ -199,33 +265,106 @@ impl Pusher<'_> {
                 rest.wait(path, NOT_YET.to_owned(), Holds::Nothing);
             }
         }
-        let Work { reads, metas, gone, .. } = work;
-        let bytes = reads.iter().map(|read| read.size).sum();
-        let begun = self
-            .files(urgent.reads, Duration::MAX, (reads.len() as u64, bytes), &mut rest)
-            .and_then(|_| self.files(reads, self.until, (0, 0), &mut rest));
-        let outcome = match begun {
-            Ok(reads) if !reads.is_empty() => {
-                rest.left = Some(Work { reads, metas, gone, so_far: rest.so_far, ..Work::default() });
-                return rest;
+        let outcome = self.send_first(work, urgent, &mut rest).and_then(|left| match left {
+            Left::Nothing(work) => self.put_in_place(work, &mut rest),
+            left @ Left::Some(_) => Ok(left),
+        });
+        rest.fault = match outcome {
+            Ok(Left::Nothing(_)) => self.conclude().err(),
+            Ok(Left::Some(work)) => {
+                rest.left = Some(Work { so_far: rest.so_far, ..work });
+                None
             }
-            other => other.map(drop),
+            Err(fault) => Some(fault),
         };
-        // What stands where a file was comes after the file's removal, which would take it along.
-        let leaving: HashSet<&Path> = gone.iter().collect();
-        let (instead, metas): (Vec<_>, Vec<_>) =
-            metas.into_iter().partition(|line| leaving.contains(&line.path));
-        let outcome = outcome
-            .and_then(|()| self.metas(&metas))
-            .and_then(|()| self.may_go(gone, rest.so_far.holds))
-            .and_then(|gone| {
-                let living = Living { volume: self.volume, index: self.index, prefix: &self.bucket.prefix };
-                living.left_out(gone, &instead, &mut rest.elsewhere)
-            })
-            .and_then(|gone| self.removals(&gone, &instead, &mut rest));
-        let outcome = outcome.and_then(|()| if self.chain.wants_merging() { self.merge() } else { Ok(()) });
-        rest.fault = outcome.err();
         rest
+    }
+
+    /// All that nothing stands in the way of.
+    fn send_first(&mut self, mut work: Work, urgent: Work, rest: &mut Rest) -> Result<Left, Fault> {
+        let (late, reads): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut work.reads).into_iter().partition(|read| read.late);
+        let bytes = reads.iter().chain(&late).map(|read| read.size).sum();
+        let after = ((reads.len() + late.len()) as u64, bytes);
+        self.files(urgent.reads, Duration::MAX, after, None, rest)?;
+        self.metas(&std::mem::take(&mut work.opening))?;
+        let after = (late.len() as u64, late.iter().map(|read| read.size).sum());
+        let mut left = self.files(reads, self.until, after, None, rest)?;
+        if !left.is_empty() {
+            left.extend(late);
+            return Ok(Left::Some(Work { reads: left, ..work }));
+        }
+        self.metas(&std::mem::take(&mut work.metas))?;
+        Ok(Left::Nothing(Work { reads: late, ..work }))
+    }
+
+    /// What takes the place of something else, and removals.
+    fn put_in_place(&mut self, work: Work, rest: &mut Rest) -> Result<Left, Fault> {
+        let Work { mut reads, instead, mut gone, .. } = work;
+        let instead = instead.into_iter().map(|line| (line.path.clone(), line)).collect();
+        let mut exchange = Exchange { instead, ..Exchange::default() };
+        if !reads.is_empty() {
+            let late: HashSet<Path> = reads.iter().map(|read| read.path.clone()).collect();
+            // What it keeps now may go when these have arrived.
+            let mut for_now = Rest { so_far: rest.so_far, ..Rest::default() };
+            exchange.going = self.going(&gone, &exchange, &late, &mut for_now)?;
+            let carriers: HashSet<Path> = exchange.going.values().flatten().cloned().collect();
+            reads.sort_by_key(|read| (read.rank, !carriers.contains(&read.path)));
+            let left = self.files(reads, self.until, (0, 0), Some(&mut exchange), rest)?;
+            gone.retain(|path| !exchange.gone.contains(path));
+            if !left.is_empty() {
+                let instead = exchange.instead.into_values().collect();
+                return Ok(Left::Some(Work { reads: left, instead, gone, ..Work::default() }));
+            }
+        }
+        self.remove(&gone, exchange, rest)?;
+        Ok(Left::Nothing(Work::default()))
+    }
+
+    fn remove(&mut self, gone: &[Path], mut exchange: Exchange, rest: &mut Rest) -> Result<(), Fault> {
+        exchange.going = self.going(gone, &exchange, &HashSet::new(), rest)?;
+        let going = gone.iter().filter(|path| exchange.going.contains_key(path));
+        let mut lines: Vec<Line> = going.map(|path| Line { path: path.clone(), word: Word::Gone }).collect();
+        let way = Way::new(self.index);
+        let mut directories = HashSet::new();
+        for (path, line) in exchange.instead {
+            let Word::Is(entry) = &line.word else { continue };
+            let in_the_way = way.of(&path, self.index.get(&path)?.as_ref(), &entry.kind)?;
+            let goes = |row: &Path| exchange.going.contains_key(row) || directories.contains(row);
+            if in_the_way.iter().all(goes) {
+                if entry.kind == Kind::Directory {
+                    directories.insert(path);
+                }
+                lines.push(line);
+            } else {
+                rest.block(&path);
+            }
+        }
+        for lines in lines.chunks(LINES) {
+            self.write(lines)?;
+            rest.removals = rest.removals.saturating_sub(removals_in(lines));
+        }
+        Ok(())
+    }
+
+    /// What may go, and where that counts only when something else has arrived, what that is.
+    fn going(
+        &self,
+        gone: &[Path],
+        exchange: &Exchange,
+        late: &HashSet<Path>,
+        rest: &mut Rest,
+    ) -> Result<HashMap<Path, Option<Path>>, Fault> {
+        let gone = self.may_go(gone.to_vec(), rest.so_far.holds)?;
+        let living = Living { volume: self.volume, index: self.index, prefix: &self.bucket.prefix };
+        living.left_out(&gone, &exchange.instead, late, rest)
+    }
+
+    fn conclude(&mut self) -> Result<(), Fault> {
+        if self.may_delete {
+            self.bury()?;
+        }
+        if self.chain.wants_merging() { self.merge() } else { Ok(()) }
     }
 
     /// Yields those that are left when the time is over. `after` are files and bytes that come later.
@@ -234,6 +373,7 @@ impl Pusher<'_> {
         reads: Vec<ToRead>,
         until: Duration,
         after: (u64, u64),
+        mut exchange: Option<&mut Exchange>,
         rest: &mut Rest,
     ) -> Result<Vec<ToRead>, Fault> {
         let mut left: u64 = after.1 + reads.iter().map(|read| read.size).sum::<u64>();
@@ -256,7 +396,7 @@ impl Pusher<'_> {
                     rest.wait(read.path, NOT_YET.to_owned(), Holds::Nothing);
                 }
             } else {
-                self.batch(batch, rest)?;
+                self.batch(batch, exchange.as_deref_mut(), rest)?;
             }
             (left, files) = (left.saturating_sub(bytes), files.saturating_sub(count));
             (self.progress)(files, left);
@@ -267,7 +407,15 @@ impl Pusher<'_> {
         Ok(queue.collect())
     }
 
-    fn batch(&mut self, batch: Vec<ToRead>, rest: &mut Rest) -> Result<(), Fault> {
+    fn batch(
+        &mut self,
+        mut batch: Vec<ToRead>,
+        exchange: Option<&mut Exchange>,
+        rest: &mut Rest,
+    ) -> Result<(), Fault> {
+        if let Some(exchange) = &exchange {
+            batch = exchange.allowed(batch, self.index, rest)?;
+        }
         let volume = self.volume;
         let numbered: Vec<_> = batch.into_iter().enumerate().collect();
         let staged = parallel::each_apart(numbered, STAGERS, |(number, read)| {
@@ -278,7 +426,12 @@ impl Pusher<'_> {
         });
         let (mut to_send, mut lines) = (Vec::new(), Vec::new());
         let mut known: Vec<(Path, Known)> = Vec::new();
-        for (ToRead { path, database, was, .. }, outcome) in staged {
+        for (read, outcome) in staged {
+            let passed = match &outcome {
+                Ok(Outcome::Ready(staged)) => self.passed_since(&read, staged)?,
+                _ => None,
+            };
+            let ToRead { path, database, was, .. } = read;
             let settled = was.as_ref().is_some_and(|row| !row.promised);
             let held = match (settled, database) {
                 (true, _) => Holds::Nothing,
@@ -298,6 +451,11 @@ impl Pusher<'_> {
                             changed(was.as_deref(), &staged.entry)
                                 .then_some(Line { path, word: Word::Is(staged.entry) }),
                         );
+                    } else if let Some(now_at) = passed {
+                        self.discard(&staged.name);
+                        rest.so_far.moving = true;
+                        rest.elsewhere.extend([now_at, path.clone()]);
+                        rest.wait(path, NOT_YET.to_owned(), Holds::Nothing);
                     } else {
                         to_send.push(staged);
                     }
@@ -315,8 +473,22 @@ impl Pusher<'_> {
             lines.push(Line { path: staged.path, word: Word::Is(staged.entry) });
         }
         self.settle_on_disk(&lines)?;
+        let removals = match exchange {
+            Some(exchange) => exchange.with_what_goes(&mut lines, &mut known, self.index, rest)?,
+            None => 0,
+        };
         self.write(&lines)?;
+        rest.removals = rest.removals.saturating_sub(removals);
         self.index.set_known(&known)
+    }
+
+    /// Where the file that the bucket has under this name has gone since its place in the order was
+    /// found: the one that is there now would take the name of what lives on.
+    fn passed_since(&self, read: &ToRead, staged: &Staged) -> Result<Option<Path>, Fault> {
+        if self.insists || read.replaces().is_none() || staged.known.handle == read.handle {
+            return Ok(None);
+        }
+        order::lives_on(&read.path, self.volume, self.index, &self.bucket.prefix)
     }
 
     /// The volume must not be behind the bucket: after a loss of power what it lacks would be taken
@@ -400,17 +572,6 @@ impl Pusher<'_> {
         }
     }
 
-    fn removals(&mut self, gone: &[Path], instead: &[Line], rest: &mut Rest) -> Result<(), Fault> {
-        for paths in gone.chunks(LINES) {
-            let lines: Vec<Line> =
-                paths.iter().map(|path| Line { path: path.clone(), word: Word::Gone }).collect();
-            self.write(&lines)?;
-            rest.removals = rest.removals.saturating_sub(paths.len() as u64);
-        }
-        self.metas(instead)?;
-        if self.may_delete { self.bury() } else { Ok(()) }
-    }
-
     /// Deletes objects whose paths are gone.
     pub(crate) fn bury(&mut self) -> Result<(), Fault> {
         loop {
@@ -474,6 +635,97 @@ fn changed(was: Option<&Row>, now: &Entry) -> bool {
     })
 }
 
+fn removals_in(lines: &[Line]) -> u64 {
+    lines.iter().filter(|line| line.word == Word::Gone).count() as u64
+}
+
+/// What a step of a round comes to.
+enum Left {
+    /// Its end. What is for the next step is still to be done.
+    Nothing(Work),
+    /// The end of its time.
+    Some(Work),
+}
+
+/// What goes so that something else has room.
+#[derive(Default)]
+struct Exchange {
+    /// What may go. A file that is nowhere but in what takes its place may only go with that.
+    going: HashMap<Path, Option<Path>>,
+    /// Directories and links that come.
+    instead: BTreeMap<Path, Line>,
+    arrived: HashSet<Path>,
+    gone: HashSet<Path>,
+}
+
+impl Exchange {
+    fn may_go(&self, row: &Path, also: &HashSet<Path>) -> bool {
+        match self.going.get(row) {
+            None => false,
+            Some(None) => true,
+            Some(Some(with)) => also.contains(with) || self.arrived.contains(with),
+        }
+    }
+
+    /// Those that have room, if all of them arrive.
+    fn allowed(&self, batch: Vec<ToRead>, index: &Index, rest: &mut Rest) -> Result<Vec<ToRead>, Fault> {
+        let (way, paths) = (Way::new(index), batch.iter().map(|read| read.path.clone()).collect());
+        let mut allowed = Vec::new();
+        for read in batch {
+            let in_the_way = way.of_file(&read.path, index.get(&read.path)?.as_ref())?;
+            if in_the_way.iter().all(|row| self.may_go(row, &paths)) {
+                allowed.push(read);
+            } else {
+                rest.block(&read.path);
+            }
+        }
+        Ok(allowed)
+    }
+
+    /// Puts removals before the lines that need them, and leaves those out that have no room after
+    /// all. Yields how many removals these are.
+    fn with_what_goes(
+        &mut self,
+        lines: &mut Vec<Line>,
+        known: &mut Vec<(Path, Known)>,
+        index: &Index,
+        rest: &mut Rest,
+    ) -> Result<u64, Fault> {
+        let way = Way::new(index);
+        let arrived: HashSet<Path> = known.iter().map(|(path, _)| path.clone()).collect();
+        let (mut before, mut blocked) = (Vec::new(), HashSet::new());
+        for (path, _) in &*known {
+            let in_the_way = way.of_file(path, index.get(path)?.as_ref())?;
+            if !in_the_way.iter().all(|row| self.may_go(row, &arrived)) {
+                rest.block(path);
+                blocked.insert(path.clone());
+                continue;
+            }
+            for row in in_the_way {
+                if self.gone.insert(row.clone()) {
+                    before.push(Line { path: row, word: Word::Gone });
+                }
+            }
+            let mut above = path.parent();
+            while let Some(dir) = above {
+                above = dir.parent();
+                before.extend(self.instead.remove(&dir));
+            }
+        }
+        self.arrived.extend(arrived.into_iter().filter(|path| !blocked.contains(path)));
+        known.retain(|(path, _)| !blocked.contains(path));
+        lines.retain(|line| !blocked.contains(&line.path));
+        // All that goes, and then what comes, those above first.
+        before.sort_by(|one, other| {
+            (one.word != Word::Gone, &one.path).cmp(&(other.word != Word::Gone, &other.path))
+        });
+        let removals = removals_in(&before);
+        before.append(lines);
+        *lines = before;
+        Ok(removals)
+    }
+}
+
 /// A scan may miss what is renamed without end, under every name it ever has. But a file that the
 /// bucket holds under a name of old is known by its handle: as long as it lives, and the bucket has
 /// it under no other name that stays, the old one stays.
@@ -484,19 +736,19 @@ struct Living<'a> {
 }
 
 impl Living<'_> {
-    /// What may go. Noted are old and present names of what may not, if they can be looked at.
+    /// What may go, and what has to arrive before: one of `late`, which takes its place. Noted are old
+    /// and present names of what may not go, if they can be looked at.
     fn left_out(
         &self,
-        gone: Vec<Path>,
-        instead: &[Line],
-        elsewhere: &mut Vec<Path>,
-    ) -> Result<Vec<Path>, Fault> {
+        gone: &[Path],
+        instead: &BTreeMap<Path, Line>,
+        late: &HashSet<Path>,
+        rest: &mut Rest,
+    ) -> Result<HashMap<Path, Option<Path>>, Fault> {
         let top = File::open(&self.volume.upper)?;
         let leaving: HashSet<&Path> = gone.iter().collect();
-        // Where something else stands already, nothing can stay.
-        let replaced: HashSet<&Path> = instead.iter().map(|line| &line.path).collect();
-        let mut kept = HashSet::new();
-        for path in gone.iter().filter(|path| !replaced.contains(path)) {
+        let (mut kept, mut going) = (HashSet::new(), HashMap::new());
+        for path in gone {
             let Some(handle) = self.index.handle(path)? else { continue };
             let Fate::Lives(name) = handle.fate(&top) else { continue };
             let here = self.volume.path_of(&name);
@@ -506,25 +758,34 @@ impl Living<'_> {
             if here.as_ref().is_some_and(rules::may_stay_out) || has_another()? {
                 continue;
             }
+            let takes_its_place =
+                |here: &Path| here.starts_with(path.as_bytes()) || path.starts_with(here.as_bytes());
+            if let Some(here) = here.as_ref().filter(|here| late.contains(here) && takes_its_place(here)) {
+                going.insert(path.clone(), Some(here.clone()));
+                continue;
+            }
             // A name that the bucket cannot have is not asked for again at once.
-            let here = here.filter(|here| rules::too_long(self.prefix, here).is_none());
-            elsewhere.extend(here.map(|here| [here, path.clone()]).into_iter().flatten());
-            kept.insert(path.clone());
-        }
-        if kept.is_empty() {
-            return Ok(gone);
+            let too_long = here.as_ref().is_some_and(|here| rules::too_long(self.prefix, here).is_some());
+            if too_long && instead.contains_key(path) {
+                continue;
+            }
+            let here = here.filter(|_| !too_long);
+            rest.elsewhere.extend(here.map(|here| [here, path.clone()]).into_iter().flatten());
+            kept.insert(path);
         }
         // The directories of what stays, stay.
         let stays =
             |path: &Path| kept.contains(path) || kept.iter().any(|file| file.starts_with(path.as_bytes()));
-        Ok(gone.into_iter().filter(|path| !stays(path)).collect())
+        for path in gone.iter().filter(|path| !stays(path)) {
+            going.entry(path.clone()).or_default();
+        }
+        Ok(going)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::entry::Kind;
     use crate::manifest::Digest;
     use crate::scan;
     use std::fs;
@@ -564,6 +825,19 @@ mod tests {
             self.index.set_known(&[(path(name), scan::known_by(&self.at(name), &stat, false))]).unwrap();
         }
 
+        /// As if something that is no file had been pushed.
+        fn is(&self, name: &str, kind: Kind) {
+            let stat = volume::look(self.dir.path()).unwrap().unwrap();
+            let line = Line { path: path(name), word: Word::Is(scan::dressed(kind, &stat)) };
+            self.index.apply(&[line], None).unwrap();
+        }
+
+        fn work(&self) -> Work {
+            let fetched = HashSet::new();
+            let found = scan::Scanner::new(&self.volume, &self.index, "p", &fetched).full().unwrap();
+            Work::of(found.changes, &self.volume, &self.index, "p").unwrap()
+        }
+
         fn moves(&self, from: &str, to: &str) {
             fs::rename(self.at(from), self.at(to)).unwrap();
         }
@@ -571,11 +845,12 @@ mod tests {
         /// What a round that found nothing but these removals would remove, and look at again.
         fn removes(&self, gone: &[&str]) -> (Vec<String>, Vec<String>) {
             let living = Living { volume: &self.volume, index: &self.index, prefix: "p" };
-            let mut elsewhere = Vec::new();
-            let gone = gone.iter().map(|name| path(name)).collect();
-            let goes = living.left_out(gone, &[], &mut elsewhere).unwrap();
-            let text = |all: Vec<Path>| all.iter().map(ToString::to_string).collect();
-            (text(goes), text(elsewhere))
+            let mut rest = Rest::default();
+            let gone: Vec<Path> = gone.iter().map(|name| path(name)).collect();
+            let goes = living.left_out(&gone, &BTreeMap::new(), &HashSet::new(), &mut rest).unwrap();
+            let mut goes: Vec<String> = goes.keys().map(ToString::to_string).collect();
+            goes.sort();
+            (goes, rest.elsewhere.iter().map(ToString::to_string).collect())
         }
     }
 
@@ -629,6 +904,89 @@ mod tests {
         tree.moves("a.new", "b");
         assert_eq!(tree.removes(&["a", "b"]), (these(&["a", "b"]), Vec::new()));
         assert_eq!(tree.removes(&[]), nothing());
+    }
+
+    #[test]
+    fn what_has_no_room_yet_is_set_apart() {
+        let tree = Tree::new();
+        tree.has("d/x");
+        tree.is("d", Kind::Directory);
+        tree.has("e/x");
+        tree.is("e", Kind::Directory);
+        tree.has("f");
+        tree.is("l", Kind::Symlink { target: b"d".to_vec() });
+        for name in ["d", "e"] {
+            fs::remove_dir_all(tree.at(name)).unwrap();
+        }
+        fs::remove_file(tree.at("f")).unwrap();
+        fs::write(tree.at("d"), "a file now").unwrap();
+        std::os::unix::fs::symlink("d", tree.at("e")).unwrap();
+        for name in ["f", "l"] {
+            fs::create_dir(tree.at(name)).unwrap();
+            fs::write(tree.at(name).join("in"), "1").unwrap();
+        }
+        let work = tree.work();
+        let reads = |late: bool| -> Vec<String> {
+            let reads = work.reads.iter().filter(|read| read.late == late);
+            let mut names: Vec<_> = reads.map(|read| read.path.to_string()).collect();
+            names.sort();
+            names
+        };
+        let names = |lines: &[Line]| lines.iter().map(|line| line.path.to_string()).collect::<Vec<_>>();
+        assert_eq!((reads(true), reads(false)), (these(&["d", "f/in"]), these(&["l/in"])));
+        assert_eq!((names(&work.instead), names(&work.opening)), (these(&["e", "f"]), these(&["l"])));
+        assert_eq!(work.gone, [path("d/x"), path("e/x"), path("f")]);
+        let mut work = work;
+        let urgent = work.urgent(|_| true);
+        assert_eq!(urgent.files().collect::<Vec<_>>(), [&path("l/in")]);
+    }
+
+    #[test]
+    fn a_file_that_takes_the_place_of_its_own_directory_goes_up_with_its_removal() {
+        let tree = Tree::new();
+        tree.has("d/x");
+        tree.is("d", Kind::Directory);
+        tree.moves("d/x", "t");
+        fs::remove_dir(tree.at("d")).unwrap();
+        tree.moves("t", "d");
+        let work = tree.work();
+        let late: HashSet<Path> = [path("d")].into();
+        let living = Living { volume: &tree.volume, index: &tree.index, prefix: "p" };
+        let mut rest = Rest::default();
+        let going = living.left_out(&work.gone, &BTreeMap::new(), &late, &mut rest).unwrap();
+        assert_eq!(going, [(path("d/x"), Some(path("d")))].into());
+        let mut exchange = Exchange { going, ..Exchange::default() };
+        let allowed = exchange.allowed(work.reads, &tree.index, &mut rest).unwrap();
+        assert_eq!((allowed.len(), rest.blocked.len()), (1, 0));
+        // One that has not arrived takes nothing with it.
+        let (mut lines, mut known) = (Vec::new(), Vec::new());
+        assert_eq!(exchange.with_what_goes(&mut lines, &mut known, &tree.index, &mut rest).unwrap(), 0);
+        let stat = volume::look(&tree.at("d")).unwrap().unwrap();
+        known.push((path("d"), scan::known_by(&tree.at("d"), &stat, false)));
+        assert_eq!(exchange.with_what_goes(&mut lines, &mut known, &tree.index, &mut rest).unwrap(), 1);
+        assert_eq!(lines, [Line { path: path("d/x"), word: Word::Gone }]);
+    }
+
+    #[test]
+    fn a_link_in_place_of_a_file_waits_while_the_file_lives_on_unseen() {
+        let tree = Tree::new();
+        tree.has("a");
+        tree.moves("a", "b");
+        std::os::unix::fs::symlink("b", tree.at("a")).unwrap();
+        let entry = scan::dressed(
+            Kind::Symlink { target: b"b".to_vec() },
+            &volume::look(&tree.at("a")).unwrap().unwrap(),
+        );
+        let instead: BTreeMap<Path, Line> =
+            [(path("a"), Line { path: path("a"), word: Word::Is(entry) })].into();
+        let living = Living { volume: &tree.volume, index: &tree.index, prefix: "p" };
+        let goes = || {
+            let mut rest = Rest::default();
+            living.left_out(&[path("a")], &instead, &HashSet::new(), &mut rest).unwrap().len()
+        };
+        assert_eq!(goes(), 0);
+        tree.has("b");
+        assert_eq!(goes(), 1);
     }
 
     #[test]

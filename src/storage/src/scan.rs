@@ -95,7 +95,35 @@ impl<'a> Scanner<'a> {
     /// Everything.
     pub(crate) fn full(mut self) -> Result<Found, Fault> {
         self.directory(None, true)?;
+        self.astray()?;
         Ok(self.found)
+    }
+
+    /// What is known of places that cannot be, and that no look at a directory comes to.
+    fn astray(&mut self) -> Result<(), Fault> {
+        let astray = self.index.astray()?;
+        if astray.is_empty() {
+            return Ok(());
+        }
+        let said: HashSet<Path> = self.found.changes.iter().map(|change| change.path().clone()).collect();
+        for (path, _) in astray {
+            if !said.contains(&path) && !self.is_in_directories(&path)? {
+                self.found.changes.push(Change::Gone { path });
+            }
+        }
+        Ok(())
+    }
+
+    fn is_in_directories(&self, path: &Path) -> Result<bool, Fault> {
+        let mut above = path.parent();
+        while let Some(dir) = above {
+            let stat = volume::look(&dir.below(&self.volume.upper))?;
+            if stat.is_none_or(|stat| volume::kind_of(&stat) != libc::S_IFDIR) {
+                return Ok(false);
+            }
+            above = dir.parent();
+        }
+        Ok(true)
     }
 
     /// Only these directories, without what is below them unless it is new. "" is the top.
@@ -125,6 +153,9 @@ impl<'a> Scanner<'a> {
     fn own_entry(&mut self, dir: &Path) -> Result<(), Fault> {
         let Some(stat) = volume::look(&dir.below(&self.volume.upper))? else { return Ok(()) };
         let row = self.index.get(dir)?;
+        if let Some(row) = row.as_ref().filter(|row| row.entry.is_file()) {
+            self.gone(dir.clone(), row)?;
+        }
         self.plain(dir, Kind::Directory, &stat, row);
         Ok(())
     }
@@ -270,11 +301,14 @@ impl<'a> Scanner<'a> {
         }
     }
 
+    /// What is no directory has nothing below it: not even what is bad, which could be put right.
     fn replaced_directory(&mut self, path: &Path, row: Option<&Row>) -> Result<(), Fault> {
-        match row {
-            Some(row) if row.entry.kind == Kind::Directory => self.gone_below(path),
-            _ => Ok(()),
+        let was_one = row.is_none_or(|row| row.entry.kind == Kind::Directory);
+        if was_one && self.index.has_below(path)? {
+            let gone = self.index.below(path)?.into_iter().map(|(path, _)| Change::Gone { path });
+            self.found.changes.extend(gone);
         }
+        Ok(())
     }
 
     fn gone(&mut self, path: Path, row: &Row) -> Result<(), Fault> {
@@ -365,8 +399,11 @@ pub(crate) fn sign_of(at: &FsPath, stat: &FileStat, database: bool) -> Sign {
 
 /// The same, with what stays when it moves.
 pub(crate) fn known_by(at: &FsPath, stat: &FileStat, database: bool) -> Known {
-    let handle = CString::new(at.as_os_str().as_bytes()).ok().and_then(|at| Handle::of(&at));
-    Known { sign: sign_of(at, stat, database), handle }
+    Known { sign: sign_of(at, stat, database), handle: handle_of(at) }
+}
+
+pub(crate) fn handle_of(at: &FsPath) -> Option<Handle> {
+    Handle::of(&CString::new(at.as_os_str().as_bytes()).ok()?)
 }
 
 pub(crate) fn size_of(stat: &FileStat) -> u64 {
@@ -496,6 +533,26 @@ mod tests {
         assert_eq!(bench.words(), ["gone d", "gone d/e", "gone d/e/f"]);
         bench.write("d", "now a file");
         assert_eq!(bench.words(), ["gone d/e", "gone d/e/f", "read d"]);
+    }
+
+    #[test]
+    fn what_a_look_at_directories_does_not_come_to_is_gone_all_the_same() {
+        let bench = Bench::new();
+        bench.write("d/e/f", "1");
+        bench.write("g/f", "1");
+        bench.push();
+        // As one that was cut short has left it: the link is known, and what was below it too.
+        for name in ["d", "g"] {
+            fs::rename(bench.dir.path().join(name), bench.dir.path().join(format!("{name}2"))).unwrap();
+            std::os::unix::fs::symlink(format!("{name}2"), bench.dir.path().join(name)).unwrap();
+            let stat = volume::look(&bench.dir.path().join(name)).unwrap().unwrap();
+            let entry = dressed(Kind::Symlink { target: format!("{name}2").into_bytes() }, &stat);
+            let line = Line { path: Path::new(name.as_bytes()).unwrap(), word: Word::Is(entry) };
+            bench.index.apply(&[line], None).unwrap();
+        }
+        bench.index.set_bad(&Path::new(b"g/f").unwrap(), Some("damaged")).unwrap();
+        let gone: Vec<String> = bench.words().into_iter().filter(|word| word.starts_with("gone")).collect();
+        assert_eq!(gone, ["gone d/e", "gone d/e/f", "gone g/f"]);
     }
 
     #[test]

@@ -15,13 +15,13 @@ use crate::entry::Path;
 use crate::fault::Fault;
 use crate::lifting::Lifting;
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
-use nix::sys::stat::{FileStat, UtimensatFlags, lstat, utimensat};
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat, openat2};
+use nix::sys::stat::{FileStat, Mode, UtimensatFlags, lstat, mkdirat, utimensat};
 use nix::sys::time::TimeSpec;
-use std::ffi::{CStr, CString};
+use std::ffi::{CStr, CString, OsStr};
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::AsRawFd as _;
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path as FsPath, PathBuf};
@@ -202,16 +202,71 @@ pub(crate) fn open_file(path: &FsPath) -> io::Result<File> {
     only_a_file(OpenOptions::new().read(true).custom_flags(how.bits()).open(path)?)
 }
 
-/// The same for a path of the tree, whose directories are the agent's to replace by links. A kernel
-/// before 5.6 can only refuse the last one.
+/// The same for a path of the tree, whose directories are the agent's to replace by links.
 pub(crate) fn open_below(top: &FsPath, path: &Path) -> io::Result<File> {
-    let how = OpenHow::new()
-        .flags(OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC)
-        .resolve(ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_BENEATH);
-    match openat2(&File::open(top)?, &path.below(FsPath::new("")), how) {
-        Ok(file) => only_a_file(file.into()),
-        Err(Errno::ENOSYS | Errno::EPERM) => open_file(&path.below(top)),
-        Err(error) => Err(error.into()),
+    let file = beneath(&File::open(top)?, path, OFlag::O_RDONLY | OFlag::O_NONBLOCK)?;
+    only_a_file(file.into())
+}
+
+/// Opens what is below a directory, through no link.
+fn beneath(top: &File, path: &Path, flags: OFlag) -> Result<OwnedFd, Errno> {
+    let flags = flags | OFlag::O_CLOEXEC;
+    let how =
+        OpenHow::new().flags(flags).resolve(ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_BENEATH);
+    match openat2(top, &path.below(FsPath::new("")), how) {
+        Err(Errno::ENOSYS | Errno::EPERM) => step_by_step(top, path, flags),
+        other => other,
+    }
+}
+
+/// The same for a kernel before 5.6: a path of ours names neither the top nor what is above it.
+fn step_by_step(top: &File, path: &Path, flags: OFlag) -> Result<OwnedFd, Errno> {
+    let open = |at: BorrowedFd<'_>, name: &[u8], flags: OFlag| {
+        openat(at, OsStr::from_bytes(name), flags | OFlag::O_NOFOLLOW, Mode::empty())
+    };
+    let (directories, name) = path.split();
+    let mut at: Option<OwnedFd> = None;
+    for directory in directories.split(|byte| *byte == b'/').filter(|name| !name.is_empty()) {
+        let here = at.as_ref().map_or_else(|| top.as_fd(), AsFd::as_fd);
+        at = Some(open(here, directory, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC)?);
+    }
+    open(at.as_ref().map_or_else(|| top.as_fd(), AsFd::as_fd), name, flags)
+}
+
+/// A directory that was reached through no link: what is done by its names is done in it, whatever
+/// is put in its place meanwhile.
+pub(crate) struct Within(OwnedFd);
+
+impl Within {
+    /// One of a tree, or its top.
+    pub(crate) fn open(top: &FsPath, dir: Option<&Path>) -> io::Result<Self> {
+        let top = File::open(top)?;
+        let Some(dir) = dir else { return Ok(Self(top.into())) };
+        Ok(Self(beneath(&top, dir, OFlag::O_PATH | OFlag::O_DIRECTORY)?))
+    }
+
+    /// The same, and those that are missing are made, as plain ones that lower layers show through.
+    pub(crate) fn make(top: &FsPath, dir: Option<&Path>) -> io::Result<Self> {
+        let missing = match Self::open(top, dir) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => error,
+            other => return other,
+        };
+        let Some(dir) = dir else { return Err(missing) };
+        let above = Self::make(top, dir.parent().as_ref())?;
+        match mkdirat(&above.0, OsStr::from_bytes(dir.name()), Mode::from_bits_truncate(0o777)) {
+            Ok(()) | Err(Errno::EEXIST) => Self::open(top, Some(dir)),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// A name in it, for calls that take a path.
+    pub(crate) fn name(&self, name: &[u8]) -> PathBuf {
+        PathBuf::from(format!("/proc/thread-self/fd/{}", self.0.as_raw_fd())).join(OsStr::from_bytes(name))
+    }
+
+    /// Itself, for the same.
+    pub(crate) fn itself(&self) -> PathBuf {
+        self.name(b".")
     }
 }
 
@@ -299,14 +354,6 @@ pub(crate) fn remove_marks(path: &FsPath) {
     }
 }
 
-/// Makes a directory and those above it, as plain ones that lower layers show through.
-pub(crate) fn make_parents(root: &FsPath, path: &Path) -> Result<(), Fault> {
-    if let Some(parent) = path.parent() {
-        fs::create_dir_all(parent.below(root))?;
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -321,6 +368,31 @@ mod tests {
         }
         let said = Volume::move_tree(&from, &to).unwrap_err().to_string();
         assert!(said.contains("two trees") && !said.contains("private-name"), "{said}");
+    }
+
+    #[test]
+    fn nothing_is_reached_or_made_through_a_link() {
+        let dir = tempfile::tempdir().unwrap();
+        let [top, outside] = ["top", "outside"].map(|name| dir.path().join(name));
+        fs::create_dir_all(outside.join("in")).unwrap();
+        fs::create_dir(&top).unwrap();
+        fs::write(outside.join("in/file"), "1").unwrap();
+        std::os::unix::fs::symlink(&outside, top.join("l")).unwrap();
+        std::os::unix::fs::symlink("../outside", top.join("relative")).unwrap();
+        let path = |text: &str| Path::new(text.as_bytes()).unwrap();
+        for name in ["l", "l/in", "l/new", "l/in/new", "relative", "relative/in"] {
+            assert!(Within::make(&top, Some(&path(name))).is_err(), "{name}");
+            assert!(Within::open(&top, Some(&path(name))).is_err(), "{name}");
+        }
+        assert!(open_below(&top, &path("l/in/file")).is_err());
+        assert_eq!(fs::read_dir(outside.join("in")).unwrap().count(), 1);
+        let made = Within::make(&top, Some(&path("a/b/c"))).unwrap();
+        fs::write(made.name(b"file"), "2").unwrap();
+        assert_eq!(fs::read_to_string(top.join("a/b/c/file")).unwrap(), "2");
+        // Without the kernel's help it is the same.
+        let slow = |name: &str| step_by_step(&File::open(&top).unwrap(), &path(name), OFlag::O_RDONLY);
+        assert!(slow("a/b/c/file").is_ok() && slow("a").is_ok());
+        assert!(slow("l/in/file").is_err() && slow("l").is_err() && slow("relative/in").is_err());
     }
 
     #[test]

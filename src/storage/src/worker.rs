@@ -243,6 +243,8 @@ struct Round {
     after: BTreeSet<Vec<u8>>,
     /// What has to wait for longer, and was left out.
     skipped: HashSet<Path>,
+    /// What has changed since, and has to wait for something else.
+    put_off: HashSet<Path>,
     troubles: HashMap<Path, String>,
 }
 
@@ -287,6 +289,8 @@ struct Tree<'a> {
     stand_in_at: Option<Duration>,
     /// Paths with an incident of the tree's own.
     troubled: HashMap<Path, String>,
+    /// What the bucket does not have right.
+    bad: HashSet<Path>,
     /// What a review has found wrong in the bucket and good in the tree.
     mending: HashSet<Path>,
     /// Files that cannot be had now, as a database that is locked: nothing else waits for them.
@@ -342,6 +346,7 @@ impl<'a> Tree<'a> {
             fenced: Arc::new(AtomicBool::new(false)),
             stand_in_at: mount::is_served_here().then(uptime),
             troubled: HashMap::new(),
+            bad: HashSet::new(),
             mending: HashSet::new(),
             waiting: HashMap::new(),
             moving: 0,
@@ -689,7 +694,7 @@ impl<'a> Tree<'a> {
             Ok(looked) => looked,
             Err(fault @ Fault::Fenced(_)) => return Err(fault),
             Err(fault) => {
-                self.answer_committed(asked, false);
+                self.answer_committed(asked, false, &HashSet::new());
                 self.again(&fault, round);
                 return Ok(());
             }
@@ -706,7 +711,9 @@ impl<'a> Tree<'a> {
         let again = rest.young.iter().chain(&rest.elsewhere);
         round.after.extend(again.map(|path| path.split().0.to_vec()));
         self.put_off(&rest, &looked_at, round.first.unwrap_or(began));
-        self.answer_committed(asked, rest.fault.is_none());
+        let mut not_yet = std::mem::take(&mut round.put_off);
+        not_yet.extend(rest.left.iter().flat_map(Work::files).chain(&rest.blocked).cloned());
+        self.answer_committed(asked, rest.fault.is_none(), &not_yet);
         if let Some(fault) = rest.fault {
             let pending = round.total.max(self.waiting.len() as u64).max(1);
             self.worker.desk.pending(pending, 0, self.oldest(round.first.or(Some(began))));
@@ -884,10 +891,8 @@ impl<'a> Tree<'a> {
         if round.total > 0 {
             self.worker.desk.pending(round.total, 0, self.oldest(round.first));
         }
-        let is_first = |c: &Change| matches!(c, Change::Read { .. }) && first.contains(c.path());
-        let (urgent, others) = found.changes.into_iter().partition(is_first);
-        round.work = self.work(others)?;
-        Ok((self.work(urgent)?, unread))
+        round.work = self.work(found.changes)?;
+        Ok((round.work.urgent(|path| first.contains(path)), unread))
     }
 
     /// Databases that have changed since the round began, and these. The rest is for the next one: a
@@ -908,7 +913,11 @@ impl<'a> Tree<'a> {
             }
             Change::Meta { .. } | Change::Gone { .. } => false,
         });
-        Ok((self.work(urgent)?, Vec::new()))
+        let mut work = self.work(urgent)?;
+        let urgent = work.urgent(|_| true);
+        // What waits for something else does so in the next round.
+        round.put_off.extend(work.files().cloned());
+        Ok((urgent, Vec::new()))
     }
 
     fn work(&self, changes: Vec<Change>) -> Result<Work, Fault> {
@@ -1023,6 +1032,12 @@ impl<'a> Tree<'a> {
             self.troubled.insert(path.clone(), what);
         }
         if let Ok(bad) = self.ready.open.index.bad() {
+            let now: HashSet<Path> = bad.iter().map(|(path, _)| path.clone()).collect();
+            // Written anew, or gone with the directory that it was in.
+            for path in self.bad.difference(&now).filter(|path| !self.troubled.contains_key(path)) {
+                self.worker.desk.settled(&path.to_string());
+            }
+            self.bad = now;
             for (path, row) in bad {
                 self.worker.desk.incident(
                     &path.to_string(),
@@ -1071,11 +1086,12 @@ impl<'a> Tree<'a> {
         &mut self,
         asked: Vec<(Path, tokio::sync::mpsc::UnboundedSender<Answer>)>,
         good: bool,
+        not_yet: &HashSet<Path>,
     ) {
         for (path, answer) in asked {
             if let Some(why) = self.troubled.get(&path) {
                 done(&answer, format!("The bucket does not have it: {why}"), false);
-            } else if good && !self.waiting.contains_key(&path) {
+            } else if good && !self.waiting.contains_key(&path) && !not_yet.contains(&path) {
                 done(&answer, "The bucket has it", true);
             } else if !answer.is_closed() {
                 self.dirty.insert(path.split().0.to_vec());
