@@ -289,7 +289,9 @@ pub(crate) fn finish(entries: &[(Path, Entry)], root: &FsPath) -> Result<(), Fau
     }
     for paths in groups.values() {
         let Some((first, others)) = paths.split_first() else { continue };
-        let same = |a: &Path, b: &Path| stage::hash(&a.below(root)).ok() == stage::hash(&b.below(root)).ok();
+        // What cannot be read, as with a mode of 0 by a plain user, is not known to be the same.
+        let hash = |path: &Path| stage::hash(&path.below(root)).ok();
+        let same = |a: &Path, b: &Path| hash(a).is_some_and(|a| hash(b) == Some(a));
         for other in
             others.iter().filter(|o| o.below(root).exists() && first.below(root).exists() && same(first, o))
         {
