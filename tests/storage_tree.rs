@@ -5,7 +5,7 @@
 #![allow(clippy::unwrap_used)]
 
 use cvm_harness::cloud::HEALTHY;
-use cvm_harness::machine::PATIENCE;
+use cvm_harness::machine::{MASTER_KEY, PATIENCE};
 use cvm_harness::tools::{Rclone, python, rclone_crypt_python};
 use cvm_harness::{
     Builder, Cloud, Fault, Machine, Rule, difference, digest, flush, independent, machine, storage, until,
@@ -1279,6 +1279,54 @@ fn an_operator_sees_checks_and_fetches_what_the_bucket_has() {
     let shallow = machine.exec(&["cvm", "storage", "verify"]);
     let said = String::from_utf8_lossy(&shallow.stdout).into_owned();
     assert!(!shallow.status.success() && said.contains("verified.db"), "{said}");
+}
+
+/// Lines without owners.
+fn anybodys(lines: &[String]) -> Vec<String> {
+    let of = |line: &String| {
+        let (name, rest) = line.split_once("\" ")?;
+        let words: Vec<&str> = rest.split(' ').collect();
+        Some(format!("{name} {} {}", words[..2].join(" "), words[3..].join(" ")))
+    };
+    lines.iter().map(|line| of(line).unwrap_or_else(|| line.clone())).collect()
+}
+
+#[test]
+fn a_restore_by_a_plain_user_brings_back_everything_but_owners() {
+    let cloud = Cloud::new();
+    let machine = Fuse.start(&cloud);
+    let at = machine.path(WORKSPACE);
+    plant(&at);
+    fs::remove_file(at.join("mode")).unwrap();
+    put(at.join("closed/inside"), "inside");
+    fs::set_permissions(at.join("closed/inside"), fs::Permissions::from_mode(0o400)).unwrap();
+    fs::set_permissions(at.join("closed"), fs::Permissions::from_mode(0o500)).unwrap();
+    put(at.join("borrows"), "rights");
+    std::os::unix::fs::chown(at.join("borrows"), Some(7), Some(8)).unwrap();
+    fs::set_permissions(at.join("borrows"), fs::Permissions::from_mode(0o6755)).unwrap();
+    flush(&machine);
+    let home = machine.path("/tmp/plain");
+    fs::create_dir(&home).unwrap();
+    std::os::unix::fs::chown(&home, Some(1234), Some(1234)).unwrap();
+    let user = ["setpriv", "--reuid=1234", "--regid=1234", "--clear-groups"];
+    let restore = ["cvm", "storage", "restore", "--to", "/tmp/plain/state"];
+    let mut command = machine.command(&[&user[..], &restore].concat());
+    command.env("MASTER_KEY", MASTER_KEY).env("S3_BUCKET", cloud.garage.bucket());
+    command.env("S3_ENDPOINT", cloud.proxy.endpoint()).env("S3_REGION", cloud.garage.region());
+    command.env("AWS_ACCESS_KEY_ID", cloud.garage.access_key());
+    command.env("AWS_SECRET_ACCESS_KEY", cloud.garage.secret_key());
+    let output = command.output().expect("nsenter runs");
+    let said = [output.stdout, output.stderr].concat();
+    let said = String::from_utf8_lossy(&said);
+    assert!(output.status.success(), "{said}");
+    assert_eq!(said.matches("owners come back when root restores").count(), 1, "{said}");
+    let restored = machine.path("/tmp/plain/state/openclaw");
+    let borrows = fs::metadata(restored.join("workspace/borrows")).unwrap();
+    assert_eq!(borrows.permissions().mode() & 0o7777, 0o755, "nobody's rights are lent but the user's");
+    let but_that = |lines: Vec<String>| -> Vec<String> {
+        anybodys(&without_volatile(lines)).into_iter().filter(|line| !line.contains("borrows")).collect()
+    };
+    assert_eq!(difference(&but_that(tree(&machine)), &but_that(digest(&restored, &[]))), "");
 }
 
 #[test]

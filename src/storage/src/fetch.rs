@@ -290,18 +290,14 @@ pub(crate) fn finish(entries: &[(Path, Entry)], root: &FsPath) -> Result<(), Fau
         }
     }
     for paths in groups.values() {
-        // What did not come back is joined with nothing.
-        let content = |path: &Path| {
+        // What did not come back, or cannot be read by a plain user, is joined with nothing.
+        let mut there = paths.iter().filter_map(|path| {
             let parent = Within::open(root, path.parent().as_ref()).ok()?;
             let content = stage::hash(&parent.name(path.name())).ok()?;
-            Some((parent, content))
-        };
-        let mut paths = paths.iter();
-        let Some((first, (from, one))) = paths.next().and_then(|path| Some((path, content(path)?))) else {
-            continue;
-        };
-        for path in paths {
-            let Some((to, _)) = content(path).filter(|(_, other)| *other == one) else { continue };
+            Some((path, parent, content))
+        });
+        let Some((first, from, one)) = there.next() else { continue };
+        for (path, to, _) in there.filter(|(_, _, other)| *other == one) {
             let temporary = to.name(b".cvm-link");
             fs::hard_link(from.name(first.name()), &temporary)?;
             fs::rename(&temporary, to.name(path.name()))?;

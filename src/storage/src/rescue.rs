@@ -10,7 +10,7 @@ use crate::fault::{Accepted, Fault};
 use crate::fetch::{self, Fetcher, Got, Wanted};
 use crate::index::Index;
 use crate::manifest::{Head, Word};
-use crate::opening;
+use crate::{opening, volume};
 use cvm_blueprint::storage::StorageSpec;
 use std::io::{IsTerminal as _, Write as _};
 use std::path::Path as FsPath;
@@ -85,6 +85,9 @@ pub(crate) fn restore(spec: &StorageSpec, to: &FsPath) -> Result<u64, Fault> {
     fetch::finish(&restored, to)?;
     drop(index);
     std::fs::remove_dir_all(&scratch)?;
+    if !volume::gives_away() {
+        println!("All of it is yours: owners come back when root restores");
+    }
     println!("{} of {files} files restored to {}", files - lost - promised, to.display());
     Ok(lost)
 }

@@ -315,16 +315,26 @@ pub(crate) fn ctime_ns(stat: &FileStat) -> i64 {
     stat.st_ctime.saturating_mul(1_000_000_000).saturating_add(stat.st_ctime_nsec)
 }
 
-/// Sets mode, owner and modification time of a path itself.
+/// Whether this process may give files to others.
+pub(crate) fn gives_away() -> bool {
+    nix::unistd::Uid::effective().is_root()
+}
+
+/// Sets mode, owner and modification time of a path itself. Who may not give files to others keeps
+/// them, without the rights that they would lend to whoever runs them.
 pub(crate) fn dress(path: &FsPath, entry: &crate::entry::Entry) -> Result<(), Fault> {
     let metadata = fs::symlink_metadata(path)?;
+    let mut mode = entry.mode;
     if (metadata.uid(), metadata.gid()) != (entry.uid, entry.gid) {
-        std::os::unix::fs::lchown(path, Some(entry.uid), Some(entry.gid))?;
+        match std::os::unix::fs::lchown(path, Some(entry.uid), Some(entry.gid)) {
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied && !gives_away() => mode &= !0o6000,
+            other => other?,
+        }
     }
     // Links have no mode of their own. After chown, which takes set-id bits away.
     if !metadata.file_type().is_symlink() {
         use std::os::unix::fs::PermissionsExt as _;
-        fs::set_permissions(path, fs::Permissions::from_mode(entry.mode))?;
+        fs::set_permissions(path, fs::Permissions::from_mode(mode))?;
     }
     set_mtime(path, entry.mtime_ns)
 }

@@ -12,9 +12,10 @@ use crate::fault::Fault;
 use crate::rules;
 use crate::volume::{self, Volume};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, InotifyEvent, WatchDescriptor};
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fs;
 use std::os::unix::ffi::OsStrExt as _;
+use std::sync::{Mutex, PoisonError};
 
 /// One hint.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,6 +26,41 @@ pub(crate) enum Hint {
     Anywhere,
     /// From now on some changes are found by the scan only.
     NoMoreWatches,
+}
+
+/// What was hinted at since somebody has looked: each directory once, however much happens in it
+/// while nobody looks.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Noted {
+    pub(crate) directories: BTreeSet<Vec<u8>>,
+    pub(crate) anywhere: bool,
+    pub(crate) no_more_watches: bool,
+}
+
+/// From the watcher's thread to the worker's.
+#[derive(Debug, Default)]
+pub(crate) struct Hints(Mutex<Noted>);
+
+impl Hints {
+    /// True when somebody has to be told: what was there before has been taken.
+    pub(crate) fn note(&self, hints: Vec<Hint>) -> bool {
+        let mut noted = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let was_nothing = *noted == Noted::default();
+        for hint in hints {
+            match hint {
+                Hint::Directory(dir) => drop(noted.directories.insert(dir)),
+                Hint::Anywhere => noted.anywhere = true,
+                Hint::NoMoreWatches => noted.no_more_watches = true,
+            }
+        }
+        was_nothing && *noted != Noted::default()
+    }
+
+    /// Nothing, when there is nothing new.
+    pub(crate) fn take(&self) -> Option<Noted> {
+        let noted = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
+        (noted != Noted::default()).then_some(noted)
+    }
 }
 
 /// Said once.
@@ -176,5 +212,26 @@ impl Watcher {
         {
             self.add(Some(path), seen);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_happens_while_nobody_looks_is_noted_once_and_told_once() {
+        let hints = Hints::default();
+        assert_eq!(hints.take(), None);
+        assert!(!hints.note(Vec::new()));
+        let of = |n: u32| vec![Hint::Directory(format!("d{}", n % 3).into_bytes())];
+        let told = (0..10_000).filter(|n| hints.note(of(*n))).count();
+        assert_eq!(told, 1);
+        assert!(!hints.note(vec![Hint::Anywhere]));
+        let noted = hints.take().unwrap();
+        assert_eq!(noted.directories.len(), 3);
+        assert!(noted.anywhere && !noted.no_more_watches);
+        assert_eq!(hints.take(), None);
+        assert!(hints.note(of(1)), "what comes later is told again");
     }
 }

@@ -22,7 +22,7 @@ use crate::owner::uptime;
 use crate::push::{Pusher, Rest, Work};
 use crate::review::Review;
 use crate::scan::{Change, Found, Scanner};
-use crate::watch::{Hint, Watcher};
+use crate::watch::{Hints, Watcher};
 use crate::{boots, hydrate, mount, parallel};
 use cvm_blueprint::storage::{Answer, Ask, Mode, Progress, StorageSpec};
 use std::collections::{BTreeSet, HashMap, HashSet};
@@ -56,7 +56,8 @@ const MOVING_MAX: u32 = 8;
 const HELD_MAX: u32 = 20;
 
 pub(crate) enum Order {
-    Hint(Hint),
+    /// The watcher has noted something.
+    Hints,
     Ask(Ask, tokio::sync::mpsc::UnboundedSender<Answer>),
     /// The bucket does not have this right, and the tree does.
     SendAgain(Path),
@@ -256,6 +257,7 @@ struct Tree<'a> {
     worker: &'a mut Worker,
     ready: Ready,
     stop: Arc<AtomicBool>,
+    hints: Arc<Hints>,
     /// A verify or a drill.
     reviewing: Option<std::thread::JoinHandle<()>>,
     dirty: BTreeSet<Vec<u8>>,
@@ -323,6 +325,7 @@ impl<'a> Tree<'a> {
         let mut this = Self {
             worker,
             stop,
+            hints: Arc::default(),
             reviewing: None,
             dirty: BTreeSet::new(),
             everything: true,
@@ -374,6 +377,7 @@ impl<'a> Tree<'a> {
 
     fn help(&mut self) -> Result<(), Fault> {
         let (sender, stop, open) = (self.worker.sender.clone(), Arc::clone(&self.stop), self.open());
+        let hints = Arc::clone(&self.hints);
         let (tell, watching) = std::sync::mpsc::channel();
         std::thread::spawn(move || {
             // It looks at the merged tree.
@@ -384,11 +388,10 @@ impl<'a> Tree<'a> {
             };
             // From here on nothing is missed: the first scan may begin.
             let _ = tell.send(Ok(()));
-            while let Ok(hints) = watcher.next() {
-                for hint in hints {
-                    if stop.load(Ordering::Relaxed) || sender.send(Order::Hint(hint)).is_err() {
-                        return;
-                    }
+            while let Ok(seen) = watcher.next() {
+                let new = hints.note(seen);
+                if stop.load(Ordering::Relaxed) || new && sender.send(Order::Hints).is_err() {
+                    return;
                 }
             }
         });
@@ -597,17 +600,18 @@ impl<'a> Tree<'a> {
 
     fn take(&mut self, order: Order) -> Option<End> {
         match order {
-            Order::Hint(hint) => {
+            Order::Hints => {
+                let mut noted = self.hints.take()?;
                 self.note_change();
-                match hint {
-                    Hint::Directory(dir) => drop(self.dirty.insert(dir)),
-                    Hint::Anywhere => {
-                        self.everything = true;
-                        self.mind_the_databases();
-                    }
-                    Hint::NoMoreWatches => self.worker.desk.warn(
+                self.dirty.append(&mut noted.directories);
+                if noted.anywhere {
+                    self.everything = true;
+                    self.mind_the_databases();
+                }
+                if noted.no_more_watches {
+                    self.worker.desk.warn(
                         "The kernel gives no more inotify watches (fs.inotify.max_user_watches): some changes are only found by the scan every 5 minutes",
-                    ),
+                    );
                 }
                 let oldest = self.round.as_ref().and_then(|round| round.first).or(self.first);
                 self.worker.desk.changed(self.oldest(oldest));
