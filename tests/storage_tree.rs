@@ -8,7 +8,7 @@ use cvm_harness::cloud::HEALTHY;
 use cvm_harness::machine::{MASTER_KEY, PATIENCE};
 use cvm_harness::tools::{Rclone, python, rclone_crypt_python};
 use cvm_harness::{
-    Builder, Cloud, Fault, Machine, Rule, difference, digest, flush, independent, machine, storage, until,
+    Builder, Cloud, Fault, Machine, Rule, difference, digest, flush, independent, storage, until,
 };
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -336,6 +336,15 @@ fn files_that_grow_or_go_while_they_are_pushed_do_not_stop_the_rest() {
     let expected = tree(&machine);
     let machine = restored(&cloud, machine, Fuse);
     assert_eq!(difference(&expected, &tree(&machine)), "");
+}
+
+/// `cvm storage restore`, by what may come before it.
+fn restore_by_hand(cloud: &Cloud, machine: &Machine, before: &[&str], to: &str) -> std::process::Output {
+    let mut command = machine.command(&[before, &["cvm", "storage", "restore", "--to", to]].concat());
+    command.env("MASTER_KEY", MASTER_KEY).env("S3_BUCKET", cloud.garage.bucket());
+    command.env("S3_ENDPOINT", cloud.proxy.endpoint()).env("S3_REGION", cloud.garage.region());
+    command.env("AWS_ACCESS_KEY_ID", cloud.garage.access_key());
+    command.env("AWS_SECRET_ACCESS_KEY", cloud.garage.secret_key()).output().expect("nsenter runs")
 }
 
 /// What the bucket has under a name, by stock rclone's reading, which tells no empty file from none.
@@ -1079,7 +1088,7 @@ print('%012d-%012d-%06d' % (header['from'], header['to'], header['epoch']))
     let scratch = tempfile::tempdir().unwrap();
     let [old, new] = ["old", "new"].map(|name| scratch.path().join(name).display().to_string());
     rclone.ok(&["copyto", &format!("crypt:.cvm/manifest/{last}"), &old]);
-    let name = python(PROGRAM, &[&old, lines, &new, machine::MASTER_KEY]);
+    let name = python(PROGRAM, &[&old, lines, &new, MASTER_KEY]);
     rclone.ok(&["copyto", &new, &format!("crypt:.cvm/manifest/{name}")]);
 }
 
@@ -1156,11 +1165,7 @@ fn a_restore_by_hand_writes_nothing_outside_of_its_directory() {
     // On another prefix: what it restores from is nobody's.
     let elsewhere = cloud.machine().environment("S3_PREFIX", "elsewhere");
     let machine = ready(elsewhere.file("/tmp/outside/x", "mine", 0o600).start());
-    let mut command = machine.command(&["cvm", "storage", "restore", "--to", "/tmp/whole"]);
-    command.env("MASTER_KEY", machine::MASTER_KEY).env("S3_BUCKET", cloud.garage.bucket());
-    command.env("S3_ENDPOINT", cloud.proxy.endpoint()).env("S3_REGION", cloud.garage.region());
-    command.env("AWS_ACCESS_KEY_ID", cloud.garage.access_key());
-    let output = command.env("AWS_SECRET_ACCESS_KEY", cloud.garage.secret_key()).output().unwrap();
+    let output = restore_by_hand(&cloud, &machine, &[], "/tmp/whole");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     untouched(&machine);
     let at = machine.path("/tmp/whole/openclaw/workspace");
@@ -1233,13 +1238,7 @@ fn an_operator_sees_checks_and_fetches_what_the_bucket_has() {
         machine.ok(&[&["cvm", "storage"], words].concat());
     }
     assert_eq!(storage(&machine)["drill"]["good"], true);
-    let restore = || {
-        let mut command = machine.command(&["cvm", "storage", "restore", "--to", "/tmp/whole"]);
-        command.env("MASTER_KEY", machine::MASTER_KEY).env("S3_BUCKET", cloud.garage.bucket());
-        command.env("S3_ENDPOINT", cloud.proxy.endpoint()).env("S3_REGION", cloud.garage.region());
-        command.env("AWS_ACCESS_KEY_ID", cloud.garage.access_key());
-        command.env("AWS_SECRET_ACCESS_KEY", cloud.garage.secret_key()).output().expect("nsenter runs")
-    };
+    let restore = || restore_by_hand(&cloud, &machine, &[], "/tmp/whole");
     let output = restore();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     assert_eq!(
@@ -1309,13 +1308,7 @@ fn a_restore_by_a_plain_user_brings_back_everything_but_owners() {
     fs::create_dir(&home).unwrap();
     std::os::unix::fs::chown(&home, Some(1234), Some(1234)).unwrap();
     let user = ["setpriv", "--reuid=1234", "--regid=1234", "--clear-groups"];
-    let restore = ["cvm", "storage", "restore", "--to", "/tmp/plain/state"];
-    let mut command = machine.command(&[&user[..], &restore].concat());
-    command.env("MASTER_KEY", MASTER_KEY).env("S3_BUCKET", cloud.garage.bucket());
-    command.env("S3_ENDPOINT", cloud.proxy.endpoint()).env("S3_REGION", cloud.garage.region());
-    command.env("AWS_ACCESS_KEY_ID", cloud.garage.access_key());
-    command.env("AWS_SECRET_ACCESS_KEY", cloud.garage.secret_key());
-    let output = command.output().expect("nsenter runs");
+    let output = restore_by_hand(&cloud, &machine, &user, "/tmp/plain/state");
     let said = [output.stdout, output.stderr].concat();
     let said = String::from_utf8_lossy(&said);
     assert!(output.status.success(), "{said}");
