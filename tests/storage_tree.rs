@@ -969,7 +969,11 @@ fn healed(cloud: &Cloud, machine: &Machine) {
 #[track_caller]
 fn comes_back(cloud: &Cloud, machine: Machine, mode: Mode) -> Machine {
     let expected = tree(&machine);
-    let said = machine.ok(&["cvm", "storage", "verify", "--deep"]);
+    let said = until("no drill is running", PATIENCE, || {
+        let output = machine.exec(&["cvm", "storage", "verify", "--deep"]);
+        let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+        (!said.contains("is running already")).then_some(said)
+    });
     assert!(said.contains("equal") && !said.contains("does not know"), "{said}");
     let machine = restored(cloud, machine, mode);
     assert_eq!(difference(&expected, &tree(&machine)), "");
@@ -1180,11 +1184,14 @@ fn rotated_meanwhile(cloud: &Cloud, machine: &Machine, rotate: &str) {
     independent(machine);
     flush(machine);
     cloud.proxy.latency(Duration::from_millis(150));
-    let at = machine.path(WORKSPACE);
-    File::options().append(true).open(at.join("log")).unwrap().write_all(b"and more").unwrap();
+    // Where nothing is pushed: all of it comes in one moment, and the log, which is larger, is last.
+    let (at, bulk) = (machine.path(WORKSPACE), machine.path("/data/openclaw/cache/many"));
     for n in 0..1500 {
-        put(at.join(format!("many/{}/{n}", n % 97)), n.to_string());
+        put(bulk.join(format!("{}/{n}", n % 97)), n.to_string());
     }
+    File::options().append(true).open(at.join("log")).unwrap().write_all(b"and more").unwrap();
+    fs::rename(&bulk, at.join("many")).unwrap();
+    fs::remove_dir(bulk.parent().unwrap()).unwrap();
     let left = || storage(machine)["pending_files"].as_u64().unwrap_or_default();
     until("the bulk is on its way", PATIENCE, || (left() > 700).then_some(()));
     cloud.proxy.clear_log();
@@ -1198,7 +1205,8 @@ fn rotated_meanwhile(cloud: &Cloud, machine: &Machine, rotate: &str) {
         })
     };
     until("both are sent", PATIENCE, || keys.iter().all(|key| first_of(key).is_some()).then_some(()));
-    assert!(first_of(&keys[1]) < first_of(&keys[0]), "the log took its own name before it had another");
+    let order = (first_of(&keys[1]), first_of(&keys[0]));
+    assert!(order.0 < order.1, "the log took its own name before it had another: {order:?}");
     healed(cloud, machine);
 }
 
