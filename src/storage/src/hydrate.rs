@@ -31,8 +31,10 @@ const BATCH: usize = 256;
 const TRIES: u32 = 3;
 /// Between two passes in which nothing came up: the first time, and at most.
 const AGAIN: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(60));
-/// So many in a row that cannot be had, and the rest is not asked for in this pass.
-const ENOUGH: u32 = 24;
+/// So many reads that fail in a row, and the rest is not asked for in this pass.
+const ENOUGH: u32 = 12;
+/// So many files of a batch that rclone has been asked about in vain, and no more.
+const ASKED: usize = 3;
 /// Names of those in the log.
 const NAMED: usize = 5;
 
@@ -65,6 +67,10 @@ impl Pass {
         self.failed_in_a_row.load(Ordering::Relaxed) >= ENOUGH
     }
 
+    fn failed(&self) {
+        self.failed_in_a_row.fetch_add(1, Ordering::Relaxed);
+    }
+
     fn skips(&self, size: u64) -> bool {
         self.is_over() || size >= self.too_large.load(Ordering::Relaxed)
     }
@@ -74,9 +80,7 @@ impl Pass {
             Lifted::Later(_, fault) if fault.is_no_room() => {
                 self.too_large.fetch_min(size, Ordering::Relaxed);
             }
-            Lifted::Later(..) | Lifted::Unclear(_) => {
-                self.failed_in_a_row.fetch_add(1, Ordering::Relaxed);
-            }
+            Lifted::Later(..) | Lifted::Unclear(_) => self.failed(),
             Lifted::Up(..) | Lifted::Bad(..) => self.failed_in_a_row.store(0, Ordering::Relaxed),
             Lifted::Skipped => {}
         }
@@ -121,7 +125,7 @@ pub(crate) fn run(open: &Open, desk: &Desk, stop: &AtomicBool) -> Result<bool, F
             let lifted = parallel::each_apart(batch.to_vec(), THREADS, |(path, row)| {
                 let size = row.entry.size();
                 let skipped = row.entry.is_file() && pass.skips(size);
-                let lifted = if skipped { Lifted::Skipped } else { lift(open, &path, &row) };
+                let lifted = if skipped { Lifted::Skipped } else { lift(open, &path, &row, &pass) };
                 pass.note(size, &lifted);
                 if matches!(lifted, Lifted::Up(..)) {
                     files.fetch_add(u64::from(row.entry.is_file()), Ordering::Relaxed);
@@ -171,15 +175,26 @@ fn say(desk: &Desk, later: &[(Path, Fault)], wait: Duration) {
     }
 }
 
+/// What rclone says of a file that the mount does not give. `in_vain` is what it said of others, and
+/// an outage is not found out with each of them.
+fn explain(open: &Open, path: Path, in_vain: &mut Vec<Fault>) -> Lifted {
+    if let Some(fault) = in_vain.last().filter(|_| in_vain.len() >= ASKED) {
+        return Lifted::Later(path, fault.clone());
+    }
+    let lifted = ask_rclone(open, &path);
+    if let Lifted::Later(_, fault) = &lifted {
+        in_vain.push(fault.clone());
+    }
+    lifted
+}
+
 fn settle(open: &Open, desk: &Desk, lifted: Vec<Lifted>, outcome: &mut Outcome) -> Result<(), Fault> {
     let (mut up, mut known) = (Vec::new(), Vec::new());
-    // Who is not reached for one file is not asked about the next.
-    let mut out_of_reach = None;
+    let mut in_vain: Vec<Fault> = Vec::new();
     for one in lifted {
-        let one = match (one, &out_of_reach) {
-            (Lifted::Unclear(path), Some(fault)) => Lifted::Later(path, Fault::clone(fault)),
-            (Lifted::Unclear(path), None) => ask_rclone(open, &path),
-            (one, _) => one,
+        let one = match one {
+            Lifted::Unclear(path) => explain(open, path, &mut in_vain),
+            one => one,
         };
         match one {
             Lifted::Up(path, Some(one)) => known.push((path, one)),
@@ -191,12 +206,7 @@ fn settle(open: &Open, desk: &Desk, lifted: Vec<Lifted>, outcome: &mut Outcome) 
                 parallel::apart(|| hide(open, &path));
                 desk.incident(&path.to_string(), &why, REMEDY);
             }
-            Lifted::Later(path, fault) => {
-                if matches!(fault, Fault::Unreachable(_) | Fault::Tls(_) | Fault::Clock) {
-                    out_of_reach = Some(fault.clone());
-                }
-                outcome.later.push((path, fault));
-            }
+            Lifted::Later(path, fault) => outcome.later.push((path, fault)),
             Lifted::Unclear(_) | Lifted::Skipped => {}
         }
     }
@@ -227,7 +237,7 @@ fn written(open: &Open, path: &Path) -> bool {
         && volume::mark(&above, c"trusted.overlay.metacopy").is_none()
 }
 
-fn lift(open: &Open, path: &Path, row: &Row) -> Lifted {
+fn lift(open: &Open, path: &Path, row: &Row, pass: &Pass) -> Lifted {
     if !row.entry.is_file() || written(open, path) {
         return Lifted::Up(path.clone(), None);
     }
@@ -235,7 +245,7 @@ fn lift(open: &Open, path: &Path, row: &Row) -> Lifted {
     if open.volume.room().is_ok_and(|room| room.free < row.entry.size()) {
         return Lifted::Later(path.clone(), nix::errno::Errno::ENOSPC.into());
     }
-    match checked_below(path, &row.entry) {
+    match checked_below(path, &row.entry, pass) {
         Some(Ok(())) => match copy_up(open, path, &row.entry) {
             Ok(known) => Lifted::Up(path.clone(), known),
             Err(fault) => Lifted::Later(path.clone(), fault),
@@ -248,8 +258,14 @@ fn lift(open: &Open, path: &Path, row: &Row) -> Lifted {
 }
 
 /// What is wrong with it; nothing when that cannot be told.
-fn checked_below(path: &Path, entry: &Entry) -> Option<Result<(), String>> {
-    for _ in 0..TRIES {
+fn checked_below(path: &Path, entry: &Entry, pass: &Pass) -> Option<Result<(), String>> {
+    for attempt in 0..TRIES {
+        if attempt > 0 {
+            pass.failed();
+            if pass.is_over() {
+                break;
+            }
+        }
         match check_below(path, entry) {
             Ok(outcome) => return Some(outcome),
             Err(fault @ Fault::Missing) => return fetch::lost(&fault).map(|why| Err(why.to_owned())),
@@ -397,7 +413,7 @@ fn lift_moved(open: &Open, here: &Path, old: &Path, row: &Row) -> Moved {
     if let Some(why) = &row.bad {
         return Moved::Bad(why.clone());
     }
-    match checked_below(old, &row.entry) {
+    match checked_below(old, &row.entry, &Pass::new()) {
         Some(Ok(())) => match lifting::lift(&open.volume, here, Some(row.entry.mtime_ns)) {
             Ok(_) => Moved::Up,
             Err(fault) => Moved::Later(format!("its data cannot be brought up: {fault}")),
