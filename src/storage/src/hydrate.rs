@@ -218,15 +218,17 @@ fn settle(open: &Open, desk: &Desk, lifted: Vec<Lifted>, outcome: &mut Outcome) 
 /// What is wrong in the bucket is not there for the gateway. What it has already written over is
 /// its own and stays.
 fn hide(open: &Open, path: &Path) {
-    let upper = path.below(&open.volume.upper);
     if written(open, path) {
         return;
     }
-    let stub = volume::look(&upper).ok().flatten().is_some();
-    let removed = std::fs::remove_file(path.below(&open.volume.tree));
+    // Its directories are the agent's to replace by links.
+    let remove = |top: &FsPath| {
+        let dir = Within::open(top, path.parent().as_ref())?;
+        std::fs::remove_file(dir.name(path.name()))
+    };
     // Of a stub with nothing below, the overlay finds neither the file nor its absence.
-    if removed.is_err() && stub {
-        let _ = std::fs::remove_file(&upper);
+    if remove(&open.volume.tree).is_err() {
+        let _ = remove(&open.volume.upper);
     }
 }
 

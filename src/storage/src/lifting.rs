@@ -6,7 +6,7 @@
 
 use crate::entry::Path;
 use crate::fault::Fault;
-use crate::volume::{self, Volume};
+use crate::volume::{self, Volume, Within};
 use nix::fcntl::OFlag;
 use nix::sys::stat::FileStat;
 use std::collections::HashSet;
@@ -44,7 +44,14 @@ pub(crate) enum Seen {
 /// Makes the kernel bring a file's data up, with the time that the file has had above or, when there
 /// was nothing of it above, the one that is given. False when the file is not there any more.
 pub(crate) fn lift(volume: &Volume, path: &Path, mtime_ns: Option<i64>) -> Result<bool, Fault> {
-    let (at, upper) = (path.below(&volume.tree), path.below(&volume.upper));
+    let dir = match Within::open(&volume.tree, path.parent().as_ref()) {
+        // Removed, or replaced by something that its files are not in.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR | libc::ELOOP)) => {
+            return Ok(false);
+        }
+        other => other?,
+    };
+    let (at, upper) = (dir.name(path.name()), path.below(&volume.upper));
     volume.lifting.during(path, || {
         let above = volume::look(&upper)?.map(|stat| volume::mtime_ns(&stat));
         match open_for_writing(&at) {
@@ -98,6 +105,26 @@ mod tests {
         child.wait().unwrap();
         assert!(matches!(&outcome, Err(Fault::Other(why)) if why.contains("runs")), "{outcome:?}");
         assert!(lift(&volume, &path, None).unwrap());
+    }
+
+    #[test]
+    fn nothing_is_brought_up_through_a_link() {
+        let dir = tempfile::tempdir().unwrap();
+        let [top, outside] = ["top", "outside"].map(|name| dir.path().join(name));
+        for at in [&top, &outside] {
+            std::fs::create_dir(at).unwrap();
+        }
+        let volume = Volume::plain(&top).unwrap();
+        std::fs::write(outside.join("a"), "1").unwrap();
+        let time = || volume::mtime_ns(&volume::look(&outside.join("a")).unwrap().unwrap());
+        let before = time();
+        std::os::unix::fs::symlink(&outside, top.join("d")).unwrap();
+        std::fs::write(top.join("f"), "1").unwrap();
+        for name in ["d/a", "f/a", "none/a"] {
+            let path = Path::new(name.as_bytes()).unwrap();
+            assert!(!lift(&volume, &path, Some(1_234)).unwrap(), "{name}");
+        }
+        assert_eq!(time(), before);
     }
 
     #[test]
