@@ -356,19 +356,12 @@ fn in_bucket(cloud: &Cloud, name: &str) -> Option<String> {
 /// Rotates a log while something fails, and yields what the bucket has of it then.
 fn rotated(cloud: &Cloud, machine: &Machine, fault: Rule) -> [Option<String>; 2] {
     cloud.proxy.add(fault);
-    let rotate = "cd /data/openclaw/workspace && mv log log.1 && echo new > log && echo $$ > beside";
-    machine.ok(&["sh", "-c", rotate]);
+    in_workspace(machine, "mv log log.1; echo new > log; echo $$ > beside");
     // It is of the same round, and goes up.
-    until("the rest is pushed", PATIENCE, || in_bucket(cloud, "openclaw/workspace/beside"));
-    until("the log is waited for", PATIENCE, || {
-        let said = machine.exec(&["cvm", "storage", "flush"]);
-        (!said.status.success()).then_some(())
-    });
+    is_there(cloud, "beside");
+    held_up(machine);
     let seen = ["log", "log.1"].map(|name| in_bucket(cloud, &format!("openclaw/workspace/{name}")));
-    cloud.proxy.heal();
-    until("all is pushed", PATIENCE, || {
-        machine.exec(&["cvm", "storage", "flush"]).status.success().then_some(())
-    });
+    healed(cloud, machine);
     assert_eq!(in_bucket(cloud, "openclaw/workspace/log").as_deref(), Some("new\n"));
     assert_eq!(in_bucket(cloud, "openclaw/workspace/log.1").as_deref(), Some("old\n"));
     seen
@@ -378,7 +371,7 @@ fn rotated(cloud: &Cloud, machine: &Machine, fault: Rule) -> [Option<String>; 2]
 fn what_the_bucket_has_is_there_under_its_new_name_before_another_file_takes_the_old_one() {
     let cloud = Cloud::new();
     let machine = Fuse.start(&cloud);
-    machine.ok(&["sh", "-c", "mkdir -p /data/openclaw/workspace && echo old > /data/openclaw/workspace/log"]);
+    in_workspace(&machine, "echo old > log");
     flush(&machine);
     let new_name = key(&cloud, "openclaw/workspace/log.1");
     let fault = Rule::new(Fault::Status(503)).method("PUT").path(&new_name);
@@ -390,7 +383,7 @@ fn what_the_bucket_has_is_there_under_its_new_name_before_another_file_takes_the
 fn what_is_only_in_the_bucket_is_not_written_over_there_by_what_takes_its_name() {
     let cloud = Cloud::new();
     let machine = Fuse.start(&cloud);
-    machine.ok(&["sh", "-c", "mkdir -p /data/openclaw/workspace && echo old > /data/openclaw/workspace/log"]);
+    in_workspace(&machine, "echo old > log");
     flush(&machine);
     drop(machine);
     // It does not come up: nobody can read it.

@@ -1,7 +1,8 @@
 //! The end of a worker that is told to stop: since when it is, and who leaves in its place when the
 //! time is over and the network still holds its threads.
 //!
-//! Refuses to wait for anybody. May import: `desk`, `entry`, `scan`, `volume`.
+//! Refuses to wait for anybody. May import: `desk`, `entry`, `owner` (its
+//! clock), `scan`, `volume`.
 
 use crate::desk::Desk;
 use crate::entry::{Kind, Path};
@@ -16,17 +17,23 @@ use std::time::Duration;
 /// What the last request may take beyond its time.
 const GRACE: Duration = Duration::from_secs(1);
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Ending {
+    /// How long it may take.
+    time: Duration,
     told: OnceLock<Duration>,
     /// The bucket has everything; what is left is courtesy.
     all_there: AtomicBool,
 }
 
 impl Ending {
-    /// The end of a time that begins when this is first asked.
-    pub(crate) fn until(&self, time: Duration) -> Duration {
-        *self.told.get_or_init(uptime) + time
+    pub(crate) fn new(time: Duration) -> Self {
+        Self { time, told: OnceLock::new(), all_there: AtomicBool::new(false) }
+    }
+
+    /// When its time is over, which begins when this is first asked.
+    pub(crate) fn until(&self) -> Duration {
+        *self.told.get_or_init(uptime) + self.time
     }
 
     pub(crate) fn all_is_there(&self) {
@@ -35,8 +42,8 @@ impl Ending {
 
     /// Says what is missing when the time is over, and ends the process. Whoever has no tree yet is
     /// left to who waits for the process.
-    pub(crate) fn enforce(&self, desk: &Desk, time: Duration) {
-        std::thread::sleep((self.until(time) + GRACE).saturating_sub(uptime()));
+    pub(crate) fn enforce(&self, desk: &Desk) {
+        std::thread::sleep((self.until() + GRACE).saturating_sub(uptime()));
         let all_there = self.all_there.load(Ordering::Relaxed);
         if all_there {
             desk.drained(0, 0);

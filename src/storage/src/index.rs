@@ -249,8 +249,7 @@ impl Index {
 
     /// Every path below a directory.
     pub(crate) fn below(&self, dir: &Path) -> Result<Vec<(Path, Row)>, Fault> {
-        let from = [dir.as_bytes(), b"/"].concat();
-        let to = [dir.as_bytes(), b"0"].concat();
+        let [from, to] = further_down(dir);
         self.select("WHERE dir = ?1 OR (dir >= ?2 AND dir < ?3)", params![dir.as_bytes(), from, to])
     }
 
@@ -260,8 +259,7 @@ impl Index {
 
     /// Whether there is anything.
     pub(crate) fn has_below(&self, dir: &Path) -> Result<bool, Fault> {
-        let from = [dir.as_bytes(), b"/"].concat();
-        let to = [dir.as_bytes(), b"0"].concat();
+        let [from, to] = further_down(dir);
         let db = self.db();
         let any = |sql: &str, values: &[&dyn rusqlite::ToSql]| db.prepare_cached(sql)?.exists(values);
         Ok(any("SELECT 1 FROM entry WHERE dir = ? LIMIT 1", params![dir.as_bytes()])?
@@ -293,8 +291,9 @@ impl Index {
                 } else {
                     let (dir, name) = path.split();
                     let kind: Option<i64> = kind.query_row(params![dir, name], |r| r.get(0)).optional()?;
-                    known.insert(path.as_bytes().to_vec(), kind.is_none_or(|kind| kind == DIRECTORY));
-                    kind.is_none_or(|kind| kind == DIRECTORY)
+                    let fine = kind.is_none_or(|kind| kind == DIRECTORY);
+                    known.insert(path.as_bytes().to_vec(), fine);
+                    fine
                 };
                 above = path.parent();
             }
@@ -368,6 +367,11 @@ impl Index {
             run(params![dir, name])
         })
     }
+}
+
+/// Between which values of `dir` everything is that lies deeper than directly in a directory.
+fn further_down(dir: &Path) -> [Vec<u8>; 2] {
+    [b"/", b"0"].map(|end| [dir.as_bytes(), end].concat())
 }
 
 fn apply_line(db: &Connection, line: &Line) -> rusqlite::Result<()> {

@@ -148,17 +148,16 @@ fn work() -> ExitCode {
         return ExitCode::FAILURE;
     };
     runtime.spawn(serve::serve(Arc::clone(&desk), sender.clone()));
-    let ending = Arc::new(Ending::default());
+    let ending = Arc::new(Ending::new(Duration::from_secs(u64::from(spec.drain_s))));
     let (stopper, ends, watched) = (sender.clone(), Arc::clone(&ending), Arc::clone(&desk));
-    let drain = Duration::from_secs(u64::from(spec.drain_s));
     std::thread::spawn(move || {
         // Nothing is ever written to it; its end is the message.
         let mut byte = [0u8; 1];
         while matches!(nix::unistd::read(&lifeline, &mut byte), Err(nix::errno::Errno::EINTR) | Ok(1..)) {}
-        ends.until(drain);
+        ends.until();
         let _ = stopper.send(Order::Stop);
         // Whatever the worker is doing just now.
-        ends.enforce(&watched, drain);
+        ends.enforce(&watched);
     });
     let boots = boots::Boots::new(desk.boot.clone());
     let worker = Worker {

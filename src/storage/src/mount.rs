@@ -26,17 +26,20 @@ use std::path::Path;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct NoMount(pub(crate) String);
 
+/// What the kernel says of the mount on top at a mount point.
+fn mounted_at(point: &str) -> Option<String> {
+    let table = fs::read_to_string("/proc/self/mountinfo").ok()?;
+    table.lines().rev().find(|line| line.split(' ').nth(4) == Some(point)).map(str::to_owned)
+}
+
 /// Whether something is mounted exactly there.
 pub(crate) fn is_mount(point: &str) -> bool {
-    let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    table.lines().any(|line| line.split(' ').nth(4) == Some(point))
+    mounted_at(point).is_some()
 }
 
 /// What is on top at a mount point: its file system type.
 fn kind_at(point: &str) -> Option<String> {
-    let table = fs::read_to_string("/proc/self/mountinfo").ok()?;
-    let line = table.lines().rev().find(|line| line.split(' ').nth(4) == Some(point))?;
-    line.split_once(" - ")?.1.split(' ').next().map(str::to_owned)
+    mounted_at(point)?.split_once(" - ")?.1.split(' ').next().map(str::to_owned)
 }
 
 /// Whether an overlay of an earlier worker is still there and answers.
@@ -179,8 +182,7 @@ fn words(error: &std::io::Error) -> String {
 /// The descriptor over which the kernel asks for the mount, as this process holds it. One of an
 /// earlier mount may be open yet; kernels that do not say which is which have the first one taken.
 fn fuse_descriptor() -> Option<i32> {
-    let table = fs::read_to_string("/proc/self/mountinfo").ok()?;
-    let mount = table.lines().rev().find(|line| line.split(' ').nth(4) == Some(paths::BUCKET_MOUNT))?;
+    let mount = mounted_at(paths::BUCKET_MOUNT)?;
     let connection = mount.split(' ').nth(2)?.split_once(':')?.1;
     let entries = fs::read_dir("/proc/self/fd").ok()?;
     entries.flatten().find_map(|entry| {

@@ -243,9 +243,19 @@ impl Rest {
         self.later.push((path, why));
         self.so_far.holds = self.so_far.holds.max(holds);
     }
-}
 
-const NOT_YET: &str = "the bucket does not have what was here before under its new name yet";
+    fn waits_for_its_name(&mut self, path: Path) {
+        let why = "the bucket does not have what was here before under its new name yet";
+        self.wait(path, why.to_owned(), Holds::Nothing);
+    }
+
+    /// What had the name is at another that no scan has met.
+    fn is_passed(&mut self, path: Path, now_at: Path) {
+        self.so_far.moving = true;
+        self.elsewhere.extend([now_at, path.clone()]);
+        self.waits_for_its_name(path);
+    }
+}
 
 impl Pusher<'_> {
     /// One slice. `urgent` is what comes first, and then at least one batch of its own. `unread` was
@@ -254,15 +264,13 @@ impl Pusher<'_> {
         let mut rest = Rest { removals: work.gone.len() as u64, so_far: work.so_far, ..Rest::default() };
         for Unread { path, data_at, why } in unread {
             if let Some(old) = data_at.filter(|old| work.leave_out(old) | urgent.leave_out(old)) {
-                rest.wait(old, NOT_YET.to_owned(), Holds::Nothing);
+                rest.waits_for_its_name(old);
             }
             rest.wait(path, why, Holds::Everything);
         }
         for Passed { path, now_at } in std::mem::take(&mut work.passed) {
             if !self.insists && work.leave_out(&path) {
-                rest.so_far.moving = true;
-                rest.elsewhere.extend([now_at, path.clone()]);
-                rest.wait(path, NOT_YET.to_owned(), Holds::Nothing);
+                rest.is_passed(path, now_at);
             }
         }
         let outcome = self.send_first(work, urgent, &mut rest).and_then(|left| match left {
@@ -393,7 +401,7 @@ impl Pusher<'_> {
             let count = batch.len() as u64;
             if rank > 0 && (rest.so_far.unsent || rest.so_far.moving) {
                 for read in batch {
-                    rest.wait(read.path, NOT_YET.to_owned(), Holds::Nothing);
+                    rest.waits_for_its_name(read.path);
                 }
             } else {
                 self.batch(batch, exchange.as_deref_mut(), rest)?;
@@ -453,9 +461,7 @@ impl Pusher<'_> {
                         );
                     } else if let Some(now_at) = passed {
                         self.discard(&staged.name);
-                        rest.so_far.moving = true;
-                        rest.elsewhere.extend([now_at, path.clone()]);
-                        rest.wait(path, NOT_YET.to_owned(), Holds::Nothing);
+                        rest.is_passed(path, now_at);
                     } else {
                         to_send.push(staged);
                     }
@@ -833,9 +839,16 @@ mod tests {
         }
 
         fn work(&self) -> Work {
+            self.work_but(&[])
+        }
+
+        /// As if the scan had not met these.
+        fn work_but(&self, unmet: &[&str]) -> Work {
             let fetched = HashSet::new();
             let found = scan::Scanner::new(&self.volume, &self.index, "p", &fetched).full().unwrap();
-            Work::of(found.changes, &self.volume, &self.index, "p").unwrap()
+            let mut changes = found.changes;
+            changes.retain(|change| !unmet.iter().any(|name| *change.path() == path(name)));
+            Work::of(changes, &self.volume, &self.index, "p").unwrap()
         }
 
         fn moves(&self, from: &str, to: &str) {
@@ -880,16 +893,12 @@ mod tests {
         tree.moves("log.1", "log.2");
         tree.moves("log", "log.1");
         fs::write(tree.at("log"), "").unwrap();
-        let fetched = HashSet::new();
-        let found = scan::Scanner::new(&tree.volume, &tree.index, "p", &fetched).full().unwrap();
-        let work = Work::of(found.changes, &tree.volume, &tree.index, "p").unwrap();
+        let work = tree.work();
         let files: Vec<String> = work.files().map(ToString::to_string).collect();
         assert_eq!(files, ["log.2", "log.1", "log"]);
         assert!(work.passed.is_empty());
         // The scan has not met the oldest: what takes its name waits for it.
-        let found = scan::Scanner::new(&tree.volume, &tree.index, "p", &fetched).full().unwrap();
-        let met = found.changes.into_iter().filter(|c| *c.path() != path("log.2")).collect();
-        let work = Work::of(met, &tree.volume, &tree.index, "p").unwrap();
+        let work = tree.work_but(&["log.2"]);
         let passed: Vec<_> = work.passed.iter().map(|p| (p.path.to_string(), p.now_at.to_string())).collect();
         assert_eq!(passed, [("log.1".to_owned(), "log.2".to_owned())]);
     }

@@ -272,17 +272,7 @@ impl Within {
 
 /// The place of a path of the tree, whatever is there, without opening it.
 pub(crate) fn place_below(top: &FsPath, path: &Path) -> io::Result<File> {
-    let how = OpenHow::new()
-        .flags(OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC)
-        .resolve(ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_BENEATH);
-    match openat2(&File::open(top)?, &path.below(FsPath::new("")), how) {
-        Ok(place) => Ok(place.into()),
-        Err(Errno::ENOSYS | Errno::EPERM) => {
-            let how = OFlag::O_PATH | OFlag::O_NOFOLLOW;
-            OpenOptions::new().read(true).custom_flags(how.bits()).open(path.below(top))
-        }
-        Err(error) => Err(error.into()),
-    }
+    Ok(beneath(&File::open(top)?, path, OFlag::O_PATH | OFlag::O_NOFOLLOW)?.into())
 }
 
 /// Opens what is there, if it is a file.

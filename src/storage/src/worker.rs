@@ -1191,7 +1191,7 @@ impl<'a> Tree<'a> {
     /// Pushes what is pending, and gives the bucket away. True when it has everything.
     fn drain(&mut self) -> bool {
         self.worker.desk.phase("draining");
-        let until = self.worker.ending.until(Duration::from_secs(u64::from(self.worker.spec.drain_s)));
+        let until = self.worker.ending.until();
         let open = self.open();
         self.waiting.clear();
         self.round = None;
