@@ -1,21 +1,25 @@
 //! The manifest in the bucket: reading the chain, writing the next segment, merging old ones.
 //!
 //! Refuses to write without the lease's word (the caller asks for it), and to delete a segment
-//! that is not covered by another. May import: `bucket`, `entry`, `fault`, `index`, `manifest`, `s3`.
+//! that is not covered by another. May import: `bucket`, `entry`, `fault`, `index`, `manifest`,
+//! `parallel`, `s3`.
 
 use crate::bucket::{Bucket, MANIFEST as DIRECTORY};
 use crate::entry::Path;
 use crate::fault::{Accepted, Fault};
 use crate::index::Index;
 use crate::manifest::{self, Head, Header, Line, Name, Word};
+use crate::parallel;
 use crate::s3::When;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Segments after the merged ones before they are merged too: how many a boot has to read.
 const LOOSE_MAX: usize = 48;
 /// Lines in memory. Above this, or above half of all files, everything is written anew instead.
 const TAIL_MAX: usize = 20_000;
+/// Segments that are fetched at once.
+const PARALLEL: usize = 8;
 
 pub(crate) struct Chain {
     pub(crate) head: Head,
@@ -160,13 +164,13 @@ impl Chain {
         anchor: Option<Head>,
     ) -> Result<bool, Fault> {
         let mut fresh: Vec<(Vec<Line>, Head)> = Vec::new();
-        for name in self.segments.clone() {
+        // The great first one is only read when the index ends with it.
+        let is_read = |name: &&Name| name.from != 0 || name.to >= known.generation;
+        let names: Vec<Name> = self.segments.iter().filter(is_read).copied().collect();
+        let mut bytes = fetch(bucket, &names);
+        for name in names {
             let Name { from, to, .. } = name;
-            // The great first one is only read when the index ends with it.
-            if from == 0 && to < known.generation {
-                continue;
-            }
-            let (header, lines) = self.read(bucket, name)?;
+            let (header, lines) = self.read(bucket, name, bytes.remove(&name))?;
             let head = Head { generation: to, digest: header.head };
             if to == known.generation && header.head != known.digest || anchor_differs(anchor, head) {
                 return Ok(false);
@@ -191,16 +195,16 @@ impl Chain {
                 fresh.push((lines, head));
             }
         }
-        for (lines, head) in fresh {
-            index.apply(&lines, Some(head))?;
-        }
+        index.apply_each(fresh.into_iter().map(Ok))?;
         Ok(true)
     }
 
     fn read_all(&mut self, bucket: &Bucket, index: &Index, anchor: Option<Head>) -> Result<(), Fault> {
-        for name in self.segments.clone() {
+        let names = self.segments.clone();
+        let mut bytes = fetch(bucket, &names);
+        index.apply_each(names.into_iter().map(|name| {
             let Name { from, to, .. } = name;
-            let (header, lines) = self.read(bucket, name)?;
+            let (header, lines) = self.read(bucket, name, bytes.remove(&name))?;
             self.follows(&header)?;
             let head = Head { generation: to, digest: header.head };
             if anchor_differs(anchor, head) {
@@ -208,15 +212,14 @@ impl Chain {
                     "the bucket's history is not the one of STATE_ANCHOR: generation {to} has another digest"
                 )));
             }
-            index.apply(&lines, Some(head))?;
             self.head = head;
             if from == 0 {
                 self.base = self.head;
             } else {
                 self.remember(&lines);
             }
-        }
-        Ok(())
+            Ok((lines, head))
+        }))
     }
 
     /// What was read is the chain from now on.
@@ -242,9 +245,14 @@ impl Chain {
         )))
     }
 
-    fn read(&self, bucket: &Bucket, name: Name) -> Result<(Header, Vec<Line>), Fault> {
+    fn read(
+        &self,
+        bucket: &Bucket,
+        name: Name,
+        fetched: Option<Result<Option<Vec<u8>>, Fault>>,
+    ) -> Result<(Header, Vec<Line>), Fault> {
         let broken = |why: &str| Fault::Suspicious(format!("the manifest's segment {name}: {why}"));
-        let Some((bytes, _)) = bucket.read(&format!("{DIRECTORY}/{name}"))? else {
+        let Some(bytes) = fetched.transpose()?.flatten() else {
             return Err(broken("it vanished while it was read"));
         };
         let mut lines = Vec::new();
@@ -355,6 +363,15 @@ impl Chain {
         };
         self.tail.iter().flat_map(|(path, last)| words(path, last)).collect()
     }
+}
+
+/// The bytes of segments; `None` for one that is not there.
+fn fetch(bucket: &Bucket, names: &[Name]) -> HashMap<Name, Result<Option<Vec<u8>>, Fault>> {
+    let one = |name: Name| {
+        let found = bucket.read(&format!("{DIRECTORY}/{name}"));
+        (name, found.map(|found| found.map(|(bytes, _)| bytes)))
+    };
+    parallel::each(names.to_vec(), PARALLEL, one).into_iter().collect()
 }
 
 fn everything(index: &Index) -> Result<Vec<Line>, Fault> {
