@@ -60,6 +60,9 @@ const PROMISED: i64 = 2;
 /// A value of the column `kind`; those below it are files.
 const DIRECTORY: i64 = 2;
 
+const FORGET: &str = "DELETE FROM entry; DELETE FROM tomb;
+    DELETE FROM meta WHERE name IN ('head', 'independent', 'laid', 'lowered', 'restored')";
+
 const COLUMNS: &str = "dir, name, kind, size, sha, target, mode, uid, gid, mtime, link, s_size, s_mtime, s_change, lower, unsure, bad";
 
 impl Index {
@@ -124,9 +127,30 @@ impl Index {
 
     /// Forgets everything about the tree, not who this volume is.
     pub(crate) fn clear(&self) -> Result<(), Fault> {
-        self.db().execute_batch(
-            "DELETE FROM entry; DELETE FROM tomb; DELETE FROM meta WHERE name IN ('head', 'independent', 'laid', 'lowered', 'restored');",
-        )?;
+        let mut db = self.db();
+        let transaction = db.transaction()?;
+        transaction.execute_batch(FORGET)?;
+        transaction.commit()?;
+        Ok(())
+    }
+
+    /// The same. What it is told next is not of the tree that lies on the volume, until
+    /// [`Self::has_its_tree`] says that this one is out of the way.
+    pub(crate) fn clear_for_another_tree(&self) -> Result<(), Fault> {
+        let mut db = self.db();
+        let transaction = db.transaction()?;
+        transaction.execute_batch(FORGET)?;
+        transaction.execute("INSERT OR REPLACE INTO meta VALUES ('another', '1')", [])?;
+        transaction.commit()?;
+        Ok(())
+    }
+
+    pub(crate) fn is_of_another_tree(&self) -> Result<bool, Fault> {
+        Ok(self.meta("another")?.is_some())
+    }
+
+    pub(crate) fn has_its_tree(&self) -> Result<(), Fault> {
+        self.db().execute("DELETE FROM meta WHERE name = 'another'", [])?;
         Ok(())
     }
 

@@ -155,7 +155,9 @@ pub(crate) fn open(
         ))?;
     }
     let survey = without_manifest(survey, &before, &held, word)?;
-    let another = owned_by_others || is_behind(&held, newest, ours)?;
+    // The record may be gone; what its owners wrote has their epochs.
+    let met = ours.max(held.index.number("met")?);
+    let another = owned_by_others || newest.0 > met || is_behind(&held, newest, ours)?;
     // All that the bucket has may be of ours, and the answer to it lost.
     let unknown = ours == 0 || newest != (ours, 1);
     let held = past(desk, held, survey, another, unknown)?;
@@ -176,7 +178,7 @@ pub(crate) fn open(
     }
     desk.identity(&held.me.instance, lease.epoch());
     desk.did("ownership");
-    let ready = tree(spec, desk, bucket, held, lease, survey, word, taken, reached);
+    let ready = tree(spec, desk, bucket, held, lease, survey, word, taken, reached, newest.0);
     if ready.is_err() {
         desk.opened(None);
     }
@@ -361,6 +363,7 @@ fn tree(
     word: Said<'_>,
     taken: Duration,
     reached: u64,
+    newest: u64,
 ) -> Result<Ready, Fault> {
     let owner = uid_gid(&spec.user);
     let anchor = spec.anchor.as_deref().and_then(Head::parse_anchor);
@@ -370,19 +373,27 @@ fn tree(
     }
     let loaded = match survey {
         Survey::Managed => Chain::load(&bucket, &index, owner, anchor, word.accepted)?,
-        _ => Loaded { chain: Chain::empty(owner), intents: Vec::new(), continued: false },
+        _ => Loaded { chain: Chain::empty(owner), intents: Vec::new(), continued: false, is_cut: false },
     };
-    let Loaded { mut chain, intents, continued } = loaded;
-    // Whoever has accepted another gap in it knows that.
-    if survey == Survey::Managed && chain.head.generation < reached && !word.accepted.is_any() {
-        return Err(Fault::Suspicious(format!(
+    let Loaded { mut chain, intents, continued, is_cut } = loaded;
+    if is_cut {
+        index.set_meta("cut", &reached.to_string())?;
+    }
+    // Who has accepted a manifest that is not all there has accepted that this try's is not.
+    if survey == Survey::Managed && chain.head.generation < reached && index.number("cut")? != reached {
+        word.accepted.or_refuse(format!(
             "the end of the manifest is missing: it is at generation {}, and its last owner had come to {reached}",
             chain.head.generation
-        )));
+        ))?;
     }
+    // An earlier try may have come as far as the index, and not as far as here.
+    let continued = continued && !index.is_of_another_tree()?;
     if survey == Survey::Managed && !continued && !volume.is_empty()? {
         put_aside(desk, &index)?;
     }
+    index.has_its_tree()?;
+    // The volume has no past that is older than this.
+    index.set_meta("met", &newest.to_string())?;
     let nothing_left = survey == Survey::Managed && chain.head.generation == 0;
     let adopted = survey == Survey::Unmanaged || nothing_left;
     if adopted {
@@ -555,7 +566,7 @@ fn adopt(
         "The bucket has no manifest: {} objects of an older version are adopted as they are. What they were before cannot be checked",
         listed.len()
     ));
-    lease.settle(bucket, taken)?;
+    settle(lease, bucket, index, taken)?;
     let mut lines: Vec<Line> = Vec::new();
     let mut directories = std::collections::BTreeSet::new();
     for object in listed {
@@ -762,7 +773,7 @@ impl Layer {
         let intended = intended(intents);
         let laid = index.meta("laid")?.is_some();
         if !laid {
-            make_way(desk, volume, &volume.upper, &rows)?;
+            make_way(desk, volume, &rows)?;
         }
         let lower = || rows.iter().filter(|(_, row)| row.lower);
         let (file, directory) = usual_modes(lower().map(|(_, row)| row));
@@ -881,11 +892,15 @@ fn early_files(
 
 /// A restore that did not come to its end may have made directories where something else belongs, and
 /// the other way round. They are nobody's yet, and are set aside all the same.
-fn make_way(desk: &Desk, volume: &Volume, root: &FsPath, rows: &[(Path, Row)]) -> Result<(), Fault> {
+fn make_way(desk: &Desk, volume: &Volume, rows: &[(Path, Row)]) -> Result<(), Fault> {
+    let mut upper = Upper::new(volume);
     let aside = volume.own.join("aside").join(format!("in-the-way-{}", crate::chain::now_ms()));
     let mut moved = 0u64;
     for (path, row) in rows {
-        let Ok(parent) = Within::open(root, path.parent().as_ref()) else { continue };
+        if upper.place(path)? != Place::Taken {
+            continue;
+        }
+        let Ok(parent) = Within::open(&volume.upper, path.parent().as_ref()) else { continue };
         let at = parent.name(path.name());
         let Some(stat) = volume::look(&at)?.filter(|stat| !volume::is_whiteout(stat)) else { continue };
         if (volume::kind_of(&stat) == libc::S_IFDIR) != (row.entry.kind == Kind::Directory) {
@@ -1015,7 +1030,7 @@ impl Making<'_> {
         let laid = index.meta("laid")?.is_some();
         let ((rows, _), intended) = (index.standing()?, intended(intents));
         if !laid {
-            make_way(desk, volume, &volume.tree, &rows)?;
+            make_way(desk, volume, &rows)?;
         }
         // Once it has all been here, what is not there was removed.
         let whole = continued && index.meta("restored")?.is_some();
