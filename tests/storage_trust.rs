@@ -594,6 +594,79 @@ fn an_older_bucket_is_accepted(mode: Mode) {
 }
 
 #[test]
+fn an_older_bucket_that_is_accepted_while_the_network_breaks_is_not_merged_either() {
+    let cloud = Cloud::new();
+    let machine = started(cloud.machine());
+    for name in ["one", "two", "goes"] {
+        write(&machine, &[&format!("openclaw/workspace/{name}")], "early");
+        flush(&machine);
+    }
+    independent(&machine);
+    flush(&machine);
+    let early = all(&cloud.garage);
+    write(&machine, &["openclaw/workspace/one", "openclaw/workspace/three"], "late");
+    flush(&machine);
+    let mut machine = machine;
+    machine.destroy();
+    put_back(&cloud.garage, &early);
+    let machine = machine.again(|b| b);
+    refused(&machine, &["older than this volume"]);
+    // What comes before the last segment is read, and it is not.
+    let raw = Raw::new(&cloud.garage);
+    let last = raw.key(raw.segments().last().expect("there is a manifest"));
+    cloud.proxy.clear_log();
+    cloud.proxy.add(Rule::new(Fault::Status(503)).method("GET").path(&last));
+    accept(&machine);
+    until("a try has failed", LONG, || {
+        (cloud.proxy.log().iter().filter(|entry| entry.path.contains(&last)).count() > 4).then_some(())
+    });
+    cloud.proxy.heal();
+    machine.service_in("gateway", &["ready"]);
+    assert_eq!(set_aside(&machine), 1);
+    let path = "openclaw/workspace/one";
+    assert!(read(&machine, path) == Some(content(path, "early")), "{path} is not the bucket's");
+    assert!(read(&machine, "openclaw/workspace/three").is_none(), "two histories are one");
+}
+
+#[test]
+fn an_anchor_that_was_wrong_costs_the_volume_nothing() {
+    let cloud = Cloud::new();
+    let machine = started(cloud.machine().environment("S3_DRAIN_TIMEOUT", "1"));
+    let file = std::path::Path::new("/data/openclaw/some.sqlite");
+    let rows = |machine: &Machine| {
+        machine.inside(|| {
+            let db = rusqlite::Connection::open(file).expect("a database");
+            db.query_row("SELECT count(*) FROM t", [], |row| row.get::<_, i64>(0)).expect("a table")
+        })
+    };
+    let commit = |machine: &Machine, sql: &str| {
+        machine.inside(|| {
+            let db = rusqlite::Connection::open(file).expect("a database");
+            db.execute_batch(sql).expect("a commit");
+        });
+    };
+    commit(&machine, "PRAGMA journal_mode=WAL; CREATE TABLE t(x); INSERT INTO t VALUES (1)");
+    flush(&machine);
+    independent(&machine);
+    flush(&machine);
+    let anchor = anchor(&machine);
+    cloud.proxy.refuse(true);
+    commit(&machine, "INSERT INTO t VALUES (2)");
+    let mut machine = machine;
+    assert_eq!(machine.stop(), 75, "{}", machine.output());
+    cloud.proxy.refuse(false);
+    let (generation, digest) = anchor.split_once(':').expect("an anchor has two parts");
+    let other: String = digest.chars().map(|c| if c == 'a' { 'b' } else { 'a' }).collect();
+    let machine = machine.again(|b| b.environment("STATE_ANCHOR", &format!("{generation}:{other}")));
+    refused(&machine, &["STATE_ANCHOR"]);
+    let machine = machine.again(|b| b.environment("STATE_ANCHOR", &anchor));
+    machine.service_in("gateway", &["ready"]);
+    assert_eq!(rows(&machine), 2);
+    assert_eq!(set_aside(&machine), 0);
+    flush(&machine);
+}
+
+#[test]
 fn an_older_bucket_that_is_accepted_is_not_merged_with_the_volume_in_fuse_mode() {
     an_older_bucket_is_accepted(Mode::Fuse);
 }
@@ -686,6 +759,25 @@ fn an_operator_accepts_what_was_shown_and_nothing_else() {
     accept(&machine);
     machine.service_in("gateway", &["ready"]);
     assert_eq!(read(&machine, &vital), None);
+}
+
+#[test]
+fn what_was_accepted_is_not_that_the_manifest_has_lost_its_end_meanwhile() {
+    let cloud = Cloud::new();
+    drop(history(&cloud));
+    let raw = Raw::new(&cloud.garage);
+    let owner = raw.get(".cvm/owner");
+    let segments = raw.segments();
+    // Something is accepted before the manifest is read.
+    let mut damaged = owner.clone();
+    damaged[40] ^= 1;
+    raw.put(".cvm/owner", &damaged);
+    let machine = cloud.machine().start();
+    refused(&machine, &[".cvm/owner"]);
+    raw.put(".cvm/owner", &owner);
+    raw.delete(segments.last().expect("there is a history"));
+    accept(&machine);
+    refused(&machine, &["end of the manifest is missing"]);
 }
 
 #[test]
@@ -1233,6 +1325,37 @@ fn a_frozen_owner(mode: Mode) {
         "frozen",
     ]);
     assert!(String::from_utf8_lossy(&aside.stdout).contains("frozen"), "what was set aside is there");
+}
+
+#[test]
+fn a_volume_of_an_earlier_owner_is_not_merged_when_the_record_of_the_later_one_is_gone() {
+    let cloud = Cloud::new();
+    let elsewhere = Elsewhere::new(&cloud);
+    let beat = |builder: Builder| builder.environment("S3_HEARTBEAT", "1");
+    let mut old = started(beat(cloud.machine()));
+    write(&old, &["openclaw/workspace/a", "openclaw/workspace/goes"], "words");
+    flush(&old);
+    independent(&old);
+    flush(&old);
+    old.destroy();
+    let mut new = started(beat(elsewhere.machine(&cloud)));
+    independent(&new);
+    write(&new, &["openclaw/workspace/a", "openclaw/workspace/b"], "the new owner's");
+    new.ok(&["rm", "/data/openclaw/workspace/goes"]);
+    flush(&new);
+    assert_eq!(new.stop(), 0, "{}", new.output());
+    Raw::new(&cloud.garage).delete(".cvm/owner");
+    let old = old.again(|b| b);
+    old.service_in("gateway", &["ready"]);
+    independent(&old);
+    for name in ["a", "b"] {
+        let path = format!("openclaw/workspace/{name}");
+        assert!(read(&old, &path) == Some(content(&path, "the new owner's")), "{path} is older");
+    }
+    assert!(read(&old, "openclaw/workspace/goes").is_none(), "it has come back");
+    assert_eq!(set_aside(&old), 1);
+    flush(&old);
+    old.ok(&["cvm", "storage", "verify", "--deep"]);
 }
 
 #[test]

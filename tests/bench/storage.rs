@@ -5,6 +5,7 @@ use crate::figures::Figure;
 use cvm_harness::tools::Rclone;
 use cvm_harness::{Builder, Cloud, Machine, Proxy, storage, until};
 use rusqlite::Connection;
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -175,7 +176,14 @@ fn of_files(files: usize, label: &str) -> Vec<Figure> {
         for round in 0..3 {
             let mut machine = bed.machine().start();
             starts.push(storage_step_ms(&machine) / 1000.0);
-            if round == 0 && files == FEWER {
+            for line in machine
+                .read("/var/log/openclaw-cvm/storage.log")
+                .lines()
+                .filter(|l| l.contains("ready after"))
+            {
+                eprintln!("{line}");
+            }
+            if round == 2 && files == FEWER {
                 let began = Instant::now();
                 wait(&machine, "all is hydrated", |s| s["independent"] == true);
                 hydrated.push(began.elapsed().as_secs_f64());
@@ -199,11 +207,10 @@ fn of_files(files: usize, label: &str) -> Vec<Figure> {
             figures.push(figure(what, label, "s", hydrated, ""));
         }
     }
+    bed.latency(Duration::ZERO);
+    figures.extend(idle(&bed, label));
     if files == FEWER {
         figures.extend(restores(&bed, label));
-    } else {
-        bed.latency(Duration::ZERO);
-        figures.extend(idle(&bed));
     }
     figures
 }
@@ -239,9 +246,9 @@ fn restores(bed: &Bed, label: &str) -> Vec<Figure> {
     ]
 }
 
-/// Nothing changes, with 100,000 files in the tree.
-fn idle(bed: &Bed) -> Vec<Figure> {
-    let machine = bed.machine().start();
+/// Nothing changes any more.
+fn idle(bed: &Bed, label: &str) -> Vec<Figure> {
+    let machine = bed.machine().environment("S3_HEARTBEAT", "60").start();
     machine.service_in("gateway", &["ready"]);
     wait(&machine, "all is hydrated and quiet", |s| s["independent"] == true && s["pending_files"] == 0);
     // What its own logs of the boot are goes up with the first minute.
@@ -263,12 +270,19 @@ fn idle(bed: &Bed) -> Vec<Figure> {
     eprintln!("   idle for {} s", IDLE.as_secs());
     std::thread::sleep(IDLE);
     let cpu = (ticks() - before) / IDLE.as_secs_f64();
-    let requests =
-        f64::from(u32::try_from(bed.cloud.proxy.log().len()).unwrap_or(u32::MAX)) * 60.0 / IDLE.as_secs_f64();
+    let log = bed.cloud.proxy.log();
+    let mut kinds: BTreeMap<String, usize> = BTreeMap::new();
+    for entry in &log {
+        *kinds.entry(format!("{} {}", entry.method, entry.path)).or_default() += 1;
+    }
+    for (kind, times) in kinds {
+        eprintln!("   {times} times {kind}");
+    }
+    let requests = f64::from(u32::try_from(log.len()).unwrap_or(u32::MAX)) * 60.0 / IDLE.as_secs_f64();
     vec![
-        figure("memory, idle", "100k files", "MiB", vec![worker_memory(&machine, "VmRSS")], "80"),
-        figure("processor, idle", "100k files", "%", vec![cpu], "1"),
-        figure("requests, idle", "100k files", "/min", vec![requests], "1"),
+        figure("memory, idle", label, "MiB", vec![worker_memory(&machine, "VmRSS")], "80"),
+        figure("processor, idle", label, "%", vec![cpu], "1"),
+        figure("requests, idle", label, "/min", vec![requests], "1"),
     ]
 }
 

@@ -1,21 +1,25 @@
 //! The manifest in the bucket: reading the chain, writing the next segment, merging old ones.
 //!
 //! Refuses to write without the lease's word (the caller asks for it), and to delete a segment
-//! that is not covered by another. May import: `bucket`, `entry`, `fault`, `index`, `manifest`, `s3`.
+//! that is not covered by another. May import: `bucket`, `entry`, `fault`, `index`, `manifest`,
+//! `parallel`, `s3`.
 
 use crate::bucket::{Bucket, MANIFEST as DIRECTORY};
 use crate::entry::Path;
 use crate::fault::{Accepted, Fault};
 use crate::index::Index;
 use crate::manifest::{self, Head, Header, Line, Name, Word};
+use crate::parallel;
 use crate::s3::When;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Segments after the merged ones before they are merged too: how many a boot has to read.
 const LOOSE_MAX: usize = 48;
 /// Lines in memory. Above this, or above half of all files, everything is written anew instead.
 const TAIL_MAX: usize = 20_000;
+/// Segments that are fetched at once.
+const PARALLEL: usize = 8;
 
 pub(crate) struct Chain {
     pub(crate) head: Head,
@@ -50,6 +54,8 @@ pub(crate) struct Loaded {
     pub(crate) intents: Vec<Line>,
     /// Whether the volume knew this chain up to here.
     pub(crate) continued: bool,
+    /// The operator has accepted that it is not all there was.
+    pub(crate) is_cut: bool,
 }
 
 impl Chain {
@@ -88,16 +94,19 @@ impl Chain {
         let generation = chain.last().map_or(0, |n| n.to);
         let last_epoch = chain.last().map_or(0, |n| n.epoch);
         let newest = names.iter().filter(|n| n.epoch >= last_epoch).map(|n| n.to).max().unwrap_or(0);
+        let mut is_cut = false;
         if newest > generation {
             accepted.or_refuse(format!(
                 "the manifest has a gap: generation {newest} is there, and what leads to it is not complete after {generation}"
             ))?;
+            is_cut = true;
         }
         if generation < known.generation {
             accepted.or_refuse(format!(
                 "the bucket is older than this volume: it is at generation {generation}, and {} was written from here",
                 known.generation
             ))?;
+            is_cut = true;
         }
         let anchor = match anchor {
             Some(anchor) if generation < anchor.generation => {
@@ -105,6 +114,7 @@ impl Chain {
                     "the bucket is older than STATE_ANCHOR: it is at generation {generation}, the anchor is {}",
                     anchor.generation
                 ))?;
+                is_cut = true;
                 None
             }
             other => other,
@@ -122,15 +132,18 @@ impl Chain {
                 other => other?,
             };
         if !continued {
-            index.clear()?;
+            index.clear_for_another_tree()?;
             this = Self { segments: chain.clone(), ..Self::empty(owner) };
             match this.read_all(bucket, index, anchor) {
                 Err(fault) if accepted.includes(&fault) => {
                     // Whatever the anchor says.
-                    index.clear()?;
+                    index.clear_for_another_tree()?;
                     this = Self { segments: chain, ..Self::empty(owner) };
                     match this.read_all(bucket, index, None) {
-                        Err(fault) if accepted.includes(&fault) => this.cut_here(),
+                        Err(fault) if accepted.includes(&fault) => {
+                            this.cut_here();
+                            is_cut = true;
+                        }
                         other => other?,
                     }
                 }
@@ -140,14 +153,8 @@ impl Chain {
         if accepted.is_any() {
             this.only_these(bucket, &names)?;
         }
-        let intents = this
-            .tail
-            .iter()
-            .flat_map(|(path, last)| {
-                last.intents.iter().map(|word| Line { path: path.clone(), word: word.clone() })
-            })
-            .collect();
-        Ok(Loaded { chain: this, intents, continued })
+        let intents = this.open_intents();
+        Ok(Loaded { chain: this, intents, continued, is_cut })
     }
 
     /// Reads all of the tail, and gives the index only what is new to it. False when the chain is
@@ -160,17 +167,18 @@ impl Chain {
         anchor: Option<Head>,
     ) -> Result<bool, Fault> {
         let mut fresh: Vec<(Vec<Line>, Head)> = Vec::new();
-        for name in self.segments.clone() {
+        // The great first one is only read when the index ends with it.
+        let is_read = |name: &&Name| name.from != 0 || name.to >= known.generation;
+        let names: Vec<Name> = self.segments.iter().filter(is_read).copied().collect();
+        let mut bytes = fetch(bucket, &names);
+        for name in names {
             let Name { from, to, .. } = name;
-            // The great first one is only read when the index ends with it.
-            if from == 0 && to < known.generation {
-                continue;
-            }
-            let (header, lines) = self.read(bucket, name)?;
+            let (header, lines) = self.read(bucket, name, bytes.remove(&name))?;
             let head = Head { generation: to, digest: header.head };
-            if to == known.generation && header.head != known.digest || anchor_differs(anchor, head) {
+            if to == known.generation && header.head != known.digest {
                 return Ok(false);
             }
+            check_anchor(anchor, head)?;
             if from == 0 {
                 (self.head, self.base) = (head, head);
                 if known.generation == 0 {
@@ -191,32 +199,27 @@ impl Chain {
                 fresh.push((lines, head));
             }
         }
-        for (lines, head) in fresh {
-            index.apply(&lines, Some(head))?;
-        }
+        index.apply_each(fresh.into_iter().map(Ok))?;
         Ok(true)
     }
 
     fn read_all(&mut self, bucket: &Bucket, index: &Index, anchor: Option<Head>) -> Result<(), Fault> {
-        for name in self.segments.clone() {
+        let names = self.segments.clone();
+        let mut bytes = fetch(bucket, &names);
+        index.apply_each(names.into_iter().map(|name| {
             let Name { from, to, .. } = name;
-            let (header, lines) = self.read(bucket, name)?;
+            let (header, lines) = self.read(bucket, name, bytes.remove(&name))?;
             self.follows(&header)?;
             let head = Head { generation: to, digest: header.head };
-            if anchor_differs(anchor, head) {
-                return Err(Fault::Suspicious(format!(
-                    "the bucket's history is not the one of STATE_ANCHOR: generation {to} has another digest"
-                )));
-            }
-            index.apply(&lines, Some(head))?;
+            check_anchor(anchor, head)?;
             self.head = head;
             if from == 0 {
                 self.base = self.head;
             } else {
                 self.remember(&lines);
             }
-        }
-        Ok(())
+            Ok((lines, head))
+        }))
     }
 
     /// What was read is the chain from now on.
@@ -242,9 +245,14 @@ impl Chain {
         )))
     }
 
-    fn read(&self, bucket: &Bucket, name: Name) -> Result<(Header, Vec<Line>), Fault> {
+    fn read(
+        &self,
+        bucket: &Bucket,
+        name: Name,
+        fetched: Option<Result<Option<Vec<u8>>, Fault>>,
+    ) -> Result<(Header, Vec<Line>), Fault> {
         let broken = |why: &str| Fault::Suspicious(format!("the manifest's segment {name}: {why}"));
-        let Some((bytes, _)) = bucket.read(&format!("{DIRECTORY}/{name}"))? else {
+        let Some(bytes) = fetched.transpose()?.flatten() else {
             return Err(broken("it vanished while it was read"));
         };
         let mut lines = Vec::new();
@@ -278,6 +286,10 @@ impl Chain {
     ) -> Result<(), Fault> {
         if self.unsure.is_some() {
             return Err(Fault::other("it is not settled yet whether the last segment has arrived"));
+        }
+        // What begins at 0 is skipped by whoever knows its end: no intent may be in it.
+        if self.head.generation == 0 && lines.iter().any(|line| matches!(line.word, Word::WillBe(_))) {
+            self.append(bucket, index, epoch, &[])?;
         }
         let (bytes, head) =
             manifest::next_segment(&bucket.key, self.head, epoch, now_ms(), lines, self.owner)?;
@@ -316,28 +328,32 @@ impl Chain {
 
     /// One segment in place of many. What it replaces is deleted afterwards.
     pub(crate) fn merge(&mut self, bucket: &Bucket, index: &Index, epoch: u64) -> Result<(), Fault> {
-        // An intent has no place in a summary of the index.
-        let open = self.tail.values().any(|last| !last.intents.is_empty());
         let files = usize::try_from(index.totals()?.files).unwrap_or(usize::MAX);
-        let all = self.tail.len() > TAIL_MAX.min(files / 2 + 500) && !open;
+        let all = self.tail.len() > TAIL_MAX.min(files / 2 + 500);
+        let to = self.head;
         let (from, lines) =
             if all { (Head::default(), everything(index)?) } else { (self.base, self.tail_lines()) };
+        let open = self.open_intents();
+        if all && !open.is_empty() {
+            // They have no place in a summary of the index: they are said anew after it.
+            self.append(bucket, index, epoch, &open)?;
+        }
         let header = Header {
             from: from.generation,
-            to: self.head.generation,
+            to: to.generation,
             epoch,
             time_ms: now_ms(),
             prev: from.digest,
-            head: self.head.digest,
+            head: to.digest,
         };
         let bytes = manifest::merged_segment(&bucket.key, &header, lines.iter(), self.owner)?;
         let name = Name { from: header.from, to: header.to, epoch };
         bucket.write(&format!("{DIRECTORY}/{name}"), &bytes, &When::Always)?;
-        self.segments.retain(|n| n.from < header.from);
+        self.segments.retain(|n| n.from < header.from || n.from >= header.to);
         self.segments.push(name);
         if all {
-            self.base = self.head;
-            self.tail.clear();
+            self.base = to;
+            self.forget_settled();
         }
         // Those too that an earlier merge could not delete; not those of a successor.
         let is_covered =
@@ -346,6 +362,23 @@ impl Chain {
             bucket.delete(&format!("{DIRECTORY}/{old}"))?;
         }
         Ok(())
+    }
+
+    fn forget_settled(&mut self) {
+        self.tail.retain(|_, last| {
+            last.settled = None;
+            !last.intents.is_empty()
+        });
+    }
+
+    fn open_intents(&self) -> Vec<Line> {
+        let intents = |(path, last): (&Path, &Last)| {
+            last.intents
+                .iter()
+                .map(|word| Line { path: path.clone(), word: word.clone() })
+                .collect::<Vec<_>>()
+        };
+        self.tail.iter().flat_map(intents).collect()
     }
 
     fn tail_lines(&self) -> Vec<Line> {
@@ -357,19 +390,74 @@ impl Chain {
     }
 }
 
+/// The bytes of segments; `None` for one that is not there.
+fn fetch(bucket: &Bucket, names: &[Name]) -> HashMap<Name, Result<Option<Vec<u8>>, Fault>> {
+    let one = |name: Name| {
+        let found = bucket.read(&format!("{DIRECTORY}/{name}"));
+        (name, found.map(|found| found.map(|(bytes, _)| bytes)))
+    };
+    parallel::each(names.to_vec(), PARALLEL, one).into_iter().collect()
+}
+
 fn everything(index: &Index) -> Result<Vec<Line>, Fault> {
     // What is at a path now comes after what was: a directory may stand where a file was.
     let tombs = index.tombs(usize::MAX)?;
     let mut lines: Vec<Line> = tombs.into_iter().map(|path| Line { path, word: Word::Gone }).collect();
-    lines.extend(index.all()?.into_iter().map(|(path, row)| Line { path, word: Word::Is(row.entry) }));
+    // What was only promised is no entry.
+    let rows = index.all()?.into_iter().filter(|(_, row)| !row.promised);
+    lines.extend(rows.map(|(path, row)| Line { path, word: Word::Is(row.entry) }));
     Ok(lines)
 }
 
-fn anchor_differs(anchor: Option<Head>, head: Head) -> bool {
-    anchor.is_some_and(|a| a.generation == head.generation && a.digest != head.digest)
+fn check_anchor(anchor: Option<Head>, head: Head) -> Result<(), Fault> {
+    if anchor.is_none_or(|a| a.generation != head.generation || a.digest == head.digest) {
+        return Ok(());
+    }
+    Err(Fault::Suspicious(format!(
+        "the bucket's history is not the one of STATE_ANCHOR: generation {} has another digest",
+        head.generation
+    )))
 }
 
 pub(crate) fn now_ms() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::entry::{Entry, Kind};
+    use crate::manifest::Digest;
+
+    fn entry(size: u64) -> Entry {
+        let kind = Kind::File { size, sha: Some(Digest([1; 32])), database: false };
+        Entry { kind, mode: 0o600, uid: 0, gid: 0, mtime_ns: 0, link: None }
+    }
+
+    fn line(path: &str, word: Word) -> Line {
+        Line { path: Path::new(path.as_bytes()).unwrap(), word }
+    }
+
+    #[test]
+    fn a_summary_has_no_promises_and_the_tail_behind_it_has_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let index = Index::open(&dir.path().join("index")).unwrap();
+        let mut chain = Chain::empty((0, 0));
+        let lines = [
+            line("was", Word::Is(entry(1))),
+            line("was", Word::WillBe(entry(2))),
+            line("never", Word::WillBe(entry(3))),
+            line("is", Word::WillBe(entry(4))),
+            line("is", Word::Is(entry(4))),
+        ];
+        chain.remember(&lines);
+        index.apply(&lines, None).unwrap();
+        let summary = everything(&index).unwrap();
+        assert_eq!(summary, [line("is", Word::Is(entry(4))), line("was", Word::Is(entry(1)))]);
+        let open = [line("never", Word::WillBe(entry(3))), line("was", Word::WillBe(entry(2)))];
+        assert_eq!(chain.open_intents(), open);
+        chain.forget_settled();
+        assert_eq!(chain.tail_lines(), open);
+    }
 }

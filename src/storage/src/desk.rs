@@ -2,13 +2,14 @@
 //! and the answer to `cvm storage status`.
 //!
 //! Refuses to put a name of the agent's files into a report to PID 1, which is public.
-//! May import: `boots`, `bucket`, `chain`, `fault`, `index`, `manifest`, `owner`, `volume`.
+//! May import: `boots`, `bucket`, `chain`, `fault`, `index`, `manifest`, `owner`, `steps`, `volume`.
 
 use crate::bucket::Bucket;
 use crate::fault::Fault;
 use crate::index::{Index, Totals};
 use crate::manifest::{Digest, Head};
 use crate::owner::uptime;
+use crate::steps::Steps;
 use crate::volume::Volume;
 use cvm_blueprint::storage::{Drill, Incident, Mode, Progress, StorageReport, StorageSpec, StorageStatus};
 use cvm_blueprint::supervise::Level;
@@ -36,6 +37,7 @@ pub(crate) struct Desk {
     board: Mutex<Board>,
     reports: Mutex<Option<File>>,
     open: Mutex<Option<Arc<Open>>>,
+    steps: Mutex<Steps>,
     began: Duration,
     pub(crate) boot: String,
 }
@@ -63,6 +65,7 @@ impl Desk {
             board: Mutex::new(board),
             reports: Mutex::new(reports),
             open: Mutex::new(None),
+            steps: Mutex::default(),
             began: uptime(),
             boot: crate::boots::name(crate::chain::now_ms()),
         }
@@ -78,6 +81,25 @@ impl Desk {
 
     pub(crate) fn open(&self) -> Option<Arc<Open>> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// On the way to a tree.
+    pub(crate) fn did(&self, step: &'static str) {
+        self.steps().did(step);
+    }
+
+    /// From the beginning.
+    pub(crate) fn forget_steps(&self) {
+        *self.steps() = Steps::default();
+    }
+
+    pub(crate) fn say_steps(&self) {
+        let words = self.steps().words();
+        tracing::info!("the tree is ready after {words}");
+    }
+
+    fn steps(&self) -> MutexGuard<'_, Steps> {
+        self.steps.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     // === To PID 1 ===

@@ -60,6 +60,9 @@ const PROMISED: i64 = 2;
 /// A value of the column `kind`; those below it are files.
 const DIRECTORY: i64 = 2;
 
+const FORGET: &str = "DELETE FROM entry; DELETE FROM tomb;
+    DELETE FROM meta WHERE name IN ('head', 'independent', 'laid', 'lowered', 'restored')";
+
 const COLUMNS: &str = "dir, name, kind, size, sha, target, mode, uid, gid, mtime, link, s_size, s_mtime, s_change, lower, unsure, bad";
 
 impl Index {
@@ -124,9 +127,30 @@ impl Index {
 
     /// Forgets everything about the tree, not who this volume is.
     pub(crate) fn clear(&self) -> Result<(), Fault> {
-        self.db().execute_batch(
-            "DELETE FROM entry; DELETE FROM tomb; DELETE FROM meta WHERE name IN ('head', 'independent', 'laid', 'lowered', 'restored');",
-        )?;
+        let mut db = self.db();
+        let transaction = db.transaction()?;
+        transaction.execute_batch(FORGET)?;
+        transaction.commit()?;
+        Ok(())
+    }
+
+    /// The same. What it is told next is not of the tree that lies on the volume, until
+    /// [`Self::has_its_tree`] says that this one is out of the way.
+    pub(crate) fn clear_for_another_tree(&self) -> Result<(), Fault> {
+        let mut db = self.db();
+        let transaction = db.transaction()?;
+        transaction.execute_batch(FORGET)?;
+        transaction.execute("INSERT OR REPLACE INTO meta VALUES ('another', '1')", [])?;
+        transaction.commit()?;
+        Ok(())
+    }
+
+    pub(crate) fn is_of_another_tree(&self) -> Result<bool, Fault> {
+        Ok(self.meta("another")?.is_some())
+    }
+
+    pub(crate) fn has_its_tree(&self) -> Result<(), Fault> {
+        self.db().execute("DELETE FROM meta WHERE name = 'another'", [])?;
         Ok(())
     }
 
@@ -134,14 +158,30 @@ impl Index {
     pub(crate) fn apply(&self, lines: &[Line], head: Option<Head>) -> Result<(), Fault> {
         let mut db = self.db();
         let transaction = db.transaction()?;
-        for line in lines {
-            apply_line(&transaction, line)?;
-        }
-        if let Some(head) = head {
-            transaction.execute("INSERT OR REPLACE INTO meta VALUES ('head', ?)", [head.anchor()])?;
-        }
+        apply_lines(&transaction, lines, head)?;
         transaction.commit()?;
         Ok(())
+    }
+
+    /// Segments that follow each other, in one transaction. Those before a fault are kept.
+    pub(crate) fn apply_each(
+        &self,
+        segments: impl Iterator<Item = Result<(Vec<Line>, Head), Fault>>,
+    ) -> Result<(), Fault> {
+        let mut db = self.db();
+        let transaction = db.transaction()?;
+        let mut outcome = Ok(());
+        for segment in segments {
+            match segment {
+                Ok((lines, head)) => apply_lines(&transaction, &lines, Some(head))?,
+                Err(fault) => {
+                    outcome = Err(fault);
+                    break;
+                }
+            }
+        }
+        transaction.commit()?;
+        outcome
     }
 
     /// By what these files are known from now on.
@@ -304,12 +344,19 @@ impl Index {
         Ok(astray)
     }
 
-    /// All that a tree can have.
-    pub(crate) fn standing(&self) -> Result<Vec<(Path, Row)>, Fault> {
-        let astray: HashSet<Vec<u8>> = self.directories_astray()?.into_iter().collect();
+    /// All that a tree can have, and the paths of what is astray.
+    pub(crate) fn standing(&self) -> Result<(Vec<(Path, Row)>, Vec<Path>), Fault> {
+        let dirs: HashSet<Vec<u8>> = self.directories_astray()?.into_iter().collect();
+        let mut astray = Vec::new();
         let mut all = self.all()?;
-        all.retain(|(path, _)| !astray.contains(path.split().0));
-        Ok(all)
+        all.retain(|(path, _)| {
+            let stands = !dirs.contains(path.split().0);
+            if !stands {
+                astray.push(path.clone());
+            }
+            stands
+        });
+        Ok((all, astray))
     }
 
     pub(crate) fn lower(&self) -> Result<Vec<(Path, Row)>, Fault> {
@@ -372,6 +419,14 @@ impl Index {
 /// Between which values of `dir` everything is that lies deeper than directly in a directory.
 fn further_down(dir: &Path) -> [Vec<u8>; 2] {
     [b"/", b"0"].map(|end| [dir.as_bytes(), end].concat())
+}
+
+fn apply_lines(db: &Connection, lines: &[Line], head: Option<Head>) -> rusqlite::Result<()> {
+    lines.iter().try_for_each(|line| apply_line(db, line))?;
+    if let Some(head) = head {
+        db.execute("INSERT OR REPLACE INTO meta VALUES ('head', ?)", [head.anchor()])?;
+    }
+    Ok(())
 }
 
 fn apply_line(db: &Connection, line: &Line) -> rusqlite::Result<()> {
@@ -556,7 +611,7 @@ mod tests {
             names
         };
         assert_eq!(names(index.astray().unwrap()), ["f/d", "f/d/a", "l/a", "l/deep/er"]);
-        assert_eq!(names(index.standing().unwrap()), ["d", "d/a", "f", "f0", "l", "nowhere/b"]);
+        assert_eq!(names(index.standing().unwrap().0), ["d", "d/a", "f", "f0", "l", "nowhere/b"]);
         let has = |name: &str| index.has_below(&Path::new(name.as_bytes()).unwrap()).unwrap();
         assert!(has("l") && has("l/deep") && has("nowhere") && !has("d/a") && !has("f0"));
     }

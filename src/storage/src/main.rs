@@ -51,6 +51,7 @@ mod s3;
 mod scan;
 mod serve;
 mod stage;
+mod steps;
 mod volume;
 mod watch;
 mod way;

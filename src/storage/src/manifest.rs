@@ -172,7 +172,7 @@ impl fmt::Display for Broken {
 
 /// The name of a segment below `.cvm/manifest/`. The epoch keeps an owner that lost the bucket
 /// from writing over a segment of its successor.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Name {
     pub(crate) from: u64,
     pub(crate) to: u64,

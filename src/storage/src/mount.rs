@@ -87,10 +87,18 @@ pub(crate) fn clear() -> Result<(), Fault> {
     while kind_at(paths::DATA).as_deref() == Some("overlay") {
         umount2(paths::DATA, MntFlags::MNT_DETACH)?;
     }
-    for point in [paths::BUCKET_MOUNT, paths::VOLUME] {
-        while is_mount(point) {
-            umount2(point, MntFlags::MNT_DETACH)?;
-        }
+    unmount_bucket()?;
+    unmount(paths::VOLUME)
+}
+
+/// Takes down what no overlay stands on yet.
+pub(crate) fn unmount_bucket() -> Result<(), Fault> {
+    unmount(paths::BUCKET_MOUNT)
+}
+
+fn unmount(point: &str) -> Result<(), Fault> {
+    while is_mount(point) {
+        umount2(point, MntFlags::MNT_DETACH)?;
     }
     Ok(())
 }

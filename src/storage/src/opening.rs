@@ -134,7 +134,9 @@ pub(crate) fn open(
 ) -> Result<Ready, Fault> {
     desk.phase("opening");
     let bucket = Bucket::new(spec)?;
+    desk.did("rclone");
     let survey = bucket.survey()?;
+    desk.did("bucket");
     let held = hold_volume(FsPath::new(cvm_blueprint::paths::DATA))?;
     held.volume.clear_staging_but_parts()?;
     let ours = held.index.own_epoch()?.unwrap_or(0);
@@ -153,7 +155,9 @@ pub(crate) fn open(
         ))?;
     }
     let survey = without_manifest(survey, &before, &held, word)?;
-    let another = owned_by_others || is_behind(&held, newest, ours)?;
+    // The record may be gone; what its owners wrote has their epochs.
+    let met = ours.max(held.index.number("met")?);
+    let another = owned_by_others || newest.0 > met || is_behind(&held, newest, ours)?;
     // All that the bucket has may be of ours, and the answer to it lost.
     let unknown = ours == 0 || newest != (ours, 1);
     let held = past(desk, held, survey, another, unknown)?;
@@ -173,7 +177,8 @@ pub(crate) fn open(
         lease.look(&bucket)?;
     }
     desk.identity(&held.me.instance, lease.epoch());
-    let ready = tree(spec, desk, bucket, held, lease, survey, word, taken, reached);
+    desk.did("ownership");
+    let ready = tree(spec, desk, bucket, held, lease, survey, word, taken, reached, newest.0);
     if ready.is_err() {
         desk.opened(None);
     }
@@ -358,6 +363,7 @@ fn tree(
     word: Said<'_>,
     taken: Duration,
     reached: u64,
+    newest: u64,
 ) -> Result<Ready, Fault> {
     let owner = uid_gid(&spec.user);
     let anchor = spec.anchor.as_deref().and_then(Head::parse_anchor);
@@ -367,24 +373,33 @@ fn tree(
     }
     let loaded = match survey {
         Survey::Managed => Chain::load(&bucket, &index, owner, anchor, word.accepted)?,
-        _ => Loaded { chain: Chain::empty(owner), intents: Vec::new(), continued: false },
+        _ => Loaded { chain: Chain::empty(owner), intents: Vec::new(), continued: false, is_cut: false },
     };
-    let Loaded { mut chain, intents, continued } = loaded;
-    // Whoever has accepted another gap in it knows that.
-    if survey == Survey::Managed && chain.head.generation < reached && !word.accepted.is_any() {
-        return Err(Fault::Suspicious(format!(
+    let Loaded { mut chain, intents, continued, is_cut } = loaded;
+    if is_cut {
+        index.set_meta("cut", &reached.to_string())?;
+    }
+    // Who has accepted a manifest that is not all there has accepted that this try's is not.
+    if survey == Survey::Managed && chain.head.generation < reached && index.number("cut")? != reached {
+        word.accepted.or_refuse(format!(
             "the end of the manifest is missing: it is at generation {}, and its last owner had come to {reached}",
             chain.head.generation
-        )));
+        ))?;
     }
+    // An earlier try may have come as far as the index, and not as far as here.
+    let continued = continued && !index.is_of_another_tree()?;
     if survey == Survey::Managed && !continued && !volume.is_empty()? {
         put_aside(desk, &index)?;
     }
+    index.has_its_tree()?;
+    // The volume has no past that is older than this.
+    index.set_meta("met", &newest.to_string())?;
     let nothing_left = survey == Survey::Managed && chain.head.generation == 0;
     let adopted = survey == Survey::Unmanaged || nothing_left;
     if adopted {
         adopt(&bucket, &index, &mut chain, desk, owner, &lease, taken)?;
     }
+    desk.did("manifest");
     // What still holds is found again.
     desk.forget_incidents();
     desk.head(chain.head, index.totals()?);
@@ -400,10 +415,12 @@ fn tree(
         let made = Making { desk, bucket: &bucket, index: &index, intents: &intents, continued, owner };
         made.stand(adopted, word.accepted)?
     };
+    desk.did("tree");
     settle(&lease, &bucket, &index, taken)?;
     if !alive {
         keep_promises(&mut chain, &bucket, &index, &lease, &intents)?;
     }
+    desk.did("still ours");
     Ok(Ready {
         open: opened(desk, bucket, index, stands.volume),
         lease: lease.into(),
@@ -549,7 +566,7 @@ fn adopt(
         "The bucket has no manifest: {} objects of an older version are adopted as they are. What they were before cannot be checked",
         listed.len()
     ));
-    lease.settle(bucket, taken)?;
+    settle(lease, bucket, index, taken)?;
     let mut lines: Vec<Line> = Vec::new();
     let mut directories = std::collections::BTreeSet::new();
     for object in listed {
@@ -608,14 +625,14 @@ fn old_databases(desk: &Desk, volume: &Volume) -> Result<(), Fault> {
 /// What each path may become besides what it is.
 type Intended = HashMap<Path, Vec<Entry>>;
 
-fn rows_and_wanted(index: &Index, intents: &[Line]) -> Result<(Vec<(Path, Row)>, Intended), Fault> {
-    let mut intended: HashMap<Path, Vec<Entry>> = HashMap::new();
+fn intended(intents: &[Line]) -> Intended {
+    let mut intended = Intended::new();
     for line in intents {
         if let Word::WillBe(entry) = &line.word {
             intended.entry(line.path.clone()).or_default().push(entry.clone());
         }
     }
-    Ok((index.standing()?, intended))
+    intended
 }
 
 fn wanted(path: &Path, row: &Row, intended: &Intended) -> Wanted {
@@ -659,13 +676,24 @@ impl Making<'_> {
             index.set_all_lower(true).map_err(no)?;
             index.set_meta("lowered", "1").map_err(no)?;
         }
-        let bad = lay_upper(desk, bucket, index, &overlaid, intents, owner).map_err(no)?;
+        desk.did("volume");
+        let layer = Layer::lay(desk, index, &overlaid, intents, owner).map_err(no)?;
+        desk.did("layer");
+        // One waits for the bucket, the other for the kernel.
+        let (mounted, bad) = std::thread::scope(|scope| {
+            let mounting = scope.spawn(|| mount::mount_bucket(&bucket.rclone, &layer.names, &layer.modes));
+            let bad = layer.fetch(desk, bucket, index, &overlaid);
+            let mounted = mounting.join();
+            (mounted.unwrap_or_else(|panic| std::panic::resume_unwind(panic)), bad)
+        });
+        let bad = bad.map_err(no)?;
+        desk.did("first files");
         if let Err(fault) = judge(desk, index, &bad, accepted) {
+            mount::unmount_bucket().map_err(no)?;
             return Ok(Err(fault));
         }
-        let (names, modes) = lower_of(index, owner).map_err(no)?;
+        mounted?;
         forget_origins(&overlaid.upper).map_err(no)?;
-        mount::mount_bucket(&bucket.rclone, &names, &modes)?;
         mount::overlay(&overlaid, Some(cvm_blueprint::paths::BUCKET_MOUNT))?;
         desk.info("rclone FUSE mount ready at /data");
         let stand_in = match StandIn::hand_over(&overlaid) {
@@ -701,22 +729,10 @@ fn forget_origins(dir: &FsPath) -> Result<(), Fault> {
     Ok(())
 }
 
-/// What the mount shows, and how: the modes that most files have, so that few need a correction.
-fn lower_of(index: &Index, owner: (u32, u32)) -> Result<(Vec<u8>, MountModes), Fault> {
-    let mut names = Vec::new();
-    for (path, row) in index.lower()? {
-        if row.entry.is_file() && path.is_plain() {
-            names.extend_from_slice(path.as_bytes());
-            names.push(b'\n');
-        }
-    }
-    let (file, directory) = usual_modes(index)?;
-    Ok((names, MountModes { uid: owner.0, gid: owner.1, file, directory }))
-}
-
-fn usual_modes(index: &Index) -> Result<(u32, u32), Fault> {
+/// The modes that most files have, so that few need a correction.
+fn usual_modes<'a>(lower: impl Iterator<Item = &'a Row>) -> (u32, u32) {
     let mut counts: HashMap<(bool, u32), u32> = HashMap::new();
-    for (_, row) in index.lower()? {
+    for row in lower {
         *counts.entry((row.entry.is_file(), row.entry.mode)).or_default() += 1;
     }
     let most = |files: bool, usual: u32| {
@@ -726,77 +742,122 @@ fn usual_modes(index: &Index) -> Result<(u32, u32), Fault> {
             .max_by_key(|(_, n)| **n)
             .map_or(usual, |((_, mode), _)| *mode)
     };
-    Ok((most(true, 0o600), most(false, 0o700)))
+    (most(true, 0o600), most(false, 0o700))
 }
 
-/// Everything that must not wait for the mount, written into the upper layer before it is one.
-fn lay_upper(
-    desk: &Desk,
-    bucket: &Bucket,
-    index: &Index,
-    volume: &Volume,
-    intents: &[Line],
-    owner: (u32, u32),
-) -> Result<Vec<(Path, String)>, Fault> {
-    // Of these nothing is anywhere: the scan takes them for what they are.
-    let astray: Vec<Path> = index.astray()?.into_iter().map(|(path, _)| path).collect();
-    index.set_lower(&astray, false)?;
-    let (rows, intended) = rows_and_wanted(index, intents)?;
-    let below: Vec<&(Path, Row)> = rows.iter().filter(|(_, row)| row.lower && row.bad.is_none()).collect();
-    let hidden = Hidden::new(volume);
-    let laid = index.meta("laid")?.is_some();
-    if !laid {
-        make_way(desk, volume, &volume.upper, &rows)?;
-    }
-    let (usual, _) = usual_modes(index)?;
-    let (mut early, mut stubs, mut skeleton, mut above) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-    for (path, row) in below {
-        if hidden.hides(path)? {
-            // Removed or moved on this volume before: the scan says which.
-            index.set_lower(std::slice::from_ref(path), true)?;
-            continue;
+/// Everything that must not wait for the mount, as far as it is in the upper layer before there is
+/// one, and what the mount is to show.
+struct Layer {
+    /// What is fetched and checked before the gateway starts.
+    early: Vec<Wanted>,
+    /// Directories and links, and those of them that are made here.
+    above: Vec<Path>,
+    skeleton: Vec<(Path, Entry)>,
+    /// Files of several names.
+    linked: Vec<(Path, Entry)>,
+    names: Vec<u8>,
+    modes: MountModes,
+}
+
+impl Layer {
+    fn lay(
+        desk: &Desk,
+        index: &Index,
+        volume: &Volume,
+        intents: &[Line],
+        owner: (u32, u32),
+    ) -> Result<Self, Fault> {
+        let (rows, astray) = index.standing()?;
+        // Of these nothing is anywhere: the scan takes them for what they are.
+        index.set_lower(&astray, false)?;
+        let intended = intended(intents);
+        let laid = index.meta("laid")?.is_some();
+        if !laid {
+            make_way(desk, volume, &rows)?;
         }
-        if !row.entry.is_file() {
-            if !laid || volume::look(&path.below(&volume.upper))?.is_none() {
-                // Those of a restore that was killed too: they are dressed when all is in them.
-                skeleton.push((path.clone(), row.entry.clone()));
+        let lower = || rows.iter().filter(|(_, row)| row.lower);
+        let (file, directory) = usual_modes(lower().map(|(_, row)| row));
+        let modes = MountModes { uid: owner.0, gid: owner.1, file, directory };
+        let has_usual = |entry: &Entry| (entry.mode, entry.uid, entry.gid) == (file, owner.0, owner.1);
+        let of_several_names =
+            |(path, row): &(Path, Row)| row.entry.link.is_some().then(|| (path.clone(), row.entry.clone()));
+        let linked = rows.iter().filter_map(of_several_names).collect();
+        let mut this = Self {
+            early: Vec::new(),
+            above: Vec::new(),
+            skeleton: Vec::new(),
+            linked,
+            names: Vec::new(),
+            modes,
+        };
+        let mut stubs = Vec::new();
+        let mut upper = Upper::new(volume);
+        for (path, row) in lower() {
+            let place = if row.bad.is_some() { Place::Hidden } else { upper.place(path)? };
+            if !row.entry.is_file() {
+                if place != Place::Hidden {
+                    if !laid || place == Place::Free {
+                        // Those of a restore that was killed too: they are dressed when all is in them.
+                        this.skeleton.push((path.clone(), row.entry.clone()));
+                    }
+                    this.above.push(path.clone());
+                }
+                continue;
             }
-            above.push(path.clone());
-            continue;
+            let is_wanted = match place {
+                // Removed or moved on this volume before: the scan says which.
+                Place::Hidden => false,
+                Place::Taken => !laid && !is_as_said(&volume.upper, path, row)?,
+                Place::Free => true,
+            };
+            if is_wanted && is_early(path, row, &intended) {
+                this.early.push(wanted(path, row, &intended));
+                continue;
+            }
+            if is_wanted && !has_usual(&row.entry) {
+                stubs.push((path, &row.entry));
+            }
+            if path.is_plain() {
+                this.names.extend_from_slice(path.as_bytes());
+                this.names.push(b'\n');
+            }
         }
-        if volume::look(&path.below(&volume.upper))?.is_some()
-            && (laid || is_as_said(&volume.upper, path, row)?)
-        {
-            continue;
+        fetch::skeleton(&this.skeleton, &volume.upper)?;
+        for (path, entry) in stubs {
+            stub(&volume.upper, path, entry)?;
         }
-        let small = row.entry.size() <= EARLY_MAX;
-        let first = row.entry.is_database()
-            || (rules::is_read_at_start(path) && small)
-            || row.entry.size() == 0
-            || row.entry.link.is_some()
-            || !path.is_plain()
-            || intended.contains_key(path)
-            || row.entry.sha().is_none();
-        if first {
-            early.push(wanted(path, row, &intended));
-        } else if (row.entry.mode, row.entry.uid, row.entry.gid) != (usual, owner.0, owner.1) {
-            stubs.push((path.clone(), row.entry.clone()));
-        }
+        Ok(this)
     }
-    fetch::skeleton(&skeleton, &volume.upper)?;
-    for (path, entry) in &stubs {
-        stub(&volume.upper, path, entry)?;
+
+    /// Yields what the bucket does not have right.
+    fn fetch(
+        &self,
+        desk: &Desk,
+        bucket: &Bucket,
+        index: &Index,
+        volume: &Volume,
+    ) -> Result<Vec<(Path, String)>, Fault> {
+        let bad = early_files(desk, bucket, index, volume, self.early.clone())?;
+        // Their data is where it is; the manifest says the rest.
+        index.set_lower(&self.above, false)?;
+        let there = |(path, _): &&(Path, Entry)| path.below(&volume.upper).exists();
+        let linked: Vec<_> = self.linked.iter().filter(there).cloned().collect();
+        fetch::finish(&linked, &volume.upper)?;
+        fetch::dress_directories(&self.skeleton, &volume.upper)?;
+        index.set_meta("laid", "1")?;
+        Ok(bad)
     }
-    let bad = early_files(desk, bucket, index, volume, early)?;
-    // Their data is where it is; the manifest says the rest.
-    index.set_lower(&above, false)?;
-    let dressed: Vec<(Path, Entry)> = rows.iter().map(|(p, r)| (p.clone(), r.entry.clone())).collect();
-    let (linked, _): (Vec<_>, Vec<_>) =
-        dressed.into_iter().partition(|(p, e)| e.link.is_some() && p.below(&volume.upper).exists());
-    fetch::finish(&linked, &volume.upper)?;
-    fetch::dress_directories(&skeleton, &volume.upper)?;
-    index.set_meta("laid", "1")?;
-    Ok(bad)
+}
+
+/// Whether a file has to be there, and checked, before the gateway starts.
+fn is_early(path: &Path, row: &Row, intended: &Intended) -> bool {
+    row.entry.is_database()
+        || (rules::is_read_at_start(path) && row.entry.size() <= EARLY_MAX)
+        || row.entry.size() == 0
+        || row.entry.link.is_some()
+        || !path.is_plain()
+        || intended.contains_key(path)
+        || row.entry.sha().is_none()
 }
 
 fn early_files(
@@ -820,7 +881,9 @@ fn early_files(
     let fetcher = Fetcher { bucket, whole: index.totals()?, parts: parts.clone(), progress: &progress };
     let got = fetcher.files(early, &volume.upper)?;
     desk.progress(None);
+    desk.did("fetch");
     fetch::settle_on_disk(&volume.own)?;
+    desk.did("disk");
     let bad = take_over(index, volume, got)?;
     // Of a restore that was killed too: the rest comes through the mount.
     let _ = fs::remove_dir_all(parts);
@@ -829,11 +892,15 @@ fn early_files(
 
 /// A restore that did not come to its end may have made directories where something else belongs, and
 /// the other way round. They are nobody's yet, and are set aside all the same.
-fn make_way(desk: &Desk, volume: &Volume, root: &FsPath, rows: &[(Path, Row)]) -> Result<(), Fault> {
+fn make_way(desk: &Desk, volume: &Volume, rows: &[(Path, Row)]) -> Result<(), Fault> {
+    let mut upper = Upper::new(volume);
     let aside = volume.own.join("aside").join(format!("in-the-way-{}", crate::chain::now_ms()));
     let mut moved = 0u64;
     for (path, row) in rows {
-        let Ok(parent) = Within::open(root, path.parent().as_ref()) else { continue };
+        if upper.place(path)? != Place::Taken {
+            continue;
+        }
+        let Ok(parent) = Within::open(&volume.upper, path.parent().as_ref()) else { continue };
         let at = parent.name(path.name());
         let Some(stat) = volume::look(&at)?.filter(|stat| !volume::is_whiteout(stat)) else { continue };
         if (volume::kind_of(&stat) == libc::S_IFDIR) != (row.entry.kind == Kind::Directory) {
@@ -899,42 +966,56 @@ fn stub(upper: &FsPath, path: &Path, entry: &Entry) -> Result<(), Fault> {
     volume::dress(&at, entry)
 }
 
-/// What the upper layer hides of the lower one.
-struct Hidden<'a> {
-    volume: &'a Volume,
-    known: std::cell::RefCell<HashMap<Path, bool>>,
+/// What the upper layer has at a path of the lower one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    Free,
+    Taken,
+    /// Whatever is below there is not seen.
+    Hidden,
 }
 
-impl<'a> Hidden<'a> {
+/// The upper layer, of which no directory is looked at twice.
+struct Upper<'a> {
+    volume: &'a Volume,
+    known: HashMap<Path, Place>,
+}
+
+impl<'a> Upper<'a> {
     fn new(volume: &'a Volume) -> Self {
-        Self { volume, known: std::cell::RefCell::default() }
+        Self { volume, known: HashMap::new() }
     }
 
-    fn hides(&self, path: &Path) -> Result<bool, Fault> {
-        let at = path.below(&self.volume.upper);
-        let stat = volume::look(&at)?;
-        if stat.as_ref().is_some_and(volume::is_whiteout) {
-            return Ok(true);
+    fn place(&mut self, path: &Path) -> Result<Place, Fault> {
+        match path.parent().map_or(Ok(Place::Taken), |parent| self.of_directory(&parent))? {
+            Place::Taken => {}
+            // Nothing is in what is not there.
+            other => return Ok(other),
         }
-        match path.parent() {
-            Some(parent) => self.directory_hides(&parent),
-            None => Ok(false),
-        }
+        Ok(match volume::look(&path.below(&self.volume.upper))? {
+            None => Place::Free,
+            Some(stat) if volume::is_whiteout(&stat) => Place::Hidden,
+            Some(_) => Place::Taken,
+        })
     }
 
-    fn directory_hides(&self, dir: &Path) -> Result<bool, Fault> {
-        if let Some(known) = self.known.borrow().get(dir) {
+    /// What it is to those in it.
+    fn of_directory(&mut self, dir: &Path) -> Result<Place, Fault> {
+        if let Some(known) = self.known.get(dir) {
             return Ok(*known);
         }
-        let at = dir.below(&self.volume.upper);
-        let hides = match volume::look(&at)? {
-            None => false,
-            Some(stat) if volume::kind_of(&stat) != libc::S_IFDIR => true,
-            Some(_) => volume::mark(&at, c"trusted.overlay.opaque").is_some_and(|v| v == b"y"),
+        let place = match self.place(dir)? {
+            Place::Taken if self.shows_nothing_below(dir)? => Place::Hidden,
+            other => other,
         };
-        let hides = hides || dir.parent().map_or(Ok(false), |parent| self.directory_hides(&parent))?;
-        self.known.borrow_mut().insert(dir.clone(), hides);
-        Ok(hides)
+        self.known.insert(dir.clone(), place);
+        Ok(place)
+    }
+
+    fn shows_nothing_below(&self, dir: &Path) -> Result<bool, Fault> {
+        let at = dir.below(&self.volume.upper);
+        let is_directory = volume::look(&at)?.is_some_and(|stat| volume::kind_of(&stat) == libc::S_IFDIR);
+        Ok(!is_directory || volume::mark(&at, c"trusted.overlay.opaque").is_some_and(|v| v == b"y"))
     }
 }
 
@@ -947,9 +1028,9 @@ impl Making<'_> {
         desk.phase("restoring");
         let times = flatten(bucket, index, volume)?;
         let laid = index.meta("laid")?.is_some();
-        let (rows, intended) = rows_and_wanted(index, intents)?;
+        let ((rows, _), intended) = (index.standing()?, intended(intents));
         if !laid {
-            make_way(desk, volume, &volume.tree, &rows)?;
+            make_way(desk, volume, &rows)?;
         }
         // Once it has all been here, what is not there was removed.
         let whole = continued && index.meta("restored")?.is_some();
@@ -1021,10 +1102,10 @@ fn flatten(bucket: &Bucket, index: &Index, volume: &Volume) -> Result<Vec<(Path,
     let mut times = Vec::new();
     moved::times(&upper, None, &mut times)?;
     moved::bring_up(bucket, index, &layered)?;
-    let hidden = Hidden::new(&layered);
+    let mut layers = Upper::new(&layered);
     let mut gone = Vec::new();
     for (path, row) in index.all()? {
-        if row.sign.is_none() && hidden.hides(&path)? {
+        if row.sign.is_none() && layers.place(&path)? == Place::Hidden {
             gone.push(path);
         }
     }

@@ -42,7 +42,7 @@ pub(crate) fn restore(spec: &StorageSpec, to: &FsPath) -> Result<u64, Fault> {
     let anchor = spec.anchor.as_deref().and_then(Head::parse_anchor);
     let loaded = Chain::load(&bucket, &index, owner, anchor, &Accepted::default())?;
     println!("Generation {} of {}/{}", loaded.chain.head.generation, spec.bucket, spec.prefix);
-    let rows = index.standing()?;
+    let (rows, _) = index.standing()?;
     let entries: Vec<(Path, Entry)> = rows.iter().map(|(p, r)| (p.clone(), r.entry.clone())).collect();
     let wanted: Vec<Wanted> = rows
         .into_iter()

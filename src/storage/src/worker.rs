@@ -38,6 +38,9 @@ const PATIENCE: Duration = Duration::from_millis(300);
 const BETWEEN: Duration = Duration::from_millis(700);
 /// A round that takes longer than this is made in slices, so that orders and databases do not wait.
 const SLICE: Duration = Duration::from_secs(1);
+/// While this passes hints gather in the kernel: who commits thousands of times a second must not
+/// have us woken as often.
+const GATHER: Duration = Duration::from_millis(20);
 /// Nobody says when a database is not locked any more.
 const LOCKED_MAX: Duration = Duration::from_secs(10);
 /// Hints are hints; the scan is the truth.
@@ -127,6 +130,7 @@ impl Worker {
                 return false;
             }
             self.pause(wait);
+            self.desk.forget_steps();
         }
     }
 
@@ -359,6 +363,8 @@ impl<'a> Tree<'a> {
         this.help()?;
         this.recall_drill()?;
         this.say_ready();
+        this.worker.desk.did("watch");
+        this.worker.desk.say_steps();
         Ok(this)
     }
 
@@ -393,6 +399,7 @@ impl<'a> Tree<'a> {
                 if stop.load(Ordering::Relaxed) || new && sender.send(Order::Hints).is_err() {
                     return;
                 }
+                std::thread::sleep(GATHER);
             }
         });
         if let Err(fault) = watching.recv().map_err(|_| Fault::other("the watcher did not start"))? {
