@@ -29,7 +29,7 @@ use crate::parallel;
 use crate::rules;
 use crate::scan::Change;
 use crate::stage::{self, Outcome, Staged};
-use crate::volume::{self, Volume};
+use crate::volume::{self, Room, Volume};
 use crate::way::Way;
 use cvm_process::handle::Fate;
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -389,8 +389,10 @@ impl Pusher<'_> {
         let mut queue = reads.into_iter().peekable();
         while let Some(rank) = queue.peek().map(|read| read.rank) {
             let (mut batch, mut bytes) = (Vec::new(), 0);
-            while let Some(read) = queue
-                .next_if(|read| read.rank == rank && (batch.is_empty() || bytes + read.size <= BATCH_BYTES))
+            let room = self.volume.room().map_or(u64::MAX, Room::for_copies);
+            let most = BATCH_BYTES.min(room);
+            while let Some(read) =
+                queue.next_if(|read| read.rank == rank && (batch.is_empty() || bytes + read.size <= most))
             {
                 bytes += read.size;
                 batch.push(read);
@@ -404,7 +406,7 @@ impl Pusher<'_> {
                     rest.waits_for_its_name(read.path);
                 }
             } else {
-                self.batch(batch, exchange.as_deref_mut(), rest)?;
+                self.batch(batch, room, exchange.as_deref_mut(), rest)?;
             }
             (left, files) = (left.saturating_sub(bytes), files.saturating_sub(count));
             (self.progress)(files, left);
@@ -418,6 +420,7 @@ impl Pusher<'_> {
     fn batch(
         &mut self,
         mut batch: Vec<ToRead>,
+        room: u64,
         exchange: Option<&mut Exchange>,
         rest: &mut Rest,
     ) -> Result<(), Fault> {
@@ -429,7 +432,7 @@ impl Pusher<'_> {
         let staged = parallel::each_apart(numbered, STAGERS, |(number, read)| {
             let was_database = read.was.as_ref().is_some_and(|row| row.entry.is_database());
             let name = format!("push-{number}");
-            let outcome = stage::stage(volume, &read.path, read.database, was_database, name);
+            let outcome = stage::stage(volume, &read.path, read.database, was_database, room, name);
             (read, outcome)
         });
         let (mut to_send, mut lines) = (Vec::new(), Vec::new());
@@ -453,14 +456,12 @@ impl Pusher<'_> {
                         !row.unsure && row.bad.is_none() && row.entry.same_content(&staged.entry)
                     });
                     if same {
-                        self.discard(&staged.name);
                         known.push((path.clone(), staged.known));
                         lines.extend(
                             changed(was.as_deref(), &staged.entry)
                                 .then_some(Line { path, word: Word::Is(staged.entry) }),
                         );
                     } else if let Some(now_at) = passed {
-                        self.discard(&staged.name);
                         rest.is_passed(path, now_at);
                     } else {
                         to_send.push(staged);
@@ -474,9 +475,9 @@ impl Pusher<'_> {
             }
         }
         let sent = self.send(to_send, rest)?;
-        for staged in sent {
-            known.push((staged.path.clone(), staged.known));
-            lines.push(Line { path: staged.path, word: Word::Is(staged.entry) });
+        for Sent { path, entry, known: sign } in sent {
+            known.push((path.clone(), sign));
+            lines.push(Line { path, word: Word::Is(entry) });
         }
         self.settle_on_disk(&lines)?;
         let removals = match exchange {
@@ -513,7 +514,7 @@ impl Pusher<'_> {
     }
 
     /// Intents, then the objects. Yields those that have arrived.
-    fn send(&mut self, to_send: Vec<Staged>, rest: &mut Rest) -> Result<Vec<Staged>, Fault> {
+    fn send(&mut self, to_send: Vec<Staged>, rest: &mut Rest) -> Result<Vec<Sent>, Fault> {
         if to_send.is_empty() {
             return Ok(Vec::new());
         }
@@ -526,13 +527,15 @@ impl Pusher<'_> {
         // Of a bucket that does not answer nothing more is asked: each would wait as long as the first.
         let silent = std::sync::OnceLock::new();
         let sent = parallel::each(to_send, UPLOADERS, |staged| {
+            let Staged { path, entry, known, copy, .. } = staged;
+            let staged = Sent { path, entry, known };
             if let Some(fault) = silent.get().cloned() {
                 return (staged, Err(fault));
             }
             // Asked for each: between two of them this machine may have slept, and been succeeded.
             let sent = lease
                 .confirm(bucket)
-                .and_then(|()| bucket.rclone.upload(&staging, &staged.name, &staged.path.object()));
+                .and_then(|()| bucket.rclone.upload(&staging, copy.name(), &staged.path.object()));
             if let Err(fault @ Fault::Unreachable(_)) = &sent {
                 let _ = silent.set(fault.clone());
             }
@@ -541,7 +544,6 @@ impl Pusher<'_> {
         let mut fault = None;
         let mut done = Vec::new();
         for (staged, sent) in sent {
-            self.discard(&staged.name);
             match sent {
                 Ok(()) => done.push(staged),
                 Err(why) => {
@@ -624,11 +626,13 @@ impl Pusher<'_> {
         self.lease.confirm(self.bucket)?;
         self.chain.append(self.bucket, self.index, self.lease.epoch(), lines)
     }
+}
 
-    fn discard(&self, name: &str) {
-        // What stays is swept with the staging area at the next start.
-        let _ = std::fs::remove_file(self.volume.staging().join(name));
-    }
+/// A file whose object has arrived, or may have.
+struct Sent {
+    path: Path,
+    entry: Entry,
+    known: Known,
 }
 
 fn changed(was: Option<&Row>, now: &Entry) -> bool {

@@ -13,11 +13,12 @@ use crate::lifting::Seen;
 use crate::manifest::Digest;
 use crate::scan;
 use crate::volume::{self, Volume};
+use nix::sys::stat::FileStat;
 use sha2::{Digest as _, Sha256};
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::Path as FsPath;
+use std::path::{Path as FsPath, PathBuf};
 
 /// Copies of a file that changes under our hands before the last one is taken as it is: a log that
 /// is always written to is never still, and its beginning is as good as any.
@@ -28,6 +29,30 @@ const PIECE: usize = 256 * 1024;
 /// How long a database that is made anew may be empty.
 const NEW_NS: u64 = 5_000_000_000;
 
+/// A copy in the staging area, which is gone when nobody holds it any more.
+pub(crate) struct Private {
+    at: PathBuf,
+    name: String,
+}
+
+impl Private {
+    fn new(volume: &Volume, name: String) -> Self {
+        Self { at: volume.staging().join(&name), name }
+    }
+
+    /// In the staging area.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+}
+
+impl Drop for Private {
+    fn drop(&mut self) {
+        // What cannot be removed is swept with the staging area at the next start.
+        let _ = std::fs::remove_file(&self.at);
+    }
+}
+
 /// A copy that can be sent.
 pub(crate) struct Staged {
     pub(crate) path: Path,
@@ -35,8 +60,7 @@ pub(crate) struct Staged {
     pub(crate) known: Known,
     /// It has to be looked at once more.
     pub(crate) young: bool,
-    /// Name in the staging area.
-    pub(crate) name: String,
+    pub(crate) copy: Private,
 }
 
 pub(crate) enum Outcome {
@@ -55,16 +79,19 @@ enum Source {
     Database(database::Owner),
 }
 
-/// `database` is what the scan saw, and `was_database` what the bucket has.
+/// `database` is what the scan saw, and `was_database` what the bucket has. The copy may have so much
+/// `room`: what fills the volume stops those who write to it.
 pub(crate) fn stage(
     volume: &Volume,
     path: &Path,
     mut database: bool,
     was_database: bool,
+    room: u64,
     name: String,
 ) -> Result<Outcome, Fault> {
     let at = path.below(&volume.upper);
-    let to = volume.staging().join(&name);
+    let private = Private::new(volume, name);
+    let to = &private.at;
     for attempt in 1..=TRIES {
         let before = match volume.lifting.look(path, &at)? {
             Seen::Is(Some(stat)) => stat,
@@ -97,17 +124,20 @@ pub(crate) fn stage(
             return Ok(if empty { emptied(age_ns(&before)) } else { Outcome::Damaged(why) });
         }
         let Known { sign, handle } = scan::known_by(&at, &before, database);
-        let _ = std::fs::remove_file(&to);
+        if takes(&at, &before, database) > room {
+            return Ok(Outcome::Later("the volume has no room for a copy of it".to_owned()));
+        }
+        let _ = std::fs::remove_file(to);
         let (size, sha) = match source {
             // Through the merged tree: SQLite's locks live on the path that its writers use.
-            Source::Database(owner) => match database::copy(&path.below(&volume.tree), &to, owner) {
-                Ok(()) => hash(&to)?,
+            Source::Database(owner) => match database::copy(&path.below(&volume.tree), to, owner) {
+                Ok(()) => hash(to)?,
                 Err(NoCopy::Later(why)) => return Ok(Outcome::Later(why)),
                 Err(NoCopy::Damaged(why)) => return Ok(Outcome::Damaged(why)),
             },
-            Source::Plain(source) => match copy(source, &to) {
+            Source::Plain(source) => match copy(source, to) {
                 // Made in this moment: bytes of it are not a state of it.
-                Ok(_) if database::has_magic(&to) && attempt < TRIES => continue,
+                Ok(_) if database::has_magic(to) && attempt < TRIES => continue,
                 other => other?,
             },
         };
@@ -119,21 +149,28 @@ pub(crate) fn stage(
                 entry.link = None;
             }
             // It goes up with the object, for those who read the bucket with stock rclone.
-            volume::set_mtime(&to, entry.mtime_ns)?;
+            volume::set_mtime(to, entry.mtime_ns)?;
             // A file that changed meanwhile is not known by any sign, and so looked at again.
             let young = !still || is_young(&at, &before);
             let sign = if young { Sign { change: 0, ..sign } } else { sign };
             let known = Known { sign, handle };
-            return Ok(Outcome::Ready(Staged { path: path.clone(), entry, known, young, name }));
+            return Ok(Outcome::Ready(Staged { path: path.clone(), entry, known, young, copy: private }));
         }
     }
     Ok(Outcome::Vanished)
 }
 
+/// On the disk: holes stay holes. What a database's log holds may be in the copy besides.
+fn takes(at: &FsPath, stat: &FileStat, database: bool) -> u64 {
+    let log = if database { scan::log_of(at) } else { None };
+    let blocks = |stat: &FileStat| u64::try_from(stat.st_blocks).unwrap_or(0).saturating_mul(512);
+    blocks(stat).saturating_add(log.map_or(0, |log| blocks(&log)))
+}
+
 /// Whether the next change may carry the same time: kernels before 6.13 stamp files by the tick.
 /// Such a file is read once more. Of a log it is the time of its content that counts: each copy
 /// that is taken as root gives the log to the database's owner, and is itself no change.
-fn is_young(at: &FsPath, stat: &nix::sys::stat::FileStat) -> bool {
+fn is_young(at: &FsPath, stat: &FileStat) -> bool {
     let changed = scan::log_of(at).map_or(0, |log| volume::mtime_ns(&log)).max(volume::ctime_ns(stat));
     now_ns().saturating_sub(changed) < TICK_NS
 }
@@ -153,7 +190,7 @@ fn emptied(age_ns: u64) -> Outcome {
 }
 
 /// Since its last change; what changed in the future has not changed for long.
-fn age_ns(stat: &nix::sys::stat::FileStat) -> u64 {
+fn age_ns(stat: &FileStat) -> u64 {
     u64::try_from(now_ns().saturating_sub(volume::ctime_ns(stat))).unwrap_or(u64::MAX)
 }
 
@@ -200,7 +237,46 @@ mod tests {
 
     fn staged(volume: &Volume, name: &str, database: bool, was_database: bool) -> Outcome {
         let path = Path::new(name.as_bytes()).unwrap();
-        stage(volume, &path, database, was_database, "copy".to_owned()).unwrap()
+        stage(volume, &path, database, was_database, u64::MAX, "copy".to_owned()).unwrap()
+    }
+
+    fn lie_there(volume: &Volume) -> usize {
+        fs::read_dir(volume.staging()).unwrap().count()
+    }
+
+    #[test]
+    fn a_copy_that_is_not_sent_takes_no_room() {
+        let dir = tempfile::tempdir().unwrap();
+        let volume = Volume::plain(dir.path()).unwrap();
+        let db = rusqlite::Connection::open(dir.path().join("db")).unwrap();
+        db.execute_batch("CREATE TABLE t(x); INSERT INTO t VALUES (zeroblob(100000));").unwrap();
+        drop(db);
+        let mut bytes = fs::read(dir.path().join("db")).unwrap();
+        bytes[5000..].fill(0xaa);
+        fs::write(dir.path().join("db"), bytes).unwrap();
+        assert!(matches!(staged(&volume, "db", true, true), Outcome::Damaged(_)));
+        assert_eq!(lie_there(&volume), 0);
+        fs::write(dir.path().join("file"), "1").unwrap();
+        let copy = staged(&volume, "file", false, false);
+        assert!(matches!(copy, Outcome::Ready(_)));
+        assert_eq!(lie_there(&volume), 1);
+        drop(copy);
+        assert_eq!(lie_there(&volume), 0);
+    }
+
+    #[test]
+    fn what_the_volume_has_no_room_for_a_copy_of_is_not_copied() {
+        let dir = tempfile::tempdir().unwrap();
+        let volume = Volume::plain(dir.path()).unwrap();
+        fs::write(dir.path().join("file"), vec![7; 3 << 20]).unwrap();
+        File::create(dir.path().join("sparse")).unwrap().set_len(3 << 20).unwrap();
+        let stage = |name: &str| {
+            let path = Path::new(name.as_bytes()).unwrap();
+            stage(&volume, &path, false, false, 1 << 20, "copy".to_owned()).unwrap()
+        };
+        assert!(matches!(stage("file"), Outcome::Later(why) if why.contains("no room")));
+        assert_eq!(lie_there(&volume), 0);
+        assert!(matches!(stage("sparse"), Outcome::Ready(_)), "holes take none");
     }
 
     #[test]
@@ -249,7 +325,8 @@ mod tests {
         let volume = Volume::plain(dir.path()).unwrap();
         let content = b"what is no database, and longer than a database's first bytes";
         fs::write(dir.path().join("file"), content).unwrap();
-        assert!(matches!(staged(&volume, "file", false, false), Outcome::Ready(_)));
+        let copy = staged(&volume, "file", false, false);
+        assert!(matches!(copy, Outcome::Ready(_)));
         assert_eq!(fs::read(volume.staging().join("copy")).unwrap(), content);
     }
 
@@ -261,6 +338,9 @@ mod tests {
         fs::write(dir.path().join("outside/file"), "1").unwrap();
         std::os::unix::fs::symlink("outside", dir.path().join("d")).unwrap();
         let path = Path::new(b"d/file").unwrap();
-        assert!(!matches!(stage(&volume, &path, false, false, "copy".to_owned()), Ok(Outcome::Ready(_))));
+        assert!(!matches!(
+            stage(&volume, &path, false, false, u64::MAX, "copy".to_owned()),
+            Ok(Outcome::Ready(_))
+        ));
     }
 }
