@@ -24,7 +24,7 @@ use std::path::{Path as FsPath, PathBuf};
 /// is always written to is never still, and its beginning is as good as any.
 const TRIES: u32 = 3;
 /// The longest tick of a kernel's clock, twice.
-const TICK_NS: i64 = 20_000_000;
+const TICK_NS: u64 = 20_000_000;
 const PIECE: usize = 256 * 1024;
 /// How long a database that is made anew may be empty.
 const NEW_NS: u64 = 5_000_000_000;
@@ -151,7 +151,7 @@ pub(crate) fn stage(
             // It goes up with the object, for those who read the bucket with stock rclone.
             volume::set_mtime(to, entry.mtime_ns)?;
             // A file that changed meanwhile is not known by any sign, and so looked at again.
-            let young = !still || is_young(&at, &before);
+            let young = !still || is_young(&at, &before, database);
             let sign = if young { Sign { change: 0, ..sign } } else { sign };
             let known = Known { sign, handle };
             return Ok(Outcome::Ready(Staged { path: path.clone(), entry, known, young, copy: private }));
@@ -169,10 +169,13 @@ fn takes(at: &FsPath, stat: &FileStat, database: bool) -> u64 {
 
 /// Whether the next change may carry the same time: kernels before 6.13 stamp files by the tick.
 /// Such a file is read once more. Of a log it is the time of its content that counts: each copy
-/// that is taken as root gives the log to the database's owner, and is itself no change.
-fn is_young(at: &FsPath, stat: &FileStat) -> bool {
-    let changed = scan::log_of(at).map_or(0, |log| volume::mtime_ns(&log)).max(volume::ctime_ns(stat));
-    now_ns().saturating_sub(changed) < TICK_NS
+/// that is taken as root gives the log to the database's owner, and is itself no change. A time far in
+/// the future, which anybody can give a log, is no time that the next change will carry.
+fn is_young(at: &FsPath, stat: &FileStat, database: bool) -> bool {
+    let log = if database { scan::log_of(at) } else { None };
+    let now = now_ns();
+    let mut changed = log.iter().map(volume::mtime_ns).chain([volume::ctime_ns(stat)]);
+    changed.any(|changed| now.abs_diff(changed) < TICK_NS)
 }
 
 fn now_ns() -> i64 {
@@ -317,6 +320,24 @@ mod tests {
             );
         }
         assert!(!copy().young);
+    }
+
+    #[test]
+    fn a_log_from_the_future_makes_nothing_young_for_ever() {
+        let dir = tempfile::tempdir().unwrap();
+        let volume = Volume::plain(dir.path()).unwrap();
+        let db = rusqlite::Connection::open(dir.path().join("db")).unwrap();
+        db.execute_batch("PRAGMA journal_mode=WAL; CREATE TABLE t(x)").unwrap();
+        fs::write(dir.path().join("file"), "1").unwrap();
+        fs::write(dir.path().join("file-wal"), "what has nothing to do with it").unwrap();
+        for (name, database) in [("db", true), ("file", false)] {
+            volume::set_mtime(&dir.path().join(format!("{name}-wal")), 4_070_908_800_000_000_000).unwrap();
+            let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+            while matches!(staged(&volume, name, database, database), Outcome::Ready(copy) if copy.young) {
+                assert!(std::time::Instant::now() < deadline, "{name} is copied again and again");
+            }
+            assert!(matches!(staged(&volume, name, database, database), Outcome::Ready(_)), "{name}");
+        }
     }
 
     #[test]
