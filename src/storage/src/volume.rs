@@ -207,6 +207,11 @@ fn only_directories(at: &FsPath) -> io::Result<bool> {
     Ok(true)
 }
 
+/// Whether the kernel takes a path of this length from nobody.
+pub(crate) fn is_too_long(path: &FsPath) -> bool {
+    path.as_os_str().len() >= usize::try_from(libc::PATH_MAX).unwrap_or(usize::MAX)
+}
+
 /// What the kernel says of a path itself, whatever it is; `None` when nothing is there.
 pub(crate) fn look(path: &FsPath) -> Result<Option<FileStat>, Fault> {
     match lstat(path) {

@@ -21,7 +21,7 @@ use crate::order::Unread;
 use crate::owner::uptime;
 use crate::push::{Pusher, Rest, Work};
 use crate::review::Review;
-use crate::scan::{Change, Found, Scanner};
+use crate::scan::{Change, Found, Scanner, Unfit};
 use crate::watch::{Hints, Watcher};
 use crate::{boots, hydrate, mount, parallel};
 use cvm_blueprint::storage::{Answer, Ask, Mode, Progress, StorageSpec};
@@ -1016,9 +1016,9 @@ impl<'a> Tree<'a> {
     // === Incidents of the tree itself ===
 
     fn note_impossible(&mut self, round: &mut Round, found: &Found) {
-        for (path, why) in &found.impossible {
+        for (path, Unfit { why, remedy }) in &found.impossible {
             let what = format!("it cannot be in the bucket: {why}");
-            self.worker.desk.incident(&path.to_string(), &what, "give it a shorter name");
+            self.worker.desk.incident(&path.to_string(), &what, remedy);
             round.troubles.insert(path.clone(), what);
         }
         self.troubled.extend(round.troubles.clone());
