@@ -9,7 +9,7 @@ use cvm_harness::machine::{MASTER_KEY, PATIENCE};
 use cvm_harness::sqlite::examine_bytes;
 use cvm_harness::tools::Rclone;
 use cvm_harness::{
-    Builder, Chat, Cloud, Fault, Machine, Said, difference, digest, flush, independent, storage, until,
+    Builder, Chat, Cloud, Fault, Machine, Rule, Said, difference, digest, flush, independent, storage, until,
 };
 use sha2::{Digest as _, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
@@ -850,6 +850,30 @@ fn a_stop_without_a_bucket_ends_in_its_time_and_says_what_is_missing() {
         assert_eq!(names(&rclone).iter().filter(|n| n.contains("/late-")).count(), 7);
         no_incidents(&machine);
     }
+}
+
+#[test]
+fn a_stop_leaves_out_what_the_server_refuses_and_nothing_else() {
+    let _turn = turn();
+    let cloud = Cloud::new();
+    let mut machine = hasty(&cloud).environment("S3_DRAIN_TIMEOUT", "30").start();
+    machine.service_in("gateway", &["ready"]);
+    let at = "/data/openclaw/workspace";
+    machine.ok(&["sh", "-ec", &format!("mkdir -p {at}; cd {at}; echo old > log; echo 1 > gone")]);
+    flush(&machine);
+    let rclone = judge(&cloud);
+    let said = rclone.ok(&["cryptdecode", "--reverse", "crypt:", "openclaw/workspace/refused"]);
+    let said = String::from_utf8_lossy(&said).into_owned();
+    let key = said.split_whitespace().last().unwrap_or_default();
+    cloud.proxy.add(Rule::new(Fault::Status(400)).method("PUT").path(key));
+    let change = format!("cd {at}; echo no > refused; mv log log.1; echo new > log; rm gone; echo 2 > other");
+    machine.ok(&["sh", "-ec", &change]);
+    assert_eq!(machine.stop(), 75, "{}", logs(&machine));
+    let output = machine.output();
+    assert!(output.contains("Not everything is in the bucket: 1 files"), "{output}");
+    let there: Vec<String> = names(&rclone).into_iter().filter(|n| n.contains("/workspace/")).collect();
+    assert_eq!(there, ["log", "log.1", "other"].map(|name| format!("openclaw/workspace/{name}")));
+    assert_eq!(rclone.ok(&["cat", "crypt:openclaw/workspace/log"]), b"new\n");
 }
 
 #[test]

@@ -52,6 +52,8 @@ const LOGS: Duration = Duration::from_secs(60);
 /// Rounds for which removals wait for what is on the move; a tree in which something always is must
 /// not keep what is gone for ever.
 const MOVING_MAX: u32 = 8;
+/// A file that could not be sent so often holds up as little as can be.
+const AGAIN_AND_AGAIN: u32 = 3;
 /// Rounds that a flush waits for removals which wait for what is on the move.
 const HELD_MAX: u32 = 20;
 
@@ -244,6 +246,10 @@ struct Round {
     after: BTreeSet<Vec<u8>>,
     /// What has to wait for longer, and was left out.
     skipped: HashSet<Path>,
+    /// What has failed again and again, and why.
+    failing: HashMap<Path, String>,
+    /// It has to wait until nothing else is to do.
+    leaves_out_failing: bool,
     /// What has changed since, and has to wait for something else.
     put_off: HashSet<Path>,
     troubles: HashMap<Path, String>,
@@ -786,7 +792,9 @@ impl<'a> Tree<'a> {
         }
         self.answering.append(&mut self.asked);
         let first = self.first.take().or(Some(now));
-        Round { full, dirty: std::mem::take(&mut self.dirty), first, ..Round::default() }
+        let failing = self.waiting.iter().filter(|(_, waiting)| waiting.tries + 1 >= AGAIN_AND_AGAIN);
+        let failing = failing.map(|(path, waiting)| (path.clone(), waiting.why.clone())).collect();
+        Round { full, dirty: std::mem::take(&mut self.dirty), first, failing, ..Round::default() }
     }
 
     /// Those of the files that have to wait which this slice is to try, or has found to be gone or
@@ -984,6 +992,8 @@ impl<'a> Tree<'a> {
             chain: &mut self.ready.chain,
             may_delete: self.whole,
             insists: self.moving >= MOVING_MAX,
+            failing: &round.failing,
+            leaves_out_failing: round.leaves_out_failing,
             until,
             progress: &progress,
         };
@@ -1196,11 +1206,13 @@ impl<'a> Tree<'a> {
         self.waiting.clear();
         self.round = None;
         let mut left = (0u64, 0u64);
+        let mut failed = Failed::default();
         let clean = loop {
-            let mut round = Round { full: true, ..Round::default() };
+            let mut round = failed.round();
             let outcome = self.look_around(&mut round, &HashSet::new()).map(|(urgent, unread)| {
                 let rest = self.slice(&mut round, urgent, unread, Duration::MAX);
                 self.note_damage(&mut round, &rest);
+                failed.learn(&rest, &round);
                 rest
             });
             let fault = match outcome {
@@ -1260,6 +1272,31 @@ impl<'a> Tree<'a> {
         self.worker.desk.opened(None);
         // A hydrator or a review that is still on its way must write nothing into the next life.
         self.ready.open.index.close();
+    }
+}
+
+/// What a stop could not send. One file that the server refuses is not to keep others out.
+#[derive(Default)]
+struct Failed {
+    tries: HashMap<Path, (u32, String)>,
+    others_are_left: bool,
+}
+
+impl Failed {
+    fn round(&self) -> Round {
+        let often = self.tries.iter().filter(|(_, (tries, _))| *tries >= AGAIN_AND_AGAIN);
+        let failing = often.map(|(path, (_, why))| (path.clone(), why.clone())).collect();
+        Round { full: true, failing, leaves_out_failing: self.others_are_left, ..Round::default() }
+    }
+
+    fn learn(&mut self, rest: &Rest, round: &Round) {
+        let before = std::mem::take(&mut self.tries);
+        for (path, why) in &rest.later {
+            let tries = before.get(path).map_or(0, |(tries, _)| *tries) + 1;
+            self.tries.insert(path.clone(), (tries, why.clone()));
+        }
+        let others = rest.later.iter().any(|(path, _)| !round.failing.contains_key(path));
+        self.others_are_left = rest.fault.is_some() || others;
     }
 }
 
