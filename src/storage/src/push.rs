@@ -395,6 +395,11 @@ impl Pusher<'_> {
         if self.may_delete {
             self.bury()?;
         }
+        self.keep_short()
+    }
+
+    /// However many batches a round has, a boot has few segments to read.
+    fn keep_short(&mut self) -> Result<(), Fault> {
         if self.chain.wants_merging() { self.merge() } else { Ok(()) }
     }
 
@@ -412,7 +417,7 @@ impl Pusher<'_> {
         let mut queue = reads.into_iter().peekable();
         while let Some(rank) = queue.peek().map(|read| read.rank) {
             let (mut batch, mut bytes, mut count) = (Vec::new(), 0, 0);
-            let goes_with = |other| other == rank;
+            let goes_with = |other| exchange.is_none() || other == rank;
             let room = self.volume.room().map_or(u64::MAX, Room::for_copies);
             let most = BATCH_BYTES.min(room);
             while let Some(read) =
@@ -433,6 +438,7 @@ impl Pusher<'_> {
             }
             if !batch.is_empty() {
                 self.batch(batch, room, exchange.as_deref_mut(), rest)?;
+                self.keep_short()?;
             }
             (left, files) = (left.saturating_sub(bytes), files.saturating_sub(count));
             (self.progress)(files, left);
