@@ -800,7 +800,7 @@ fn lay_upper(
     let dressed: Vec<(Path, Entry)> = rows.iter().map(|(p, r)| (p.clone(), r.entry.clone())).collect();
     let (linked, _): (Vec<_>, Vec<_>) =
         dressed.into_iter().partition(|(p, e)| e.link.is_some() && p.below(&volume.upper).exists());
-    fetch::finish(&linked, &volume.upper)?;
+    fetch::finish(&linked, &volume.upper, &volume.staging())?;
     fetch::dress_directories(&skeleton, &volume.upper)?;
     index.set_meta("laid", "1")?;
     Ok(bad)
@@ -1004,7 +1004,7 @@ impl Making<'_> {
             })
             .chain(skeleton)
             .collect();
-        fetch::finish(&restored, &volume.tree)?;
+        fetch::finish(&restored, &volume.tree, &volume.staging())?;
         for (path, time) in times {
             // What is gone meanwhile has no time.
             let _ = volume::set_mtime(&path.below(&volume.tree), time);
