@@ -72,6 +72,11 @@ impl Unfit {
     fn by_name(why: impl Into<String>) -> Self {
         Self { why: why.into(), remedy: "give it a shorter name" }
     }
+
+    fn by_size() -> Self {
+        let why = "it is larger than the volume that it would be restored to".to_owned();
+        Self { why, remedy: "make it smaller; holes count too" }
+    }
 }
 
 impl From<Fault> for Unfit {
@@ -99,6 +104,8 @@ pub(crate) struct Scanner<'a> {
     pub(crate) prefix: &'a str,
     /// What was moved and has been fetched as far as it could be had.
     fetched: &'a HashSet<Path>,
+    /// Bytes of the volume, which the next one need not exceed.
+    whole: u64,
     /// Directories that have not been looked at yet: as deep as a tree may be, no stack is.
     to_do: Vec<Path>,
     found: Found,
@@ -111,7 +118,8 @@ impl<'a> Scanner<'a> {
         prefix: &'a str,
         fetched: &'a HashSet<Path>,
     ) -> Self {
-        Self { volume, index, prefix, fetched, to_do: Vec::new(), found: Found::default() }
+        let whole = volume.room().map_or(u64::MAX, |room| room.whole);
+        Self { volume, index, prefix, fetched, whole, to_do: Vec::new(), found: Found::default() }
     }
 
     /// Everything.
@@ -329,6 +337,10 @@ impl<'a> Scanner<'a> {
             if differs(&known.entry, &entry) {
                 self.found.changes.push(Change::Meta { path: path.clone(), entry });
             }
+            return Ok(());
+        }
+        if size_of(stat) > self.whole {
+            self.unfit(path.clone(), Unfit::by_size());
             return Ok(());
         }
         let database = self.is_database(path, stat);
@@ -695,6 +707,19 @@ mod tests {
         assert_eq!(bench.words(), Vec::<String>::new());
         bench.write("a", "2");
         assert_eq!(bench.words(), ["read a"]);
+    }
+
+    #[test]
+    fn a_file_that_is_larger_than_the_volume_is_not_read() {
+        let bench = Bench::new();
+        bench.write("sparse", "1");
+        bench.push();
+        let file = fs::File::options().write(true).open(bench.dir.path().join("sparse")).unwrap();
+        file.set_len(bench.volume.room().unwrap().whole + (1 << 20)).unwrap();
+        bench.write("x", "1");
+        let found = bench.scan();
+        assert_eq!(found.impossible.len(), 1);
+        assert_eq!(bench.words(), ["read x"]);
     }
 
     /// Directories of this name in each other, deeper than any path can say; a loop of the agent's does it.
