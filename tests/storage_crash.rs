@@ -853,6 +853,25 @@ fn a_stop_without_a_bucket_ends_in_its_time_and_says_what_is_missing() {
 }
 
 #[test]
+fn a_stop_does_not_wait_for_a_name_that_cannot_be_there() {
+    let _turn = turn();
+    let cloud = Cloud::new();
+    let mut machine = hasty(&cloud).environment("S3_DRAIN_TIMEOUT", "3600").start();
+    machine.service_in("gateway", &["ready"]);
+    let at = "/data/openclaw/workspace";
+    machine.ok(&["sh", "-ec", &format!("mkdir -p {at}; cd {at}; echo near > near")]);
+    flush(&machine);
+    let far = format!("{0}/{0}/{0}", "n".repeat(250));
+    machine.ok(&["sh", "-ec", &format!("cd {at}; mkdir -p {far}; mv near {far}/file")]);
+    not_all_there(&machine, &["cannot be in", "nnn/file"]);
+    assert_eq!(storage(&machine)["pending_files"], 0, "{}", logs(&machine));
+    assert_eq!(machine.stop(), 75, "{}", logs(&machine));
+    let output = machine.output();
+    assert!(output.contains("Not everything is in the bucket: 1 files, 5 bytes"), "{output}");
+    assert!(names(&judge(&cloud)).contains("openclaw/workspace/near"), "all that the bucket has of it");
+}
+
+#[test]
 fn a_stop_leaves_out_what_the_server_refuses_and_nothing_else() {
     let _turn = turn();
     let cloud = Cloud::new();

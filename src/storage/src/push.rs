@@ -215,6 +215,8 @@ pub(crate) struct Rest {
     pub(crate) fault: Option<Fault>,
     /// Removals that were put off.
     pub(crate) removals: u64,
+    /// Names of old that stay, because their files have ones now that cannot be in the bucket.
+    pub(crate) stays: HashSet<Path>,
     /// To be looked at once more, for their times are too fresh to tell one change from the next.
     pub(crate) young: Vec<Path>,
     /// Files that were not where the scan looked, by their old names and by those of now: both have
@@ -354,6 +356,7 @@ impl Pusher<'_> {
 
     fn remove(&mut self, gone: &[Path], mut exchange: Exchange, rest: &mut Rest) -> Result<(), Fault> {
         exchange.going = self.going(gone, &exchange, &HashSet::new(), rest)?;
+        rest.removals = rest.removals.saturating_sub(rest.stays.len() as u64);
         let going = gone.iter().filter(|path| exchange.going.contains_key(path));
         let mut lines: Vec<Line> = going.map(|path| Line { path: path.clone(), word: Word::Gone }).collect();
         let way = Way::new(self.index);
@@ -845,7 +848,7 @@ impl Living<'_> {
     ) -> Result<HashMap<Path, Option<Path>>, Fault> {
         let top = File::open(&self.volume.upper)?;
         let leaving: HashSet<&Path> = gone.iter().collect();
-        let (mut kept, mut going) = (HashSet::new(), HashMap::new());
+        let (mut kept, mut nameless, mut going) = (HashSet::new(), HashSet::new(), HashMap::new());
         for path in gone {
             let Some(handle) = self.index.handle(path)? else { continue };
             let Fate::Lives(name) = handle.fate(&top) else { continue };
@@ -869,13 +872,18 @@ impl Living<'_> {
             }
             let here = here.filter(|_| !too_long);
             rest.elsewhere.extend(here.map(|here| [here, path.clone()]).into_iter().flatten());
-            kept.insert(path);
+            if too_long { &mut nameless } else { &mut kept }.insert(path);
         }
         // The directories of what stays, stay.
-        let stays =
-            |path: &Path| kept.contains(path) || kept.iter().any(|file| file.starts_with(path.as_bytes()));
-        for path in gone.iter().filter(|path| !stays(path)) {
-            going.entry(path.clone()).or_default();
+        let stay = |files: &HashSet<&Path>, path: &Path| {
+            files.contains(path) || files.iter().any(|file| file.starts_with(path.as_bytes()))
+        };
+        for path in gone.iter().filter(|path| !stay(&kept, path)) {
+            if stay(&nameless, path) {
+                rest.stays.insert(path.clone());
+            } else {
+                going.entry(path.clone()).or_default();
+            }
         }
         Ok(going)
     }
@@ -1035,6 +1043,25 @@ mod tests {
         }
         let gone = ["d", "known", "stranger"].map(path).to_vec();
         assert_eq!(not_strange(gone, &tree.volume, &tree.index).unwrap(), ["d", "known"].map(path));
+    }
+
+    #[test]
+    fn a_file_whose_name_cannot_be_there_keeps_its_old_one_and_nothing_waits_for_it() {
+        let tree = Tree::new();
+        tree.has("d/old");
+        tree.has("e/old");
+        tree.has("e/moved");
+        let long = ["n".repeat(250), "n".repeat(250), "n".repeat(250)].join("/");
+        fs::create_dir_all(tree.at(&long)).unwrap();
+        tree.moves("d/old", &format!("{long}/d"));
+        tree.moves("e/old", &format!("{long}/e"));
+        tree.moves("e/moved", "elsewhere");
+        let living = Living { volume: &tree.volume, index: &tree.index, prefix: "p" };
+        let mut rest = Rest::default();
+        let gone = ["d", "d/old", "e", "e/moved", "e/old"].map(path);
+        let goes = living.left_out(&gone, &BTreeMap::new(), &HashSet::new(), &mut rest).unwrap();
+        assert_eq!((goes.len(), rest.stays.len()), (0, 3), "d, and both of old; what moved is on its way");
+        assert_eq!(rest.elsewhere, ["elsewhere", "e/moved"].map(path));
     }
 
     #[test]

@@ -1215,6 +1215,7 @@ impl<'a> Tree<'a> {
                 failed.learn(&rest, &round);
                 rest
             });
+            let of_old = outcome.as_ref().map_or_else(|_| HashSet::new(), |rest| rest.stays.clone());
             let fault = match outcome {
                 Ok(rest) if rest.fault.is_none() && rest.later.is_empty() => None,
                 Ok(rest) => {
@@ -1231,7 +1232,15 @@ impl<'a> Tree<'a> {
             let clean = fault.is_none();
             let scanned = Scanner::new(&open.volume, &open.index, &open.bucket.prefix, &self.fetched).full();
             left = match scanned {
-                Ok(found) => ending::missing(&open.volume, &found),
+                Ok(mut found) => {
+                    // A file whose name cannot be there is counted by that one.
+                    if !found.impossible.is_empty() {
+                        found.changes.retain(
+                            |change| !matches!(change, Change::Gone { path } if of_old.contains(path)),
+                        );
+                    }
+                    ending::missing(&open.volume, &found)
+                }
                 Err(_) => (left.0.max(1), left.1),
             };
             // No round mends what is damaged, or gives what cannot be named a name.
