@@ -320,6 +320,10 @@ fn what_can_happen_to_a_database_happens_in_the_bucket_too() {
             (storage(&machine)["incidents"].as_array().map(Vec::len) == Some(0)).then_some(())
         });
     }
+    // What is no database takes the name of one.
+    machine.ok(&["sh", "-ec", &format!("echo text > {0}.new; mv {0}.new {0}", place("locked"))]);
+    flush(&machine);
+    assert_eq!(rclone.ok(&["cat", "crypt:openclaw/x/locked"]), b"text\n");
     machine.ok(&["rm", &place("replaced")]);
     until("it is gone", PATIENCE, || (!names(&rclone).contains("openclaw/x/replaced")).then_some(()));
 }

@@ -28,7 +28,7 @@ use crate::owner::{Lease, uptime};
 use crate::parallel;
 use crate::rules;
 use crate::scan::Change;
-use crate::stage::{self, Outcome, Staged};
+use crate::stage::{self, Before, Outcome, Staged};
 use crate::volume::{self, Room, Volume};
 use crate::way::Way;
 use cvm_process::handle::{Fate, Handle};
@@ -463,11 +463,17 @@ impl Pusher<'_> {
             batch = exchange.allowed(batch, self.index, rest)?;
         }
         let volume = self.volume;
-        let numbered: Vec<_> = batch.into_iter().enumerate().collect();
-        let staged = parallel::each_apart(numbered, STAGERS, |(number, read)| {
-            let was_database = read.was.as_ref().is_some_and(|row| row.entry.is_database());
+        let mut numbered = Vec::new();
+        for (number, read) in batch.into_iter().enumerate() {
+            let was = match &read.was {
+                Some(row) if row.entry.is_database() => Before::Database(self.index.handle(&read.path)?),
+                _ => Before::AnyFile,
+            };
+            numbered.push((number, read, was));
+        }
+        let staged = parallel::each_apart(numbered, STAGERS, |(number, read, was)| {
             let name = format!("push-{number}");
-            let outcome = stage::stage(volume, &read.path, read.database, was_database, room, name);
+            let outcome = stage::stage(volume, &read.path, read.database, &was, room, name);
             (read, outcome)
         });
         let (mut to_send, mut lines) = (Vec::new(), Vec::new());

@@ -2,7 +2,7 @@
 //!
 //! Refuses to call a copy good that was torn by a writer while it was made, as long as trying
 //! again can help. May import: `copying`, `database`, `entry`, `fault`, `lifting`,
-//! `manifest`, `scan`, `volume`.
+//! `manifest`, `rules`, `scan`, `volume`.
 
 use crate::copying;
 use crate::database::{self, NoCopy};
@@ -11,13 +11,15 @@ use crate::fault::Fault;
 use crate::index::{Known, Sign};
 use crate::lifting::Seen;
 use crate::manifest::Digest;
+use crate::rules::SQLITE_MAGIC;
 use crate::scan;
 use crate::volume::{self, Volume};
+use cvm_process::handle::Handle;
 use nix::sys::stat::FileStat;
 use sha2::{Digest as _, Sha256};
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path as FsPath, PathBuf};
 
 /// Copies of a file that changes under our hands before the last one is taken as it is: a log that
@@ -73,19 +75,34 @@ pub(crate) enum Outcome {
     Damaged(String),
 }
 
+/// What the bucket has under the same name.
+pub(crate) enum Before {
+    AnyFile,
+    /// Of this file here, as far as that is known.
+    Database(Option<Handle>),
+}
+
+impl Before {
+    /// Whether another file has taken the name since.
+    fn is_not(&self, at: &FsPath) -> bool {
+        let Self::Database(Some(was)) = self else { return false };
+        scan::handle_of(at).is_some_and(|is| is != *was)
+    }
+}
+
 /// What is copied, and how.
 enum Source {
     Plain(File),
     Database(database::Owner),
 }
 
-/// `database` is what the scan saw, and `was_database` what the bucket has. The copy may have so much
+/// `database` is what the scan saw, and `was` what the bucket has. The copy may have so much
 /// `room`: what fills the volume stops those who write to it.
 pub(crate) fn stage(
     volume: &Volume,
     path: &Path,
     mut database: bool,
-    was_database: bool,
+    was: &Before,
     room: u64,
     name: String,
 ) -> Result<Outcome, Fault> {
@@ -119,9 +136,17 @@ pub(crate) fn stage(
             Err(error) => return Err(error.into()),
         };
         database = matches!(source, Source::Database(_));
-        if was_database && !database {
-            let why = "it does not begin like one any more".to_owned();
-            return Ok(if empty { emptied(age_ns(&before)) } else { Outcome::Damaged(why) });
+        if let (Before::Database(_), Source::Plain(file)) = (was, &source) {
+            // Another file that begins like something is what it is.
+            if begins_with_nothing(file) {
+                return Ok(emptied(
+                    age_ns(&before),
+                    if empty { "it is empty" } else { "it begins with zeros" },
+                ));
+            }
+            if !was.is_not(&at) {
+                return Ok(Outcome::Damaged("it does not begin like one any more".to_owned()));
+            }
         }
         let Known { sign, handle } = scan::known_by(&at, &before, database);
         if takes(&at, &before, database) > room {
@@ -183,13 +208,15 @@ fn now_ns() -> i64 {
         .map_or(0, |now| now.tv_sec().saturating_mul(1_000_000_000).saturating_add(now.tv_nsec()))
 }
 
-/// A database that has been empty for so long.
-fn emptied(age_ns: u64) -> Outcome {
-    if age_ns < NEW_NS {
-        Outcome::Later("it is empty yet".to_owned())
-    } else {
-        Outcome::Damaged("it is empty".to_owned())
-    }
+/// As one that is made anew does, or copied back to a place that was reserved for it.
+fn begins_with_nothing(file: &File) -> bool {
+    let mut head = [0u8; SQLITE_MAGIC.len()];
+    file.read_at(&mut head, 0).is_ok() && head.iter().all(|byte| *byte == 0)
+}
+
+/// A database that has had nothing in it for so long.
+fn emptied(age_ns: u64, what: &str) -> Outcome {
+    if age_ns < NEW_NS { Outcome::Later(format!("{what} yet")) } else { Outcome::Damaged(what.to_owned()) }
 }
 
 /// Since its last change; what changed in the future has not changed for long.
@@ -240,7 +267,8 @@ mod tests {
 
     fn staged(volume: &Volume, name: &str, database: bool, was_database: bool) -> Outcome {
         let path = Path::new(name.as_bytes()).unwrap();
-        stage(volume, &path, database, was_database, u64::MAX, "copy".to_owned()).unwrap()
+        let was = if was_database { Before::Database(None) } else { Before::AnyFile };
+        stage(volume, &path, database, &was, u64::MAX, "copy".to_owned()).unwrap()
     }
 
     fn lie_there(volume: &Volume) -> usize {
@@ -275,7 +303,7 @@ mod tests {
         File::create(dir.path().join("sparse")).unwrap().set_len(3 << 20).unwrap();
         let stage = |name: &str| {
             let path = Path::new(name.as_bytes()).unwrap();
-            stage(&volume, &path, false, false, 1 << 20, "copy".to_owned()).unwrap()
+            stage(&volume, &path, false, &Before::AnyFile, 1 << 20, "copy".to_owned()).unwrap()
         };
         assert!(matches!(stage("file"), Outcome::Later(why) if why.contains("no room")));
         assert_eq!(lie_there(&volume), 0);
@@ -292,14 +320,45 @@ mod tests {
         assert!(!matches!(staged(&volume, "db", false, true), Outcome::Ready(_)));
         assert!(!matches!(staged(&volume, "db", true, true), Outcome::Ready(_)), "its log is gone again");
         // One that is made anew gets its time.
-        assert!(matches!(emptied(NEW_NS - 1), Outcome::Later(_)));
-        assert!(matches!(emptied(NEW_NS), Outcome::Damaged(_)));
+        assert!(
+            matches!(emptied(NEW_NS - 1, "it is empty"), Outcome::Later(why) if why == "it is empty yet")
+        );
+        assert!(matches!(emptied(NEW_NS, "it is empty"), Outcome::Damaged(_)));
         // All there is of it is in its log.
         let db = rusqlite::Connection::open(&at).unwrap();
         db.execute_batch("PRAGMA journal_mode=WAL; CREATE TABLE t(x)").unwrap();
         assert!(
             matches!(staged(&volume, "db", true, true), Outcome::Ready(Staged { entry, .. }) if entry.size() > 0)
         );
+    }
+
+    #[test]
+    fn another_file_that_took_the_name_of_a_database_is_sent_as_what_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let volume = Volume::plain(dir.path()).unwrap();
+        let (at, path) = (dir.path().join("db"), Path::new(b"db").unwrap());
+        let content = b"what is no database, and longer than a database's first bytes";
+        let db = rusqlite::Connection::open(&at).unwrap();
+        db.execute_batch("CREATE TABLE t(x)").unwrap();
+        drop(db);
+        let handle = scan::handle_of(&at);
+        assert!(handle.is_some(), "this test needs a file system with handles");
+        let stage = |handle: Option<Handle>| {
+            let was = Before::Database(handle);
+            stage(&volume, &path, false, &was, u64::MAX, "copy".to_owned()).unwrap()
+        };
+        // The same file with another first page.
+        fs::write(&at, content).unwrap();
+        assert!(matches!(stage(handle.clone()), Outcome::Damaged(_)));
+        let replace = |content: &[u8]| {
+            fs::write(dir.path().join("new"), content).unwrap();
+            fs::rename(dir.path().join("new"), &at).unwrap();
+        };
+        replace(content);
+        assert!(matches!(stage(None), Outcome::Damaged(_)), "nobody knows whether it is another");
+        assert!(matches!(stage(handle.clone()), Outcome::Ready(staged) if !staged.entry.is_database()));
+        replace(&[0; 8192]);
+        assert!(!matches!(stage(handle), Outcome::Ready(_)), "one that is copied back begins like this");
     }
 
     #[test]
@@ -360,7 +419,7 @@ mod tests {
         std::os::unix::fs::symlink("outside", dir.path().join("d")).unwrap();
         let path = Path::new(b"d/file").unwrap();
         assert!(!matches!(
-            stage(&volume, &path, false, false, u64::MAX, "copy".to_owned()),
+            stage(&volume, &path, false, &Before::AnyFile, u64::MAX, "copy".to_owned()),
             Ok(Outcome::Ready(_))
         ));
     }

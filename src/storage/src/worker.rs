@@ -1040,7 +1040,7 @@ impl<'a> Tree<'a> {
             self.worker.desk.incident(
                 &path.to_string(),
                 &what,
-                "repair it, or take the good one back with `cvm storage get`",
+                "repair it, or take the good one back with `cvm storage get`; if it is to be another file now, write that beside it and rename it",
             );
             round.troubles.insert(path.clone(), what.clone());
             self.troubled.insert(path.clone(), what);
