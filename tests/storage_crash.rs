@@ -9,7 +9,7 @@ use cvm_harness::machine::{MASTER_KEY, PATIENCE};
 use cvm_harness::sqlite::examine_bytes;
 use cvm_harness::tools::Rclone;
 use cvm_harness::{
-    Builder, Chat, Cloud, Fault, Machine, Said, difference, digest, flush, independent, storage, until,
+    Builder, Chat, Cloud, Fault, Machine, Rule, Said, difference, digest, flush, independent, storage, until,
 };
 use sha2::{Digest as _, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
@@ -320,6 +320,10 @@ fn what_can_happen_to_a_database_happens_in_the_bucket_too() {
             (storage(&machine)["incidents"].as_array().map(Vec::len) == Some(0)).then_some(())
         });
     }
+    // What is no database takes the name of one.
+    machine.ok(&["sh", "-ec", &format!("echo text > {0}.new; mv {0}.new {0}", place("locked"))]);
+    flush(&machine);
+    assert_eq!(rclone.ok(&["cat", "crypt:openclaw/x/locked"]), b"text\n");
     machine.ok(&["rm", &place("replaced")]);
     until("it is gone", PATIENCE, || (!names(&rclone).contains("openclaw/x/replaced")).then_some(()));
 }
@@ -850,6 +854,49 @@ fn a_stop_without_a_bucket_ends_in_its_time_and_says_what_is_missing() {
         assert_eq!(names(&rclone).iter().filter(|n| n.contains("/late-")).count(), 7);
         no_incidents(&machine);
     }
+}
+
+#[test]
+fn a_stop_does_not_wait_for_a_name_that_cannot_be_there() {
+    let _turn = turn();
+    let cloud = Cloud::new();
+    let mut machine = hasty(&cloud).environment("S3_DRAIN_TIMEOUT", "3600").start();
+    machine.service_in("gateway", &["ready"]);
+    let at = "/data/openclaw/workspace";
+    machine.ok(&["sh", "-ec", &format!("mkdir -p {at}; cd {at}; echo near > near")]);
+    flush(&machine);
+    let far = format!("{0}/{0}/{0}", "n".repeat(250));
+    machine.ok(&["sh", "-ec", &format!("cd {at}; mkdir -p {far}; mv near {far}/file")]);
+    not_all_there(&machine, &["cannot be in", "nnn/file"]);
+    assert_eq!(storage(&machine)["pending_files"], 0, "{}", logs(&machine));
+    assert_eq!(machine.stop(), 75, "{}", logs(&machine));
+    let output = machine.output();
+    assert!(output.contains("Not everything is in the bucket: 1 files, 5 bytes"), "{output}");
+    assert!(names(&judge(&cloud)).contains("openclaw/workspace/near"), "all that the bucket has of it");
+}
+
+#[test]
+fn a_stop_leaves_out_what_the_server_refuses_and_nothing_else() {
+    let _turn = turn();
+    let cloud = Cloud::new();
+    let mut machine = hasty(&cloud).environment("S3_DRAIN_TIMEOUT", "30").start();
+    machine.service_in("gateway", &["ready"]);
+    let at = "/data/openclaw/workspace";
+    machine.ok(&["sh", "-ec", &format!("mkdir -p {at}; cd {at}; echo old > log; echo 1 > gone")]);
+    flush(&machine);
+    let rclone = judge(&cloud);
+    let said = rclone.ok(&["cryptdecode", "--reverse", "crypt:", "openclaw/workspace/refused"]);
+    let said = String::from_utf8_lossy(&said).into_owned();
+    let key = said.split_whitespace().last().unwrap_or_default();
+    cloud.proxy.add(Rule::new(Fault::Status(400)).method("PUT").path(key));
+    let change = format!("cd {at}; echo no > refused; mv log log.1; echo new > log; rm gone; echo 2 > other");
+    machine.ok(&["sh", "-ec", &change]);
+    assert_eq!(machine.stop(), 75, "{}", logs(&machine));
+    let output = machine.output();
+    assert!(output.contains("Not everything is in the bucket: 1 files"), "{output}");
+    let there: Vec<String> = names(&rclone).into_iter().filter(|n| n.contains("/workspace/")).collect();
+    assert_eq!(there, ["log", "log.1", "other"].map(|name| format!("openclaw/workspace/{name}")));
+    assert_eq!(rclone.ok(&["cat", "crypt:openclaw/workspace/log"]), b"new\n");
 }
 
 #[test]

@@ -6,6 +6,7 @@
 
 use cvm_harness::cloud::HEALTHY;
 use cvm_harness::machine::{MASTER_KEY, PATIENCE};
+use cvm_harness::proxy::Entry;
 use cvm_harness::tools::{Rclone, python, rclone_crypt_python};
 use cvm_harness::{
     Builder, Cloud, Fault, Machine, Rule, difference, digest, flush, independent, storage, until,
@@ -377,6 +378,29 @@ fn what_the_bucket_has_is_there_under_its_new_name_before_another_file_takes_the
     let fault = Rule::new(Fault::Status(503)).method("PUT").path(&new_name);
     let [log, log_1] = rotated(&cloud, &machine, fault);
     assert_eq!((log.as_deref(), log_1), (Some("old\n"), None));
+}
+
+#[test]
+fn files_that_are_numbered_anew_go_up_together() {
+    let cloud = Cloud::new();
+    let machine = Sync.start(&cloud);
+    let at = machine.path(WORKSPACE);
+    for n in 0..200 {
+        put(at.join(n.to_string()), n.to_string());
+    }
+    flush(&machine);
+    cloud.proxy.clear_log();
+    for n in (0..200).rev() {
+        fs::rename(at.join(n.to_string()), at.join((n + 1).to_string())).unwrap();
+    }
+    flush(&machine);
+    let manifest = key(&cloud, ".cvm/manifest");
+    let is_segment = |entry: &&Entry| entry.method == "PUT" && entry.path.contains(&manifest);
+    let segments = cloud.proxy.log().iter().filter(is_segment).count();
+    assert!(segments <= 20, "{segments} segments for 200 files");
+    let said = machine.ok(&["cvm", "storage", "verify", "--deep"]);
+    assert!(said.contains("equal"), "{said}");
+    assert_eq!(in_bucket(&cloud, "openclaw/workspace/200").as_deref(), Some("199"));
 }
 
 #[test]

@@ -99,6 +99,28 @@ impl Fault {
         }
     }
 
+    /// Whether another object would not fare better.
+    pub(crate) fn concerns_all(&self) -> bool {
+        match self {
+            Self::NoBucket
+            | Self::Denied(_)
+            | Self::Unreachable(_)
+            | Self::Tls(_)
+            | Self::Clock
+            | Self::Busy(_)
+            | Self::Config(_)
+            | Self::Fenced(_)
+            | Self::Disk(_)
+            | Self::Tree => true,
+            Self::Missing
+            | Self::Conflict
+            | Self::NotImplemented
+            | Self::WrongKey(_)
+            | Self::Suspicious(_)
+            | Self::Other(_) => false,
+        }
+    }
+
     /// The volume is full, or what its user may have of it.
     pub(crate) fn is_no_room(&self) -> bool {
         let full = [Errno::ENOSPC, Errno::EDQUOT];

@@ -281,8 +281,9 @@ pub(crate) fn skeleton(entries: &[(Path, Entry)], root: &FsPath) -> Result<(), F
     Ok(())
 }
 
-/// Joins what was one file under several names, and dresses the directories, the deepest first.
-pub(crate) fn finish(entries: &[(Path, Entry)], root: &FsPath) -> Result<(), Fault> {
+/// Joins what was one file under several names, and dresses the directories, the deepest first. `parts`
+/// is ours and on the same volume: in the tree any name may be the agent's.
+pub(crate) fn finish(entries: &[(Path, Entry)], root: &FsPath, parts: &FsPath) -> Result<(), Fault> {
     let mut groups: HashMap<u64, Vec<&Path>> = HashMap::new();
     for (path, entry) in entries {
         if let (Some(link), Kind::File { .. }) = (entry.link, &entry.kind) {
@@ -298,12 +299,21 @@ pub(crate) fn finish(entries: &[(Path, Entry)], root: &FsPath) -> Result<(), Fau
         });
         let Some((first, from, one)) = there.next() else { continue };
         for (path, to, _) in there.filter(|(_, _, other)| *other == one) {
-            let temporary = to.name(b".cvm-link");
-            fs::hard_link(from.name(first.name()), &temporary)?;
-            fs::rename(&temporary, to.name(path.name()))?;
+            // Both are whole: that they are one file is all that can be lost.
+            if let Err(error) = join(&from.name(first.name()), &to.name(path.name()), parts) {
+                tracing::warn!("not joined with {first}, which is the same file: {path}: {error}");
+            }
         }
     }
     dress_directories(entries, root)
+}
+
+fn join(one: &FsPath, other: &FsPath, parts: &FsPath) -> std::io::Result<()> {
+    fs::create_dir_all(parts)?;
+    let link = parts.join("link");
+    let _ = fs::remove_file(&link);
+    fs::hard_link(one, &link)?;
+    fs::rename(link, other)
 }
 
 pub(crate) fn dress_directories(entries: &[(Path, Entry)], root: &FsPath) -> Result<(), Fault> {
@@ -326,6 +336,37 @@ mod tests {
             Wanted { path: Path::new(b"a").unwrap(), may_be: vec![entry] }
         };
         sizes.iter().map(one).collect()
+    }
+
+    #[test]
+    fn no_name_of_the_agents_is_in_the_way_of_files_that_are_one() {
+        use std::os::unix::fs::MetadataExt as _;
+        let dir = tempfile::tempdir().unwrap();
+        let [root, parts] = ["tree", "parts"].map(|name| dir.path().join(name));
+        fs::create_dir_all(root.join("x")).unwrap();
+        fs::create_dir(&parts).unwrap();
+        // As a restore that was killed has left it.
+        fs::write(parts.join("link"), "another").unwrap();
+        let mut entries = Vec::new();
+        for (name, link) in
+            [("a", Some(1)), ("b", Some(1)), (".cvm-link", None), ("c", Some(2)), ("d", Some(2))]
+        {
+            fs::write(root.join("x").join(name), "12").unwrap();
+            let kind = Kind::File { size: 2, sha: None, database: false };
+            let entry = Entry { kind, mode: 0o600, uid: 0, gid: 0, mtime_ns: 0, link };
+            entries.push((Path::new(format!("x/{name}").as_bytes()).unwrap(), entry));
+        }
+        fs::write(root.join("x/d"), "34").unwrap();
+        finish(&entries, &root, &parts).unwrap();
+        let number = |name: &str| fs::metadata(root.join("x").join(name)).unwrap().ino();
+        assert_eq!(number("a"), number("b"));
+        assert!(number("c") != number("d") && number(".cvm-link") != number("a"));
+        assert_eq!(fs::read_dir(root.join("x")).unwrap().count(), 5);
+        // Where nothing can be joined, everything is there all the same.
+        fs::remove_file(root.join("x/b")).unwrap();
+        fs::write(root.join("x/b"), "12").unwrap();
+        finish(&entries, &root, std::path::Path::new("/proc/none")).unwrap();
+        assert!(number("a") != number("b"));
     }
 
     #[test]

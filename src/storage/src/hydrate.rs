@@ -329,12 +329,17 @@ pub(crate) fn once_more(open: &Open, desk: &Desk) -> Result<(), Fault> {
     let fetcher = Fetcher { bucket: &open.bucket, whole, parts, progress: &|_, _| {} };
     let wanted = bad.into_iter().map(|(path, row)| Wanted { path, may_be: vec![row.entry] }).collect();
     let whole = scratch.join("tree");
+    // A name that nobody else has. Not made apart: there the random numbers' file is closed.
+    let mut random = [0u8; 16];
+    getrandom::fill(&mut random).map_err(|_| Fault::other("the kernel gives no random numbers"))?;
+    let part = format!(".cvm-again-{:032x}", u128::from_le_bytes(random));
     for got in fetcher.files(wanted, &whole)? {
         if let Got::Good(path, entry) = got
-            && parallel::apart(|| bring_back(open, &path, &path.below(&whole), &entry))?
+            && parallel::apart(|| bring_back(open, &path, &path.below(&whole), &part, &entry))?
         {
             desk.settled(&path.to_string());
             // The next scan finds it, and finds that the bucket has it.
+            open.index.set_bad(&path, None)?;
             open.index.apply(&[Line { path, word: Word::Is(entry) }], None)?;
         }
     }
@@ -343,18 +348,25 @@ pub(crate) fn once_more(open: &Open, desk: &Desk) -> Result<(), Fault> {
 
 /// By a copy, as the tree may be another file system than the staging area; and through no link,
 /// as the directories are the agent's to replace.
-fn bring_back(open: &Open, path: &Path, from: &FsPath, entry: &Entry) -> Result<bool, Fault> {
+fn bring_back(open: &Open, path: &Path, from: &FsPath, part: &str, entry: &Entry) -> Result<bool, Fault> {
     let Ok(parent) = Within::open(&open.volume.tree, path.parent().as_ref()) else { return Ok(false) };
-    let (part, to) = (parent.name(b".cvm-again"), parent.name(path.name()));
+    let to = parent.name(path.name());
     if volume::look(&to)?.is_some() {
         return Ok(false);
     }
-    let _ = std::fs::remove_file(&part);
-    let mut copy = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&part)?;
+    let part = parent.name(part.as_bytes());
+    let put = put_in_place(from, &part, &to, entry);
+    if put.is_err() {
+        let _ = std::fs::remove_file(&part);
+    }
+    put.map(|()| true)
+}
+
+fn put_in_place(from: &FsPath, part: &FsPath, to: &FsPath, entry: &Entry) -> Result<(), Fault> {
+    let mut copy = OpenOptions::new().write(true).create_new(true).mode(0o600).open(part)?;
     std::io::copy(&mut std::fs::File::open(from)?, &mut copy)?;
-    volume::dress(&part, entry)?;
-    std::fs::rename(part, to)?;
-    Ok(true)
+    volume::dress(part, entry)?;
+    Ok(std::fs::rename(part, to)?)
 }
 
 /// Checks and copies up everything below a directory that was moved while its files were only

@@ -44,6 +44,8 @@ pub(crate) struct Row {
     pub(crate) bad: Option<String>,
 }
 
+pub(crate) type Rows = Vec<(Path, Row)>;
+
 pub(crate) struct Index {
     db: Mutex<Connection>,
 }
@@ -57,6 +59,8 @@ pub(crate) struct Totals {
 /// Values of the column `unsure`; 1 is an entry that is settled and about to be another.
 const SURE: i64 = 0;
 const PROMISED: i64 = 2;
+/// What the bucket has was found wrong; nothing is on its way yet.
+const DOUBTED: i64 = 3;
 /// A value of the column `kind`; those below it are files.
 const DIRECTORY: i64 = 2;
 
@@ -345,7 +349,7 @@ impl Index {
     }
 
     /// All that a tree can have, and the paths of what is astray.
-    pub(crate) fn standing(&self) -> Result<(Vec<(Path, Row)>, Vec<Path>), Fault> {
+    pub(crate) fn standing(&self) -> Result<(Rows, Vec<Path>), Fault> {
         let dirs: HashSet<Vec<u8>> = self.directories_astray()?.into_iter().collect();
         let mut astray = Vec::new();
         let mut all = self.all()?;
@@ -408,10 +412,10 @@ impl Index {
 
     /// The bucket does not have what it should, and the tree does: it is pushed again.
     pub(crate) fn set_unsure(&self, path: &Path) -> Result<(), Fault> {
-        let sql = "UPDATE entry SET unsure = max(unsure, 1) WHERE dir = ?1 AND name = ?2";
+        let sql = "UPDATE entry SET unsure = ?3 WHERE dir = ?1 AND name = ?2 AND unsure = 0";
         self.each(&[path], sql, |path, run| {
             let (dir, name) = path.split();
-            run(params![dir, name])
+            run(params![dir, name, DOUBTED])
         })
     }
 }
@@ -441,8 +445,10 @@ fn apply_line(db: &Connection, line: &Line) -> rusqlite::Result<()> {
         Word::Is(entry) => put(db, dir, name, entry, SURE)?,
         Word::WillBe(entry) => {
             let known = db
-                .prepare_cached("UPDATE entry SET unsure = max(unsure, 1) WHERE dir = ? AND name = ?")?
-                .execute(params![dir, name])?;
+                .prepare_cached(
+                    "UPDATE entry SET unsure = iif(unsure = ?, unsure, 1) WHERE dir = ? AND name = ?",
+                )?
+                .execute(params![PROMISED, dir, name])?;
             if known == 0 {
                 put(db, dir, name, entry, PROMISED)?;
             }
@@ -464,6 +470,8 @@ fn apply_line(db: &Connection, line: &Line) -> rusqlite::Result<()> {
     Ok(())
 }
 
+/// A line that says the same content of a file with no upload under way is about its looks: what
+/// others have found out about the object meanwhile stands.
 fn put(db: &Connection, dir: &[u8], name: &[u8], entry: &Entry, unsure: i64) -> rusqlite::Result<()> {
     let (kind, size, sha, target) = match &entry.kind {
         Kind::File { size, sha, database } => (i64::from(*database), *size, sha.map(|d| d.0.to_vec()), None),
@@ -473,7 +481,9 @@ fn put(db: &Connection, dir: &[u8], name: &[u8], entry: &Entry, unsure: i64) -> 
     let sql = "INSERT INTO entry (dir, name, kind, size, sha, target, mode, uid, gid, mtime, link, unsure)
          VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)
          ON CONFLICT (dir, name) DO UPDATE SET kind = ?3, size = ?4, sha = ?5, target = ?6, mode = ?7, uid = ?8, gid = ?9,
-             mtime = ?10, link = ?11, unsure = ?12, bad = NULL";
+             mtime = ?10, link = ?11,
+             bad = iif(unsure IN (0, ?13) AND kind = ?3 AND size = ?4 AND sha IS ?5, bad, NULL),
+             unsure = iif(unsure = ?13 AND kind = ?3 AND size = ?4 AND sha IS ?5, unsure, ?12)";
     db.prepare_cached(sql)?.execute(params![
         dir,
         name,
@@ -486,7 +496,8 @@ fn put(db: &Connection, dir: &[u8], name: &[u8], entry: &Entry, unsure: i64) -> 
         entry.gid,
         entry.mtime_ns,
         entry.link.map(u64::cast_signed),
-        unsure
+        unsure,
+        DOUBTED
     ])?;
     Ok(())
 }
@@ -582,6 +593,29 @@ mod tests {
         index.apply(&[line("a", Word::Is(file(6)))], None).unwrap();
         let row = index.get(&Path::new(b"a").unwrap()).unwrap().unwrap();
         assert!(!row.unsure && row.entry.size() == 6);
+    }
+
+    #[test]
+    fn what_was_found_out_about_an_object_stands_until_another_one_is_sent() {
+        let (_dir, index) = index();
+        let path = Path::new(b"a").unwrap();
+        let row = || index.get(&path).unwrap().unwrap();
+        let looks = || line("a", Word::Is(Entry { mode: 0o755, ..file(5) }));
+        index.apply(&[line("a", Word::Is(file(5)))], None).unwrap();
+        // Somebody looked at the tree, then the object was found bad, and only then the line is written.
+        index.set_bad(&path, Some("replaced")).unwrap();
+        index.apply(&[looks()], None).unwrap();
+        assert_eq!((row().entry.mode, row().bad.as_deref()), (0o755, Some("replaced")));
+        index.apply(&[line("a", Word::WillBe(file(5))), line("a", Word::Is(file(5)))], None).unwrap();
+        assert_eq!((row().bad, row().unsure), (None, false));
+        index.set_unsure(&path).unwrap();
+        index.apply(&[looks()], None).unwrap();
+        assert!(row().unsure && !row().promised, "a drill has found it missing");
+        index.apply(&[line("a", Word::WillBe(file(5))), line("a", Word::Is(file(5)))], None).unwrap();
+        assert!(!row().unsure);
+        index.set_bad(&path, Some("replaced")).unwrap();
+        index.apply(&[line("a", Word::Is(file(6)))], None).unwrap();
+        assert_eq!(row().bad, None, "another object is good");
     }
 
     fn of_kind(kind: Kind) -> Word {

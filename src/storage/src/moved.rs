@@ -117,6 +117,9 @@ impl Search<'_> {
                 let (Some(old), Some(new)) = (joined(from, &name), Path::child(Some(here), &name)) else {
                     continue;
                 };
+                if volume::is_too_long(&new.below(self.upper)) {
+                    continue;
+                }
                 let unseen = row.entry.is_file() && row.sign.is_none() && row.bad.is_none();
                 if unseen && volume::look(&new.below(self.upper))?.is_none() {
                     self.missing.push((old, new));
@@ -125,6 +128,9 @@ impl Search<'_> {
         }
         for path in names(self.upper, here)? {
             let at = path.below(self.upper);
+            if volume::is_too_long(&at) {
+                continue;
+            }
             let Some(stat) = volume::look(&at)? else { continue };
             let origin = origin(&path, &at, from);
             match volume::kind_of(&stat) {

@@ -710,20 +710,27 @@ impl Making<'_> {
 /// By these marks overlayfs finds the file below that one above was copied from, by a number that
 /// the mount gave it. An earlier mount's numbers are other files' now: two files above would be
 /// taken for copies of one, and the second could not be opened (ESTALE). Empty means unknown.
-fn forget_origins(dir: &FsPath) -> Result<(), Fault> {
+fn forget_origins(top: &FsPath) -> Result<(), Fault> {
     const ORIGIN: &std::ffi::CStr = c"trusted.overlay.origin";
-    for entry in fs::read_dir(dir)? {
-        let path = entry?.path();
-        let Some(stat) = volume::look(&path)? else { continue };
-        // Links and whiteouts: nobody opens them twice.
-        if !matches!(volume::kind_of(&stat), libc::S_IFREG | libc::S_IFDIR) {
-            continue;
-        }
-        if volume::mark(&path, ORIGIN).is_some_and(|handle| !handle.is_empty()) {
-            volume::set_mark(&path, ORIGIN, b"")?;
-        }
-        if volume::kind_of(&stat) == libc::S_IFDIR {
-            forget_origins(&path)?;
+    let mut to_do = vec![top.to_owned()];
+    while let Some(dir) = to_do.pop() {
+        for entry in fs::read_dir(dir)? {
+            let path = entry?.path();
+            // Nothing of ours is that deep.
+            if volume::is_too_long(&path) {
+                continue;
+            }
+            let Some(stat) = volume::look(&path)? else { continue };
+            // Links and whiteouts: nobody opens them twice.
+            if !matches!(volume::kind_of(&stat), libc::S_IFREG | libc::S_IFDIR) {
+                continue;
+            }
+            if volume::mark(&path, ORIGIN).is_some_and(|handle| !handle.is_empty()) {
+                volume::set_mark(&path, ORIGIN, b"")?;
+            }
+            if volume::kind_of(&stat) == libc::S_IFDIR {
+                to_do.push(path);
+            }
         }
     }
     Ok(())
@@ -842,7 +849,7 @@ impl Layer {
         index.set_lower(&self.above, false)?;
         let there = |(path, _): &&(Path, Entry)| path.below(&volume.upper).exists();
         let linked: Vec<_> = self.linked.iter().filter(there).cloned().collect();
-        fetch::finish(&linked, &volume.upper)?;
+        fetch::finish(&linked, &volume.upper, &volume.staging())?;
         fetch::dress_directories(&self.skeleton, &volume.upper)?;
         index.set_meta("laid", "1")?;
         Ok(bad)
@@ -1078,7 +1085,7 @@ impl Making<'_> {
             })
             .chain(skeleton)
             .collect();
-        fetch::finish(&restored, &volume.tree)?;
+        fetch::finish(&restored, &volume.tree, &volume.staging())?;
         for (path, time) in times {
             // What is gone meanwhile has no time.
             let _ = volume::set_mtime(&path.below(&volume.tree), time);
@@ -1121,16 +1128,24 @@ fn flatten(bucket: &Bucket, index: &Index, volume: &Volume) -> Result<Vec<(Path,
 }
 
 /// Removes what only overlayfs understands. A file whose data is only below is fetched again.
-fn strip(dir: &FsPath) -> Result<(), Fault> {
-    for entry in fs::read_dir(dir)? {
-        let path = entry?.path();
-        let Some(stat) = volume::look(&path)? else { continue };
-        if volume::is_whiteout(&stat) || volume::mark(&path, c"trusted.overlay.metacopy").is_some() {
-            fs::remove_file(&path)?;
-        } else if volume::kind_of(&stat) == libc::S_IFDIR {
-            strip(&path)?;
-            volume::remove_marks(&path);
+fn strip(top: &FsPath) -> Result<(), Fault> {
+    let (mut directories, mut next) = (vec![top.to_owned()], 0);
+    while let Some(dir) = directories.get(next).cloned() {
+        next += 1;
+        for entry in fs::read_dir(dir)? {
+            let path = entry?.path();
+            if volume::is_too_long(&path) {
+                continue;
+            }
+            let Some(stat) = volume::look(&path)? else { continue };
+            if volume::is_whiteout(&stat) || volume::mark(&path, c"trusted.overlay.metacopy").is_some() {
+                fs::remove_file(&path)?;
+            } else if volume::kind_of(&stat) == libc::S_IFDIR {
+                directories.push(path);
+            }
         }
     }
+    // Those inside first: a boot that goes on here still needs what is said of those above.
+    directories.iter().skip(1).rev().for_each(|dir| volume::remove_marks(dir));
     Ok(())
 }

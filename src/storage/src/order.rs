@@ -9,7 +9,7 @@
 //! A log that is rotated, a file that is kept as a copy when a new one takes its name: if the new
 //! one came first, the bucket would for a while have no copy of what it has had. Each rank is sent
 //! when the ones below it have arrived. Of two files that change names with each other one has to be
-//! first all the same.
+//! first all the same. Many ranks may be one batch. What cannot be sent holds up what comes after it, and nothing else.
 //!
 //! Refuses to know what is sent and what failed: that is `push`. May import: `entry`, `fault`,
 //! `index`, `rules`, `volume`.
@@ -32,6 +32,8 @@ pub(crate) struct ToRead {
     pub(crate) size: u64,
     /// 0 waits for nothing.
     pub(crate) rank: usize,
+    /// The one that has to arrive before it, as far as that can be said.
+    pub(crate) after: Option<Path>,
     /// Something has to go before it.
     pub(crate) late: bool,
     /// By which the file that was there when its place in the order was found is known.
@@ -73,8 +75,10 @@ pub(crate) fn order(
         // Its content was only in the bucket: under which new name, nobody can say.
         usize::from(reads.get(n).and_then(ToRead::replaces).is_some_and(|row| row.sign.is_none()))
     });
-    for (read, rank) in reads.iter_mut().zip(ranks) {
+    let paths: Vec<Path> = reads.iter().map(|read| read.path.clone()).collect();
+    for ((read, rank), after) in reads.iter_mut().zip(ranks).zip(after) {
         read.rank = rank;
+        read.after = after.and_then(|n| paths.get(n).cloned());
     }
     reads.sort_by_key(|read| (read.rank, !read.database, read.size));
     Ok(passed)
@@ -144,16 +148,22 @@ fn is_all_there_is(
 /// One more than that of what comes before; those in a ring share theirs.
 fn ranks(after: &[Option<usize>], least: impl Fn(usize) -> usize) -> Vec<usize> {
     let mut ranks: Vec<Option<usize>> = vec![None; after.len()];
+    // From where each was come to last.
+    let mut visited: Vec<Option<usize>> = vec![None; after.len()];
     for start in 0..after.len() {
         let (mut way, mut here) = (Vec::new(), Some(start));
         let known = loop {
             match here {
                 None => break None,
-                Some(n) => match ranks.get(n).copied().flatten() {
-                    Some(rank) => break Some(rank),
-                    None if way.contains(&n) => break Some(0),
-                    None => way.push(n),
-                },
+                Some(n) => {
+                    if let Some(rank) = ranks.get(n).copied().flatten() {
+                        break Some(rank);
+                    }
+                    if visited.get_mut(n).and_then(|from| from.replace(start)) == Some(start) {
+                        break Some(0);
+                    }
+                    way.push(n);
+                }
             }
             here = here.and_then(|n| after.get(n).copied().flatten());
         };
@@ -183,5 +193,7 @@ mod tests {
         let ring = of(&[Some(1), Some(0), Some(0)]);
         assert!(ring[2] > ring[0], "{ring:?}");
         assert_eq!(ranks(&[None, Some(0)], |n| usize::from(n == 0)), [1, 2]);
+        let long: Vec<Option<usize>> = (1..10_000).map(Some).chain([None]).collect();
+        assert!(of(&long).into_iter().eq((0..10_000).rev()));
     }
 }

@@ -28,12 +28,13 @@ use crate::owner::{Lease, uptime};
 use crate::parallel;
 use crate::rules;
 use crate::scan::Change;
-use crate::stage::{self, Outcome, Staged};
-use crate::volume::{self, Volume};
+use crate::stage::{self, Before, Outcome, Staged};
+use crate::volume::{self, Room, Volume};
 use crate::way::Way;
-use cvm_process::handle::Fate;
+use cvm_process::handle::{Fate, Handle};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 /// A batch is as large as a loss of half its work is cheap.
@@ -58,6 +59,10 @@ pub(crate) struct Pusher<'a> {
     pub(crate) may_delete: bool,
     /// Whether what vanishes while it is looked at no longer holds up removals.
     pub(crate) insists: bool,
+    /// What has failed again and again, and why.
+    pub(crate) failing: &'a HashMap<Path, String>,
+    /// Whether that is not even tried.
+    pub(crate) leaves_out_failing: bool,
     /// When to leave the next batch to another slice.
     pub(crate) until: Duration,
     /// Told after every batch: files and bytes that are left.
@@ -97,8 +102,8 @@ impl Work {
             match change {
                 Change::Read { path, database, was } => {
                     let handle = crate::scan::handle_of(&path.below(&volume.upper));
-                    let (size, rank, late) = (size(&path), 0, false);
-                    this.reads.push(ToRead { path, database, was, size, rank, late, handle });
+                    let (size, rank, after, late) = (size(&path), 0, None, false);
+                    this.reads.push(ToRead { path, database, was, size, rank, after, late, handle });
                 }
                 Change::Meta { path, entry } => metas.push((path, entry)),
                 Change::Gone { path } => this.gone.push(path),
@@ -178,13 +183,24 @@ impl Work {
 }
 
 /// What the beginning of a round means for the rest of it.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 struct SoFar {
     moving: bool,
     /// What may have been moved to a name that the bucket does not have yet.
     holds: Holds,
-    /// Something could not be sent.
-    unsent: bool,
+    /// What has failed again and again may have been too: what is known by its handle is not it.
+    holds_strangers: bool,
+    /// What could not be sent, and what waits for it.
+    unsent: HashSet<Path>,
+}
+
+impl SoFar {
+    /// For what has to arrive before it.
+    fn lets_wait(&self, rank: usize, after: Option<&Path>) -> bool {
+        // What has its name now may be any of those.
+        let misses = || after.map_or(!self.unsent.is_empty(), |after| self.unsent.contains(after));
+        rank > 0 && (self.moving || misses())
+    }
 }
 
 /// What a round could not do.
@@ -199,6 +215,8 @@ pub(crate) struct Rest {
     pub(crate) fault: Option<Fault>,
     /// Removals that were put off.
     pub(crate) removals: u64,
+    /// Names of old that stay, because their files have ones now that cannot be in the bucket.
+    pub(crate) stays: HashSet<Path>,
     /// To be looked at once more, for their times are too fresh to tell one change from the next.
     pub(crate) young: Vec<Path>,
     /// Files that were not where the scan looked, by their old names and by those of now: both have
@@ -244,6 +262,12 @@ impl Rest {
         self.so_far.holds = self.so_far.holds.max(holds);
     }
 
+    /// So does what comes after it.
+    fn follows(&mut self, path: Path) {
+        self.so_far.unsent.insert(path.clone());
+        self.waits_for_its_name(path);
+    }
+
     fn waits_for_its_name(&mut self, path: Path) {
         let why = "the bucket does not have what was here before under its new name yet";
         self.wait(path, why.to_owned(), Holds::Nothing);
@@ -261,7 +285,8 @@ impl Pusher<'_> {
     /// One slice. `urgent` is what comes first, and then at least one batch of its own. `unread` was
     /// moved and cannot be had: until it can, nothing may go that it may be.
     pub(crate) fn round(&mut self, mut work: Work, mut urgent: Work, unread: Vec<Unread>) -> Rest {
-        let mut rest = Rest { removals: work.gone.len() as u64, so_far: work.so_far, ..Rest::default() };
+        let mut rest =
+            Rest { removals: work.gone.len() as u64, so_far: work.so_far.clone(), ..Rest::default() };
         for Unread { path, data_at, why } in unread {
             if let Some(old) = data_at.filter(|old| work.leave_out(old) | urgent.leave_out(old)) {
                 rest.waits_for_its_name(old);
@@ -280,7 +305,7 @@ impl Pusher<'_> {
         rest.fault = match outcome {
             Ok(Left::Nothing(_)) => self.conclude().err(),
             Ok(Left::Some(work)) => {
-                rest.left = Some(Work { so_far: rest.so_far, ..work });
+                rest.left = Some(Work { so_far: rest.so_far.clone(), ..work });
                 None
             }
             Err(fault) => Some(fault),
@@ -314,7 +339,7 @@ impl Pusher<'_> {
         if !reads.is_empty() {
             let late: HashSet<Path> = reads.iter().map(|read| read.path.clone()).collect();
             // What it keeps now may go when these have arrived.
-            let mut for_now = Rest { so_far: rest.so_far, ..Rest::default() };
+            let mut for_now = Rest { so_far: rest.so_far.clone(), ..Rest::default() };
             exchange.going = self.going(&gone, &exchange, &late, &mut for_now)?;
             let carriers: HashSet<Path> = exchange.going.values().flatten().cloned().collect();
             reads.sort_by_key(|read| (read.rank, !carriers.contains(&read.path)));
@@ -331,6 +356,7 @@ impl Pusher<'_> {
 
     fn remove(&mut self, gone: &[Path], mut exchange: Exchange, rest: &mut Rest) -> Result<(), Fault> {
         exchange.going = self.going(gone, &exchange, &HashSet::new(), rest)?;
+        rest.removals = rest.removals.saturating_sub(rest.stays.len() as u64);
         let going = gone.iter().filter(|path| exchange.going.contains_key(path));
         let mut lines: Vec<Line> = going.map(|path| Line { path: path.clone(), word: Word::Gone }).collect();
         let way = Way::new(self.index);
@@ -363,7 +389,7 @@ impl Pusher<'_> {
         late: &HashSet<Path>,
         rest: &mut Rest,
     ) -> Result<HashMap<Path, Option<Path>>, Fault> {
-        let gone = self.may_go(gone.to_vec(), rest.so_far.holds)?;
+        let gone = self.may_go(gone.to_vec(), &rest.so_far)?;
         let living = Living { volume: self.volume, index: self.index, prefix: &self.bucket.prefix };
         living.left_out(&gone, &exchange.instead, late, rest)
     }
@@ -372,6 +398,11 @@ impl Pusher<'_> {
         if self.may_delete {
             self.bury()?;
         }
+        self.keep_short()
+    }
+
+    /// However many batches a round has, a boot has few segments to read.
+    fn keep_short(&mut self) -> Result<(), Fault> {
         if self.chain.wants_merging() { self.merge() } else { Ok(()) }
     }
 
@@ -388,23 +419,29 @@ impl Pusher<'_> {
         let mut files = after.0 + reads.len() as u64;
         let mut queue = reads.into_iter().peekable();
         while let Some(rank) = queue.peek().map(|read| read.rank) {
-            let (mut batch, mut bytes) = (Vec::new(), 0);
-            while let Some(read) = queue
-                .next_if(|read| read.rank == rank && (batch.is_empty() || bytes + read.size <= BATCH_BYTES))
+            let (mut batch, mut bytes, mut count) = (Vec::new(), 0, 0);
+            let goes_with = |other| exchange.is_none() || other == rank;
+            let room = self.volume.room().map_or(u64::MAX, Room::for_copies);
+            let most = BATCH_BYTES.min(room);
+            while let Some(read) =
+                queue.next_if(|read| goes_with(read.rank) && (batch.is_empty() || bytes + read.size <= most))
             {
                 bytes += read.size;
-                batch.push(read);
+                count += 1;
+                if let Some(why) = self.failing.get(&read.path).filter(|_| self.leaves_out_failing) {
+                    self.fails(&read.path, why.clone(), Holds::Everything, rest);
+                } else if rest.so_far.lets_wait(read.rank, read.after.as_ref()) {
+                    rest.follows(read.path);
+                } else {
+                    batch.push(read);
+                }
                 if batch.len() == BATCH_FILES {
                     break;
                 }
             }
-            let count = batch.len() as u64;
-            if rank > 0 && (rest.so_far.unsent || rest.so_far.moving) {
-                for read in batch {
-                    rest.waits_for_its_name(read.path);
-                }
-            } else {
-                self.batch(batch, exchange.as_deref_mut(), rest)?;
+            if !batch.is_empty() {
+                self.batch(batch, room, exchange.as_deref_mut(), rest)?;
+                self.keep_short()?;
             }
             (left, files) = (left.saturating_sub(bytes), files.saturating_sub(count));
             (self.progress)(files, left);
@@ -418,6 +455,7 @@ impl Pusher<'_> {
     fn batch(
         &mut self,
         mut batch: Vec<ToRead>,
+        room: u64,
         exchange: Option<&mut Exchange>,
         rest: &mut Rest,
     ) -> Result<(), Fault> {
@@ -425,11 +463,17 @@ impl Pusher<'_> {
             batch = exchange.allowed(batch, self.index, rest)?;
         }
         let volume = self.volume;
-        let numbered: Vec<_> = batch.into_iter().enumerate().collect();
-        let staged = parallel::each_apart(numbered, STAGERS, |(number, read)| {
-            let was_database = read.was.as_ref().is_some_and(|row| row.entry.is_database());
+        let mut numbered = Vec::new();
+        for (number, read) in batch.into_iter().enumerate() {
+            let was = match &read.was {
+                Some(row) if row.entry.is_database() => Before::Database(self.index.handle(&read.path)?),
+                _ => Before::AnyFile,
+            };
+            numbered.push((number, read, was));
+        }
+        let staged = parallel::each_apart(numbered, STAGERS, |(number, read, was)| {
             let name = format!("push-{number}");
-            let outcome = stage::stage(volume, &read.path, read.database, was_database, name);
+            let outcome = stage::stage(volume, &read.path, read.database, &was, room, name);
             (read, outcome)
         });
         let (mut to_send, mut lines) = (Vec::new(), Vec::new());
@@ -439,7 +483,7 @@ impl Pusher<'_> {
                 Ok(Outcome::Ready(staged)) => self.passed_since(&read, staged)?,
                 _ => None,
             };
-            let ToRead { path, database, was, .. } = read;
+            let ToRead { path, database, was, rank, after, .. } = read;
             let settled = was.as_ref().is_some_and(|row| !row.promised);
             let held = match (settled, database) {
                 (true, _) => Holds::Nothing,
@@ -453,30 +497,28 @@ impl Pusher<'_> {
                         !row.unsure && row.bad.is_none() && row.entry.same_content(&staged.entry)
                     });
                     if same {
-                        self.discard(&staged.name);
                         known.push((path.clone(), staged.known));
                         lines.extend(
                             changed(was.as_deref(), &staged.entry)
                                 .then_some(Line { path, word: Word::Is(staged.entry) }),
                         );
                     } else if let Some(now_at) = passed {
-                        self.discard(&staged.name);
                         rest.is_passed(path, now_at);
                     } else {
-                        to_send.push(staged);
+                        to_send.push(ToSend { staged, rank, after });
                     }
                 }
                 Ok(Outcome::Vanished) => rest.moves(held, self.insists),
-                Ok(Outcome::Later(why)) => rest.wait(path, why, held),
+                Ok(Outcome::Later(why)) => self.waits(path, why, held, rest),
                 Ok(Outcome::Damaged(why)) => rest.damaged.push((path, why)),
                 Err(Fault::Missing) => rest.moves(held, self.insists),
-                Err(fault) => rest.wait(path, fault.to_string(), held),
+                Err(fault) => self.waits(path, fault.to_string(), held, rest),
             }
         }
         let sent = self.send(to_send, rest)?;
-        for staged in sent {
-            known.push((staged.path.clone(), staged.known));
-            lines.push(Line { path: staged.path, word: Word::Is(staged.entry) });
+        for Sent { path, entry, known: sign } in sent {
+            known.push((path.clone(), sign));
+            lines.push(Line { path, word: Word::Is(entry) });
         }
         self.settle_on_disk(&lines)?;
         let removals = match exchange {
@@ -512,70 +554,106 @@ impl Pusher<'_> {
         Ok(())
     }
 
-    /// Intents, then the objects. Yields those that have arrived.
-    fn send(&mut self, to_send: Vec<Staged>, rest: &mut Rest) -> Result<Vec<Staged>, Fault> {
+    /// It could not be had or sent. What has failed before does not hold up what is not it.
+    fn waits(&self, path: Path, why: String, holds: Holds, rest: &mut Rest) {
+        let again = holds == Holds::Everything && self.failing.contains_key(&path);
+        rest.so_far.holds_strangers |= again;
+        rest.wait(path, why, if again { Holds::Nothing } else { holds });
+    }
+
+    /// The same, of what others wait for.
+    fn fails(&self, path: &Path, why: String, holds: Holds, rest: &mut Rest) {
+        rest.so_far.unsent.insert(path.clone());
+        self.waits(path.clone(), why, holds, rest);
+    }
+
+    /// Intents, then the objects, each rank when the one below it has arrived: what a crash leaves is
+    /// in the intents. Yields those that have arrived.
+    fn send(&mut self, to_send: Vec<ToSend>, rest: &mut Rest) -> Result<Vec<Sent>, Fault> {
+        let moving = rest.so_far.moving;
+        let (mut to_send, waiting): (Vec<_>, Vec<_>) =
+            to_send.into_iter().partition(|one| one.rank == 0 || !moving);
+        for one in waiting {
+            rest.follows(one.staged.path);
+        }
         if to_send.is_empty() {
             return Ok(Vec::new());
         }
-        let intents: Vec<Line> = to_send
-            .iter()
-            .map(|s| Line { path: s.path.clone(), word: Word::WillBe(s.entry.clone()) })
-            .collect();
+        let intent = |s: &Staged| Line { path: s.path.clone(), word: Word::WillBe(s.entry.clone()) };
+        let intents: Vec<Line> = to_send.iter().map(|one| intent(&one.staged)).collect();
         self.write(&intents)?;
-        let (bucket, lease, staging) = (self.bucket, self.lease, self.volume.staging());
+        to_send.sort_by_key(|one| one.rank);
         // Of a bucket that does not answer nothing more is asked: each would wait as long as the first.
-        let silent = std::sync::OnceLock::new();
-        let sent = parallel::each(to_send, UPLOADERS, |staged| {
-            if let Some(fault) = silent.get().cloned() {
-                return (staged, Err(fault));
+        let silent = OnceLock::new();
+        let (mut done, mut fault) = (Vec::new(), None);
+        let mut queue = to_send.into_iter().peekable();
+        while let Some(rank) = queue.peek().map(|one| one.rank) {
+            let mut now = Vec::new();
+            while let Some(ToSend { staged, after, .. }) = queue.next_if(|one| one.rank == rank) {
+                if rest.so_far.lets_wait(rank, after.as_ref()) {
+                    rest.follows(staged.path);
+                } else {
+                    now.push(staged);
+                }
             }
-            // Asked for each: between two of them this machine may have slept, and been succeeded.
-            let sent = lease
-                .confirm(bucket)
-                .and_then(|()| bucket.rclone.upload(&staging, &staged.name, &staged.path.object()));
-            if let Err(fault @ Fault::Unreachable(_)) = &sent {
-                let _ = silent.set(fault.clone());
-            }
-            (staged, sent)
-        });
-        let mut fault = None;
-        let mut done = Vec::new();
-        for (staged, sent) in sent {
-            self.discard(&staged.name);
-            match sent {
-                Ok(()) => done.push(staged),
-                Err(why) => {
-                    rest.so_far.unsent = true;
-                    rest.wait(staged.path, why.to_string(), Holds::Everything);
-                    fault = Some(why);
+            for (sent, outcome) in self.upload(now, &silent) {
+                match outcome {
+                    Ok(()) => done.push(sent),
+                    Err(why) => {
+                        self.fails(&sent.path, why.to_string(), Holds::Everything, rest);
+                        fault = Some(why);
+                    }
                 }
             }
         }
-        // The entries of what did arrive are written all the same.
+        // The entries of what did arrive are written all the same, and what one object is refused for
+        // holds up no other.
         match fault {
-            Some(fault) if done.is_empty() => Err(fault),
+            Some(fault) if done.is_empty() && fault.concerns_all() => Err(fault),
             _ => Ok(done),
         }
+    }
+
+    fn upload(&self, now: Vec<Staged>, silent: &OnceLock<Fault>) -> Vec<(Sent, Result<(), Fault>)> {
+        let (bucket, lease, staging) = (self.bucket, self.lease, self.volume.staging());
+        parallel::each(now, UPLOADERS, |staged| {
+            let Staged { path, entry, known, copy, .. } = staged;
+            let sent = Sent { path, entry, known };
+            if let Some(fault) = silent.get().cloned() {
+                return (sent, Err(fault));
+            }
+            // Asked for each: between two of them this machine may have slept, and been succeeded.
+            let outcome = lease
+                .confirm(bucket)
+                .and_then(|()| bucket.rclone.upload(&staging, copy.name(), &sent.path.object()));
+            if let Err(fault @ Fault::Unreachable(_)) = &outcome {
+                let _ = silent.set(fault.clone());
+            }
+            (sent, outcome)
+        })
     }
 
     fn metas(&mut self, metas: &[Line]) -> Result<(), Fault> {
         metas.chunks(LINES).try_for_each(|lines| self.write(lines))
     }
 
-    fn may_go(&self, gone: Vec<Path>, holds: Holds) -> Result<Vec<Path>, Fault> {
-        match holds {
-            Holds::Nothing => Ok(gone),
-            Holds::Everything => Ok(Vec::new()),
-            Holds::Databases => {
-                let mut others = Vec::new();
-                for path in gone {
-                    if !self.index.get(&path)?.is_some_and(|row| row.entry.is_database()) {
-                        others.push(path);
-                    }
-                }
-                Ok(others)
-            }
+    fn may_go(&self, mut gone: Vec<Path>, so_far: &SoFar) -> Result<Vec<Path>, Fault> {
+        if so_far.holds == Holds::Everything {
+            return Ok(Vec::new());
         }
+        if so_far.holds == Holds::Databases {
+            let mut others = Vec::new();
+            for path in gone {
+                if !self.index.get(&path)?.is_some_and(|row| row.entry.is_database()) {
+                    others.push(path);
+                }
+            }
+            gone = others;
+        }
+        if so_far.holds_strangers {
+            gone = not_strange(gone, self.volume, self.index)?;
+        }
+        Ok(gone)
     }
 
     /// Deletes objects whose paths are gone.
@@ -624,11 +702,34 @@ impl Pusher<'_> {
         self.lease.confirm(self.bucket)?;
         self.chain.append(self.bucket, self.index, self.lease.epoch(), lines)
     }
+}
 
-    fn discard(&self, name: &str) {
-        // What stays is swept with the staging area at the next start.
-        let _ = std::fs::remove_file(self.volume.staging().join(name));
+/// A file whose object has arrived, or may have.
+struct Sent {
+    path: Path,
+    entry: Entry,
+    known: Known,
+}
+
+/// Those of which can be told what has become of them: of others, what could not be sent may be all there is.
+fn not_strange(gone: Vec<Path>, volume: &Volume, index: &Index) -> Result<Vec<Path>, Fault> {
+    let top = File::open(&volume.upper)?;
+    let mut known = Vec::new();
+    for path in gone {
+        let is_file = index.get(&path)?.is_some_and(|row| row.entry.is_file());
+        let has_fate = |handle: &Handle| handle.fate(&top) != Fate::Unknown;
+        if !is_file || index.handle(&path)?.as_ref().is_some_and(has_fate) {
+            known.push(path);
+        }
     }
+    Ok(known)
+}
+
+/// A copy, and what has to arrive before it.
+struct ToSend {
+    staged: Staged,
+    rank: usize,
+    after: Option<Path>,
 }
 
 fn changed(was: Option<&Row>, now: &Entry) -> bool {
@@ -753,7 +854,7 @@ impl Living<'_> {
     ) -> Result<HashMap<Path, Option<Path>>, Fault> {
         let top = File::open(&self.volume.upper)?;
         let leaving: HashSet<&Path> = gone.iter().collect();
-        let (mut kept, mut going) = (HashSet::new(), HashMap::new());
+        let (mut kept, mut nameless, mut going) = (HashSet::new(), HashSet::new(), HashMap::new());
         for path in gone {
             let Some(handle) = self.index.handle(path)? else { continue };
             let Fate::Lives(name) = handle.fate(&top) else { continue };
@@ -777,13 +878,18 @@ impl Living<'_> {
             }
             let here = here.filter(|_| !too_long);
             rest.elsewhere.extend(here.map(|here| [here, path.clone()]).into_iter().flatten());
-            kept.insert(path);
+            if too_long { &mut nameless } else { &mut kept }.insert(path);
         }
         // The directories of what stays, stay.
-        let stays =
-            |path: &Path| kept.contains(path) || kept.iter().any(|file| file.starts_with(path.as_bytes()));
-        for path in gone.iter().filter(|path| !stays(path)) {
-            going.entry(path.clone()).or_default();
+        let stay = |files: &HashSet<&Path>, path: &Path| {
+            files.contains(path) || files.iter().any(|file| file.starts_with(path.as_bytes()))
+        };
+        for path in gone.iter().filter(|path| !stay(&kept, path)) {
+            if stay(&nameless, path) {
+                rest.stays.insert(path.clone());
+            } else {
+                going.entry(path.clone()).or_default();
+            }
         }
         Ok(going)
     }
@@ -901,6 +1007,67 @@ mod tests {
         let work = tree.work_but(&["log.2"]);
         let passed: Vec<_> = work.passed.iter().map(|p| (p.path.to_string(), p.now_at.to_string())).collect();
         assert_eq!(passed, [("log.1".to_owned(), "log.2".to_owned())]);
+    }
+
+    #[test]
+    fn what_cannot_be_sent_holds_up_what_comes_after_it_and_nothing_else() {
+        let tree = Tree::new();
+        for name in ["log", "log.1", "other", "other.1"] {
+            tree.has(name);
+        }
+        for name in ["log", "other"] {
+            tree.moves(&format!("{name}.1"), &format!("{name}.2"));
+            tree.moves(name, &format!("{name}.1"));
+            fs::write(tree.at(name), "").unwrap();
+        }
+        let work = tree.work();
+        let so_far = SoFar { unsent: [path("log.2")].into(), ..SoFar::default() };
+        let waits = work.reads.iter().filter(|read| so_far.lets_wait(read.rank, read.after.as_ref()));
+        assert_eq!(waits.map(|read| read.path.to_string()).collect::<Vec<_>>(), ["log.1"]);
+        // Of what comes after nobody knows what, and of what moves, it may be any.
+        assert!(so_far.lets_wait(1, None) && !so_far.lets_wait(0, None));
+        assert!(SoFar { moving: true, ..SoFar::default() }.lets_wait(1, Some(&path("other.2"))));
+    }
+
+    #[test]
+    fn what_fails_again_and_again_keeps_only_what_it_may_be() {
+        let tree = Tree::new();
+        tree.has("known");
+        tree.has("stranger");
+        let unknown = Known {
+            handle: None,
+            ..scan::known_by(
+                &tree.at("stranger"),
+                &volume::look(&tree.at("stranger")).unwrap().unwrap(),
+                false,
+            )
+        };
+        tree.index.set_known(&[(path("stranger"), unknown)]).unwrap();
+        tree.is("d", Kind::Directory);
+        for name in ["known", "stranger"] {
+            fs::remove_file(tree.at(name)).unwrap();
+        }
+        let gone = ["d", "known", "stranger"].map(path).to_vec();
+        assert_eq!(not_strange(gone, &tree.volume, &tree.index).unwrap(), ["d", "known"].map(path));
+    }
+
+    #[test]
+    fn a_file_whose_name_cannot_be_there_keeps_its_old_one_and_nothing_waits_for_it() {
+        let tree = Tree::new();
+        tree.has("d/old");
+        tree.has("e/old");
+        tree.has("e/moved");
+        let long = ["n".repeat(250), "n".repeat(250), "n".repeat(250)].join("/");
+        fs::create_dir_all(tree.at(&long)).unwrap();
+        tree.moves("d/old", &format!("{long}/d"));
+        tree.moves("e/old", &format!("{long}/e"));
+        tree.moves("e/moved", "elsewhere");
+        let living = Living { volume: &tree.volume, index: &tree.index, prefix: "p" };
+        let mut rest = Rest::default();
+        let gone = ["d", "d/old", "e", "e/moved", "e/old"].map(path);
+        let goes = living.left_out(&gone, &BTreeMap::new(), &HashSet::new(), &mut rest).unwrap();
+        assert_eq!((goes.len(), rest.stays.len()), (0, 3), "d, and both of old; what moved is on its way");
+        assert_eq!(rest.elsewhere, ["elsewhere", "e/moved"].map(path));
     }
 
     #[test]

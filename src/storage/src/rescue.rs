@@ -60,7 +60,8 @@ pub(crate) fn restore(spec: &StorageSpec, to: &FsPath) -> Result<u64, Fault> {
     let shown = Mutex::new(None);
     let progress = |done: u64, had: u64| show(&shown, done.min(files), files, had.min(bytes), bytes);
     let parts = scratch.join("parts");
-    let fetcher = Fetcher { bucket: &bucket, whole: index.totals()?, parts, progress: &progress };
+    let fetcher =
+        Fetcher { bucket: &bucket, whole: index.totals()?, parts: parts.clone(), progress: &progress };
     let got = fetcher.files(wanted, to)?;
     if std::io::stdout().is_terminal() {
         println!();
@@ -82,7 +83,7 @@ pub(crate) fn restore(spec: &StorageSpec, to: &FsPath) -> Result<u64, Fault> {
             }
         }
     }
-    fetch::finish(&restored, to)?;
+    fetch::finish(&restored, to, &parts)?;
     drop(index);
     std::fs::remove_dir_all(&scratch)?;
     if !volume::gives_away() {

@@ -31,8 +31,6 @@ const SAMPLE: usize = 50;
 const SAMPLE_BYTES: u64 = 64 << 20;
 /// So much lies on the volume at once, or one file that is larger.
 const PORTION_BYTES: u64 = 256 << 20;
-/// What a review leaves free for everybody else: a tenth of the disk, and at most so much.
-const LEAVES: u64 = 256 << 20;
 /// Looks at a file that is pushed anew each time that it is looked at.
 const TRIES: u32 = 5;
 /// Of what the tree has good.
@@ -317,7 +315,7 @@ fn portions(wanted: Vec<Wanted>) -> Vec<Vec<Wanted>> {
 
 /// Those that fit on the volume together, and the others.
 fn fitting(wanted: Vec<Wanted>, room: Room) -> (Vec<Wanted>, Vec<Path>) {
-    let mut left = room.free.saturating_sub(LEAVES.min(room.whole / 10));
+    let mut left = room.to_spare();
     let (mut fit, mut skipped) = (Vec::new(), Vec::new());
     for one in wanted {
         let size = one.may_be.first().map_or(0, Entry::size);
@@ -353,8 +351,9 @@ mod tests {
         assert_eq!(sizes(239, 1000), [60, 50, 0], "a tenth stays free");
         assert_eq!(sizes(150, 1000), [50, 0]);
         assert_eq!(sizes(0, 1000), [0]);
-        assert_eq!(sizes(LEAVES + 140, u64::MAX), [60, 50, 30, 0], "a large disk needs no tenth");
-        assert_eq!(sizes(LEAVES + 30, u64::MAX), [30, 0]);
+        let large = 256 << 20;
+        assert_eq!(sizes(large + 140, u64::MAX), [60, 50, 30, 0], "a large disk needs no tenth");
+        assert_eq!(sizes(large + 30, u64::MAX), [30, 0]);
     }
 
     #[test]

@@ -9,6 +9,10 @@ use crate::entry::Path;
 /// S3's limit for a whole key, in bytes.
 const KEY_MAX: usize = 1024;
 
+/// The longest path that is kept, in bytes. The kernel takes 4095, of which a tree loses some to where it
+/// is mounted, and the next machine may have it elsewhere.
+const PATH_MAX: usize = 4000;
+
 /// The header of every `SQLite` database that has been written to.
 pub(crate) const SQLITE_MAGIC: &[u8; 16] = b"SQLite format 3\0";
 
@@ -63,6 +67,11 @@ pub(crate) fn too_long(prefix: &str, path: &Path) -> Option<String> {
         )),
         Some(_) => None,
     }
+}
+
+/// Whether nothing at this path, and nothing below it, can be reached on every machine.
+pub(crate) fn too_deep(path: &Path) -> bool {
+    path.as_bytes().len() > PATH_MAX
 }
 
 /// What the gateway reads while it starts, besides its databases: verified before it does.

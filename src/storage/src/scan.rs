@@ -26,6 +26,7 @@ use cvm_process::handle::Handle;
 use nix::sys::stat::FileStat;
 use std::collections::{BTreeSet, HashSet};
 use std::ffi::{CStr, CString};
+use std::io::ErrorKind;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::Path as FsPath;
 
@@ -60,6 +61,30 @@ impl Change {
     }
 }
 
+/// Why something cannot be in the bucket as it is, and what can be done about it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Unfit {
+    pub(crate) why: String,
+    pub(crate) remedy: &'static str,
+}
+
+impl Unfit {
+    fn by_name(why: impl Into<String>) -> Self {
+        Self { why: why.into(), remedy: "give it a shorter name" }
+    }
+
+    fn by_size() -> Self {
+        let why = "it is larger than the volume that it would be restored to".to_owned();
+        Self { why, remedy: "make it smaller; holes count too" }
+    }
+}
+
+impl From<Fault> for Unfit {
+    fn from(fault: Fault) -> Self {
+        Self { why: fault.to_string(), remedy: fault.remedy() }
+    }
+}
+
 #[derive(Debug, Default)]
 pub(crate) struct Found {
     pub(crate) changes: Vec<Change>,
@@ -67,8 +92,8 @@ pub(crate) struct Found {
     pub(crate) to_fetch: Vec<Path>,
     /// Directories that were not in the index: somebody may want to watch them.
     pub(crate) new_directories: Vec<Path>,
-    /// Names that cannot be in the bucket, and why.
-    pub(crate) impossible: Vec<(Path, String)>,
+    /// What cannot be in the bucket. What the bucket has there, and below, stays.
+    pub(crate) impossible: Vec<(Path, Unfit)>,
     /// How many files were looked at.
     pub(crate) seen: u64,
 }
@@ -79,6 +104,10 @@ pub(crate) struct Scanner<'a> {
     pub(crate) prefix: &'a str,
     /// What was moved and has been fetched as far as it could be had.
     fetched: &'a HashSet<Path>,
+    /// Bytes of the volume, which the next one need not exceed.
+    whole: u64,
+    /// Directories that have not been looked at yet: as deep as a tree may be, no stack is.
+    to_do: Vec<Path>,
     found: Found,
 }
 
@@ -89,14 +118,27 @@ impl<'a> Scanner<'a> {
         prefix: &'a str,
         fetched: &'a HashSet<Path>,
     ) -> Self {
-        Self { volume, index, prefix, fetched, found: Found::default() }
+        let whole = volume.room().map_or(u64::MAX, |room| room.whole);
+        Self { volume, index, prefix, fetched, whole, to_do: Vec::new(), found: Found::default() }
     }
 
     /// Everything.
     pub(crate) fn full(mut self) -> Result<Found, Fault> {
         self.directory(None, true)?;
+        self.go_down()?;
         self.astray()?;
         Ok(self.found)
+    }
+
+    fn go_down(&mut self) -> Result<(), Fault> {
+        while let Some(dir) = self.to_do.pop() {
+            self.directory(Some(&dir), true)?;
+        }
+        Ok(())
+    }
+
+    fn unfit(&mut self, path: Path, why: impl Into<Unfit>) {
+        self.found.impossible.push((path, why.into()));
     }
 
     /// What is known of places that cannot be, and that no look at a directory comes to.
@@ -107,23 +149,24 @@ impl<'a> Scanner<'a> {
         }
         let said: HashSet<Path> = self.found.changes.iter().map(|change| change.path().clone()).collect();
         for (path, _) in astray {
-            if !said.contains(&path) && !self.is_in_directories(&path)? {
+            if !said.contains(&path) && !self.is_in_directories(&path) {
                 self.found.changes.push(Change::Gone { path });
             }
         }
         Ok(())
     }
 
-    fn is_in_directories(&self, path: &Path) -> Result<bool, Fault> {
+    fn is_in_directories(&self, path: &Path) -> bool {
         let mut above = path.parent();
         while let Some(dir) = above {
-            let stat = volume::look(&dir.below(&self.volume.upper))?;
+            // What cannot be looked at is not known to be gone.
+            let Ok(stat) = volume::look(&dir.below(&self.volume.upper)) else { return true };
             if stat.is_none_or(|stat| volume::kind_of(&stat) != libc::S_IFDIR) {
-                return Ok(false);
+                return false;
             }
             above = dir.parent();
         }
-        Ok(true)
+        true
     }
 
     /// Only these directories, without what is below them unless it is new. "" is the top.
@@ -137,26 +180,33 @@ impl<'a> Scanner<'a> {
                 if rules::is_volatile(dir) {
                     continue;
                 }
-                let stat = volume::look(&dir.below(&self.volume.upper))?;
-                if stat.is_none_or(|s| volume::kind_of(&s) != libc::S_IFDIR) {
-                    // Its parent's own change says so.
+                if rules::too_deep(dir) {
                     continue;
                 }
-                self.own_entry(dir)?;
+                let stat = match volume::look(&dir.below(&self.volume.upper)) {
+                    Ok(Some(stat)) if volume::kind_of(&stat) == libc::S_IFDIR => stat,
+                    // Its parent's own change says so.
+                    Ok(_) => continue,
+                    Err(fault) => {
+                        self.unfit(dir.clone(), fault);
+                        continue;
+                    }
+                };
+                self.own_entry(dir, &stat)?;
             }
             self.directory(dir.as_ref(), false)?;
+            self.go_down()?;
         }
         Ok(self.found)
     }
 
     /// What is said of a directory itself.
-    fn own_entry(&mut self, dir: &Path) -> Result<(), Fault> {
-        let Some(stat) = volume::look(&dir.below(&self.volume.upper))? else { return Ok(()) };
+    fn own_entry(&mut self, dir: &Path, stat: &FileStat) -> Result<(), Fault> {
         let row = self.index.get(dir)?;
         if let Some(row) = row.as_ref().filter(|row| row.entry.is_file()) {
             self.gone(dir.clone(), row)?;
         }
-        self.plain(dir, Kind::Directory, &stat, row);
+        self.plain(dir, Kind::Directory, stat, row);
         Ok(())
     }
 
@@ -164,17 +214,35 @@ impl<'a> Scanner<'a> {
         let at = dir.map_or_else(|| self.volume.upper.clone(), |d| d.below(&self.volume.upper));
         let children = self.index.children(dir.map_or(b"", Path::as_bytes))?;
         let mut known: std::collections::HashMap<Vec<u8>, Row> = children.into_iter().collect();
-        let entries = match std::fs::read_dir(&at) {
-            Ok(entries) => entries,
-            // Removed while we looked; its parent has changed too.
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-            Err(error) => return Err(error.into()),
+        let names = match (names_in(&at), dir) {
+            (Ok(names), _) => names,
+            // Removed or replaced while we looked; its parent has changed too.
+            (Err(error), _) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+                return Ok(());
+            }
+            (Err(error), Some(dir)) if is_about_the_place(&error) => {
+                self.unfit(dir.clone(), Fault::from(error));
+                return Ok(());
+            }
+            (Err(error), _) => return Err(error.into()),
         };
         let mut whiteouts = HashSet::new();
-        for entry in entries {
-            let name = entry?.file_name().into_vec();
+        for name in names {
             let Some(path) = Path::child(dir, &name) else { continue };
-            let Some(stat) = volume::look(&path.below(&self.volume.upper))? else { continue };
+            if rules::too_deep(&path) {
+                known.remove(&name);
+                self.unfit(path, Unfit::by_name("its path is too long for some machines"));
+                continue;
+            }
+            let stat = match volume::look(&path.below(&self.volume.upper)) {
+                Ok(Some(stat)) => stat,
+                Ok(None) => continue,
+                Err(fault) => {
+                    known.remove(&name);
+                    self.unfit(path, fault);
+                    continue;
+                }
+            };
             if self.volume.overlay && volume::is_whiteout(&stat) {
                 whiteouts.insert(name);
                 continue;
@@ -215,7 +283,7 @@ impl<'a> Scanner<'a> {
                     self.found.new_directories.push(path.clone());
                 }
                 if new || deep {
-                    self.directory(Some(path), true)?;
+                    self.to_do.push(path.clone());
                 }
             }
             libc::S_IFREG => self.file(path, stat, row)?,
@@ -258,7 +326,7 @@ impl<'a> Scanner<'a> {
         }
         self.replaced_directory(path, row.as_ref())?;
         if let Some(why) = rules::too_long(self.prefix, path) {
-            self.found.impossible.push((path.clone(), why));
+            self.unfit(path.clone(), Unfit::by_name(why));
             return Ok(());
         }
         let known = row.as_ref().filter(|r| r.entry.is_file() && !r.unsure && r.bad.is_none());
@@ -269,6 +337,10 @@ impl<'a> Scanner<'a> {
             if differs(&known.entry, &entry) {
                 self.found.changes.push(Change::Meta { path: path.clone(), entry });
             }
+            return Ok(());
+        }
+        if size_of(stat) > self.whole {
+            self.unfit(path.clone(), Unfit::by_size());
             return Ok(());
         }
         let database = self.is_database(path, stat);
@@ -369,6 +441,15 @@ impl<'a> Scanner<'a> {
     fn sign(&self, path: &Path, stat: &FileStat, database: bool) -> Sign {
         sign_of(&path.below(&self.volume.upper), stat, database)
     }
+}
+
+fn names_in(dir: &FsPath) -> std::io::Result<Vec<Vec<u8>>> {
+    std::fs::read_dir(dir)?.map(|entry| Ok(entry?.file_name().into_vec())).collect()
+}
+
+/// And not about a machine that has no more of something just now.
+fn is_about_the_place(error: &std::io::Error) -> bool {
+    !matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM))
 }
 
 /// The write-ahead log beside a database.
@@ -626,6 +707,77 @@ mod tests {
         assert_eq!(bench.words(), Vec::<String>::new());
         bench.write("a", "2");
         assert_eq!(bench.words(), ["read a"]);
+    }
+
+    #[test]
+    fn a_file_that_is_larger_than_the_volume_is_not_read() {
+        let bench = Bench::new();
+        bench.write("sparse", "1");
+        bench.push();
+        let file = fs::File::options().write(true).open(bench.dir.path().join("sparse")).unwrap();
+        file.set_len(bench.volume.room().unwrap().whole + (1 << 20)).unwrap();
+        bench.write("x", "1");
+        let found = bench.scan();
+        assert_eq!(found.impossible.len(), 1);
+        assert_eq!(bench.words(), ["read x"]);
+    }
+
+    /// Directories of this name in each other, deeper than any path can say; a loop of the agent's does it.
+    /// Yields the last.
+    fn dig(top: &FsPath, name: &str, levels: usize) -> std::os::fd::OwnedFd {
+        use nix::fcntl::{OFlag, open, openat};
+        use nix::sys::stat::{Mode, mkdirat};
+        let mut at = open(top, OFlag::O_DIRECTORY, Mode::empty()).unwrap();
+        for _ in 0..levels {
+            mkdirat(&at, name, Mode::S_IRWXU).unwrap();
+            at = openat(&at, name, OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW, Mode::empty()).unwrap();
+        }
+        at
+    }
+
+    fn fill_in(mut at: std::os::fd::OwnedFd, name: &str, levels: usize) {
+        use nix::fcntl::{OFlag, openat};
+        use nix::unistd::{UnlinkatFlags, unlinkat};
+        for _ in 0..levels {
+            at = openat(&at, "..", OFlag::O_DIRECTORY, nix::sys::stat::Mode::empty()).unwrap();
+            unlinkat(&at, name, UnlinkatFlags::RemoveDir).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_path_that_the_kernel_does_not_take_does_not_stop_the_rest() {
+        let bench = Bench::new();
+        bench.write("x", "1");
+        bench.write("long/kept", "1");
+        bench.push();
+        bench.write("x", "22");
+        drop(dig(&bench.dir.path().join("long"), &"y".repeat(250), 20));
+        // Known from a tree that was mounted at a shorter path.
+        let deep = ["long".to_owned(), vec!["y".repeat(250); 16].join("/")].join("/");
+        let deep = Path::new(deep.as_bytes()).unwrap();
+        let row = bench.index.get(&Path::new(b"long").unwrap()).unwrap().unwrap();
+        bench.index.apply(&[Line { path: deep.clone(), word: Word::Is(row.entry) }], None).unwrap();
+        let found = bench.scan();
+        assert_eq!(found.impossible.iter().map(|(path, _)| path).collect::<Vec<_>>(), [&deep]);
+        assert!(
+            found.changes.iter().any(|c| matches!(c, Change::Read { path, .. } if path.as_bytes() == b"x"))
+        );
+        assert!(!found.changes.iter().any(|c| matches!(c, Change::Gone { .. })));
+        let dirs = [&b"long"[..], deep.as_bytes()].map(<[u8]>::to_vec).into();
+        let found = Scanner::new(&bench.volume, &bench.index, "p", &HashSet::new()).some(&dirs).unwrap();
+        assert!(!found.changes.iter().any(|c| matches!(c, Change::Gone { .. })));
+    }
+
+    #[test]
+    fn directories_as_deep_as_they_can_be_take_no_stack_and_no_descriptors() {
+        let bench = Bench::new();
+        let last = dig(bench.dir.path(), "d", 1990);
+        let scanned = std::thread::scope(|scope| {
+            let thread = std::thread::Builder::new().stack_size(192 * 1024);
+            thread.spawn_scoped(scope, || bench.scan().changes.len()).unwrap().join()
+        });
+        fill_in(last, "d", 1990);
+        assert_eq!(scanned.unwrap(), 1990);
     }
 
     #[test]

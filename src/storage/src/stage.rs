@@ -2,7 +2,7 @@
 //!
 //! Refuses to call a copy good that was torn by a writer while it was made, as long as trying
 //! again can help. May import: `copying`, `database`, `entry`, `fault`, `lifting`,
-//! `manifest`, `scan`, `volume`.
+//! `manifest`, `rules`, `scan`, `volume`.
 
 use crate::copying;
 use crate::database::{self, NoCopy};
@@ -11,22 +11,49 @@ use crate::fault::Fault;
 use crate::index::{Known, Sign};
 use crate::lifting::Seen;
 use crate::manifest::Digest;
+use crate::rules::SQLITE_MAGIC;
 use crate::scan;
 use crate::volume::{self, Volume};
+use cvm_process::handle::Handle;
+use nix::sys::stat::FileStat;
 use sha2::{Digest as _, Sha256};
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::Path as FsPath;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::path::{Path as FsPath, PathBuf};
 
 /// Copies of a file that changes under our hands before the last one is taken as it is: a log that
 /// is always written to is never still, and its beginning is as good as any.
 const TRIES: u32 = 3;
 /// The longest tick of a kernel's clock, twice.
-const TICK_NS: i64 = 20_000_000;
+const TICK_NS: u64 = 20_000_000;
 const PIECE: usize = 256 * 1024;
 /// How long a database that is made anew may be empty.
 const NEW_NS: u64 = 5_000_000_000;
+
+/// A copy in the staging area, which is gone when nobody holds it any more.
+pub(crate) struct Private {
+    at: PathBuf,
+    name: String,
+}
+
+impl Private {
+    fn new(volume: &Volume, name: String) -> Self {
+        Self { at: volume.staging().join(&name), name }
+    }
+
+    /// In the staging area.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+}
+
+impl Drop for Private {
+    fn drop(&mut self) {
+        // What cannot be removed is swept with the staging area at the next start.
+        let _ = std::fs::remove_file(&self.at);
+    }
+}
 
 /// A copy that can be sent.
 pub(crate) struct Staged {
@@ -35,8 +62,7 @@ pub(crate) struct Staged {
     pub(crate) known: Known,
     /// It has to be looked at once more.
     pub(crate) young: bool,
-    /// Name in the staging area.
-    pub(crate) name: String,
+    pub(crate) copy: Private,
 }
 
 pub(crate) enum Outcome {
@@ -49,22 +75,40 @@ pub(crate) enum Outcome {
     Damaged(String),
 }
 
+/// What the bucket has under the same name.
+pub(crate) enum Before {
+    AnyFile,
+    /// Of this file here, as far as that is known.
+    Database(Option<Handle>),
+}
+
+impl Before {
+    /// Whether another file has taken the name since.
+    fn is_not(&self, at: &FsPath) -> bool {
+        let Self::Database(Some(was)) = self else { return false };
+        scan::handle_of(at).is_some_and(|is| is != *was)
+    }
+}
+
 /// What is copied, and how.
 enum Source {
     Plain(File),
     Database(database::Owner),
 }
 
-/// `database` is what the scan saw, and `was_database` what the bucket has.
+/// `database` is what the scan saw, and `was` what the bucket has. The copy may have so much
+/// `room`: what fills the volume stops those who write to it.
 pub(crate) fn stage(
     volume: &Volume,
     path: &Path,
     mut database: bool,
-    was_database: bool,
+    was: &Before,
+    room: u64,
     name: String,
 ) -> Result<Outcome, Fault> {
     let at = path.below(&volume.upper);
-    let to = volume.staging().join(&name);
+    let private = Private::new(volume, name);
+    let to = &private.at;
     for attempt in 1..=TRIES {
         let before = match volume.lifting.look(path, &at)? {
             Seen::Is(Some(stat)) => stat,
@@ -92,22 +136,33 @@ pub(crate) fn stage(
             Err(error) => return Err(error.into()),
         };
         database = matches!(source, Source::Database(_));
-        if was_database && !database {
-            let why = "it does not begin like one any more".to_owned();
-            return Ok(if empty { emptied(age_ns(&before)) } else { Outcome::Damaged(why) });
+        if let (Before::Database(_), Source::Plain(file)) = (was, &source) {
+            // Another file that begins like something is what it is.
+            if begins_with_nothing(file) {
+                return Ok(emptied(
+                    age_ns(&before),
+                    if empty { "it is empty" } else { "it begins with zeros" },
+                ));
+            }
+            if !was.is_not(&at) {
+                return Ok(Outcome::Damaged("it does not begin like one any more".to_owned()));
+            }
         }
         let Known { sign, handle } = scan::known_by(&at, &before, database);
-        let _ = std::fs::remove_file(&to);
+        if takes(&at, &before, database) > room {
+            return Ok(Outcome::Later("the volume has no room for a copy of it".to_owned()));
+        }
+        let _ = std::fs::remove_file(to);
         let (size, sha) = match source {
             // Through the merged tree: SQLite's locks live on the path that its writers use.
-            Source::Database(owner) => match database::copy(&path.below(&volume.tree), &to, owner) {
-                Ok(()) => hash(&to)?,
+            Source::Database(owner) => match database::copy(&path.below(&volume.tree), to, owner) {
+                Ok(()) => hash(to)?,
                 Err(NoCopy::Later(why)) => return Ok(Outcome::Later(why)),
                 Err(NoCopy::Damaged(why)) => return Ok(Outcome::Damaged(why)),
             },
-            Source::Plain(source) => match copy(source, &to) {
+            Source::Plain(source) => match copy(source, to) {
                 // Made in this moment: bytes of it are not a state of it.
-                Ok(_) if database::has_magic(&to) && attempt < TRIES => continue,
+                Ok(_) if database::has_magic(to) && attempt < TRIES => continue,
                 other => other?,
             },
         };
@@ -119,23 +174,33 @@ pub(crate) fn stage(
                 entry.link = None;
             }
             // It goes up with the object, for those who read the bucket with stock rclone.
-            volume::set_mtime(&to, entry.mtime_ns)?;
+            volume::set_mtime(to, entry.mtime_ns)?;
             // A file that changed meanwhile is not known by any sign, and so looked at again.
-            let young = !still || is_young(&at, &before);
+            let young = !still || is_young(&at, &before, database);
             let sign = if young { Sign { change: 0, ..sign } } else { sign };
             let known = Known { sign, handle };
-            return Ok(Outcome::Ready(Staged { path: path.clone(), entry, known, young, name }));
+            return Ok(Outcome::Ready(Staged { path: path.clone(), entry, known, young, copy: private }));
         }
     }
     Ok(Outcome::Vanished)
 }
 
+/// On the disk: holes stay holes. What a database's log holds may be in the copy besides.
+fn takes(at: &FsPath, stat: &FileStat, database: bool) -> u64 {
+    let log = if database { scan::log_of(at) } else { None };
+    let blocks = |stat: &FileStat| u64::try_from(stat.st_blocks).unwrap_or(0).saturating_mul(512);
+    blocks(stat).saturating_add(log.map_or(0, |log| blocks(&log)))
+}
+
 /// Whether the next change may carry the same time: kernels before 6.13 stamp files by the tick.
 /// Such a file is read once more. Of a log it is the time of its content that counts: each copy
-/// that is taken as root gives the log to the database's owner, and is itself no change.
-fn is_young(at: &FsPath, stat: &nix::sys::stat::FileStat) -> bool {
-    let changed = scan::log_of(at).map_or(0, |log| volume::mtime_ns(&log)).max(volume::ctime_ns(stat));
-    now_ns().saturating_sub(changed) < TICK_NS
+/// that is taken as root gives the log to the database's owner, and is itself no change. A time far in
+/// the future, which anybody can give a log, is no time that the next change will carry.
+fn is_young(at: &FsPath, stat: &FileStat, database: bool) -> bool {
+    let log = if database { scan::log_of(at) } else { None };
+    let now = now_ns();
+    let mut changed = log.iter().map(volume::mtime_ns).chain([volume::ctime_ns(stat)]);
+    changed.any(|changed| now.abs_diff(changed) < TICK_NS)
 }
 
 fn now_ns() -> i64 {
@@ -143,17 +208,19 @@ fn now_ns() -> i64 {
         .map_or(0, |now| now.tv_sec().saturating_mul(1_000_000_000).saturating_add(now.tv_nsec()))
 }
 
-/// A database that has been empty for so long.
-fn emptied(age_ns: u64) -> Outcome {
-    if age_ns < NEW_NS {
-        Outcome::Later("it is empty yet".to_owned())
-    } else {
-        Outcome::Damaged("it is empty".to_owned())
-    }
+/// As one that is made anew does, or copied back to a place that was reserved for it.
+fn begins_with_nothing(file: &File) -> bool {
+    let mut head = [0u8; SQLITE_MAGIC.len()];
+    file.read_at(&mut head, 0).is_ok() && head.iter().all(|byte| *byte == 0)
+}
+
+/// A database that has had nothing in it for so long.
+fn emptied(age_ns: u64, what: &str) -> Outcome {
+    if age_ns < NEW_NS { Outcome::Later(format!("{what} yet")) } else { Outcome::Damaged(what.to_owned()) }
 }
 
 /// Since its last change; what changed in the future has not changed for long.
-fn age_ns(stat: &nix::sys::stat::FileStat) -> u64 {
+fn age_ns(stat: &FileStat) -> u64 {
     u64::try_from(now_ns().saturating_sub(volume::ctime_ns(stat))).unwrap_or(u64::MAX)
 }
 
@@ -200,7 +267,47 @@ mod tests {
 
     fn staged(volume: &Volume, name: &str, database: bool, was_database: bool) -> Outcome {
         let path = Path::new(name.as_bytes()).unwrap();
-        stage(volume, &path, database, was_database, "copy".to_owned()).unwrap()
+        let was = if was_database { Before::Database(None) } else { Before::AnyFile };
+        stage(volume, &path, database, &was, u64::MAX, "copy".to_owned()).unwrap()
+    }
+
+    fn lie_there(volume: &Volume) -> usize {
+        fs::read_dir(volume.staging()).unwrap().count()
+    }
+
+    #[test]
+    fn a_copy_that_is_not_sent_takes_no_room() {
+        let dir = tempfile::tempdir().unwrap();
+        let volume = Volume::plain(dir.path()).unwrap();
+        let db = rusqlite::Connection::open(dir.path().join("db")).unwrap();
+        db.execute_batch("CREATE TABLE t(x); INSERT INTO t VALUES (zeroblob(100000));").unwrap();
+        drop(db);
+        let mut bytes = fs::read(dir.path().join("db")).unwrap();
+        bytes[5000..].fill(0xaa);
+        fs::write(dir.path().join("db"), bytes).unwrap();
+        assert!(matches!(staged(&volume, "db", true, true), Outcome::Damaged(_)));
+        assert_eq!(lie_there(&volume), 0);
+        fs::write(dir.path().join("file"), "1").unwrap();
+        let copy = staged(&volume, "file", false, false);
+        assert!(matches!(copy, Outcome::Ready(_)));
+        assert_eq!(lie_there(&volume), 1);
+        drop(copy);
+        assert_eq!(lie_there(&volume), 0);
+    }
+
+    #[test]
+    fn what_the_volume_has_no_room_for_a_copy_of_is_not_copied() {
+        let dir = tempfile::tempdir().unwrap();
+        let volume = Volume::plain(dir.path()).unwrap();
+        fs::write(dir.path().join("file"), vec![7; 3 << 20]).unwrap();
+        File::create(dir.path().join("sparse")).unwrap().set_len(3 << 20).unwrap();
+        let stage = |name: &str| {
+            let path = Path::new(name.as_bytes()).unwrap();
+            stage(&volume, &path, false, &Before::AnyFile, 1 << 20, "copy".to_owned()).unwrap()
+        };
+        assert!(matches!(stage("file"), Outcome::Later(why) if why.contains("no room")));
+        assert_eq!(lie_there(&volume), 0);
+        assert!(matches!(stage("sparse"), Outcome::Ready(_)), "holes take none");
     }
 
     #[test]
@@ -213,14 +320,45 @@ mod tests {
         assert!(!matches!(staged(&volume, "db", false, true), Outcome::Ready(_)));
         assert!(!matches!(staged(&volume, "db", true, true), Outcome::Ready(_)), "its log is gone again");
         // One that is made anew gets its time.
-        assert!(matches!(emptied(NEW_NS - 1), Outcome::Later(_)));
-        assert!(matches!(emptied(NEW_NS), Outcome::Damaged(_)));
+        assert!(
+            matches!(emptied(NEW_NS - 1, "it is empty"), Outcome::Later(why) if why == "it is empty yet")
+        );
+        assert!(matches!(emptied(NEW_NS, "it is empty"), Outcome::Damaged(_)));
         // All there is of it is in its log.
         let db = rusqlite::Connection::open(&at).unwrap();
         db.execute_batch("PRAGMA journal_mode=WAL; CREATE TABLE t(x)").unwrap();
         assert!(
             matches!(staged(&volume, "db", true, true), Outcome::Ready(Staged { entry, .. }) if entry.size() > 0)
         );
+    }
+
+    #[test]
+    fn another_file_that_took_the_name_of_a_database_is_sent_as_what_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let volume = Volume::plain(dir.path()).unwrap();
+        let (at, path) = (dir.path().join("db"), Path::new(b"db").unwrap());
+        let content = b"what is no database, and longer than a database's first bytes";
+        let db = rusqlite::Connection::open(&at).unwrap();
+        db.execute_batch("CREATE TABLE t(x)").unwrap();
+        drop(db);
+        let handle = scan::handle_of(&at);
+        assert!(handle.is_some(), "this test needs a file system with handles");
+        let stage = |handle: Option<Handle>| {
+            let was = Before::Database(handle);
+            stage(&volume, &path, false, &was, u64::MAX, "copy".to_owned()).unwrap()
+        };
+        // The same file with another first page.
+        fs::write(&at, content).unwrap();
+        assert!(matches!(stage(handle.clone()), Outcome::Damaged(_)));
+        let replace = |content: &[u8]| {
+            fs::write(dir.path().join("new"), content).unwrap();
+            fs::rename(dir.path().join("new"), &at).unwrap();
+        };
+        replace(content);
+        assert!(matches!(stage(None), Outcome::Damaged(_)), "nobody knows whether it is another");
+        assert!(matches!(stage(handle.clone()), Outcome::Ready(staged) if !staged.entry.is_database()));
+        replace(&[0; 8192]);
+        assert!(!matches!(stage(handle), Outcome::Ready(_)), "one that is copied back begins like this");
     }
 
     #[test]
@@ -244,12 +382,31 @@ mod tests {
     }
 
     #[test]
+    fn a_log_from_the_future_makes_nothing_young_for_ever() {
+        let dir = tempfile::tempdir().unwrap();
+        let volume = Volume::plain(dir.path()).unwrap();
+        let db = rusqlite::Connection::open(dir.path().join("db")).unwrap();
+        db.execute_batch("PRAGMA journal_mode=WAL; CREATE TABLE t(x)").unwrap();
+        fs::write(dir.path().join("file"), "1").unwrap();
+        fs::write(dir.path().join("file-wal"), "what has nothing to do with it").unwrap();
+        for (name, database) in [("db", true), ("file", false)] {
+            volume::set_mtime(&dir.path().join(format!("{name}-wal")), 4_070_908_800_000_000_000).unwrap();
+            let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+            while matches!(staged(&volume, name, database, database), Outcome::Ready(copy) if copy.young) {
+                assert!(std::time::Instant::now() < deadline, "{name} is copied again and again");
+            }
+            assert!(matches!(staged(&volume, name, database, database), Outcome::Ready(_)), "{name}");
+        }
+    }
+
+    #[test]
     fn a_copy_is_whole() {
         let dir = tempfile::tempdir().unwrap();
         let volume = Volume::plain(dir.path()).unwrap();
         let content = b"what is no database, and longer than a database's first bytes";
         fs::write(dir.path().join("file"), content).unwrap();
-        assert!(matches!(staged(&volume, "file", false, false), Outcome::Ready(_)));
+        let copy = staged(&volume, "file", false, false);
+        assert!(matches!(copy, Outcome::Ready(_)));
         assert_eq!(fs::read(volume.staging().join("copy")).unwrap(), content);
     }
 
@@ -261,6 +418,9 @@ mod tests {
         fs::write(dir.path().join("outside/file"), "1").unwrap();
         std::os::unix::fs::symlink("outside", dir.path().join("d")).unwrap();
         let path = Path::new(b"d/file").unwrap();
-        assert!(!matches!(stage(&volume, &path, false, false, "copy".to_owned()), Ok(Outcome::Ready(_))));
+        assert!(!matches!(
+            stage(&volume, &path, false, &Before::AnyFile, u64::MAX, "copy".to_owned()),
+            Ok(Outcome::Ready(_))
+        ));
     }
 }

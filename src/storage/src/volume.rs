@@ -26,6 +26,9 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path as FsPath, PathBuf};
 
+/// What work that can be left out leaves free for everybody else: a tenth of the disk, and at most so much.
+const LEAVES: u64 = 256 << 20;
+
 pub(crate) struct Volume {
     /// The volume's own top.
     pub(crate) root: PathBuf,
@@ -44,6 +47,23 @@ pub(crate) struct Volume {
 pub(crate) struct Room {
     pub(crate) free: u64,
     pub(crate) whole: u64,
+}
+
+impl Room {
+    /// For what can be left out.
+    pub(crate) fn to_spare(self) -> u64 {
+        self.free.saturating_sub(self.reserve())
+    }
+
+    /// For copies that are to be sent, all at once. Of little room they take half: a disk that is
+    /// nearly full is no reason to send nothing.
+    pub(crate) fn for_copies(self) -> u64 {
+        self.free.saturating_sub(self.reserve().min(self.free / 2))
+    }
+
+    fn reserve(self) -> u64 {
+        LEAVES.min(self.whole / 10)
+    }
 }
 
 impl Volume {
@@ -185,6 +205,11 @@ fn only_directories(at: &FsPath) -> io::Result<bool> {
         }
     }
     Ok(true)
+}
+
+/// Whether the kernel takes a path of this length from nobody.
+pub(crate) fn is_too_long(path: &FsPath) -> bool {
+    path.as_os_str().len() >= usize::try_from(libc::PATH_MAX).unwrap_or(usize::MAX)
 }
 
 /// What the kernel says of a path itself, whatever it is; `None` when nothing is there.
@@ -393,6 +418,15 @@ mod tests {
         let slow = |name: &str| step_by_step(&File::open(&top).unwrap(), &path(name), OFlag::O_RDONLY);
         assert!(slow("a/b/c/file").is_ok() && slow("a").is_ok());
         assert!(slow("l/in/file").is_err() && slow("l").is_err() && slow("relative/in").is_err());
+    }
+
+    #[test]
+    fn copies_leave_room_for_those_who_write_to_the_tree() {
+        let for_copies = |free, whole| Room { free, whole }.for_copies();
+        assert_eq!(for_copies(1000, 1000), 900, "a tenth stays free");
+        assert_eq!(for_copies(150, 1000), 75, "of little, half");
+        assert_eq!(for_copies(0, 1000), 0);
+        assert_eq!(for_copies(10 * LEAVES, u64::MAX), 9 * LEAVES, "a large disk needs no tenth");
     }
 
     #[test]

@@ -111,9 +111,16 @@ impl Watcher {
 
     /// Watches a directory and all below it that is in the upper layer, and notes which those are.
     fn add(&mut self, dir: Option<&Path>, seen: &mut Vec<Hint>) {
-        if dir.is_some_and(rules::is_volatile) {
-            return;
+        let mut to_add = vec![dir.cloned()];
+        while let Some(dir) = to_add.pop() {
+            if !dir.as_ref().is_some_and(rules::is_volatile) {
+                to_add.extend(self.add_one(dir.as_ref(), seen).into_iter().map(Some));
+            }
         }
+    }
+
+    /// Yields the directories in it.
+    fn add_one(&mut self, dir: Option<&Path>, seen: &mut Vec<Hint>) -> Vec<Path> {
         for root in 0..self.roots.len() {
             let Some(base) = self.roots.get(root) else { continue };
             let at = dir.map_or_else(|| base.clone(), |d| d.below(base));
@@ -127,16 +134,11 @@ impl Watcher {
             }
         }
         seen.push(Hint::Directory(dir.map_or_else(Vec::new, |d| d.as_bytes().to_vec())));
-        let Some(upper) = self.roots.first() else { return };
+        let Some(upper) = self.roots.first() else { return Vec::new() };
         let at = dir.map_or_else(|| upper.clone(), |d| d.below(upper));
-        let Ok(entries) = fs::read_dir(at) else { return };
-        for entry in entries.flatten() {
-            if entry.file_type().is_ok_and(|t| t.is_dir())
-                && let Some(path) = Path::child(dir, entry.file_name().as_bytes())
-            {
-                self.add(Some(&path), seen);
-            }
-        }
+        let Ok(entries) = fs::read_dir(at) else { return Vec::new() };
+        let directories = entries.flatten().filter(|entry| entry.file_type().is_ok_and(|t| t.is_dir()));
+        directories.filter_map(|entry| Path::child(dir, entry.file_name().as_bytes())).collect()
     }
 
     /// Waits for hints.

@@ -21,7 +21,7 @@ use crate::order::Unread;
 use crate::owner::uptime;
 use crate::push::{Pusher, Rest, Work};
 use crate::review::Review;
-use crate::scan::{Change, Found, Scanner};
+use crate::scan::{Change, Found, Scanner, Unfit};
 use crate::watch::{Hints, Watcher};
 use crate::{boots, hydrate, mount, parallel};
 use cvm_blueprint::storage::{Answer, Ask, Mode, Progress, StorageSpec};
@@ -55,6 +55,8 @@ const LOGS: Duration = Duration::from_secs(60);
 /// Rounds for which removals wait for what is on the move; a tree in which something always is must
 /// not keep what is gone for ever.
 const MOVING_MAX: u32 = 8;
+/// A file that could not be sent so often holds up as little as can be.
+const AGAIN_AND_AGAIN: u32 = 3;
 /// Rounds that a flush waits for removals which wait for what is on the move.
 const HELD_MAX: u32 = 20;
 
@@ -248,6 +250,10 @@ struct Round {
     after: BTreeSet<Vec<u8>>,
     /// What has to wait for longer, and was left out.
     skipped: HashSet<Path>,
+    /// What has failed again and again, and why.
+    failing: HashMap<Path, String>,
+    /// It has to wait until nothing else is to do.
+    leaves_out_failing: bool,
     /// What has changed since, and has to wait for something else.
     put_off: HashSet<Path>,
     troubles: HashMap<Path, String>,
@@ -793,7 +799,9 @@ impl<'a> Tree<'a> {
         }
         self.answering.append(&mut self.asked);
         let first = self.first.take().or(Some(now));
-        Round { full, dirty: std::mem::take(&mut self.dirty), first, ..Round::default() }
+        let failing = self.waiting.iter().filter(|(_, waiting)| waiting.tries + 1 >= AGAIN_AND_AGAIN);
+        let failing = failing.map(|(path, waiting)| (path.clone(), waiting.why.clone())).collect();
+        Round { full, dirty: std::mem::take(&mut self.dirty), first, failing, ..Round::default() }
     }
 
     /// Those of the files that have to wait which this slice is to try, or has found to be gone or
@@ -991,6 +999,8 @@ impl<'a> Tree<'a> {
             chain: &mut self.ready.chain,
             may_delete: self.whole,
             insists: self.moving >= MOVING_MAX,
+            failing: &round.failing,
+            leaves_out_failing: round.leaves_out_failing,
             until,
             progress: &progress,
         };
@@ -1023,9 +1033,9 @@ impl<'a> Tree<'a> {
     // === Incidents of the tree itself ===
 
     fn note_impossible(&mut self, round: &mut Round, found: &Found) {
-        for (path, why) in &found.impossible {
+        for (path, Unfit { why, remedy }) in &found.impossible {
             let what = format!("it cannot be in the bucket: {why}");
-            self.worker.desk.incident(&path.to_string(), &what, "give it a shorter name");
+            self.worker.desk.incident(&path.to_string(), &what, remedy);
             round.troubles.insert(path.clone(), what);
         }
         self.troubled.extend(round.troubles.clone());
@@ -1037,7 +1047,7 @@ impl<'a> Tree<'a> {
             self.worker.desk.incident(
                 &path.to_string(),
                 &what,
-                "repair it, or take the good one back with `cvm storage get`",
+                "repair it, or take the good one back with `cvm storage get`; if it is to be another file now, write that beside it and rename it",
             );
             round.troubles.insert(path.clone(), what.clone());
             self.troubled.insert(path.clone(), what);
@@ -1203,13 +1213,16 @@ impl<'a> Tree<'a> {
         self.waiting.clear();
         self.round = None;
         let mut left = (0u64, 0u64);
+        let mut failed = Failed::default();
         let clean = loop {
-            let mut round = Round { full: true, ..Round::default() };
+            let mut round = failed.round();
             let outcome = self.look_around(&mut round, &HashSet::new()).map(|(urgent, unread)| {
                 let rest = self.slice(&mut round, urgent, unread, Duration::MAX);
                 self.note_damage(&mut round, &rest);
+                failed.learn(&rest, &round);
                 rest
             });
+            let of_old = outcome.as_ref().map_or_else(|_| HashSet::new(), |rest| rest.stays.clone());
             let fault = match outcome {
                 Ok(rest) if rest.fault.is_none() && rest.later.is_empty() => None,
                 Ok(rest) => {
@@ -1226,7 +1239,15 @@ impl<'a> Tree<'a> {
             let clean = fault.is_none();
             let scanned = Scanner::new(&open.volume, &open.index, &open.bucket.prefix, &self.fetched).full();
             left = match scanned {
-                Ok(found) => ending::missing(&open.volume, &found),
+                Ok(mut found) => {
+                    // A file whose name cannot be there is counted by that one.
+                    if !found.impossible.is_empty() {
+                        found.changes.retain(
+                            |change| !matches!(change, Change::Gone { path } if of_old.contains(path)),
+                        );
+                    }
+                    ending::missing(&open.volume, &found)
+                }
                 Err(_) => (left.0.max(1), left.1),
             };
             // No round mends what is damaged, or gives what cannot be named a name.
@@ -1267,6 +1288,31 @@ impl<'a> Tree<'a> {
         self.worker.desk.opened(None);
         // A hydrator or a review that is still on its way must write nothing into the next life.
         self.ready.open.index.close();
+    }
+}
+
+/// What a stop could not send. One file that the server refuses is not to keep others out.
+#[derive(Default)]
+struct Failed {
+    tries: HashMap<Path, (u32, String)>,
+    others_are_left: bool,
+}
+
+impl Failed {
+    fn round(&self) -> Round {
+        let often = self.tries.iter().filter(|(_, (tries, _))| *tries >= AGAIN_AND_AGAIN);
+        let failing = often.map(|(path, (_, why))| (path.clone(), why.clone())).collect();
+        Round { full: true, failing, leaves_out_failing: self.others_are_left, ..Round::default() }
+    }
+
+    fn learn(&mut self, rest: &Rest, round: &Round) {
+        let before = std::mem::take(&mut self.tries);
+        for (path, why) in &rest.later {
+            let tries = before.get(path).map_or(0, |(tries, _)| *tries) + 1;
+            self.tries.insert(path.clone(), (tries, why.clone()));
+        }
+        let others = rest.later.iter().any(|(path, _)| !round.failing.contains_key(path));
+        self.others_are_left = rest.fault.is_some() || others;
     }
 }
 
