@@ -133,18 +133,39 @@ fn good(what: &str, output: &Output) -> String {
 /// What the image's own compose does with our compose file.
 #[track_caller]
 fn compose(engine: &Engine, environment: &[(&str, &str)], words: &[&str]) {
+    compose_file(engine, &compose_lines(), environment, words);
+}
+
+/// Our compose file with the image of this build, whichever it has been pinned to.
+fn compose_lines() -> Vec<String> {
+    let text =
+        fs::read_to_string(repository().join("docker-compose.yml")).expect("the compose file is there");
+    let ours = |line: &str| match line.strip_prefix("    image: ") {
+        Some(_) => format!("    image: {IMAGE}"),
+        None => line.to_owned(),
+    };
+    text.lines().map(ours).collect()
+}
+
+#[track_caller]
+fn compose_file(engine: &Engine, lines: &[String], environment: &[(&str, &str)], words: &[&str]) {
     let mut all = vec!["run", "--rm", "--interactive", "--network", "none", "--entrypoint", "docker"];
     all.extend(["--volume", "/engine/docker.sock:/run/docker.sock"]);
     let set: Vec<String> = environment
         .iter()
-        .chain(&[("OPENCLAW_CVM_IMAGE", IMAGE), ("MASTER_KEY", MASTER_KEY)])
+        .chain(&[("MASTER_KEY", MASTER_KEY)])
         .map(|(name, value)| format!("{name}={value}"))
         .collect();
     all.extend(set.iter().flat_map(|pair| ["--env", pair.as_str()]));
     all.extend([IMAGE, "compose", "--project-name", "cvm", "--file", "-"]);
     all.extend(words);
-    let file = fs::File::open(repository().join("docker-compose.yml")).expect("the compose file is there");
-    let output = engine.client(&all).stdin(Stdio::from(file)).output().expect("docker runs");
+    let mut client = engine.client(&all);
+    client.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut client = client.spawn().expect("docker runs");
+    let mut file = client.stdin.take().expect("stdin is piped");
+    file.write_all(lines.join("\n").as_bytes()).expect("compose reads its file");
+    drop(file);
+    let output = client.wait_with_output().expect("docker is our child");
     good(&format!("compose {words:?}"), &output);
 }
 
