@@ -6,7 +6,7 @@
 
 use cvm_harness::engine::{Engine, IMAGE};
 use cvm_harness::machine::{MASTER_KEY, PATIENCE, binaries, repository};
-use cvm_harness::{Garage, Network, Proxy, difference, digest, until};
+use cvm_harness::{Builder, Garage, Network, Proxy, difference, digest, until};
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::fs;
@@ -92,8 +92,13 @@ impl Laptop {
     }
 
     fn engine(&self, network: &Network) -> Engine {
+        self.engine_on(network, |host| host)
+    }
+
+    fn engine_on(&self, network: &Network, change: impl FnOnce(Builder) -> Builder) -> Engine {
         let engine = Engine::runner(network, |host| {
-            host.file("/home/root/.ssh/authorized_keys", &self.public, 0o600)
+            change(host)
+                .file("/home/root/.ssh/authorized_keys", &self.public, 0o600)
                 .file("/laptop/key", &self.key, 0o600)
                 .file("/laptop/known_hosts", &self.known, 0o644)
         });
@@ -365,7 +370,9 @@ fn a_bucket_brings_everything_back_when_the_container_and_its_volumes_are_destro
     let Some(_turn) = turn() else { return };
     let (laptop, garage, network) = (Laptop::new(), Garage::start(), Network::new());
     let proxy = Proxy::open_in(&network, garage.address());
-    let engine = laptop.engine(&network);
+    // FUSE has to be there all the same: the device is made.
+    let engine = laptop.engine_on(&network, Engine::without_fuse);
+    assert!(!engine.host.path("/dev/fuse").exists());
     let endpoint = format!("http://{HOST}:{}", proxy.address().port());
     let given = [
         ("S3_BUCKET", garage.bucket()),

@@ -47,10 +47,15 @@ fn compose_grants_single_rights_each_with_its_reason() {
     let compose = read("docker-compose.yml");
     assert!(!compose.contains("privileged"), "the whole machine is more than is needed");
     let lines: Vec<&str> = compose.lines().collect();
-    for key in ["cap_add", "devices", "security_opt", "sysctls", "volumes", "tmpfs"] {
+    // A host that lacks one of them would not make the container.
+    assert!(!lines.contains(&"    devices:"));
+    for key in ["cap_add", "device_cgroup_rules", "security_opt", "sysctls", "volumes", "tmpfs"] {
         let start = lines.iter().position(|l| *l == format!("    {key}:"));
         let start = start.unwrap_or_else(|| panic!("docker-compose.yml lacks {key}"));
-        assert!(lines[start + 1].trim().starts_with('#'), "{key}: its first entry has no reason");
+        let below = lines[start..].windows(2).take_while(|pair| pair[1].starts_with("      "));
+        for pair in below.filter(|pair| pair[1].starts_with("      - ")) {
+            assert!(pair[0].starts_with("      # "), "{key}: no reason for `{}`", pair[1].trim());
+        }
     }
     for line in [
         "    restart: unless-stopped",

@@ -8,7 +8,7 @@ use crate::wait::until;
 use crate::{Builder, Machine};
 use std::fs;
 use std::io::{BufRead, BufReader};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 /// What the tests call the image.
@@ -35,6 +35,17 @@ impl Engine {
     /// For running: in a network of its own, where every port is free.
     pub fn runner(network: &Network, change: impl FnOnce(Builder) -> Builder) -> Self {
         Self::start(change(Builder::new().network(network)), &["--bip=172.17.0.1/16"])
+    }
+
+    /// A host whose kernel has FUSE and whose `/dev` does not, as where its module comes when it is
+    /// asked for.
+    #[must_use]
+    pub fn without_fuse(host: Builder) -> Builder {
+        let devices =
+            ["null", "zero", "full", "random", "urandom", "tty"].map(|name| Path::new("/dev").join(name));
+        devices
+            .iter()
+            .fold(host.volume("dev", "/dev"), |host, device| host.bind(device, &device.display().to_string()))
     }
 
     fn start(builder: Builder, options: &[&str]) -> Self {

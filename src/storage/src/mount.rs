@@ -98,8 +98,8 @@ pub(crate) fn clear() -> Result<(), Fault> {
 /// What has to be there before it is worth trying.
 pub(crate) fn possible() -> Result<(), NoMount> {
     let no = |why: String| Err(NoMount(why));
-    if let Err(error) = fs::OpenOptions::new().read(true).write(true).open("/dev/fuse") {
-        return no(format!("/dev/fuse cannot be opened ({})", words(&error)));
+    if let Err(why) = open_fuse(Path::new("/dev/fuse")) {
+        return no(why);
     }
     let path = std::env::var("PATH").unwrap_or_else(|_| paths::PATH.to_owned());
     if !path.split(':').any(|d| Path::new(d).join("fusermount3").exists()) {
@@ -110,6 +110,34 @@ pub(crate) fn possible() -> Result<(), NoMount> {
         return no("this kernel has no overlayfs".to_owned());
     }
     Ok(())
+}
+
+/// Makes the device where there is none: an engine that has to bring it starts nothing on a host
+/// that lacks it. One that does not open is not left behind.
+fn open_fuse(device: &Path) -> Result<(), String> {
+    use nix::sys::stat::{Mode, SFlag, makedev, mknod};
+    let open = || fs::OpenOptions::new().read(true).write(true).open(device).map(drop);
+    let cannot = |error: std::io::Error| {
+        let more = match error.raw_os_error().map(nix::errno::Errno::from_raw) {
+            Some(nix::errno::Errno::EPERM) => "; `device_cgroup_rules: [\"c 10:229 rwm\"]` allows it",
+            Some(nix::errno::Errno::ENODEV | nix::errno::Errno::ENXIO) => "; this kernel has no FUSE",
+            _ => "",
+        };
+        format!("{} cannot be opened ({}){more}", device.display(), words(&error))
+    };
+    match open() {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        opened => return opened.map_err(cannot),
+    }
+    let everybody = Mode::from_bits_truncate(0o666);
+    mknod(device, SFlag::S_IFCHR, everybody, makedev(10, 229)).map_err(|e| {
+        format!("there is no {}, and it cannot be made ({}; CAP_MKNOD?)", device.display(), e.desc())
+    })?;
+    let _ = fs::set_permissions(device, fs::Permissions::from_mode(0o666));
+    open().map_err(|error| {
+        let _ = fs::remove_file(device);
+        cannot(error)
+    })
 }
 
 /// Makes the volume reachable below the overlay that will hide it, and tries an overlay on it.
@@ -255,5 +283,20 @@ impl StandIn {
         } else {
             Err(Fault::other("the stand-in gives an answer that nobody knows"))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_that_is_missing_is_made_and_stays_only_when_it_opens() {
+        let temp = tempfile::tempdir().unwrap();
+        let device = temp.path().join("fuse");
+        let opened = open_fuse(&device);
+        assert_eq!(opened.is_ok(), device.exists(), "{opened:?}");
+        let why = open_fuse(&temp.path().join("no/such/place")).unwrap_err();
+        assert!(why.contains("it cannot be made"), "{why}");
     }
 }
