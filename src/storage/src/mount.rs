@@ -147,8 +147,10 @@ pub(crate) fn bind_volume() -> Result<(), NoMount> {
     // Above everything that follows: only root goes through here.
     let _ = fs::set_permissions(paths::VOLUME, fs::Permissions::from_mode(0o700));
     let bind = MsFlags::MS_BIND;
-    mount(Some(paths::DATA), paths::VOLUME, None::<&str>, bind, None::<&str>)
-        .map_err(|e| no("the volume cannot be bound elsewhere (CAP_SYS_ADMIN?)", e))
+    mount(Some(paths::DATA), paths::VOLUME, None::<&str>, bind, None::<&str>).map_err(|e| {
+        let lacks = if e == nix::errno::Errno::EACCES { "apparmor=unconfined" } else { "CAP_SYS_ADMIN" };
+        no(&format!("the volume cannot be bound elsewhere ({lacks}?)"), e)
+    })
 }
 
 /// Mounts the bucket: `names` is everything it may show.

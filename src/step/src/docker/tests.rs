@@ -47,6 +47,26 @@ fn missing_privileges_are_named_with_the_line_that_grants_them() {
 }
 
 #[test]
+fn each_profile_is_named_for_what_it_forbids() {
+    for (errno, option) in [(Errno::EPERM, "seccomp=unconfined"), (Errno::EACCES, "apparmor=unconfined")] {
+        let why = refused("pivot_root", errno).why;
+        assert!(why.contains("pivot_root is forbidden"), "{why}");
+        assert!(why.contains(&format!("security_opt: [{option}]")), "{why}");
+    }
+}
+
+#[test]
+fn the_trial_changes_nothing_outside_its_thread() {
+    let (temp, places) = image(ALL);
+    let seen =
+        || (fs::read_to_string("/proc/self/mountinfo").unwrap(), fs::read_link("/proc/self/root").unwrap());
+    let before = seen();
+    may_contain(&places).unwrap();
+    assert_eq!(seen(), before);
+    assert!(!temp.path().join("run/openclaw-cvm/mount-trial").exists());
+}
+
+#[test]
 fn what_the_user_configured_counts() {
     let (temp, places) = image(ALL);
     let own = r#"{"storage-driver":"btrfs","iptables":false,"ip6tables":true,"dns":["9.9.9.9"]}"#;
