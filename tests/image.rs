@@ -373,17 +373,10 @@ fn a_bucket_brings_everything_back_when_the_container_and_its_volumes_are_destro
     // FUSE has to be there all the same: the device is made.
     let engine = laptop.engine_on(&network, Engine::without_fuse);
     assert!(!engine.host.path("/dev/fuse").exists());
-    let endpoint = format!("http://{HOST}:{}", proxy.address().port());
-    let given = [
-        ("S3_BUCKET", garage.bucket()),
-        ("S3_ENDPOINT", endpoint.as_str()),
-        ("S3_REGION", garage.region()),
-        ("AWS_ACCESS_KEY_ID", garage.access_key()),
-        ("AWS_SECRET_ACCESS_KEY", garage.secret_key()),
-        // A machine that is lost is succeeded after three beats.
-        ("S3_HEARTBEAT", "1"),
-        ("ENABLE_DOCKER", "0"),
-    ];
+    let bucket = of_bucket(&garage, &proxy);
+    let mut given: Vec<(&str, &str)> = bucket.iter().map(|(name, value)| (*name, value.as_str())).collect();
+    // A machine that is lost is succeeded after three beats.
+    given.extend([("S3_HEARTBEAT", "1"), ("ENABLE_DOCKER", "0")]);
     compose(&engine, &given, &["up", "--detach"]);
     healthy(&engine);
     write_note(&engine);
@@ -411,30 +404,87 @@ fn what_a_container_may_not_do_is_said_and_the_rest_works() {
     let proxy = Proxy::open_in(&network, garage.address());
     let engine = Laptop::new().engine(&network);
     // As a plain `docker run` has it: no capability, no device, no option more than the engine's own.
-    let pairs = [
-        format!("S3_ENDPOINT=http://{HOST}:{}", proxy.address().port()),
-        format!("S3_BUCKET={}", garage.bucket()),
-        format!("S3_REGION={}", garage.region()),
-        format!("AWS_ACCESS_KEY_ID={}", garage.access_key()),
-        format!("AWS_SECRET_ACCESS_KEY={}", garage.secret_key()),
-        format!("MASTER_KEY={MASTER_KEY}"),
-    ];
-    let mut words = vec!["run", "--detach", "--name", CVM];
-    words.extend(pairs.iter().flat_map(|pair| ["--env", pair.as_str()]));
-    words.push(IMAGE);
-    engine.docker(&words);
+    let mut words = vec!["run".to_owned(), "--detach".into(), "--name".into(), CVM.into()];
+    let bucket = of_bucket(&garage, &proxy);
+    words.extend(bucket.iter().map(|(name, value)| format!("--env={name}={value}")));
+    words.extend([format!("--env=MASTER_KEY={MASTER_KEY}"), IMAGE.to_owned()]);
+    engine.docker(&words.iter().map(String::as_str).collect::<Vec<_>>());
     healthy(&engine);
     let said = log(&engine, CVM);
     assert!(said.contains("FUSE mount failed, falling back to sync mode."), "{said}");
-    let doctor = exec(&engine, &["cvm", "doctor"]);
-    let doctor = String::from_utf8_lossy(&doctor.stdout);
-    for missing in ["SYS_ADMIN", "NET_ADMIN", "/dev/fuse"] {
-        assert!(doctor.contains(missing), "the doctor does not say {missing}:\n{doctor}");
-    }
-    until("dockerd's failure is a warning", PATIENCE, || {
-        log(&engine, CVM).lines().any(|l| l.contains("WARN") && l.contains("dockerd")).then_some(())
-    });
+    until("dockerd's failure is a warning", PATIENCE, || warned(&engine, "dockerd").then_some(()));
     clean(&engine);
+}
+
+/// Each line of the compose file that grants something is taken out, alone: what the log warns of, and what
+/// the doctor says, both with the name of the line.
+#[test]
+fn each_right_that_is_missing_is_named_in_the_log_and_by_the_doctor() {
+    let Some(_turn) = turn() else { return };
+    let (garage, network) = (Garage::start(), Network::new());
+    let proxy = Proxy::open_in(&network, garage.address());
+    let engine = Laptop::new().engine(&network);
+    let profiles = engine.docker(&["info", "--format", "{{.SecurityOptions}}"]);
+    for (number, (line, named)) in [
+        ("- SYS_ADMIN", "SYS_ADMIN"),
+        ("- NET_ADMIN", "NET_ADMIN"),
+        ("- DAC_READ_SEARCH", "DAC_READ_SEARCH"),
+        ("- \"c 10:229 rwm\"", "device_cgroup_rules"),
+        ("- seccomp=unconfined", "seccomp=unconfined"),
+        ("- apparmor=unconfined", "apparmor=unconfined"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let profile = named.strip_suffix("=unconfined");
+        if let Some(absent) = profile.filter(|profile| !profiles.contains(&format!("name={profile}"))) {
+            say(&format!("\n*** SKIPPED: this host has no {absent}, so what it forbids is NOT TESTED\n"));
+            continue;
+        }
+        let lines = without(compose_lines(), line);
+        let mut given = of_bucket(&garage, &proxy);
+        given.push(("S3_PREFIX", format!("without-{number}")));
+        let given: Vec<(&str, &str)> = given.iter().map(|(name, value)| (*name, value.as_str())).collect();
+        compose_file(&engine, &lines, &given, &["up", "--detach"]);
+        until(&format!("the log warns of {named}"), PATIENCE, || warned(&engine, named).then_some(()));
+        let told = exec(&engine, &["cvm", "doctor"]).stdout;
+        let told = String::from_utf8_lossy(&told);
+        assert!(told.contains(named), "the doctor does not say {named}:\n{told}");
+        engine.docker(&["rm", "--force", "--volumes", CVM]);
+        clean(&engine);
+    }
+}
+
+/// The compose file without one entry, and without the key that it leaves empty.
+fn without(mut lines: Vec<String>, entry: &str) -> Vec<String> {
+    let at =
+        lines.iter().position(|line| line.trim() == entry).unwrap_or_else(|| panic!("no line `{entry}`"));
+    lines.remove(at);
+    let is_comment = |line: &String| line.trim_start().starts_with('#');
+    let is_entry = |line: &String| line.starts_with("      ") && !is_comment(line);
+    let key = lines[..at].iter().rposition(|line| !line.starts_with("      ")).expect("an entry has a key");
+    let rest = lines[key + 1..].iter().take_while(|line| is_entry(line) || is_comment(line));
+    if !rest.into_iter().any(is_entry) {
+        lines.remove(key);
+    }
+    lines
+}
+
+/// A warning with this in it; the reason of a fallback counts as one.
+fn warned(engine: &Engine, text: &str) -> bool {
+    let is_warning = |line: &str| line.contains("WARN") || line.contains("Reason: ");
+    log(engine, CVM).lines().any(|line| is_warning(line) && line.contains(text))
+}
+
+/// S3 mode, as containers of this engine reach it.
+fn of_bucket(garage: &Garage, proxy: &Proxy) -> Vec<(&'static str, String)> {
+    vec![
+        ("S3_ENDPOINT", format!("http://{HOST}:{}", proxy.address().port())),
+        ("S3_BUCKET", garage.bucket().into()),
+        ("S3_REGION", garage.region().into()),
+        ("AWS_ACCESS_KEY_ID", garage.access_key().into()),
+        ("AWS_SECRET_ACCESS_KEY", garage.secret_key().into()),
+    ]
 }
 
 #[test]

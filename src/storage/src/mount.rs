@@ -112,6 +112,16 @@ pub(crate) fn possible() -> Result<(), NoMount> {
     Ok(())
 }
 
+/// Whether a file is known again that has been renamed: by its handle.
+pub(crate) fn may_open_by_handle() -> bool {
+    const DAC_READ_SEARCH: u64 = 1 << 2;
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    effective
+        .and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok())
+        .is_none_or(|bits| bits & DAC_READ_SEARCH != 0)
+}
+
 /// Makes the device where there is none: an engine that has to bring it starts nothing on a host
 /// that lacks it. One that does not open is not left behind.
 fn open_fuse(device: &Path) -> Result<(), String> {

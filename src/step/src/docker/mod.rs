@@ -39,6 +39,7 @@ pub(crate) fn prepare(places: &Places, report: &mut Report) -> Outcome<()> {
     cgroups::prepare(places, report);
     let mut config = users.clone();
     firewall(places, &mut config, report)?;
+    forwarding(places, &mut config, report);
     let data_root = users.get("data-root").and_then(Value::as_str).unwrap_or(DATA_ROOT);
     storage(&places.at(data_root), &mut config, report)?;
     if !users.is_empty() {
@@ -147,6 +148,21 @@ fn firewall(places: &Places, config: &mut Map<String, Value>, report: &mut Repor
         config.entry("ip6tables").or_insert(Value::Bool(false));
     }
     Ok(())
+}
+
+/// dockerd turns it on itself where it may write there, and does not start where it may not.
+fn forwarding(places: &Places, config: &mut Map<String, Value>, report: &mut Report) {
+    let setting = places.at("/proc/sys/net/ipv4/ip_forward");
+    let is_off = std::fs::read_to_string(&setting).is_ok_and(|text| text.trim() == "0");
+    // That root may write to a file of /proc does not mean that its file system lets it.
+    if !is_off || std::fs::OpenOptions::new().write(true).open(&setting).is_ok() {
+        return;
+    }
+    report.warn(
+        "net.ipv4.ip_forward is 0 and read-only here: dockerd's containers do not reach the outside. Set \
+         `sysctls: [net.ipv4.ip_forward=1]` in docker-compose.yml",
+    );
+    config.entry("ip-forward").or_insert(Value::Bool(false));
 }
 
 /// A storage driver that works, unless the user chose. Naming one also keeps Docker 29 and later

@@ -89,6 +89,36 @@ fn a_broken_file_of_the_users_is_said_and_gone_round() {
 }
 
 #[test]
+fn forwarding_that_is_off_for_good_is_said_and_gone_round() {
+    let (temp, places) = image(ALL);
+    let setting = temp.path().join("proc/sys/net/ipv4/ip_forward");
+    fs::create_dir_all(setting.parent().unwrap()).unwrap();
+    let prepared = |text: &str| {
+        fs::write(&setting, text).unwrap();
+        let mut report = Report::default();
+        prepare(&places, &mut report).unwrap();
+        (
+            config(temp.path()).get("ip-forward").cloned(),
+            report.notes.iter().any(|n| n.text.contains("sysctls:")),
+        )
+    };
+    assert_eq!(prepared("1\n"), (None, false));
+    // What can be written to is dockerd's business.
+    assert_eq!(prepared("0\n"), (None, false));
+    fs::write(&setting, "0\n").unwrap();
+    let here = Some(setting.as_path());
+    mount(here, &setting, None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
+    let read_only = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+    mount(None::<&str>, &setting, None::<&str>, read_only, None::<&str>).unwrap();
+    let mut report = Report::default();
+    let prepared = prepare(&places, &mut report);
+    nix::mount::umount2(&setting, nix::mount::MntFlags::MNT_DETACH).unwrap();
+    prepared.unwrap();
+    assert_eq!(config(temp.path())["ip-forward"], Value::Bool(false));
+    assert!(report.notes.iter().any(|n| n.text.contains("sysctls: [net.ipv4.ip_forward=1]")));
+}
+
+#[test]
 fn dockers_newer_image_store_is_the_users_to_choose() {
     let (temp, places) = image(ALL);
     let own = r#"{"features":{"containerd-snapshotter":true}}"#;
