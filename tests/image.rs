@@ -300,9 +300,17 @@ fn the_image_is_small_and_says_what_it_is_and_holds_no_leftovers() {
         "pkg:deb/debian/docker.io@",
         "pkg:cargo/serde@",
         "pkg:golang/github.com/rclone/rclone@",
+        "pkg:golang/stdlib@1.",
+        "pkg:generic/node@24.",
+        "pkg:deb/debian/libstdc%2B%2B6@",
     ] {
         assert!(locators.iter().any(|l| l.starts_with(expected)), "no {expected}");
     }
+    assert!(!locators.iter().any(|l| l.contains('+')), "a plus sign that is not escaped");
+    let id = engine.inspect(IMAGE, ".Id");
+    let id = id.trim_start_matches("sha256:");
+    assert!(bill["documentNamespace"].as_str().is_some_and(|name| name.ends_with(id)));
+    assert_eq!(bill["packages"][0]["checksums"][0]["checksumValue"], id);
 }
 
 /// The binaries, as `ls` shows them.
@@ -500,7 +508,7 @@ fn builds_are_the_same(options: &[&str]) {
     let engine = Engine::builder();
     let tags = ["openclaw-cvm:first", "openclaw-cvm:second"];
     for tag in tags {
-        engine.build(tag, &[&["--no-cache"], options].concat());
+        engine.build(tag, &[&["--no-cache", "--to", "target/image/again"], options].concat());
     }
     assert_same_trees(&engine, tags[0], tags[1]);
     for tag in tags {
