@@ -6,6 +6,8 @@ use cvm_blueprint::env::{Environment, VARIABLES};
 use cvm_blueprint::{plan, service};
 use cvm_harness::machine::repository;
 use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 fn read(name: &str) -> String {
     fs::read_to_string(repository().join(name)).unwrap_or_else(|e| panic!("{name}: {e}"))
@@ -80,7 +82,7 @@ fn only_a_digest_is_pinned() {
     let file = dir.path().join("docker-compose.yml");
     fs::write(&file, read("docker-compose.yml")).expect("the directory is writable");
     let pin = |reference: &str| {
-        let mut command = std::process::Command::new(repository().join("image/pin"));
+        let mut command = Command::new(repository().join("image/pin"));
         command.arg(reference).arg(&file).output().expect("image/pin runs").status.code()
     };
     let image = || {
@@ -115,12 +117,66 @@ fn only_a_digest_is_pinned() {
     }
 }
 
+/// What `image/build` says before it asks an engine, of the files in a directory.
+fn build_says(dir: &Path) -> String {
+    let output =
+        Command::new(dir.join("image/build")).env("DOCKER", "false").output().expect("image/build runs");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(
+        said.ends_with("no container engine answers; DOCKER names the client, DOCKER_HOST the engine\n"),
+        "{said}"
+    );
+    said
+}
+
+/// What `image/build` takes in, as far as it looks at it before the engine's turn.
+fn sources(dir: &Path) {
+    for name in ["src", "tests"] {
+        fs::create_dir_all(dir.join(name)).expect("the directory is writable");
+        fs::write(dir.join(name).join("file"), "").expect("the directory is writable");
+    }
+    for name in [".cargo", "Cargo.lock", "Cargo.toml", "image"] {
+        let copied = Command::new("cp").arg("-r").arg(repository().join(name)).arg(dir).status();
+        assert!(copied.expect("cp runs").success());
+    }
+}
+
+fn git(dir: &Path, words: &[&str]) {
+    let who = ["-c", "user.name=n", "-c", "user.email=e"];
+    let output = Command::new("git").arg("-C").arg(dir).args(who).args(words).output().expect("git runs");
+    assert!(output.status.success(), "git {words:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
+fn the_image_says_when_git_does_not_know_its_files_or_their_dates() {
+    let temp = tempfile::tempdir().expect("a temporary directory");
+    let (whole, inner, clone) =
+        (temp.path().join("whole"), temp.path().join("whole/inner"), temp.path().join("clone"));
+    sources(&whole);
+    git(&whole, &["init", "--quiet"]);
+    git(&whole, &["add", "."]);
+    git(&whole, &["commit", "--quiet", "--message", "all"]);
+    git(&whole, &["commit", "--quiet", "--allow-empty", "--message", "more"]);
+    let said = build_says(&whole);
+    assert!(!said.contains("not in git") && !said.contains("shallow"), "{said}");
+
+    let from = format!("file://{}", whole.display());
+    git(temp.path(), &["clone", "--quiet", "--depth", "1", &from, &clone.display().to_string()]);
+    let said = build_says(&clone);
+    assert!(said.contains("This clone is shallow"), "{said}");
+
+    sources(&inner);
+    let said = build_says(&inner);
+    assert!(said.contains("These files are not in git"), "{said}");
+}
+
 #[test]
 fn the_image_has_the_binaries_and_the_numbers_that_the_code_expects() {
     let debian = read("image/debian");
     assert!(debian.contains(&format!("\nGATEWAY_ID={}\n", cvm_blueprint::accounts::GATEWAY_ID)));
     assert!(debian.contains(&format!("\nMUX_ID={}\n", cvm_blueprint::mux::MUX_UID)));
-    let names = std::process::Command::new(repository().join("image/binaries")).output().expect("it runs");
+    let names = Command::new(repository().join("image/binaries")).output().expect("it runs");
     let names = String::from_utf8_lossy(&names.stdout).into_owned();
     let rooms = fs::read_dir(repository().join("src")).expect("src/ is there").flatten();
     for room in rooms.filter(|room| room.path().join("src/main.rs").exists()) {
@@ -149,7 +205,7 @@ fn the_top_level_holds_what_it_should_and_nothing_else() {
         "src",
         "tests",
     ];
-    let output = std::process::Command::new("git")
+    let output = Command::new("git")
         .args(["ls-tree", "--name-only", "HEAD"])
         .current_dir(repository())
         .output()
@@ -186,7 +242,7 @@ fn the_arrows_between_the_rooms_point_one_way() {
     assert_eq!(waiters, [repository().join("src/process/src/reap.rs")], "waitpid has one home");
 }
 
-fn rust_files(dir: &str) -> Vec<std::path::PathBuf> {
+fn rust_files(dir: &str) -> Vec<PathBuf> {
     let mut found = Vec::new();
     let mut open = vec![repository().join(dir)];
     while let Some(dir) = open.pop() {
