@@ -1,6 +1,6 @@
 //! What the documents and the compose file say, held against the code.
 
-use cvm_blueprint::conduct::Machine;
+use cvm_blueprint::conduct::{ENGINE_WAITS, Machine};
 use cvm_blueprint::config::Config;
 use cvm_blueprint::env::{Environment, VARIABLES};
 use cvm_blueprint::{plan, service};
@@ -8,6 +8,7 @@ use cvm_harness::machine::repository;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 fn read(name: &str) -> String {
     fs::read_to_string(repository().join(name)).unwrap_or_else(|e| panic!("{name}: {e}"))
@@ -23,25 +24,49 @@ fn every_variable_is_in_the_readme_and_in_the_compose_file() {
     }
 }
 
-#[test]
-fn compose_waits_longer_than_the_longest_ordered_stop() {
-    // The longest: with a bucket, and everything at its default.
+/// The longest plan there is, with a bucket and a mux-server, and this besides.
+fn longest(more: &[(&str, &str)]) -> Machine {
     let given = [
         ("MASTER_KEY", "correct horse battery staple"),
         ("S3_BUCKET", "claws"),
         ("S3_ENDPOINT", "https://s3.example.org"),
         ("AWS_ACCESS_KEY_ID", "id"),
         ("AWS_SECRET_ACCESS_KEY", "key"),
+        ("MUX_BASE_URL", "https://mux.example.org"),
+        ("MUX_REGISTER_KEY", "key"),
+        ("MUX_INBOUND_URL", "https://claw.example.org/v1/mux/inbound"),
     ];
-    let environment = Environment::new(given.map(|(n, v)| (n.as_bytes().to_vec(), v.as_bytes().to_vec())));
+    let given = given.iter().chain(more).map(|(n, v)| (n.as_bytes().to_vec(), v.as_bytes().to_vec()));
     let (config, _) =
-        Config::parse(&environment).unwrap_or_else(|_| panic!("the defaults are a configuration"));
-    let budget = Machine::new(plan::steps(&config), service::services(&config)).stop_budget();
+        Config::parse(&Environment::new(given)).unwrap_or_else(|_| panic!("this is a configuration"));
+    let services = service::services(&config);
+    assert!(["dockerd", "storage", "mux"].iter().all(|name| services.iter().any(|s| s.name == *name)));
+    Machine::new(plan::steps(&config), services)
+}
+
+#[test]
+fn compose_waits_longer_than_the_longest_ordered_stop() {
+    let machine = longest(&[]);
     let compose = read("docker-compose.yml");
-    let grace = compose
-        .lines()
-        .find_map(|l| l.trim().strip_prefix("stop_grace_period: ")?.strip_suffix('s')?.parse::<u64>().ok());
-    assert!(grace.is_some_and(|g| g > budget.as_secs()), "{grace:?} against a budget of {budget:?}");
+    let default = compose.lines().find_map(|l| {
+        let word = l.trim().strip_prefix("stop_grace_period: ${STOP_GRACE_PERIOD:-")?;
+        word.strip_suffix("s}")?.parse::<u64>().ok().map(Duration::from_secs)
+    });
+    assert_eq!(default, Some(ENGINE_WAITS));
+    let budget = machine.stop_budget();
+    assert!(ENGINE_WAITS > budget, "{ENGINE_WAITS:?} against a budget of {budget:?}");
+    assert!(read("README.md").contains(&format!("--stop-timeout {}", ENGINE_WAITS.as_secs())));
+}
+
+#[test]
+fn a_stop_that_may_outlast_the_engines_patience_is_said_with_what_to_set() {
+    assert_eq!(longest(&[]).warning_of_a_long_stop(), None);
+    for name in ["OPENCLAW_GATEWAY_STOP_TIMEOUT", "S3_DRAIN_TIMEOUT"] {
+        let machine = longest(&[(name, "900")]);
+        let said = machine.warning_of_a_long_stop().expect("a warning");
+        let seconds = machine.stop_budget().as_secs() + 10;
+        assert!(said.contains(&format!("STOP_GRACE_PERIOD={seconds}s")), "{said}");
+    }
 }
 
 #[test]
@@ -62,8 +87,9 @@ fn compose_grants_single_rights_each_with_its_reason() {
     for line in [
         "    restart: unless-stopped",
         "    hostname: openclaw",
-        "      - \"1022:22\"",
-        "      - \"18789:18789\"",
+        // As the ports inside are named.
+        "      - \"1022:${SSH_PORT:-22}\"",
+        "      - \"18789:${OPENCLAW_GATEWAY_PORT:-18789}\"",
         "      - \"18790:18790\"",
         "      - data:/data",
         "      - docker:/var/lib/docker",
