@@ -11,6 +11,7 @@ use serde_json::Value;
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::sync::{Mutex, MutexGuard, Once, PoisonError};
@@ -223,23 +224,41 @@ struct Identity {
     device: String,
     /// Fingerprints of the gateway's token, the host key and the others.
     keys: Value,
-    note: String,
+    configuration: String,
+    /// Every path of ours with mode, owner and time, or target, and every content.
+    files: String,
+    second_database: String,
 }
 
-const NOTE: &str = "/data/openclaw/workspace/note.txt";
+/// In the workspace, where the gateway changes nothing of its own accord.
+const OURS: &str = "/data/openclaw/workspace/ours";
 
 fn identity(engine: &Engine) -> Identity {
     let database = "file:/data/openclaw/state/openclaw.sqlite?mode=ro";
     let query = "SELECT device_id FROM device_identities WHERE identity_key = 'primary'";
+    let shell = |script: &str| inside(engine, &["sh", "-c", &format!("cd {OURS} && {script}")]);
     Identity {
         device: inside(engine, &["sqlite3", database, query]),
         keys: status(engine)["keys"].clone(),
-        note: inside(engine, &["cat", NOTE]),
+        configuration: inside(engine, &["sha256sum", "/data/openclaw/openclaw.json"]),
+        // A directory's time, and a database's bytes, are not theirs alone.
+        files: shell(
+            "find . -type d -printf '%p %y %m %u:%g\\n' -o ! -name 'second.sqlite*' -printf '%p %y %m %u:%g %s %T@ %l\\n' | sort; \
+             find . -type f ! -name 'second.sqlite*' -exec sha256sum {} + | sort",
+        ),
+        second_database: shell("sqlite3 second.sqlite 'PRAGMA integrity_check' .dump"),
     }
 }
 
-fn write_note(engine: &Engine) {
-    let script = format!("mkdir -p $(dirname {NOTE}) && echo remembered >{NOTE}");
+/// A few of everything.
+fn write_ours(engine: &Engine) {
+    let script = format!(
+        "mkdir -p {OURS}/deep/er {OURS}/empty && cd {OURS} && echo remembered >note.txt && echo secret >private && \
+         chmod 600 private && printf '#!/bin/sh\n' >deep/er/run && chmod 755 deep/er/run && chmod 700 deep/er && \
+         ln -s deep/er/run link && ln -s nowhere dangling && head -c 3000000 /dev/urandom >large && \
+         touch -d 2001-02-03T04:05:06.789 'a name with blanks and ü' && \
+         sqlite3 second.sqlite 'PRAGMA journal_mode=wal; CREATE TABLE t(x); INSERT INTO t VALUES (1), (2);'"
+    );
     inside(engine, &["runuser", "-u", "openclaw", "--", "sh", "-c", &script]);
 }
 
@@ -324,6 +343,7 @@ fn a_volume_keeps_everything_through_kills_restarts_and_a_new_container() {
     let Some(_turn) = turn() else { return };
     let laptop = Laptop::new();
     let engine = laptop.engine(&Network::new());
+    let _dstack = UnixListener::bind(engine.host.path("/run/dstack.sock")).expect("the host has a /run");
     let given = [("OPENCLAW_GATEWAY_RESTART_DELAY", "1")];
     compose(&engine, &given, &["up", "--detach"]);
 
@@ -332,6 +352,15 @@ fn a_volume_keeps_everything_through_kills_restarts_and_a_new_container() {
     healthy(&engine);
     let shown = good("cvm status over SSH", &ssh(&engine, "cvm status"));
     assert!(shown.contains("gateway"), "{shown}");
+
+    until("the engine finds it healthy", STARTS_WITHIN, || {
+        (engine.inspect(CVM, ".State.Health.Status") == "healthy").then_some(())
+    });
+    let published = ["curl", "--silent", "--fail", "--max-time", "60", "http://127.0.0.1:18789/healthz"];
+    good("the gateway at its published port", &engine.host.exec(&published));
+    inside(&engine, &["test", "-S", "/var/run/dstack.sock"]);
+    let touched = exec(&engine, &["touch", "/root/.ssh/x"]);
+    assert!(String::from_utf8_lossy(&touched.stderr).contains("Read-only file system"));
 
     assert_eq!(engine.inspect(CVM, ".HostConfig.Privileged"), "false");
     assert_eq!(engine.inspect(CVM, ".Config.StopTimeout"), "620");
@@ -351,7 +380,7 @@ fn a_volume_keeps_everything_through_kills_restarts_and_a_new_container() {
     let said = inside(&engine, &["sh", "-c", script]);
     assert!(said.lines().any(|l| l.starts_with("cvm ")), "{said}");
 
-    write_note(&engine);
+    write_ours(&engine);
     let before = identity(&engine);
     let old = gateway(&engine).expect("a healthy machine has one");
     inside(&engine, &["kill", "-9", &old.to_string()]);
@@ -360,7 +389,12 @@ fn a_volume_keeps_everything_through_kills_restarts_and_a_new_container() {
 
     engine.docker(&["restart", CVM]);
     healthy(&engine);
-    assert_eq!(log(&engine, CVM).matches("SSH daemon started.").count(), 2);
+    let said = log(&engine, CVM);
+    assert_eq!(said.matches("SSH daemon started.").count(), 2);
+    let begins = format!("openclaw-cvm {} starting", env!("CARGO_PKG_VERSION"));
+    let (first, _) = said.rsplit_once(&begins).expect("it has started twice");
+    let last = first.lines().rev().nth(1).expect("the first boot said something");
+    assert!(last.contains("Stopped in order"), "the restart was not clean:\n{said}");
     assert_eq!(identity(&engine), before);
 
     stops_clean(&engine);
@@ -387,7 +421,7 @@ fn a_bucket_brings_everything_back_when_the_container_and_its_volumes_are_destro
     given.extend([("S3_HEARTBEAT", "1"), ("ENABLE_DOCKER", "0")]);
     compose(&engine, &given, &["up", "--detach"]);
     healthy(&engine);
-    write_note(&engine);
+    write_ours(&engine);
     inside(&engine, &["cvm", "storage", "flush"]);
     let before = identity(&engine);
 
