@@ -10,6 +10,7 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::sync::OnceLock;
 
 /// What the tests call the image.
 pub const IMAGE: &str = "openclaw-cvm:test";
@@ -49,6 +50,11 @@ impl Engine {
     }
 
     fn start(builder: Builder, options: &[&str]) -> Self {
+        Self::begin(builder, options).unwrap_or_else(|last_words| panic!("the engine ended:\n{last_words}"))
+    }
+
+    /// Its last words, when it does not stay.
+    fn begin(builder: Builder, options: &[&str]) -> Result<Self, String> {
         let storage = repository().join("target/image/engine");
         fs::create_dir_all(&storage).expect("target/ is writable");
         let mut words =
@@ -66,15 +72,24 @@ impl Engine {
         let socket = builder.scratch().join(SOCKET.trim_start_matches('/'));
         let _ = fs::remove_file(&socket);
         let mut engine = Self { host: builder.start(), socket };
-        until("the engine answers", PATIENCE, || {
-            assert!(engine.host.is_running(), "the engine ended:\n{}", engine.host.output());
-            engine.try_docker(&["version"]).status.success().then_some(())
+        until("the engine answers, or ends", PATIENCE, || {
+            let answers = engine.try_docker(&["version"]).status.success();
+            (answers || !engine.host.is_running()).then_some(())
         });
-        engine
+        if engine.host.is_running() { Ok(engine) } else { Err(engine.host.output()) }
     }
 
-    /// Why none can run here; nothing when one can.
+    /// Why none can run here; nothing when one can. Panics instead where `CVM_IMAGE` is `required`.
+    #[track_caller]
     pub fn missing() -> Option<String> {
+        static WHY: OnceLock<Option<String>> = OnceLock::new();
+        let why = WHY.get_or_init(Self::look).clone();
+        let required = std::env::var("CVM_IMAGE").is_ok_and(|value| value == "required");
+        assert!(why.is_none() || !required, "CVM_IMAGE is required, and no engine can run: {why:?}");
+        why
+    }
+
+    fn look() -> Option<String> {
         let there = |program: &str| {
             std::env::split_paths("/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
                 .any(|dir| dir.join(program).exists())
@@ -82,10 +97,21 @@ impl Engine {
         if !nix::unistd::geteuid().is_root() {
             return Some("this is not root".into());
         }
-        ["dockerd", "docker", "containerd", "runc", "mmdebstrap"]
-            .into_iter()
-            .find(|program| !there(program))
-            .map(|program| format!("{program} is not installed: tests/setup test"))
+        let programs = ["dockerd", "docker", "containerd", "runc", "mmdebstrap", "curl"];
+        if let Some(program) = programs.into_iter().find(|program| !there(program)) {
+            return Some(format!("{program} is not installed: tests/setup test"));
+        }
+        // On a thread of its own, whose namespace ends with it.
+        let apart = std::thread::spawn(|| nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS)).join();
+        if let Ok(Err(errno)) = apart {
+            return Some(format!("no mount namespace can be made ({}; CAP_SYS_ADMIN?)", errno.desc()));
+        }
+        let network = Network::new();
+        let tried = Self::begin(Builder::new().network(&network), &["--bip=172.17.0.1/16"]);
+        tried.err().map(|last_words| {
+            let last = last_words.lines().rev().find(|line| !line.trim().is_empty());
+            format!("dockerd does not start: {}", last.unwrap_or("it says nothing"))
+        })
     }
 
     /// Builds the image from this commit and the binaries beside the test, and says so line by
