@@ -126,6 +126,8 @@ fn only_a_digest_is_pinned() {
         &format!("openclaw-cvm@{}", &digest[..digest.len() - 1]),
         &format!("openclaw-cvm@{digest}0"),
         &format!("openclaw-cvm@{}", digest.to_uppercase()),
+        &format!("openclaw-cvm@{}{}", digest.replace("sha256", "sha512"), &digest["sha256:".len()..]),
+        &format!("öpenclaw-cvm@{digest}"),
         &format!("openclaw-cvm@{digest}\n    privileged: true"),
         &format!("openclaw cvm@{digest}"),
         &format!("a|b@{digest}"),
@@ -141,6 +143,37 @@ fn only_a_digest_is_pinned() {
         assert_eq!(pin(taken), Some(0), "{taken}");
         assert_eq!(&image(), taken);
     }
+}
+
+#[test]
+fn nothing_is_pinned_where_it_is_not_clear_what() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let image = format!("openclaw-cvm@sha256:{}", "0".repeat(64));
+    let pin = |words: &[&str]| {
+        let output = Command::new(repository().join("image/pin")).args(words).current_dir(&dir).output();
+        output.expect("image/pin runs").status.code()
+    };
+    let file = |name: &str, text: &str| {
+        fs::write(dir.path().join(name), text).expect("the directory is writable");
+    };
+    file("one", "    image: old\n");
+    file("two", "    image: old\n    image: other\n");
+    file("none", "services:\n");
+    assert_eq!(pin(&[]), Some(64));
+    assert_eq!(pin(&[&image, "one", "two"]), Some(64));
+    for name in ["absent", "two", "none", "."] {
+        assert_eq!(pin(&[&image, name]), Some(64), "{name}");
+    }
+    assert_eq!(
+        fs::read_to_string(dir.path().join("two")).ok().as_deref(),
+        Some("    image: old\n    image: other\n")
+    );
+    // A link stays one.
+    std::os::unix::fs::symlink("one", dir.path().join("link")).expect("the directory is writable");
+    assert_eq!(pin(&[&image, "link"]), Some(0));
+    assert_eq!(fs::read_link(dir.path().join("link")).ok(), Some("one".into()));
+    assert_eq!(fs::read_to_string(dir.path().join("one")).ok(), Some(format!("    image: {image}\n")));
+    assert_eq!(fs::read_dir(dir.path()).expect("it is there").count(), 4);
 }
 
 /// What `image/build` says before it asks an engine, of the files in a directory.
