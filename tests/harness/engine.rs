@@ -14,6 +14,8 @@ use std::sync::OnceLock;
 
 /// What the tests call the image.
 pub const IMAGE: &str = "openclaw-cvm:test";
+/// In the certificates that a build gets as its secret, and in nothing else.
+pub const SECRET_MARK: &str = "cvm-test: this is of the build and not of the image";
 /// The engine's socket, on the host and as its scratch directory shows it.
 const SOCKET: &str = "/engine/docker.sock";
 
@@ -124,7 +126,8 @@ impl Engine {
         let go = repository().join("target/go/bin");
         command
             .env("PATH", format!("{}:{path}:/usr/sbin:/sbin", go.display()))
-            .env("DOCKER_HOST", self.address());
+            .env("DOCKER_HOST", self.address())
+            .env("CA_BUNDLE", self.marked_certificates());
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().expect("image/build starts");
         let errors = BufReader::new(child.stderr.take().expect("stderr is piped"));
@@ -138,6 +141,17 @@ impl Engine {
         let said = reads.join().expect("reading does not panic");
         let last = said.len().saturating_sub(60);
         assert!(status.success(), "image/build {options:?}: {status}\n{}", said[last..].join("\n"));
+    }
+
+    /// This machine's certificates, recognisable.
+    fn marked_certificates(&self) -> PathBuf {
+        let given = ["CA_BUNDLE", "SSL_CERT_FILE"].iter().find_map(std::env::var_os);
+        let given = given.map_or_else(|| "/etc/ssl/certs/ca-certificates.crt".into(), PathBuf::from);
+        let mut certificates = fs::read(given).unwrap_or_default();
+        certificates.extend_from_slice(format!("\n# {SECRET_MARK}\n").as_bytes());
+        let file = self.socket.with_file_name("ca.crt");
+        fs::write(&file, certificates).expect("the scratch directory is writable");
+        file
     }
 
     pub fn address(&self) -> String {
