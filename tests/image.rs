@@ -308,6 +308,9 @@ fn the_image_is_small_and_says_what_it_is_and_holds_no_leftovers() {
     let compilers = run(&["for each in cc c++ g++ gcc ld as clang make rustc cargo go npm python3; do \
          command -v $each; done; ls -d /opt/openclaw/node_modules/npm 2>/dev/null; true"]);
     assert_eq!(compilers, "");
+    // With ours in place of a program of git's.
+    let message = ". /usr/lib/git-core/git-sh-i18n; what=it; eval_gettext 'fills $what, ${what}!'";
+    assert_eq!(run(&[message]), "fills it, it!");
     assert_eq!(run(&["id -u openclaw; id -g openclaw; id -u openclaw-mux"]), "990\n990\n18790");
     assert_eq!(run(&["ls /usr/local/lib/openclaw-cvm"]), run_names());
 
