@@ -4,13 +4,14 @@
 //! The binaries in it are those beside the tests, so that they are compiled once; the stage that
 //! compiles them otherwise is built with `CVM_SOAK`. Tests take turns: there is one engine.
 
-use cvm_harness::engine::{Engine, IMAGE};
+use cvm_harness::engine::{Engine, IMAGE, SECRET_MARK};
 use cvm_harness::machine::{MASTER_KEY, PATIENCE, binaries, repository};
-use cvm_harness::{Garage, Network, Proxy, difference, digest, until};
+use cvm_harness::{Builder, Garage, Network, Proxy, difference, digest, until};
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::sync::{Mutex, MutexGuard, Once, PoisonError};
@@ -27,8 +28,9 @@ const LARGEST: f64 = 450e6;
 
 /// What labels begin with.
 const LABEL: &str = "org.opencontainers.image";
-/// Paths that are not the same in two builds of one commit. May only become shorter.
-const NOT_REPRODUCIBLE: &[&str] = &[];
+/// Paths that are not the same in two builds of one commit. May only become shorter: none is left,
+/// and that is part of its type.
+const NOT_REPRODUCIBLE: [&str; 0] = [];
 /// What an engine lays into every container, and the directory whose time that changes.
 const OF_THE_ENGINE: &[&str] = &["etc", "etc/hostname", "etc/hosts", "etc/mtab", "etc/resolv.conf"];
 
@@ -50,6 +52,9 @@ fn turn() -> Option<MutexGuard<'static, ()>> {
         let engine = Engine::builder();
         clean(&engine);
         engine.build(IMAGE, &["--given", &binaries().display().to_string()]);
+        // Else every build adds to what the engine keeps.
+        engine.docker(&["image", "prune", "--force"]);
+        engine.docker(&["builder", "prune", "--force", "--keep-storage", "5GB"]);
     });
     Some(turn)
 }
@@ -92,8 +97,13 @@ impl Laptop {
     }
 
     fn engine(&self, network: &Network) -> Engine {
+        self.engine_on(network, |host| host)
+    }
+
+    fn engine_on(&self, network: &Network, change: impl FnOnce(Builder) -> Builder) -> Engine {
         let engine = Engine::runner(network, |host| {
-            host.file("/home/root/.ssh/authorized_keys", &self.public, 0o600)
+            change(host)
+                .file("/home/root/.ssh/authorized_keys", &self.public, 0o600)
                 .file("/laptop/key", &self.key, 0o600)
                 .file("/laptop/known_hosts", &self.known, 0o644)
         });
@@ -133,18 +143,39 @@ fn good(what: &str, output: &Output) -> String {
 /// What the image's own compose does with our compose file.
 #[track_caller]
 fn compose(engine: &Engine, environment: &[(&str, &str)], words: &[&str]) {
+    compose_file(engine, &compose_lines(), environment, words);
+}
+
+/// Our compose file with the image of this build, whichever it has been pinned to.
+fn compose_lines() -> Vec<String> {
+    let text =
+        fs::read_to_string(repository().join("docker-compose.yml")).expect("the compose file is there");
+    let ours = |line: &str| match line.strip_prefix("    image: ") {
+        Some(_) => format!("    image: {IMAGE}"),
+        None => line.to_owned(),
+    };
+    text.lines().map(ours).collect()
+}
+
+#[track_caller]
+fn compose_file(engine: &Engine, lines: &[String], environment: &[(&str, &str)], words: &[&str]) {
     let mut all = vec!["run", "--rm", "--interactive", "--network", "none", "--entrypoint", "docker"];
     all.extend(["--volume", "/engine/docker.sock:/run/docker.sock"]);
     let set: Vec<String> = environment
         .iter()
-        .chain(&[("OPENCLAW_CVM_IMAGE", IMAGE), ("MASTER_KEY", MASTER_KEY)])
+        .chain(&[("MASTER_KEY", MASTER_KEY)])
         .map(|(name, value)| format!("{name}={value}"))
         .collect();
     all.extend(set.iter().flat_map(|pair| ["--env", pair.as_str()]));
     all.extend([IMAGE, "compose", "--project-name", "cvm", "--file", "-"]);
     all.extend(words);
-    let file = fs::File::open(repository().join("docker-compose.yml")).expect("the compose file is there");
-    let output = engine.client(&all).stdin(Stdio::from(file)).output().expect("docker runs");
+    let mut client = engine.client(&all);
+    client.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut client = client.spawn().expect("docker runs");
+    let mut file = client.stdin.take().expect("stdin is piped");
+    file.write_all(lines.join("\n").as_bytes()).expect("compose reads its file");
+    drop(file);
+    let output = client.wait_with_output().expect("docker is our child");
     good(&format!("compose {words:?}"), &output);
 }
 
@@ -197,23 +228,41 @@ struct Identity {
     device: String,
     /// Fingerprints of the gateway's token, the host key and the others.
     keys: Value,
-    note: String,
+    configuration: String,
+    /// Every path of ours with mode, owner and time, or target, and every content.
+    files: String,
+    second_database: String,
 }
 
-const NOTE: &str = "/data/openclaw/workspace/note.txt";
+/// In the workspace, where the gateway changes nothing of its own accord.
+const OURS: &str = "/data/openclaw/workspace/ours";
 
 fn identity(engine: &Engine) -> Identity {
     let database = "file:/data/openclaw/state/openclaw.sqlite?mode=ro";
     let query = "SELECT device_id FROM device_identities WHERE identity_key = 'primary'";
+    let shell = |script: &str| inside(engine, &["sh", "-c", &format!("cd {OURS} && {script}")]);
     Identity {
         device: inside(engine, &["sqlite3", database, query]),
         keys: status(engine)["keys"].clone(),
-        note: inside(engine, &["cat", NOTE]),
+        configuration: inside(engine, &["sha256sum", "/data/openclaw/openclaw.json"]),
+        // A directory's time, and a database's bytes, are not theirs alone.
+        files: shell(
+            "find . -type d -printf '%p %y %m %u:%g\\n' -o ! -name 'second.sqlite*' -printf '%p %y %m %u:%g %s %T@ %l\\n' | sort; \
+             find . -type f ! -name 'second.sqlite*' -exec sha256sum {} + | sort",
+        ),
+        second_database: shell("sqlite3 second.sqlite 'PRAGMA integrity_check' .dump"),
     }
 }
 
-fn write_note(engine: &Engine) {
-    let script = format!("mkdir -p $(dirname {NOTE}) && echo remembered >{NOTE}");
+/// A few of everything.
+fn write_ours(engine: &Engine) {
+    let script = format!(
+        "mkdir -p {OURS}/deep/er {OURS}/empty && cd {OURS} && echo remembered >note.txt && echo secret >private && \
+         chmod 600 private && printf '#!/bin/sh\n' >deep/er/run && chmod 755 deep/er/run && chmod 700 deep/er && \
+         ln -s deep/er/run link && ln -s nowhere dangling && head -c 3000000 /dev/urandom >large && \
+         touch -d 2001-02-03T04:05:06.789 'a name with blanks and ü' && \
+         sqlite3 second.sqlite 'PRAGMA journal_mode=wal; CREATE TABLE t(x); INSERT INTO t VALUES (1), (2);'"
+    );
     inside(engine, &["runuser", "-u", "openclaw", "--", "sh", "-c", &script]);
 }
 
@@ -240,21 +289,28 @@ fn the_image_is_small_and_says_what_it_is_and_holds_no_leftovers() {
     let all_else: f64 = all_else.and_then(|n| n.trim().parse().ok()).expect("the table ends with it");
     assert!(all_else * 1e6 <= LARGEST, "{all_else} MB");
 
-    let safe = format!("safe.directory={}", repository().display());
-    let git = Command::new("git").args(["-c", &safe, "rev-parse", "HEAD"]).current_dir(repository()).output();
-    let revision = git.ok().filter(|git| git.status.success());
-    let revision =
-        revision.map_or_else(|| "unknown".into(), |git| String::from_utf8_lossy(&git.stdout).into_owned());
     let label = |name: &str| engine.inspect(IMAGE, &format!("index .Config.Labels \"{LABEL}.{name}\""));
-    assert!(label("revision").starts_with(revision.trim()));
+    let revision = label("revision");
+    match git(&["log", "-1", "--format=%H %cd", "--date=format-local:%Y-%m-%dT%H:%M:%SZ"]) {
+        Some(said) => {
+            let (commit, date) = said.split_once(' ').expect("two words");
+            assert_eq!(revision.trim_end_matches("-dirty"), commit);
+            assert_eq!(label("created"), date);
+        }
+        None => assert_eq!(revision, "unknown"),
+    }
     assert_eq!(label("version"), env!("CARGO_PKG_VERSION"));
-    assert_eq!(label("created").len(), "2026-01-01T00:00:00Z".len());
 
     let leftovers =
         run(&["find /var/lib/apt/lists /var/cache/apt /var/log /tmp /var/tmp /root/.npm /root/.cargo \
-         /etc/ssh/ssh_host_* /run/secrets -type f 2>/dev/null; command -v cc gcc rustc cargo go npm python3; \
-         true"]);
+         /etc/ssh/ssh_host_* /run/secrets ! -type d 2>/dev/null; true"]);
     assert_eq!(leftovers, "");
+    let compilers = run(&["for each in cc c++ g++ gcc ld as clang make rustc cargo go npm python3; do \
+         command -v $each; done; ls -d /opt/openclaw/node_modules/npm 2>/dev/null; true"]);
+    assert_eq!(compilers, "");
+    // With ours in place of a program of git's.
+    let message = ". /usr/lib/git-core/git-sh-i18n; what=it; eval_gettext 'fills $what, ${what}!'";
+    assert_eq!(run(&[message]), "fills it, it!");
     assert_eq!(run(&["id -u openclaw; id -g openclaw; id -u openclaw-mux"]), "990\n990\n18790");
     assert_eq!(run(&["ls /usr/local/lib/openclaw-cvm"]), run_names());
 
@@ -272,9 +328,26 @@ fn the_image_is_small_and_says_what_it_is_and_holds_no_leftovers() {
         "pkg:deb/debian/docker.io@",
         "pkg:cargo/serde@",
         "pkg:golang/github.com/rclone/rclone@",
+        "pkg:golang/stdlib@1.",
+        "pkg:generic/node@24.",
+        "pkg:deb/debian/libstdc%2B%2B6@",
     ] {
         assert!(locators.iter().any(|l| l.starts_with(expected)), "no {expected}");
     }
+    assert!(!locators.iter().any(|l| l.contains('+')), "a plus sign that is not escaped");
+    let id = engine.inspect(IMAGE, ".Id");
+    let id = id.trim_start_matches("sha256:");
+    assert!(bill["documentNamespace"].as_str().is_some_and(|name| name.ends_with(id)));
+    assert_eq!(bill["packages"][0]["checksums"][0]["checksumValue"], id);
+}
+
+/// What git says of this repository, where it is one.
+fn git(words: &[&str]) -> Option<String> {
+    let safe = format!("safe.directory={}", repository().display());
+    let mut git = Command::new("git");
+    git.args(["-c", &safe]).args(words).env("TZ", "UTC").current_dir(repository());
+    let output = git.output().ok().filter(|output| output.status.success())?;
+    Some(String::from_utf8_lossy(&output.stdout).trim_end().to_owned())
 }
 
 /// The binaries, as `ls` shows them.
@@ -288,6 +361,7 @@ fn a_volume_keeps_everything_through_kills_restarts_and_a_new_container() {
     let Some(_turn) = turn() else { return };
     let laptop = Laptop::new();
     let engine = laptop.engine(&Network::new());
+    let _dstack = UnixListener::bind(engine.host.path("/run/dstack.sock")).expect("the host has a /run");
     let given = [("OPENCLAW_GATEWAY_RESTART_DELAY", "1")];
     compose(&engine, &given, &["up", "--detach"]);
 
@@ -296,6 +370,15 @@ fn a_volume_keeps_everything_through_kills_restarts_and_a_new_container() {
     healthy(&engine);
     let shown = good("cvm status over SSH", &ssh(&engine, "cvm status"));
     assert!(shown.contains("gateway"), "{shown}");
+
+    until("the engine finds it healthy", STARTS_WITHIN, || {
+        (engine.inspect(CVM, ".State.Health.Status") == "healthy").then_some(())
+    });
+    let published = ["curl", "--silent", "--fail", "--max-time", "60", "http://127.0.0.1:18789/healthz"];
+    good("the gateway at its published port", &engine.host.exec(&published));
+    inside(&engine, &["test", "-S", "/var/run/dstack.sock"]);
+    let touched = exec(&engine, &["touch", "/root/.ssh/x"]);
+    assert!(String::from_utf8_lossy(&touched.stderr).contains("Read-only file system"));
 
     assert_eq!(engine.inspect(CVM, ".HostConfig.Privileged"), "false");
     assert_eq!(engine.inspect(CVM, ".Config.StopTimeout"), "620");
@@ -315,7 +398,7 @@ fn a_volume_keeps_everything_through_kills_restarts_and_a_new_container() {
     let said = inside(&engine, &["sh", "-c", script]);
     assert!(said.lines().any(|l| l.starts_with("cvm ")), "{said}");
 
-    write_note(&engine);
+    write_ours(&engine);
     let before = identity(&engine);
     let old = gateway(&engine).expect("a healthy machine has one");
     inside(&engine, &["kill", "-9", &old.to_string()]);
@@ -324,7 +407,12 @@ fn a_volume_keeps_everything_through_kills_restarts_and_a_new_container() {
 
     engine.docker(&["restart", CVM]);
     healthy(&engine);
-    assert_eq!(log(&engine, CVM).matches("SSH daemon started.").count(), 2);
+    let said = log(&engine, CVM);
+    assert_eq!(said.matches("SSH daemon started.").count(), 2);
+    let begins = format!("openclaw-cvm {} starting", env!("CARGO_PKG_VERSION"));
+    let (first, _) = said.rsplit_once(&begins).expect("it has started twice");
+    let last = first.lines().rev().nth(1).expect("the first boot said something");
+    assert!(last.contains("Stopped in order"), "the restart was not clean:\n{said}");
     assert_eq!(identity(&engine), before);
 
     stops_clean(&engine);
@@ -342,21 +430,16 @@ fn a_bucket_brings_everything_back_when_the_container_and_its_volumes_are_destro
     let Some(_turn) = turn() else { return };
     let (laptop, garage, network) = (Laptop::new(), Garage::start(), Network::new());
     let proxy = Proxy::open_in(&network, garage.address());
-    let engine = laptop.engine(&network);
-    let endpoint = format!("http://{HOST}:{}", proxy.address().port());
-    let given = [
-        ("S3_BUCKET", garage.bucket()),
-        ("S3_ENDPOINT", endpoint.as_str()),
-        ("S3_REGION", garage.region()),
-        ("AWS_ACCESS_KEY_ID", garage.access_key()),
-        ("AWS_SECRET_ACCESS_KEY", garage.secret_key()),
-        // A machine that is lost is succeeded after three beats.
-        ("S3_HEARTBEAT", "1"),
-        ("ENABLE_DOCKER", "0"),
-    ];
+    // FUSE has to be there all the same: the device is made.
+    let engine = laptop.engine_on(&network, Engine::without_fuse);
+    assert!(!engine.host.path("/dev/fuse").exists());
+    let bucket = of_bucket(&garage, &proxy);
+    let mut given: Vec<(&str, &str)> = bucket.iter().map(|(name, value)| (*name, value.as_str())).collect();
+    // A machine that is lost is succeeded after three beats.
+    given.extend([("S3_HEARTBEAT", "1"), ("ENABLE_DOCKER", "0")]);
     compose(&engine, &given, &["up", "--detach"]);
     healthy(&engine);
-    write_note(&engine);
+    write_ours(&engine);
     inside(&engine, &["cvm", "storage", "flush"]);
     let before = identity(&engine);
 
@@ -381,30 +464,87 @@ fn what_a_container_may_not_do_is_said_and_the_rest_works() {
     let proxy = Proxy::open_in(&network, garage.address());
     let engine = Laptop::new().engine(&network);
     // As a plain `docker run` has it: no capability, no device, no option more than the engine's own.
-    let pairs = [
-        format!("S3_ENDPOINT=http://{HOST}:{}", proxy.address().port()),
-        format!("S3_BUCKET={}", garage.bucket()),
-        format!("S3_REGION={}", garage.region()),
-        format!("AWS_ACCESS_KEY_ID={}", garage.access_key()),
-        format!("AWS_SECRET_ACCESS_KEY={}", garage.secret_key()),
-        format!("MASTER_KEY={MASTER_KEY}"),
-    ];
-    let mut words = vec!["run", "--detach", "--name", CVM];
-    words.extend(pairs.iter().flat_map(|pair| ["--env", pair.as_str()]));
-    words.push(IMAGE);
-    engine.docker(&words);
+    let mut words = vec!["run".to_owned(), "--detach".into(), "--name".into(), CVM.into()];
+    let bucket = of_bucket(&garage, &proxy);
+    words.extend(bucket.iter().map(|(name, value)| format!("--env={name}={value}")));
+    words.extend([format!("--env=MASTER_KEY={MASTER_KEY}"), IMAGE.to_owned()]);
+    engine.docker(&words.iter().map(String::as_str).collect::<Vec<_>>());
     healthy(&engine);
     let said = log(&engine, CVM);
     assert!(said.contains("FUSE mount failed, falling back to sync mode."), "{said}");
-    let doctor = exec(&engine, &["cvm", "doctor"]);
-    let doctor = String::from_utf8_lossy(&doctor.stdout);
-    for missing in ["SYS_ADMIN", "NET_ADMIN", "/dev/fuse"] {
-        assert!(doctor.contains(missing), "the doctor does not say {missing}:\n{doctor}");
-    }
-    until("dockerd's failure is a warning", PATIENCE, || {
-        log(&engine, CVM).lines().any(|l| l.contains("WARN") && l.contains("dockerd")).then_some(())
-    });
+    until("dockerd's failure is a warning", PATIENCE, || warned(&engine, "dockerd").then_some(()));
     clean(&engine);
+}
+
+/// Each line of the compose file that grants something is taken out, alone: what the log warns of, and what
+/// the doctor says, both with the name of the line.
+#[test]
+fn each_right_that_is_missing_is_named_in_the_log_and_by_the_doctor() {
+    let Some(_turn) = turn() else { return };
+    let (garage, network) = (Garage::start(), Network::new());
+    let proxy = Proxy::open_in(&network, garage.address());
+    let engine = Laptop::new().engine(&network);
+    let profiles = engine.docker(&["info", "--format", "{{.SecurityOptions}}"]);
+    for (number, (line, named)) in [
+        ("- SYS_ADMIN", "SYS_ADMIN"),
+        ("- NET_ADMIN", "NET_ADMIN"),
+        ("- DAC_READ_SEARCH", "DAC_READ_SEARCH"),
+        ("- \"c 10:229 rwm\"", "device_cgroup_rules"),
+        ("- seccomp=unconfined", "seccomp=unconfined"),
+        ("- apparmor=unconfined", "apparmor=unconfined"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let profile = named.strip_suffix("=unconfined");
+        if let Some(absent) = profile.filter(|profile| !profiles.contains(&format!("name={profile}"))) {
+            say(&format!("\n*** SKIPPED: this host has no {absent}, so what it forbids is NOT TESTED\n"));
+            continue;
+        }
+        let lines = without(compose_lines(), line);
+        let mut given = of_bucket(&garage, &proxy);
+        given.push(("S3_PREFIX", format!("without-{number}")));
+        let given: Vec<(&str, &str)> = given.iter().map(|(name, value)| (*name, value.as_str())).collect();
+        compose_file(&engine, &lines, &given, &["up", "--detach"]);
+        until(&format!("the log warns of {named}"), PATIENCE, || warned(&engine, named).then_some(()));
+        let told = exec(&engine, &["cvm", "doctor"]).stdout;
+        let told = String::from_utf8_lossy(&told);
+        assert!(told.contains(named), "the doctor does not say {named}:\n{told}");
+        engine.docker(&["rm", "--force", "--volumes", CVM]);
+        clean(&engine);
+    }
+}
+
+/// The compose file without one entry, and without the key that it leaves empty.
+fn without(mut lines: Vec<String>, entry: &str) -> Vec<String> {
+    let at =
+        lines.iter().position(|line| line.trim() == entry).unwrap_or_else(|| panic!("no line `{entry}`"));
+    lines.remove(at);
+    let is_comment = |line: &String| line.trim_start().starts_with('#');
+    let is_entry = |line: &String| line.starts_with("      ") && !is_comment(line);
+    let key = lines[..at].iter().rposition(|line| !line.starts_with("      ")).expect("an entry has a key");
+    let rest = lines[key + 1..].iter().take_while(|line| is_entry(line) || is_comment(line));
+    if !rest.into_iter().any(is_entry) {
+        lines.remove(key);
+    }
+    lines
+}
+
+/// A warning with this in it; the reason of a fallback counts as one.
+fn warned(engine: &Engine, text: &str) -> bool {
+    let is_warning = |line: &str| line.contains("WARN") || line.contains("Reason: ");
+    log(engine, CVM).lines().any(|line| is_warning(line) && line.contains(text))
+}
+
+/// S3 mode, as containers of this engine reach it.
+fn of_bucket(garage: &Garage, proxy: &Proxy) -> Vec<(&'static str, String)> {
+    vec![
+        ("S3_ENDPOINT", format!("http://{HOST}:{}", proxy.address().port())),
+        ("S3_BUCKET", garage.bucket().into()),
+        ("S3_REGION", garage.region().into()),
+        ("AWS_ACCESS_KEY_ID", garage.access_key().into()),
+        ("AWS_SECRET_ACCESS_KEY", garage.secret_key().into()),
+    ]
 }
 
 #[test]
@@ -420,12 +560,23 @@ fn builds_are_the_same(options: &[&str]) {
     let engine = Engine::builder();
     let tags = ["openclaw-cvm:first", "openclaw-cvm:second"];
     for tag in tags {
-        engine.build(tag, &[&["--no-cache"], options].concat());
+        engine.build(tag, &[&["--no-cache", "--to", "target/image/again"], options].concat());
     }
     assert_same_trees(&engine, tags[0], tags[1]);
+    assert!(!has_secrets(&engine, tags[0]), "the certificates of the build are in a layer");
     for tag in tags {
         engine.docker(&["rmi", "--force", tag]);
     }
+}
+
+/// Whether the build's certificates lie in any layer.
+fn has_secrets(engine: &Engine, image: &str) -> bool {
+    let mut save = engine.client(&["save", image]).stdout(Stdio::piped()).spawn().expect("docker runs");
+    let layers = save.stdout.take().expect("stdout is piped");
+    let found = Command::new("grep").args(["--quiet", "--text", SECRET_MARK]).stdin(layers).status();
+    let found = found.expect("grep runs").success();
+    assert!(save.wait().expect("docker is our child").success() || found);
+    found
 }
 
 /// The stage that compiles, from nothing, twice.

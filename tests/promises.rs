@@ -1,11 +1,14 @@
 //! What the documents and the compose file say, held against the code.
 
-use cvm_blueprint::conduct::Machine;
+use cvm_blueprint::conduct::{ENGINE_WAITS, Machine};
 use cvm_blueprint::config::Config;
 use cvm_blueprint::env::{Environment, VARIABLES};
 use cvm_blueprint::{plan, service};
 use cvm_harness::machine::repository;
 use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
 
 fn read(name: &str) -> String {
     fs::read_to_string(repository().join(name)).unwrap_or_else(|e| panic!("{name}: {e}"))
@@ -21,25 +24,49 @@ fn every_variable_is_in_the_readme_and_in_the_compose_file() {
     }
 }
 
-#[test]
-fn compose_waits_longer_than_the_longest_ordered_stop() {
-    // The longest: with a bucket, and everything at its default.
+/// The longest plan there is, with a bucket and a mux-server, and this besides.
+fn longest(more: &[(&str, &str)]) -> Machine {
     let given = [
         ("MASTER_KEY", "correct horse battery staple"),
         ("S3_BUCKET", "claws"),
         ("S3_ENDPOINT", "https://s3.example.org"),
         ("AWS_ACCESS_KEY_ID", "id"),
         ("AWS_SECRET_ACCESS_KEY", "key"),
+        ("MUX_BASE_URL", "https://mux.example.org"),
+        ("MUX_REGISTER_KEY", "key"),
+        ("MUX_INBOUND_URL", "https://claw.example.org/v1/mux/inbound"),
     ];
-    let environment = Environment::new(given.map(|(n, v)| (n.as_bytes().to_vec(), v.as_bytes().to_vec())));
+    let given = given.iter().chain(more).map(|(n, v)| (n.as_bytes().to_vec(), v.as_bytes().to_vec()));
     let (config, _) =
-        Config::parse(&environment).unwrap_or_else(|_| panic!("the defaults are a configuration"));
-    let budget = Machine::new(plan::steps(&config), service::services(&config)).stop_budget();
+        Config::parse(&Environment::new(given)).unwrap_or_else(|_| panic!("this is a configuration"));
+    let services = service::services(&config);
+    assert!(["dockerd", "storage", "mux"].iter().all(|name| services.iter().any(|s| s.name == *name)));
+    Machine::new(plan::steps(&config), services)
+}
+
+#[test]
+fn compose_waits_longer_than_the_longest_ordered_stop() {
+    let machine = longest(&[]);
     let compose = read("docker-compose.yml");
-    let grace = compose
-        .lines()
-        .find_map(|l| l.trim().strip_prefix("stop_grace_period: ")?.strip_suffix('s')?.parse::<u64>().ok());
-    assert!(grace.is_some_and(|g| g > budget.as_secs()), "{grace:?} against a budget of {budget:?}");
+    let default = compose.lines().find_map(|l| {
+        let word = l.trim().strip_prefix("stop_grace_period: ${STOP_GRACE_PERIOD:-")?;
+        word.strip_suffix("s}")?.parse::<u64>().ok().map(Duration::from_secs)
+    });
+    assert_eq!(default, Some(ENGINE_WAITS));
+    let budget = machine.stop_budget();
+    assert!(ENGINE_WAITS > budget, "{ENGINE_WAITS:?} against a budget of {budget:?}");
+    assert!(read("README.md").contains(&format!("--stop-timeout {}", ENGINE_WAITS.as_secs())));
+}
+
+#[test]
+fn a_stop_that_may_outlast_the_engines_patience_is_said_with_what_to_set() {
+    assert_eq!(longest(&[]).warning_of_a_long_stop(), None);
+    for name in ["OPENCLAW_GATEWAY_STOP_TIMEOUT", "S3_DRAIN_TIMEOUT"] {
+        let machine = longest(&[(name, "900")]);
+        let said = machine.warning_of_a_long_stop().expect("a warning");
+        let seconds = machine.stop_budget().as_secs() + 10;
+        assert!(said.contains(&format!("STOP_GRACE_PERIOD={seconds}s")), "{said}");
+    }
 }
 
 #[test]
@@ -47,16 +74,22 @@ fn compose_grants_single_rights_each_with_its_reason() {
     let compose = read("docker-compose.yml");
     assert!(!compose.contains("privileged"), "the whole machine is more than is needed");
     let lines: Vec<&str> = compose.lines().collect();
-    for key in ["cap_add", "devices", "security_opt", "sysctls", "volumes", "tmpfs"] {
+    // A host that lacks one of them would not make the container.
+    assert!(!lines.contains(&"    devices:"));
+    for key in ["cap_add", "device_cgroup_rules", "security_opt", "sysctls", "volumes", "tmpfs"] {
         let start = lines.iter().position(|l| *l == format!("    {key}:"));
         let start = start.unwrap_or_else(|| panic!("docker-compose.yml lacks {key}"));
-        assert!(lines[start + 1].trim().starts_with('#'), "{key}: its first entry has no reason");
+        let below = lines[start..].windows(2).take_while(|pair| pair[1].starts_with("      "));
+        for pair in below.filter(|pair| pair[1].starts_with("      - ")) {
+            assert!(pair[0].starts_with("      # "), "{key}: no reason for `{}`", pair[1].trim());
+        }
     }
     for line in [
         "    restart: unless-stopped",
         "    hostname: openclaw",
-        "      - \"1022:22\"",
-        "      - \"18789:18789\"",
+        // As the ports inside are named.
+        "      - \"1022:${SSH_PORT:-22}\"",
+        "      - \"18789:${OPENCLAW_GATEWAY_PORT:-18789}\"",
         "      - \"18790:18790\"",
         "      - data:/data",
         "      - docker:/var/lib/docker",
@@ -75,7 +108,7 @@ fn only_a_digest_is_pinned() {
     let file = dir.path().join("docker-compose.yml");
     fs::write(&file, read("docker-compose.yml")).expect("the directory is writable");
     let pin = |reference: &str| {
-        let mut command = std::process::Command::new(repository().join("image/pin"));
+        let mut command = Command::new(repository().join("image/pin"));
         command.arg(reference).arg(&file).output().expect("image/pin runs").status.code()
     };
     let image = || {
@@ -93,6 +126,8 @@ fn only_a_digest_is_pinned() {
         &format!("openclaw-cvm@{}", &digest[..digest.len() - 1]),
         &format!("openclaw-cvm@{digest}0"),
         &format!("openclaw-cvm@{}", digest.to_uppercase()),
+        &format!("openclaw-cvm@{}{}", digest.replace("sha256", "sha512"), &digest["sha256:".len()..]),
+        &format!("öpenclaw-cvm@{digest}"),
         &format!("openclaw-cvm@{digest}\n    privileged: true"),
         &format!("openclaw cvm@{digest}"),
         &format!("a|b@{digest}"),
@@ -111,11 +146,96 @@ fn only_a_digest_is_pinned() {
 }
 
 #[test]
+fn nothing_is_pinned_where_it_is_not_clear_what() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let image = format!("openclaw-cvm@sha256:{}", "0".repeat(64));
+    let pin = |words: &[&str]| {
+        let output = Command::new(repository().join("image/pin")).args(words).current_dir(&dir).output();
+        output.expect("image/pin runs").status.code()
+    };
+    let file = |name: &str, text: &str| {
+        fs::write(dir.path().join(name), text).expect("the directory is writable");
+    };
+    file("one", "    image: old\n");
+    file("two", "    image: old\n    image: other\n");
+    file("none", "services:\n");
+    assert_eq!(pin(&[]), Some(64));
+    assert_eq!(pin(&[&image, "one", "two"]), Some(64));
+    for name in ["absent", "two", "none", "."] {
+        assert_eq!(pin(&[&image, name]), Some(64), "{name}");
+    }
+    assert_eq!(
+        fs::read_to_string(dir.path().join("two")).ok().as_deref(),
+        Some("    image: old\n    image: other\n")
+    );
+    // A link stays one.
+    std::os::unix::fs::symlink("one", dir.path().join("link")).expect("the directory is writable");
+    assert_eq!(pin(&[&image, "link"]), Some(0));
+    assert_eq!(fs::read_link(dir.path().join("link")).ok(), Some("one".into()));
+    assert_eq!(fs::read_to_string(dir.path().join("one")).ok(), Some(format!("    image: {image}\n")));
+    assert_eq!(fs::read_dir(dir.path()).expect("it is there").count(), 4);
+}
+
+/// What `image/build` says before it asks an engine, of the files in a directory.
+fn build_says(dir: &Path) -> String {
+    let output =
+        Command::new(dir.join("image/build")).env("DOCKER", "false").output().expect("image/build runs");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(
+        said.ends_with("no container engine answers; DOCKER names the client, DOCKER_HOST the engine\n"),
+        "{said}"
+    );
+    said
+}
+
+/// What `image/build` takes in, as far as it looks at it before the engine's turn.
+fn sources(dir: &Path) {
+    for name in ["src", "tests"] {
+        fs::create_dir_all(dir.join(name)).expect("the directory is writable");
+        fs::write(dir.join(name).join("file"), "").expect("the directory is writable");
+    }
+    for name in [".cargo", "Cargo.lock", "Cargo.toml", "image"] {
+        let copied = Command::new("cp").arg("-r").arg(repository().join(name)).arg(dir).status();
+        assert!(copied.expect("cp runs").success());
+    }
+}
+
+fn git(dir: &Path, words: &[&str]) {
+    let who = ["-c", "user.name=n", "-c", "user.email=e"];
+    let output = Command::new("git").arg("-C").arg(dir).args(who).args(words).output().expect("git runs");
+    assert!(output.status.success(), "git {words:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
+fn the_image_says_when_git_does_not_know_its_files_or_their_dates() {
+    let temp = tempfile::tempdir().expect("a temporary directory");
+    let (whole, inner, clone) =
+        (temp.path().join("whole"), temp.path().join("whole/inner"), temp.path().join("clone"));
+    sources(&whole);
+    git(&whole, &["init", "--quiet"]);
+    git(&whole, &["add", "."]);
+    git(&whole, &["commit", "--quiet", "--message", "all"]);
+    git(&whole, &["commit", "--quiet", "--allow-empty", "--message", "more"]);
+    let said = build_says(&whole);
+    assert!(!said.contains("not in git") && !said.contains("shallow"), "{said}");
+
+    let from = format!("file://{}", whole.display());
+    git(temp.path(), &["clone", "--quiet", "--depth", "1", &from, &clone.display().to_string()]);
+    let said = build_says(&clone);
+    assert!(said.contains("This clone is shallow"), "{said}");
+
+    sources(&inner);
+    let said = build_says(&inner);
+    assert!(said.contains("These files are not in git"), "{said}");
+}
+
+#[test]
 fn the_image_has_the_binaries_and_the_numbers_that_the_code_expects() {
     let debian = read("image/debian");
     assert!(debian.contains(&format!("\nGATEWAY_ID={}\n", cvm_blueprint::accounts::GATEWAY_ID)));
     assert!(debian.contains(&format!("\nMUX_ID={}\n", cvm_blueprint::mux::MUX_UID)));
-    let names = std::process::Command::new(repository().join("image/binaries")).output().expect("it runs");
+    let names = Command::new(repository().join("image/binaries")).output().expect("it runs");
     let names = String::from_utf8_lossy(&names.stdout).into_owned();
     let rooms = fs::read_dir(repository().join("src")).expect("src/ is there").flatten();
     for room in rooms.filter(|room| room.path().join("src/main.rs").exists()) {
@@ -144,7 +264,7 @@ fn the_top_level_holds_what_it_should_and_nothing_else() {
         "src",
         "tests",
     ];
-    let output = std::process::Command::new("git")
+    let output = Command::new("git")
         .args(["ls-tree", "--name-only", "HEAD"])
         .current_dir(repository())
         .output()
@@ -181,7 +301,7 @@ fn the_arrows_between_the_rooms_point_one_way() {
     assert_eq!(waiters, [repository().join("src/process/src/reap.rs")], "waitpid has one home");
 }
 
-fn rust_files(dir: &str) -> Vec<std::path::PathBuf> {
+fn rust_files(dir: &str) -> Vec<PathBuf> {
     let mut found = Vec::new();
     let mut open = vec![repository().join(dir)];
     while let Some(dir) = open.pop() {

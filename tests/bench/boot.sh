@@ -36,7 +36,10 @@ dockerd >/var/log/dockerd.log 2>&1 &
 tries=0
 until docker info >/dev/null 2>&1; do
     tries=$((tries + 1))
-    [ $tries -lt 120 ] || break
+    if [ $tries -ge 120 ]; then
+        echo 'dockerd does not answer' >&2
+        exit 1
+    fi
     sleep 0.5
 done
 /opt/openclaw/$nodes "$gateway" gateway run --port 18789 &

@@ -8,11 +8,14 @@ use crate::wait::until;
 use crate::{Builder, Machine};
 use std::fs;
 use std::io::{BufRead, BufReader};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::sync::OnceLock;
 
 /// What the tests call the image.
 pub const IMAGE: &str = "openclaw-cvm:test";
+/// In the certificates that a build gets as its secret, and in nothing else.
+pub const SECRET_MARK: &str = "cvm-test: this is of the build and not of the image";
 /// The engine's socket, on the host and as its scratch directory shows it.
 const SOCKET: &str = "/engine/docker.sock";
 
@@ -37,7 +40,23 @@ impl Engine {
         Self::start(change(Builder::new().network(network)), &["--bip=172.17.0.1/16"])
     }
 
+    /// A host whose kernel has FUSE and whose `/dev` does not, as where its module comes when it is
+    /// asked for.
+    #[must_use]
+    pub fn without_fuse(host: Builder) -> Builder {
+        let devices =
+            ["null", "zero", "full", "random", "urandom", "tty"].map(|name| Path::new("/dev").join(name));
+        devices
+            .iter()
+            .fold(host.volume("dev", "/dev"), |host, device| host.bind(device, &device.display().to_string()))
+    }
+
     fn start(builder: Builder, options: &[&str]) -> Self {
+        Self::begin(builder, options).unwrap_or_else(|last_words| panic!("the engine ended:\n{last_words}"))
+    }
+
+    /// Its last words, when it does not stay.
+    fn begin(builder: Builder, options: &[&str]) -> Result<Self, String> {
         let storage = repository().join("target/image/engine");
         fs::create_dir_all(&storage).expect("target/ is writable");
         let mut words =
@@ -55,15 +74,24 @@ impl Engine {
         let socket = builder.scratch().join(SOCKET.trim_start_matches('/'));
         let _ = fs::remove_file(&socket);
         let mut engine = Self { host: builder.start(), socket };
-        until("the engine answers", PATIENCE, || {
-            assert!(engine.host.is_running(), "the engine ended:\n{}", engine.host.output());
-            engine.try_docker(&["version"]).status.success().then_some(())
+        until("the engine answers, or ends", PATIENCE, || {
+            let answers = engine.try_docker(&["version"]).status.success();
+            (answers || !engine.host.is_running()).then_some(())
         });
-        engine
+        if engine.host.is_running() { Ok(engine) } else { Err(engine.host.output()) }
     }
 
-    /// Why none can run here; nothing when one can.
+    /// Why none can run here; nothing when one can. Panics instead where `CVM_IMAGE` is `required`.
+    #[track_caller]
     pub fn missing() -> Option<String> {
+        static WHY: OnceLock<Option<String>> = OnceLock::new();
+        let why = WHY.get_or_init(Self::look).clone();
+        let required = std::env::var("CVM_IMAGE").is_ok_and(|value| value == "required");
+        assert!(why.is_none() || !required, "CVM_IMAGE is required, and no engine can run: {why:?}");
+        why
+    }
+
+    fn look() -> Option<String> {
         let there = |program: &str| {
             std::env::split_paths("/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
                 .any(|dir| dir.join(program).exists())
@@ -71,10 +99,21 @@ impl Engine {
         if !nix::unistd::geteuid().is_root() {
             return Some("this is not root".into());
         }
-        ["dockerd", "docker", "containerd", "runc", "mmdebstrap"]
-            .into_iter()
-            .find(|program| !there(program))
-            .map(|program| format!("{program} is not installed: tests/setup test"))
+        let programs = ["dockerd", "docker", "containerd", "runc", "mmdebstrap", "curl"];
+        if let Some(program) = programs.into_iter().find(|program| !there(program)) {
+            return Some(format!("{program} is not installed: tests/setup test"));
+        }
+        // On a thread of its own, whose namespace ends with it.
+        let apart = std::thread::spawn(|| nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS)).join();
+        if let Ok(Err(errno)) = apart {
+            return Some(format!("no mount namespace can be made ({}; CAP_SYS_ADMIN?)", errno.desc()));
+        }
+        let network = Network::new();
+        let tried = Self::begin(Builder::new().network(&network), &["--bip=172.17.0.1/16"]);
+        tried.err().map(|last_words| {
+            let last = last_words.lines().rev().find(|line| !line.trim().is_empty());
+            format!("dockerd does not start: {}", last.unwrap_or("it says nothing"))
+        })
     }
 
     /// Builds the image from this commit and the binaries beside the test, and says so line by
@@ -87,7 +126,8 @@ impl Engine {
         let go = repository().join("target/go/bin");
         command
             .env("PATH", format!("{}:{path}:/usr/sbin:/sbin", go.display()))
-            .env("DOCKER_HOST", self.address());
+            .env("DOCKER_HOST", self.address())
+            .env("CA_BUNDLE", self.marked_certificates());
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().expect("image/build starts");
         let errors = BufReader::new(child.stderr.take().expect("stderr is piped"));
@@ -101,6 +141,17 @@ impl Engine {
         let said = reads.join().expect("reading does not panic");
         let last = said.len().saturating_sub(60);
         assert!(status.success(), "image/build {options:?}: {status}\n{}", said[last..].join("\n"));
+    }
+
+    /// This machine's certificates, recognisable.
+    fn marked_certificates(&self) -> PathBuf {
+        let given = ["CA_BUNDLE", "SSL_CERT_FILE"].iter().find_map(std::env::var_os);
+        let given = given.map_or_else(|| "/etc/ssl/certs/ca-certificates.crt".into(), PathBuf::from);
+        let mut certificates = fs::read(given).unwrap_or_default();
+        certificates.extend_from_slice(format!("\n# {SECRET_MARK}\n").as_bytes());
+        let file = self.socket.with_file_name("ca.crt");
+        fs::write(&file, certificates).expect("the scratch directory is writable");
+        file
     }
 
     pub fn address(&self) -> String {

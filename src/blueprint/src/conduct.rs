@@ -103,6 +103,8 @@ const SWEEP_TERM: Duration = Duration::from_secs(3);
 const SWEEP_KILL: Duration = Duration::from_secs(5);
 /// Between the end of a step's deadline and the end of its keeper.
 const STEP_KILL: Duration = Duration::from_secs(3);
+/// What the compose file has the engine wait after a stop, unless `STOP_GRACE_PERIOD` says otherwise.
+pub const ENGINE_WAITS: Duration = Duration::from_secs(620);
 /// What the steps of ending one service may add to its grace: see `supervise`.
 const ENDING_OVERHEAD: Duration = Duration::from_secs(15);
 
@@ -234,6 +236,20 @@ impl Machine {
 
     pub fn find(&self, name: &str) -> Option<ServiceId> {
         self.services.iter().position(|s| s.service.name == name).map(ServiceId)
+    }
+
+    /// What to say at boot when a stop may take longer than the engine waits by default.
+    pub fn warning_of_a_long_stop(&self) -> Option<String> {
+        let budget = self.stop_budget();
+        (budget >= ENGINE_WAITS).then(|| {
+            format!(
+                "A stop may take up to {}, and the compose file has the engine kill everything after {}: set \
+                 STOP_GRACE_PERIOD={}s for it, or `--stop-timeout` where there is no compose file",
+                words(budget),
+                words(ENGINE_WAITS),
+                budget.as_secs() + 10
+            )
+        })
     }
 
     /// The longest an ordered shutdown may take; compose's `stop_grace_period` lies above it.

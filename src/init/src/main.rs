@@ -166,6 +166,9 @@ fn prepare(
         mux: None,
     };
     let machine = Machine::new(plan::steps(&config), services);
+    if let Some(warning) = machine.warning_of_a_long_stop() {
+        tracing::warn!("{warning}");
+    }
     let children = children::Children::new();
     let kit = kit::Kit::new(config, &environment, keys, children.home().to_owned());
     drop(environment);

@@ -106,8 +106,8 @@ fn unmount(point: &str) -> Result<(), Fault> {
 /// What has to be there before it is worth trying.
 pub(crate) fn possible() -> Result<(), NoMount> {
     let no = |why: String| Err(NoMount(why));
-    if let Err(error) = fs::OpenOptions::new().read(true).write(true).open("/dev/fuse") {
-        return no(format!("/dev/fuse cannot be opened ({})", words(&error)));
+    if let Err(why) = open_fuse(Path::new("/dev/fuse")) {
+        return no(why);
     }
     let path = std::env::var("PATH").unwrap_or_else(|_| paths::PATH.to_owned());
     if !path.split(':').any(|d| Path::new(d).join("fusermount3").exists()) {
@@ -120,6 +120,44 @@ pub(crate) fn possible() -> Result<(), NoMount> {
     Ok(())
 }
 
+/// Whether a file is known again that has been renamed: by its handle.
+pub(crate) fn may_open_by_handle() -> bool {
+    const DAC_READ_SEARCH: u64 = 1 << 2;
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    effective
+        .and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok())
+        .is_none_or(|bits| bits & DAC_READ_SEARCH != 0)
+}
+
+/// Makes the device where there is none: an engine that has to bring it starts nothing on a host
+/// that lacks it. One that does not open is not left behind.
+fn open_fuse(device: &Path) -> Result<(), String> {
+    use nix::sys::stat::{Mode, SFlag, makedev, mknod};
+    let open = || fs::OpenOptions::new().read(true).write(true).open(device).map(drop);
+    let cannot = |error: std::io::Error| {
+        let more = match error.raw_os_error().map(nix::errno::Errno::from_raw) {
+            Some(nix::errno::Errno::EPERM) => "; `device_cgroup_rules: [\"c 10:229 rwm\"]` allows it",
+            Some(nix::errno::Errno::ENODEV | nix::errno::Errno::ENXIO) => "; this kernel has no FUSE",
+            _ => "",
+        };
+        format!("{} cannot be opened ({}){more}", device.display(), words(&error))
+    };
+    match open() {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        opened => return opened.map_err(cannot),
+    }
+    let everybody = Mode::from_bits_truncate(0o666);
+    mknod(device, SFlag::S_IFCHR, everybody, makedev(10, 229)).map_err(|e| {
+        format!("there is no {}, and it cannot be made ({}; CAP_MKNOD?)", device.display(), e.desc())
+    })?;
+    let _ = fs::set_permissions(device, fs::Permissions::from_mode(0o666));
+    open().map_err(|error| {
+        let _ = fs::remove_file(device);
+        cannot(error)
+    })
+}
+
 /// Makes the volume reachable below the overlay that will hide it, and tries an overlay on it.
 pub(crate) fn bind_volume() -> Result<(), NoMount> {
     let no = |what: &str, error: nix::errno::Errno| NoMount(format!("{what}: {}", error.desc()));
@@ -127,8 +165,10 @@ pub(crate) fn bind_volume() -> Result<(), NoMount> {
     // Above everything that follows: only root goes through here.
     let _ = fs::set_permissions(paths::VOLUME, fs::Permissions::from_mode(0o700));
     let bind = MsFlags::MS_BIND;
-    mount(Some(paths::DATA), paths::VOLUME, None::<&str>, bind, None::<&str>)
-        .map_err(|e| no("the volume cannot be bound elsewhere (CAP_SYS_ADMIN?)", e))
+    mount(Some(paths::DATA), paths::VOLUME, None::<&str>, bind, None::<&str>).map_err(|e| {
+        let lacks = if e == nix::errno::Errno::EACCES { "apparmor=unconfined" } else { "CAP_SYS_ADMIN" };
+        no(&format!("the volume cannot be bound elsewhere ({lacks}?)"), e)
+    })
 }
 
 /// Mounts the bucket: `names` is everything it may show.
@@ -263,5 +303,20 @@ impl StandIn {
         } else {
             Err(Fault::other("the stand-in gives an answer that nobody knows"))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_that_is_missing_is_made_and_stays_only_when_it_opens() {
+        let temp = tempfile::tempdir().unwrap();
+        let device = temp.path().join("fuse");
+        let opened = open_fuse(&device);
+        assert_eq!(opened.is_ok(), device.exists(), "{opened:?}");
+        let why = open_fuse(&temp.path().join("no/such/place")).unwrap_err();
+        assert!(why.contains("it cannot be made"), "{why}");
     }
 }

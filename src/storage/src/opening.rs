@@ -454,6 +454,12 @@ struct Making<'a> {
 
 impl Making<'_> {
     fn stand(&self, adopted: bool, accepted: &Accepted) -> Result<Stands, Fault> {
+        if !mount::may_open_by_handle() {
+            self.desk.warn(
+                "CAP_DAC_READ_SEARCH is missing: where a renamed file went is known by two scans in a row only. \
+                 Set `cap_add: [DAC_READ_SEARCH]` for it in docker-compose.yml",
+            );
+        }
         mount::clear()?;
         let volume = Volume::plain(FsPath::new(cvm_blueprint::paths::DATA))?;
         let possible = if adopted {

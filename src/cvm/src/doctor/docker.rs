@@ -1,14 +1,21 @@
-//! Does dockerd answer, and how does it store its layers? It is not critical: trouble here is
-//! a warning. May import: `facts`, `finding`, `http`.
+//! May dockerd have containers, does it answer, and how does it store its layers? It is not
+//! critical: trouble here is a warning. May import: `facts`, `finding`, `http`.
 
 use super::facts;
 use super::finding::{Notebook, Outcome, ok, skip, warn};
 use crate::http;
 use cvm_blueprint::paths::DOCKER_SOCKET;
 use cvm_blueprint::status::Service;
+use nix::errno::Errno;
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+use nix::unistd::{chdir, pivot_root};
 use std::time::Duration;
 
 const TIME: Duration = Duration::from_secs(4);
+/// A directory that is in every image, covered in a namespace apart.
+const COVERED: &str = "/mnt";
+const FORWARDING: &str = "/proc/sys/net/ipv4/ip_forward";
 
 pub(crate) fn check(notebook: &mut Notebook<'_>) {
     notebook.about("dockerd");
@@ -17,6 +24,9 @@ pub(crate) fn check(notebook: &mut Notebook<'_>) {
     if status.is_some() && service.is_none() {
         return notebook.note("dockerd", skip("ENABLE_DOCKER is 0"));
     }
+    notebook.check("rights of its containers", || contains(tried_apart()));
+    notebook.check("forwarding", || forwards(facts::read(FORWARDING).as_deref()));
+    notebook.about("dockerd");
     let answer = http::get_unix(DOCKER_SOCKET, "/_ping", TIME);
     let up = matches!(&answer, Ok(answer) if answer.code == 200);
     notebook.note("dockerd", if up { ok(format!("{DOCKER_SOCKET} answers")) } else { down(answer, service) });
@@ -26,6 +36,45 @@ pub(crate) fn check(notebook: &mut Notebook<'_>) {
             Err(why) => warn(format!("dockerd tells nothing of itself: {why}"), "`cvm logs dockerd`"),
         });
     }
+}
+
+/// What dockerd has done for each container, in a thread whose mount namespace goes with it.
+fn tried_apart() -> Result<(), (&'static str, Errno)> {
+    std::thread::spawn(change_root).join().unwrap_or(Ok(()))
+}
+
+fn change_root() -> Result<(), (&'static str, Errno)> {
+    let none = None::<&str>;
+    unshare(CloneFlags::CLONE_NEWNS).map_err(|errno| ("a mount namespace", errno))?;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
+        .and_then(|()| mount(Some("tmpfs"), COVERED, Some("tmpfs"), MsFlags::empty(), Some("size=4k")))
+        .map_err(|errno| ("mounting", errno))?;
+    match chdir(COVERED).and_then(|()| pivot_root(".", ".")) {
+        Err(errno @ (Errno::EPERM | Errno::EACCES | Errno::ENOSYS)) => Err(("pivot_root", errno)),
+        // Of this root, and not of a right.
+        _ => Ok(()),
+    }
+}
+
+fn contains(tried: Result<(), (&'static str, Errno)>) -> Outcome {
+    let Err((what, errno)) = tried else { return ok("mounts and pivot_root are allowed") };
+    let line = match (what, errno) {
+        (_, Errno::EACCES) => "security_opt: [apparmor=unconfined]",
+        ("pivot_root", _) => "security_opt: [seccomp=unconfined]",
+        _ => "cap_add: [SYS_ADMIN]; where that is there: security_opt: [seccomp=unconfined]",
+    };
+    warn(
+        format!("{what} is forbidden ({}): dockerd starts no container", errno.desc()),
+        format!("in docker-compose.yml: {line}"),
+    )
+}
+
+fn forwards(setting: Option<&str>) -> Outcome {
+    if setting.is_none_or(|text| text.trim() == "0") {
+        let found = "net.ipv4.ip_forward is not 1: dockerd's containers do not reach the outside";
+        return warn(found, "in docker-compose.yml: sysctls: [net.ipv4.ip_forward=1]");
+    }
+    ok("net.ipv4.ip_forward is 1")
 }
 
 fn down(answer: Result<http::Answer, String>, service: Option<&Service>) -> Outcome {
@@ -63,6 +112,17 @@ mod tests {
         assert_eq!(driver(br#"{"Driver":"overlay2"}"#).verdict, Verdict::Ok);
         assert_eq!(driver(br#"{"Driver":"vfs"}"#).verdict, Verdict::Warn);
         assert_eq!(driver(b"garbage").verdict, Verdict::Warn);
+    }
+
+    #[test]
+    fn what_its_containers_lack_is_told_with_the_line_for_compose() {
+        let line = |tried| contains(tried).remedy.unwrap();
+        assert_eq!(contains(Ok(())).verdict, Verdict::Ok);
+        assert!(line(Err(("pivot_root", Errno::EPERM))).ends_with("security_opt: [seccomp=unconfined]"));
+        assert!(line(Err(("mounting", Errno::EACCES))).contains("apparmor=unconfined"));
+        assert!(line(Err(("a mount namespace", Errno::EPERM))).contains("cap_add: [SYS_ADMIN]"));
+        assert_eq!(forwards(Some("1\n")).verdict, Verdict::Ok);
+        assert!(forwards(Some("0\n")).remedy.unwrap().contains("sysctls: [net.ipv4.ip_forward=1]"));
     }
 
     #[test]

@@ -17,21 +17,22 @@ const COVERED: &str = "/mnt";
 const SCRATCH: &str = ".cvm-doctor-scratch";
 /// Of a volume, the place that is ours: nothing of it is ever pushed into a bucket.
 const OURS: &str = ".cvm";
-const COMPOSE: &str =
-    "in docker-compose.yml: cap_add: [SYS_ADMIN], security_opt: [seccomp=unconfined, apparmor=unconfined]";
+const RIGHT: &str =
+    "in docker-compose.yml: cap_add: [SYS_ADMIN]; where that is there: security_opt: [seccomp=unconfined]";
+const APPARMOR: &str = "in docker-compose.yml: security_opt: [apparmor=unconfined]";
 
 pub(crate) fn check(notebook: &mut Notebook<'_>) {
     notebook.about("mount namespace");
     if let Err(errno) = enter_own_namespace() {
         let found = format!("mounting is not allowed: {}; neither dockerd nor FUSE can work", errno.desc());
-        return notebook.note("mount namespace", warn(found, COMPOSE));
+        return notebook.note("mount namespace", warn(found, compose(errno)));
     }
     notebook.check("on tmpfs", || {
         let covered = Path::new(COVERED);
         let options = Some("mode=700,size=1m");
         match mount(Some("tmpfs"), covered, Some("tmpfs"), MsFlags::empty(), options) {
             Ok(()) => judge(try_in(&covered.join(SCRATCH)), "tmpfs"),
-            Err(errno) => warn(format!("mounting a tmpfs: {}", errno.desc()), COMPOSE),
+            Err(errno) => warn(format!("mounting a tmpfs: {}", errno.desc()), compose(errno)),
         }
     });
     let mounts = facts::mounts(&facts::read("/proc/self/mountinfo").unwrap_or_default());
@@ -41,6 +42,11 @@ pub(crate) fn check(notebook: &mut Notebook<'_>) {
     for place in [DATA, "/var/lib/docker"].into_iter().chain(volume) {
         notebook.check(&format!("on {place}"), || on_volume(place, &mounts));
     }
+}
+
+/// The line that is missing where mounting is refused so.
+fn compose(errno: Errno) -> &'static str {
+    if errno == Errno::EACCES { APPARMOR } else { RIGHT }
 }
 
 fn enter_own_namespace() -> Result<(), Errno> {
@@ -107,7 +113,7 @@ fn judge(outcome: Result<(), Failure>, kind: &str) -> Outcome {
     let Err((stage, errno)) = outcome else { return ok(format!("an overlay on {kind} works")) };
     let found = format!("{stage}: {}", errno.desc());
     let remedy = match errno {
-        Errno::EPERM | Errno::EACCES => COMPOSE.to_owned(),
+        Errno::EPERM | Errno::EACCES => compose(errno).to_owned(),
         Errno::ENODEV => {
             "this kernel has no overlayfs (modprobe overlay on the host); dockerd uses vfs".to_owned()
         }
@@ -132,6 +138,8 @@ mod tests {
         let outcome = judge(Err(("mounting it", Errno::EPERM)), "ext4");
         assert_eq!(outcome.verdict, Verdict::Warn);
         assert!(outcome.remedy.unwrap().contains("cap_add: [SYS_ADMIN]"));
+        let outcome = judge(Err(("mounting it", Errno::EACCES)), "ext4");
+        assert!(outcome.remedy.unwrap().contains("security_opt: [apparmor=unconfined]"));
     }
 
     #[test]

@@ -15,9 +15,12 @@ use crate::places::Places;
 use crate::programs;
 use crate::report::{Failure, Outcome, Report};
 use cvm_blueprint::paths;
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::errno::Errno;
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+use nix::unistd::{chdir, pivot_root};
 use serde_json::{Map, Value};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 const DOCKERD: &str = "/usr/sbin/dockerd";
 const USERS_CONFIG: &str = "/etc/docker/daemon.json";
@@ -36,6 +39,7 @@ pub(crate) fn prepare(places: &Places, report: &mut Report) -> Outcome<()> {
     cgroups::prepare(places, report);
     let mut config = users.clone();
     firewall(places, &mut config, report)?;
+    forwarding(places, &mut config, report);
     let data_root = users.get("data-root").and_then(Value::as_str).unwrap_or(DATA_ROOT);
     storage(&places.at(data_root), &mut config, report)?;
     if !users.is_empty() {
@@ -64,21 +68,41 @@ fn privileges(places: &Places) -> Outcome<()> {
             &format!("cap_add: [{}]", names.join(", ")),
         ));
     }
-    may_mount(places)
+    may_contain(places)
 }
 
-/// A capability can be there and its use still be forbidden, by a seccomp or `AppArmor` profile.
-fn may_mount(places: &Places) -> Outcome<()> {
+/// A capability can be there and its use still be forbidden, by a seccomp or `AppArmor` profile. Tried
+/// is what is done for each container, in a thread whose mount namespace goes with it.
+fn may_contain(places: &Places) -> Outcome<()> {
     let trial = Dir::ensure(&places.at(paths::RUN).join("mount-trial"), 0o700, None)?;
-    let mounted = mount(Some("tmpfs"), trial.path(), Some("tmpfs"), MsFlags::empty(), Some("size=4k"));
-    let _ = umount2(trial.path(), MntFlags::MNT_DETACH);
+    let tried = std::thread::scope(|scope| scope.spawn(|| change_root(trial.path())).join());
     let _ = std::fs::remove_dir(trial.path());
-    mounted.map_err(|errno| {
-        not_allowed(
-            &format!("mounting is forbidden ({})", errno.desc()),
-            "security_opt: [seccomp=unconfined, apparmor=unconfined]",
-        )
-    })
+    match tried {
+        Ok(Err((what, errno))) => Err(refused(what, errno)),
+        _ => Ok(()),
+    }
+}
+
+fn change_root(trial: &Path) -> Result<(), (&'static str, Errno)> {
+    let none = None::<&str>;
+    unshare(CloneFlags::CLONE_NEWNS).map_err(|errno| ("a mount namespace", errno))?;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
+        .and_then(|()| mount(Some("tmpfs"), trial, Some("tmpfs"), MsFlags::empty(), Some("size=4k")))
+        .map_err(|errno| ("mounting", errno))?;
+    match chdir(trial).and_then(|()| pivot_root(".", ".")) {
+        Err(errno @ (Errno::EPERM | Errno::EACCES | Errno::ENOSYS)) => Err(("pivot_root", errno)),
+        // Of this root, and not of a right: dockerd has another way there.
+        _ => Ok(()),
+    }
+}
+
+/// `AppArmor` says EACCES, where a right or seccomp says EPERM; and the rights have been looked at.
+fn refused(what: &str, errno: Errno) -> Failure {
+    let profile = if errno == Errno::EACCES { "apparmor" } else { "seccomp" };
+    not_allowed(
+        &format!("{what} is forbidden ({})", errno.desc()),
+        &format!("security_opt: [{profile}=unconfined]"),
+    )
 }
 
 fn not_allowed(what: &str, line: &str) -> Failure {
@@ -126,9 +150,24 @@ fn firewall(places: &Places, config: &mut Map<String, Value>, report: &mut Repor
     Ok(())
 }
 
+/// dockerd turns it on itself where it may write there, and does not start where it may not.
+fn forwarding(places: &Places, config: &mut Map<String, Value>, report: &mut Report) {
+    let setting = places.at("/proc/sys/net/ipv4/ip_forward");
+    let is_off = std::fs::read_to_string(&setting).is_ok_and(|text| text.trim() == "0");
+    // That root may write to a file of /proc does not mean that its file system lets it.
+    if !is_off || std::fs::OpenOptions::new().write(true).open(&setting).is_ok() {
+        return;
+    }
+    report.warn(
+        "net.ipv4.ip_forward is 0 and read-only here: dockerd's containers do not reach the outside. Set \
+         `sysctls: [net.ipv4.ip_forward=1]` in docker-compose.yml",
+    );
+    config.entry("ip-forward").or_insert(Value::Bool(false));
+}
+
 /// A storage driver that works, unless the user chose. Naming one also keeps Docker 29 and later
 /// from its other image store, so nothing needs to be said about that.
-fn storage(data_root: &std::path::Path, config: &mut Map<String, Value>, report: &mut Report) -> Outcome<()> {
+fn storage(data_root: &Path, config: &mut Map<String, Value>, report: &mut Report) -> Outcome<()> {
     let containerd_store =
         config.get("features").and_then(|f| f.get("containerd-snapshotter")) == Some(&Value::Bool(true));
     if config.contains_key("storage-driver") || containerd_store {

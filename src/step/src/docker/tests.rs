@@ -47,6 +47,26 @@ fn missing_privileges_are_named_with_the_line_that_grants_them() {
 }
 
 #[test]
+fn each_profile_is_named_for_what_it_forbids() {
+    for (errno, option) in [(Errno::EPERM, "seccomp=unconfined"), (Errno::EACCES, "apparmor=unconfined")] {
+        let why = refused("pivot_root", errno).why;
+        assert!(why.contains("pivot_root is forbidden"), "{why}");
+        assert!(why.contains(&format!("security_opt: [{option}]")), "{why}");
+    }
+}
+
+#[test]
+fn the_trial_changes_nothing_outside_its_thread() {
+    let (temp, places) = image(ALL);
+    let seen =
+        || (fs::read_to_string("/proc/self/mountinfo").unwrap(), fs::read_link("/proc/self/root").unwrap());
+    let before = seen();
+    may_contain(&places).unwrap();
+    assert_eq!(seen(), before);
+    assert!(!temp.path().join("run/openclaw-cvm/mount-trial").exists());
+}
+
+#[test]
 fn what_the_user_configured_counts() {
     let (temp, places) = image(ALL);
     let own = r#"{"storage-driver":"btrfs","iptables":false,"ip6tables":true,"dns":["9.9.9.9"]}"#;
@@ -66,6 +86,36 @@ fn a_broken_file_of_the_users_is_said_and_gone_round() {
     // There is no iptables in this image.
     assert_eq!(config(temp.path())["iptables"], Value::Bool(false));
     assert!(report.notes.iter().any(|n| n.text.contains("do not reach the outside")));
+}
+
+#[test]
+fn forwarding_that_is_off_for_good_is_said_and_gone_round() {
+    let (temp, places) = image(ALL);
+    let setting = temp.path().join("proc/sys/net/ipv4/ip_forward");
+    fs::create_dir_all(setting.parent().unwrap()).unwrap();
+    let prepared = |text: &str| {
+        fs::write(&setting, text).unwrap();
+        let mut report = Report::default();
+        prepare(&places, &mut report).unwrap();
+        (
+            config(temp.path()).get("ip-forward").cloned(),
+            report.notes.iter().any(|n| n.text.contains("sysctls:")),
+        )
+    };
+    assert_eq!(prepared("1\n"), (None, false));
+    // What can be written to is dockerd's business.
+    assert_eq!(prepared("0\n"), (None, false));
+    fs::write(&setting, "0\n").unwrap();
+    let here = Some(setting.as_path());
+    mount(here, &setting, None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
+    let read_only = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+    mount(None::<&str>, &setting, None::<&str>, read_only, None::<&str>).unwrap();
+    let mut report = Report::default();
+    let prepared = prepare(&places, &mut report);
+    nix::mount::umount2(&setting, nix::mount::MntFlags::MNT_DETACH).unwrap();
+    prepared.unwrap();
+    assert_eq!(config(temp.path())["ip-forward"], Value::Bool(false));
+    assert!(report.notes.iter().any(|n| n.text.contains("sysctls: [net.ipv4.ip_forward=1]")));
 }
 
 #[test]
