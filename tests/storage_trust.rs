@@ -561,6 +561,15 @@ fn a_manifest_without_its_end_is_refused_by_a_machine_that_knows_nothing() {
     machine.service_in("gateway", &["ready"]);
 }
 
+/// The machine is lost, and its volume meets a bucket that is older than it.
+fn meets_again(cloud: &Cloud, mut machine: Machine, early: &BTreeMap<String, Vec<u8>>) -> Machine {
+    machine.destroy();
+    put_back(&cloud.garage, early);
+    let machine = machine.again(|b| b);
+    refused(&machine, &["older than this volume"]);
+    machine
+}
+
 fn an_older_bucket_is_accepted(mode: Mode) {
     let cloud = Cloud::new();
     let machine = started(in_mode(mode, cloud.machine()));
@@ -572,11 +581,7 @@ fn an_older_bucket_is_accepted(mode: Mode) {
     write(&machine, &["openclaw/workspace/one", "openclaw/workspace/two"], "late");
     machine.ok(&["rm", "/data/openclaw/workspace/goes"]);
     flush(&machine);
-    let mut machine = machine;
-    machine.destroy();
-    put_back(&cloud.garage, &early);
-    let machine = machine.again(|b| b);
-    refused(&machine, &["older than this volume"]);
+    let machine = meets_again(&cloud, machine, &early);
     accept(&machine);
     machine.service_in("gateway", &["ready"]);
     // All of the one, and all of the other beside it.
@@ -606,11 +611,7 @@ fn an_older_bucket_that_is_accepted_while_the_network_breaks_is_not_merged_eithe
     let early = all(&cloud.garage);
     write(&machine, &["openclaw/workspace/one", "openclaw/workspace/three"], "late");
     flush(&machine);
-    let mut machine = machine;
-    machine.destroy();
-    put_back(&cloud.garage, &early);
-    let machine = machine.again(|b| b);
-    refused(&machine, &["older than this volume"]);
+    let machine = meets_again(&cloud, machine, &early);
     // What comes before the last segment is read, and it is not.
     let raw = Raw::new(&cloud.garage);
     let last = raw.key(raw.segments().last().expect("there is a manifest"));

@@ -11,6 +11,7 @@ pub mod acting;
 pub mod cached;
 pub mod descriptor;
 pub mod handle;
+pub mod namespace;
 pub mod passing;
 pub mod port;
 pub mod reap;

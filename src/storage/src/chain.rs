@@ -333,9 +333,9 @@ impl Chain {
         let to = self.head;
         let (from, lines) =
             if all { (Head::default(), everything(index)?) } else { (self.base, self.tail_lines()) };
-        let open = self.open_intents();
-        if all && !open.is_empty() {
-            // They have no place in a summary of the index: they are said anew after it.
+        // Intents have no place in a summary of the index: they are said anew after it.
+        let open = if all { self.open_intents() } else { Vec::new() };
+        if !open.is_empty() {
             self.append(bucket, index, epoch, &open)?;
         }
         let header = Header {

@@ -12,7 +12,7 @@ use crate::fetch::{self, Fetcher, Got, Wanted};
 use crate::index::{Known, Row};
 use crate::manifest::{Line, Word};
 use crate::order::Unread;
-use crate::owner::uptime;
+use crate::owner::{self, uptime};
 use crate::volume::{self, Within};
 use crate::{lifting, moved, parallel, scan, stage};
 use cvm_blueprint::paths;
@@ -330,9 +330,7 @@ pub(crate) fn once_more(open: &Open, desk: &Desk) -> Result<(), Fault> {
     let wanted = bad.into_iter().map(|(path, row)| Wanted { path, may_be: vec![row.entry] }).collect();
     let whole = scratch.join("tree");
     // A name that nobody else has. Not made apart: there the random numbers' file is closed.
-    let mut random = [0u8; 16];
-    getrandom::fill(&mut random).map_err(|_| Fault::other("the kernel gives no random numbers"))?;
-    let part = format!(".cvm-again-{:032x}", u128::from_le_bytes(random));
+    let part = format!(".cvm-again-{}", owner::random_name()?);
     for got in fetcher.files(wanted, &whole)? {
         if let Got::Good(path, entry) = got
             && parallel::apart(|| bring_back(open, &path, &path.below(&whole), &part, &entry))?

@@ -64,9 +64,6 @@ const DOUBTED: i64 = 3;
 /// A value of the column `kind`; those below it are files.
 const DIRECTORY: i64 = 2;
 
-const FORGET: &str = "DELETE FROM entry; DELETE FROM tomb;
-    DELETE FROM meta WHERE name IN ('head', 'independent', 'laid', 'lowered', 'restored')";
-
 const COLUMNS: &str = "dir, name, kind, size, sha, target, mode, uid, gid, mtime, link, s_size, s_mtime, s_change, lower, unsure, bad";
 
 impl Index {
@@ -131,20 +128,22 @@ impl Index {
 
     /// Forgets everything about the tree, not who this volume is.
     pub(crate) fn clear(&self) -> Result<(), Fault> {
-        let mut db = self.db();
-        let transaction = db.transaction()?;
-        transaction.execute_batch(FORGET)?;
-        transaction.commit()?;
-        Ok(())
+        self.forget_tree("")
     }
 
     /// The same. What it is told next is not of the tree that lies on the volume, until
     /// [`Self::has_its_tree`] says that this one is out of the way.
     pub(crate) fn clear_for_another_tree(&self) -> Result<(), Fault> {
+        self.forget_tree("INSERT OR REPLACE INTO meta VALUES ('another', '1');")
+    }
+
+    fn forget_tree(&self, and: &str) -> Result<(), Fault> {
         let mut db = self.db();
         let transaction = db.transaction()?;
-        transaction.execute_batch(FORGET)?;
-        transaction.execute("INSERT OR REPLACE INTO meta VALUES ('another', '1')", [])?;
+        transaction.execute_batch(&format!(
+            "DELETE FROM entry; DELETE FROM tomb;
+             DELETE FROM meta WHERE name IN ('head', 'independent', 'laid', 'lowered', 'restored'); {and}"
+        ))?;
         transaction.commit()?;
         Ok(())
     }

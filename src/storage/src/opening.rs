@@ -89,13 +89,13 @@ pub(crate) fn hold_volume(data: &FsPath) -> Result<Held, Fault> {
     let instance = if let Some(instance) = index.meta("instance")? {
         instance
     } else {
-        let instance = random()?;
+        let instance = owner::random_name()?;
         index.set_meta("instance", &instance)?;
         instance
     };
     let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     let place = format!("{}/{}/{}", boot.trim(), inode.dev(), inode.ino());
-    Ok(Held { volume, index, me: Me { instance, session: random()?, place }, _lock: lock })
+    Ok(Held { volume, index, me: Me { instance, session: owner::random_name()?, place }, _lock: lock })
 }
 
 /// The tree that an earlier worker has left on the volume, and what of it the bucket does not have:
@@ -117,12 +117,6 @@ pub(crate) fn left_behind(prefix: &str) -> Result<Option<(Volume, Found)>, Fault
     let found = Scanner::new(&volume, &index, prefix, &HashSet::new()).full()?;
     drop(lock);
     Ok(Some((volume, found)))
-}
-
-fn random() -> Result<String, Fault> {
-    let mut bytes = [0u8; 16];
-    getrandom::fill(&mut bytes).map_err(|_| Fault::other("the kernel gives no random numbers"))?;
-    Ok(u128::from_le_bytes(bytes)).map(|number| format!("{number:032x}"))
 }
 
 /// The whole way. `pause` is called while another instance owns the bucket.

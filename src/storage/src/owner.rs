@@ -320,6 +320,13 @@ fn fresh(beat: Duration) -> Duration {
     FRESH.min(beat * 3 / 2)
 }
 
+/// One that nobody else has.
+pub(crate) fn random_name() -> Result<String, Fault> {
+    let mut bytes = [0u8; 16];
+    getrandom::fill(&mut bytes).map_err(|_| Fault::other("the kernel gives no random numbers"))?;
+    Ok(u128::from_le_bytes(bytes)).map(|number| format!("{number:032x}"))
+}
+
 /// Enough of a random name for people.
 pub(crate) fn short(name: &str) -> &str {
     name.get(..8).unwrap_or(name)

@@ -1,15 +1,14 @@
 //! May dockerd have containers, does it answer, and how does it store its layers? It is not
-//! critical: trouble here is a warning. May import: `facts`, `finding`, `http`.
+//! critical: trouble here is a warning. May import: `facts`, `finding`, `http`, `overlay`.
 
-use super::facts;
 use super::finding::{Notebook, Outcome, ok, skip, warn};
+use super::{facts, overlay};
 use crate::http;
 use cvm_blueprint::paths::DOCKER_SOCKET;
 use cvm_blueprint::status::Service;
+use cvm_process::namespace;
 use nix::errno::Errno;
-use nix::mount::{MsFlags, mount};
-use nix::sched::{CloneFlags, unshare};
-use nix::unistd::{chdir, pivot_root};
+use std::path::Path;
 use std::time::Duration;
 
 const TIME: Duration = Duration::from_secs(4);
@@ -40,33 +39,18 @@ pub(crate) fn check(notebook: &mut Notebook<'_>) {
 
 /// What dockerd has done for each container, in a thread whose mount namespace goes with it.
 fn tried_apart() -> Result<(), (&'static str, Errno)> {
-    std::thread::spawn(change_root).join().unwrap_or(Ok(()))
-}
-
-fn change_root() -> Result<(), (&'static str, Errno)> {
-    let none = None::<&str>;
-    unshare(CloneFlags::CLONE_NEWNS).map_err(|errno| ("a mount namespace", errno))?;
-    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
-        .and_then(|()| mount(Some("tmpfs"), COVERED, Some("tmpfs"), MsFlags::empty(), Some("size=4k")))
-        .map_err(|errno| ("mounting", errno))?;
-    match chdir(COVERED).and_then(|()| pivot_root(".", ".")) {
-        Err(errno @ (Errno::EPERM | Errno::EACCES | Errno::ENOSYS)) => Err(("pivot_root", errno)),
-        // Of this root, and not of a right.
-        _ => Ok(()),
-    }
+    std::thread::spawn(|| namespace::change_root(Path::new(COVERED))).join().unwrap_or(Ok(()))
 }
 
 fn contains(tried: Result<(), (&'static str, Errno)>) -> Outcome {
     let Err((what, errno)) = tried else { return ok("mounts and pivot_root are allowed") };
-    let line = match (what, errno) {
-        (_, Errno::EACCES) => "security_opt: [apparmor=unconfined]",
-        ("pivot_root", _) => "security_opt: [seccomp=unconfined]",
-        _ => "cap_add: [SYS_ADMIN]; where that is there: security_opt: [seccomp=unconfined]",
+    let remedy = match (what, errno) {
+        ("pivot_root", Errno::EPERM | Errno::ENOSYS) => {
+            "in docker-compose.yml: security_opt: [seccomp=unconfined]"
+        }
+        _ => overlay::compose(errno),
     };
-    warn(
-        format!("{what} is forbidden ({}): dockerd starts no container", errno.desc()),
-        format!("in docker-compose.yml: {line}"),
-    )
+    warn(format!("{what} is forbidden ({}): dockerd starts no container", errno.desc()), remedy)
 }
 
 fn forwards(setting: Option<&str>) -> Outcome {

@@ -6,9 +6,9 @@
 use super::facts::{self, Mount};
 use super::finding::{Notebook, Outcome, ok, skip, warn};
 use cvm_blueprint::paths::{DATA, VOLUME};
+use cvm_process::namespace;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sched::{CloneFlags, unshare};
 use std::path::{Path, PathBuf};
 
 /// A directory that is in every image, covered in this namespace only.
@@ -23,7 +23,7 @@ const APPARMOR: &str = "in docker-compose.yml: security_opt: [apparmor=unconfine
 
 pub(crate) fn check(notebook: &mut Notebook<'_>) {
     notebook.about("mount namespace");
-    if let Err(errno) = enter_own_namespace() {
+    if let Err(errno) = namespace::enter() {
         let found = format!("mounting is not allowed: {}; neither dockerd nor FUSE can work", errno.desc());
         return notebook.note("mount namespace", warn(found, compose(errno)));
     }
@@ -45,14 +45,8 @@ pub(crate) fn check(notebook: &mut Notebook<'_>) {
 }
 
 /// The line that is missing where mounting is refused so.
-fn compose(errno: Errno) -> &'static str {
+pub(super) fn compose(errno: Errno) -> &'static str {
     if errno == Errno::EACCES { APPARMOR } else { RIGHT }
-}
-
-fn enter_own_namespace() -> Result<(), Errno> {
-    unshare(CloneFlags::CLONE_NEWNS)?;
-    // Or what is mounted here would also be mounted where it was copied from.
-    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
 }
 
 fn on_volume(place: &str, mounts: &[Mount]) -> Outcome {

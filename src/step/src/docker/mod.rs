@@ -15,10 +15,8 @@ use crate::places::Places;
 use crate::programs;
 use crate::report::{Failure, Outcome, Report};
 use cvm_blueprint::paths;
+use cvm_process::namespace;
 use nix::errno::Errno;
-use nix::mount::{MsFlags, mount};
-use nix::sched::{CloneFlags, unshare};
-use nix::unistd::{chdir, pivot_root};
 use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
 
@@ -75,23 +73,10 @@ fn privileges(places: &Places) -> Outcome<()> {
 /// is what is done for each container, in a thread whose mount namespace goes with it.
 fn may_contain(places: &Places) -> Outcome<()> {
     let trial = Dir::ensure(&places.at(paths::RUN).join("mount-trial"), 0o700, None)?;
-    let tried = std::thread::scope(|scope| scope.spawn(|| change_root(trial.path())).join());
+    let tried = std::thread::scope(|scope| scope.spawn(|| namespace::change_root(trial.path())).join());
     let _ = std::fs::remove_dir(trial.path());
     match tried {
         Ok(Err((what, errno))) => Err(refused(what, errno)),
-        _ => Ok(()),
-    }
-}
-
-fn change_root(trial: &Path) -> Result<(), (&'static str, Errno)> {
-    let none = None::<&str>;
-    unshare(CloneFlags::CLONE_NEWNS).map_err(|errno| ("a mount namespace", errno))?;
-    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
-        .and_then(|()| mount(Some("tmpfs"), trial, Some("tmpfs"), MsFlags::empty(), Some("size=4k")))
-        .map_err(|errno| ("mounting", errno))?;
-    match chdir(trial).and_then(|()| pivot_root(".", ".")) {
-        Err(errno @ (Errno::EPERM | Errno::EACCES | Errno::ENOSYS)) => Err(("pivot_root", errno)),
-        // Of this root, and not of a right: dockerd has another way there.
         _ => Ok(()),
     }
 }

@@ -1,4 +1,5 @@
 use super::*;
+use nix::mount::{MsFlags, mount};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -58,11 +59,21 @@ fn each_profile_is_named_for_what_it_forbids() {
 #[test]
 fn the_trial_changes_nothing_outside_its_thread() {
     let (temp, places) = image(ALL);
-    let seen =
-        || (fs::read_to_string("/proc/self/mountinfo").unwrap(), fs::read_link("/proc/self/root").unwrap());
-    let before = seen();
-    may_contain(&places).unwrap();
-    assert_eq!(seen(), before);
+    let seen = || {
+        let at = Path::new("/proc/thread-self");
+        (fs::read_to_string(at.join("mountinfo")).unwrap(), fs::read_link(at.join("root")).unwrap())
+    };
+    // In a namespace of its own, for others mount and unmount beside it.
+    let (before, after) = std::thread::scope(|scope| {
+        let alone = || {
+            namespace::enter().unwrap();
+            let before = seen();
+            may_contain(&places).unwrap();
+            (before, seen())
+        };
+        scope.spawn(alone).join().unwrap()
+    });
+    assert_eq!(after, before);
     assert!(!temp.path().join("run/openclaw-cvm/mount-trial").exists());
 }
 
