@@ -218,7 +218,12 @@ impl Kit {
             pairs.extend(self.gateway_pairs());
         }
         if kind == service::Environment::Storage {
-            pairs.extend([(&b"GOGC"[..], &b"50"[..]), (b"GOMEMLIMIT", b"128MiB")]);
+            pairs.extend([
+                (&b"GOGC"[..], &b"50"[..]),
+                (b"GOMEMLIMIT", b"128MiB"),
+                // Of its many threads each would keep what it once used.
+                (b"MALLOC_ARENA_MAX", b"2"),
+            ]);
         }
         if kind == service::Environment::Dockerd {
             // A container that is not privileged sees the kernel's settings read-only, and dockerd

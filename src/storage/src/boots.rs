@@ -11,6 +11,7 @@ use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{Read as _, Seek as _, SeekFrom};
 use std::os::unix::fs::MetadataExt as _;
+use std::path::PathBuf;
 
 const DIRECTORY: &str = "boots";
 /// Of each log; the end is what tells.
@@ -24,6 +25,13 @@ pub(crate) struct Boots {
     pruned: bool,
 }
 
+/// A log with something that is not in the bucket, as it looks.
+pub(crate) struct Grown {
+    log: String,
+    file: PathBuf,
+    look: (u64, i64),
+}
+
 /// Names a boot by when it started, and orders it among the others.
 pub(crate) fn name(started_ms: u64) -> String {
     format!("{started_ms:015}")
@@ -34,23 +42,27 @@ impl Boots {
         Self { this, sent: HashMap::new(), pruned: false }
     }
 
-    /// Sends what has grown. The worker's own log does not count as news: each sending adds to it.
-    pub(crate) fn send(&mut self, bucket: &Bucket) -> Result<(), Fault> {
-        let Ok(entries) = fs::read_dir(paths::LOGS) else { return Ok(()) };
-        for entry in entries.flatten() {
-            let name = entry.file_name().to_string_lossy().into_owned();
-            let Some(log) = name.strip_suffix(".log") else { continue };
-            let Ok(metadata) = entry.metadata() else { continue };
+    /// What has grown since it was last sent, which costs no request to find out.
+    pub(crate) fn grown(&self) -> Vec<Grown> {
+        let Ok(entries) = fs::read_dir(paths::LOGS) else { return Vec::new() };
+        let grown = entries.flatten().filter_map(|entry| {
+            let log = entry.file_name().to_string_lossy().strip_suffix(".log")?.to_owned();
+            let metadata = entry.metadata().ok()?;
             let look = (metadata.len(), metadata.mtime());
-            if metadata.len() == 0 || self.sent.get(log) == Some(&look) {
-                continue;
-            }
-            let mut file = File::open(entry.path())?;
-            file.seek(SeekFrom::Start(metadata.len().saturating_sub(TAIL)))?;
+            let news = metadata.len() > 0 && self.sent.get(&log) != Some(&look);
+            news.then(|| Grown { log, file: entry.path(), look })
+        });
+        grown.collect()
+    }
+
+    pub(crate) fn send(&mut self, bucket: &Bucket, grown: Vec<Grown>) -> Result<(), Fault> {
+        for Grown { log, file, look } in grown {
+            let mut file = File::open(file)?;
+            file.seek(SeekFrom::Start(look.0.saturating_sub(TAIL)))?;
             let mut bytes = Vec::new();
             file.take(TAIL).read_to_end(&mut bytes)?;
             bucket.write(&format!("{DIRECTORY}/{}/{log}", self.this), &bytes, &When::Always)?;
-            self.sent.insert(log.to_owned(), look);
+            self.sent.insert(log, look);
         }
         if !self.pruned {
             Self::prune(bucket)?;

@@ -46,10 +46,12 @@ impl Bucket {
         let passwords = Passwords::of(&spec.crypt)?;
         let key =
             spec.manifest_key.unpack().ok_or_else(|| Fault::config("the manifest key did not arrive"))?;
+        // First: it derives its keys while we derive the same.
+        let rclone = Rclone::new(spec, &passwords)?;
         Ok(Self {
             crypt: Crypt::new(&passwords.password, &passwords.salt),
             s3: S3::new(spec)?,
-            rclone: Rclone::new(spec, &passwords)?,
+            rclone,
             key: ManifestKey::new(key),
             prefix: spec.prefix.trim_matches('/').to_owned(),
         })

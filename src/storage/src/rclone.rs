@@ -14,14 +14,25 @@ use cvm_blueprint::storage::{CryptSpec, StorageSpec};
 use serde_json::{Value, json};
 use std::panic::catch_unwind;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 use zeroize::Zeroizing;
 
 /// The crypt remote of one bucket. There is no other kind.
 pub(crate) struct Rclone {
-    /// The connection string; secret.
-    remote: Zeroizing<String>,
+    remote: Arc<Remote>,
     calls: AtomicU64,
 }
+
+struct Remote {
+    /// The connection string; secret.
+    text: Zeroizing<String>,
+    /// When it was last asked for.
+    used: Mutex<Option<Instant>>,
+}
+
+/// rclone forgets a remote that was not used for 5 minutes.
+const KEPT: Duration = Duration::from_mins(4);
 
 /// What the bucket shows of one object, through rclone's eyes.
 #[derive(Debug, Clone)]
@@ -65,7 +76,7 @@ impl Rclone {
     pub(crate) fn new(spec: &StorageSpec, passwords: &Passwords) -> Result<Self, Fault> {
         librclone::initialize();
         let remote = connection_string(spec, passwords)?;
-        let this = Self { remote, calls: AtomicU64::new(0) };
+        let remote = Arc::new(Remote { text: remote, used: Mutex::default() });
         // No configuration file: an empty path keeps everything in memory, and nothing is saved.
         Self::call("config/setpath", &json!({ "path": "" }))?;
         // Its log goes to our standard error, past us: even an error quotes the remote that it could
@@ -77,7 +88,12 @@ impl Rclone {
             "Timeout": 60_000_000_000u64, "ConnectTimeout": 10_000_000_000u64,
             "BufferSize": 256 * 1024, "UseMmap": true, "MultiThreadStreams": 0, "UserAgent": "openclaw-cvm" } }),
         )?;
-        Ok(this)
+        // Beside whatever is done before the first object is wanted.
+        let early = Arc::clone(&remote);
+        std::thread::spawn(move || {
+            early.made();
+        });
+        Ok(Self { remote, calls: AtomicU64::new(0) })
     }
 
     /// Calls of rclone that went to the bucket, since the start.
@@ -90,7 +106,7 @@ impl Rclone {
         self.calls.fetch_add(1, Ordering::Relaxed);
         Self::call(
             "operations/copyfile",
-            &json!({ "srcFs": directory, "srcRemote": name, "dstFs": *self.remote, "dstRemote": object,
+            &json!({ "srcFs": directory, "srcRemote": name, "dstFs": self.remote.made(), "dstRemote": object,
                 // Ours is the newer one, whatever rclone would make of sizes and times.
                 // And once: a second try of rclone's own is not asked whether the bucket is still ours.
                 "_config": { "IgnoreTimes": true, "NoCheckDest": true, "LowLevelRetries": 1 }, "_filter": no_filter() }),
@@ -108,7 +124,7 @@ impl Rclone {
         self.calls.fetch_add(1, Ordering::Relaxed);
         Self::call(
             "operations/copyfile",
-            &json!({ "srcFs": *self.remote, "srcRemote": object, "dstFs": directory, "dstRemote": name,
+            &json!({ "srcFs": self.remote.made(), "srcRemote": object, "dstFs": directory, "dstRemote": name,
                 "_config": { "IgnoreTimes": true, "NoCheckDest": true, "Inplace": true, "MultiThreadStreams": 0 }, "_filter": no_filter() }),
         )
         .map(drop)
@@ -129,7 +145,7 @@ impl Rclone {
         };
         Self::call(
             "sync/copy",
-            &json!({ "srcFs": *self.remote, "dstFs": directory,
+            &json!({ "srcFs": self.remote.made(), "dstFs": directory,
                 // What an earlier try fetched is not fetched again; it is checked like the rest.
                 "_config": { "Transfers": parallel, "Checkers": parallel, "UseServerModTime": true, "IgnoreExisting": true,
                     "NoUpdateModTime": true, "MultiThreadStreams": 0, "Retries": 1 },
@@ -147,7 +163,7 @@ impl Rclone {
     /// Deletes an object; one that is not there is as good.
     pub(crate) fn delete(&self, object: &str) -> Result<(), Fault> {
         self.calls.fetch_add(1, Ordering::Relaxed);
-        match Self::call("operations/deletefile", &json!({ "fs": *self.remote, "remote": object })) {
+        match Self::call("operations/deletefile", &json!({ "fs": self.remote.made(), "remote": object })) {
             Ok(_) | Err(Fault::Missing) => Ok(()),
             Err(fault) => Err(fault),
         }
@@ -158,7 +174,7 @@ impl Rclone {
         self.calls.fetch_add(1, Ordering::Relaxed);
         let answer = Self::call(
             "operations/list",
-            &json!({ "fs": *self.remote, "remote": "", "_filter": no_filter(), "_config": { "UseServerModTime": !with_times },
+            &json!({ "fs": self.remote.made(), "remote": "", "_filter": no_filter(), "_config": { "UseServerModTime": !with_times },
                 "opt": { "recurse": true, "filesOnly": true, "noModTime": !with_times, "noMimeType": true } }),
         );
         let answer = match answer {
@@ -192,7 +208,7 @@ impl Rclone {
         let never = "87600h";
         Self::call(
             "mount/mount",
-            &json!({ "fs": *self.remote, "mountPoint": point, "mountType": "mount",
+            &json!({ "fs": self.remote.made(), "mountPoint": point, "mountType": "mount",
                 "vfsOpt": { "ReadOnly": true, "DirCacheTime": never, "PollInterval": "0s", "CacheMode": "off",
                     "UID": modes.uid, "GID": modes.gid, "FilePerms": format!("{:o}", modes.file), "DirPerms": format!("{:o}", modes.directory),
                     "NoSeek": false, "ReadAhead": 0, "ChunkSize": "16Mi", "ChunkSizeLimit": "64Mi" },
@@ -222,6 +238,20 @@ impl Rclone {
 
 fn no_filter() -> Value {
     json!({ "FilesFrom": [], "FilesFromRaw": [] })
+}
+
+impl Remote {
+    /// Has rclone make it first, once: that takes a key derivation of 50 ms and 16 MiB, and of many
+    /// who come at the same moment each would do one.
+    fn made(&self) -> &str {
+        let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
+        if used.is_none_or(|at| at.elapsed() >= KEPT) {
+            // What is wrong with it is said by the call that wants something of it.
+            let _ = Rclone::call("operations/fsinfo", &json!({ "fs": *self.text }));
+        }
+        *used = Some(Instant::now());
+        &self.text
+    }
 }
 
 /// What Go said, in words of ours. Its own are never passed on: they quote remotes with passwords.

@@ -366,11 +366,12 @@ impl<'a> Tree<'a> {
             held: 0,
             ready,
         };
-        this.help()?;
         this.recall_drill()?;
         this.say_ready();
-        this.worker.desk.did("watch");
         this.worker.desk.say_steps();
+        this.help();
+        // What changes before the watches are set is found by the first look, which is a full one.
+        this.watch()?;
         Ok(this)
     }
 
@@ -387,7 +388,7 @@ impl<'a> Tree<'a> {
 
     // === Helpers ===
 
-    fn help(&mut self) -> Result<(), Fault> {
+    fn watch(&mut self) -> Result<(), Fault> {
         let (sender, stop, open) = (self.worker.sender.clone(), Arc::clone(&self.stop), self.open());
         let hints = Arc::clone(&self.hints);
         let (tell, watching) = std::sync::mpsc::channel();
@@ -416,6 +417,10 @@ impl<'a> Tree<'a> {
                 self.rescan.as_secs()
             ));
         }
+        Ok(())
+    }
+
+    fn help(&self) {
         self.beat();
         self.mind_what_was_inherited();
         if !self.hydrated {
@@ -440,10 +445,9 @@ impl<'a> Tree<'a> {
                 }
             });
         }
-        Ok(())
     }
 
-    fn beat(&mut self) {
+    fn beat(&self) {
         let (open, lease, stop, fenced, sender, desk) = (
             self.open(),
             Arc::clone(&self.ready.lease),
@@ -700,6 +704,7 @@ impl<'a> Tree<'a> {
     /// bucket.
     fn push(&mut self) -> Result<(), Fault> {
         let began = uptime();
+        let generation = self.ready.chain.head.generation;
         let before = self.round.take();
         let goes_on = before.is_some();
         let mut round = before.unwrap_or_else(|| self.begin(began));
@@ -722,9 +727,11 @@ impl<'a> Tree<'a> {
         if let Some(Fault::Fenced(why)) = rest.fault {
             return Err(Fault::Fenced(why));
         }
-        let open = self.open();
-        self.worker.desk.head(self.ready.chain.head, open.index.totals()?);
-        self.ready.lease.has_come_to(self.ready.chain.head.generation);
+        if self.ready.chain.head.generation != generation {
+            let whole = self.ready.open.index.totals()?;
+            self.worker.desk.head(self.ready.chain.head, whole);
+            self.ready.lease.has_come_to(self.ready.chain.head.generation);
+        }
         let again = rest.young.iter().chain(&rest.elsewhere);
         round.after.extend(again.map(|path| path.split().0.to_vec()));
         self.put_off(&rest, &looked_at, round.first.unwrap_or(began));
@@ -1197,7 +1204,11 @@ impl<'a> Tree<'a> {
     fn last_words(&mut self) {
         let open = self.open();
         let boots = &mut self.worker.boots;
-        let sent = self.ready.lease.confirm(&open.bucket).and_then(|()| boots.send(&open.bucket));
+        let grown = boots.grown();
+        if grown.is_empty() {
+            return;
+        }
+        let sent = self.ready.lease.confirm(&open.bucket).and_then(|()| boots.send(&open.bucket, grown));
         if let Err(fault) = sent {
             tracing::warn!("logs are not in the bucket: {fault}");
         }
