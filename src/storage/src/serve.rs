@@ -7,14 +7,15 @@
 //! holds now. It is not root, so it has a socket of its own.
 //!
 //! Refuses anybody else, lines over the limit, and to keep silent for long.
-//! May import: `desk`, `entry`, `fault`, `fetch`, `index`, `worker`.
+//! May import: `boots`, `desk`, `entry`, `fault`, `fetch`, `index`, `worker`.
 
+use crate::boots;
 use crate::desk::{Desk, Open};
 use crate::entry::{Kind, Path};
 use crate::fault::Fault;
 use crate::fetch::{Fetcher, Got, Wanted};
 use crate::index::Row;
-use crate::worker::{self, Order};
+use crate::worker::Order;
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use cvm_blueprint::mux::MUX_UID;
@@ -26,8 +27,9 @@ use std::sync::mpsc::Sender;
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::mpsc::{Receiver, Sender as BoundedSender, UnboundedReceiver, UnboundedSender};
-use tokio::sync::mpsc::{channel, unbounded_channel};
+use tokio::sync::mpsc::{
+    Receiver, Sender as BoundedSender, UnboundedReceiver, UnboundedSender, channel, unbounded_channel,
+};
 
 /// A question is one line of a local program's.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -301,17 +303,24 @@ fn send_file(file: &std::path::Path, to: &Reader) -> Result<(), Fault> {
 }
 
 fn boots(open: &Open, _: &Ask, to: &Reader) -> Result<String, Fault> {
-    let lines = worker::boots(open)?;
-    let count = lines.len();
-    for text in lines {
-        to.send(Answer::Line { text })?;
+    let earlier = boots::before(&open.bucket, &open.boot)?;
+    for ((boot, logs), n) in earlier.iter().zip(1..) {
+        let when = cvm_blueprint::time::rfc3339(boot.parse::<u64>().unwrap_or(0));
+        let name = format!("--boot -{n}");
+        to.send(Answer::Line { text: format!("{name:<12} {when}  {}", logs.join(" ")) })?;
     }
-    Ok(format!("{count} boots"))
+    Ok(format!("{} boots", earlier.len()))
 }
 
 fn boot_log(open: &Open, ask: &Ask, to: &Reader) -> Result<String, Fault> {
     let Ask::BootLog { boot, log } = ask else { return Ok(String::new()) };
-    let bytes = worker::boot_log(open, *boot, log)?;
+    let earlier = boots::before(&open.bucket, &open.boot)?;
+    let number = usize::try_from(boot.unsigned_abs()).unwrap_or(0);
+    let (name, logs) = number.checked_sub(1).and_then(|n| earlier.get(n)).ok_or_else(|| {
+        Fault::other(format!("the bucket keeps no boot {boot}; `cvm logs --boots` lists them"))
+    })?;
+    let bytes = boots::read(&open.bucket, name, log)?
+        .ok_or_else(|| Fault::other(format!("that boot has no log {log}; it has: {}", logs.join(", "))))?;
     for piece in bytes.chunks(PIECE) {
         to.send(Answer::Data { base64: BASE64_STANDARD.encode(piece) })?;
     }

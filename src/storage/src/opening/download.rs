@@ -1,0 +1,136 @@
+//! Sync mode: everything is fetched before the gateway starts.
+
+use super::layers::{Place, Upper, is_as_said, make_way, take_over};
+use super::{Making, intended, wanted};
+use crate::bucket::Bucket;
+use crate::entry::{Entry, Path};
+use crate::fault::Fault;
+use crate::fetch::{self, Fetcher, Got};
+use crate::index::{Index, Known, Row, Sign};
+use crate::moved;
+use crate::volume::{self, Volume};
+use cvm_blueprint::storage::Progress;
+use std::fs;
+use std::path::Path as FsPath;
+
+impl Making<'_> {
+    /// Yields what the bucket does not have right.
+    pub(super) fn by_download(&self, volume: &Volume) -> Result<Vec<(Path, String)>, Fault> {
+        let Self { desk, bucket, index, intents, continued, .. } = *self;
+        desk.phase("restoring");
+        let times = flatten(bucket, index, volume)?;
+        let laid = index.meta("laid")?.is_some();
+        let ((rows, _), intended) = (index.standing()?, intended(intents));
+        if !laid {
+            make_way(desk, volume, &rows)?;
+        }
+        // Once it has all been here, what is not there was removed.
+        let whole = continued && index.meta("restored")?.is_some();
+        let missing: Vec<&(Path, Row)> = rows
+            .iter()
+            .filter(|(_, row)| row.bad.is_none() && row.sign.is_none() && (row.lower || !whole))
+            .collect();
+        let (mut files, mut skeleton) = (Vec::new(), Vec::new());
+        for (path, row) in missing {
+            let there = volume::look(&path.below(&volume.tree))?.is_some();
+            if row.entry.is_file() {
+                if !there || !laid && !is_as_said(&volume.tree, path, row)? {
+                    files.push(wanted(path, row, &intended));
+                }
+            } else if !laid || row.lower && !there {
+                // Those of a restore that was killed too: filling them has changed their times.
+                skeleton.push((path.clone(), row.entry.clone()));
+            }
+        }
+        let (total, bytes_total) = fetch::total(&files);
+        if total > 0 {
+            desk.info(format!(
+                "Restoring {total} files ({bytes_total} bytes) from the bucket before the gateway starts"
+            ));
+        }
+        let progress = |done: u64, bytes: u64| {
+            desk.progress(Some(Progress {
+                what: "restoring from the bucket".to_owned(),
+                files_done: done.min(total),
+                files_total: total,
+                bytes_done: bytes.min(bytes_total),
+                bytes_total,
+            }));
+        };
+        fetch::skeleton(&skeleton, &volume.tree)?;
+        let parts = volume.own.join("staging/parts");
+        let fetcher = Fetcher { bucket, whole: index.totals()?, parts, progress: &progress };
+        let got = fetcher.files(files, &volume.tree)?;
+        desk.progress(None);
+        let restored: Vec<(Path, Entry)> = got
+            .iter()
+            .filter_map(|g| match g {
+                Got::Good(path, entry) => Some((path.clone(), entry.clone())),
+                _ => None,
+            })
+            .chain(skeleton)
+            .collect();
+        fetch::finish(&restored, &volume.tree, &volume.staging())?;
+        for (path, time) in times {
+            // What is gone meanwhile has no time.
+            let _ = volume::set_mtime(&path.below(&volume.tree), time);
+        }
+        fetch::settle_on_disk(&volume.own)?;
+        let bad = take_over(index, volume, got)?;
+        index.set_all_lower(false)?;
+        index.set_meta("laid", "1")?;
+        Ok(bad)
+    }
+}
+
+/// Makes a plain tree of an upper layer: what it hides is gone, what it holds is at the top. Yields
+/// the times of its directories, which change while files are put into them.
+pub(super) fn flatten(bucket: &Bucket, index: &Index, volume: &Volume) -> Result<Vec<(Path, i64)>, Fault> {
+    let upper = volume.own.join("upper");
+    if fs::read_dir(&upper)?.next().is_none() {
+        return Ok(Vec::new());
+    }
+    let layered = Volume { upper: upper.clone(), overlay: true, ..Volume::plain(&volume.root)? };
+    let mut times = Vec::new();
+    moved::times(&upper, None, &mut times)?;
+    moved::bring_up(bucket, index, &layered)?;
+    let mut layers = Upper::new(&layered);
+    let mut gone = Vec::new();
+    for (path, row) in index.all()? {
+        if row.sign.is_none() && layers.place(&path)? == Place::Hidden {
+            gone.push(path);
+        }
+    }
+    // Not lower any more, and not there: the next scan takes them for what they are.
+    index.set_lower(&gone, false)?;
+    let unlike_any = Known { sign: Sign { size: 0, mtime_ns: 0, change: 0 }, handle: None };
+    let known: Vec<_> = gone.into_iter().map(|path| (path, unlike_any.clone())).collect();
+    index.set_known(&known)?;
+    strip(&upper)?;
+    let _ = fs::remove_dir_all(upper.join(".cvm"));
+    Volume::move_tree(&upper, &volume.root)?;
+    Ok(times)
+}
+
+/// Removes what only overlayfs understands. A file whose data is only below is fetched again.
+fn strip(top: &FsPath) -> Result<(), Fault> {
+    let (mut directories, mut next) = (vec![top.to_owned()], 0);
+    while let Some(dir) = directories.get(next).cloned() {
+        next += 1;
+        for entry in fs::read_dir(dir)? {
+            let path = entry?.path();
+            if volume::is_too_long(&path) {
+                continue;
+            }
+            let Some(stat) = volume::look(&path)? else { continue };
+            if volume::is_whiteout(&stat) || volume::mark(&path, c"trusted.overlay.metacopy").is_some() {
+                fs::remove_file(&path)?;
+            } else if volume::kind_of(&stat) == libc::S_IFDIR {
+                directories.push(path);
+            }
+        }
+    }
+    // Those inside first: a boot that goes on here still needs what is said of those above.
+    directories.iter().skip(1).rev().for_each(|dir| volume::remove_marks(dir));
+    Ok(())
+}
