@@ -4,7 +4,7 @@
 //! A start takes it ten seconds and more, so each test here is a story with few starts, and they
 //! take turns.
 
-use cvm_harness::machine::PATIENCE;
+use cvm_harness::machine::{PATIENCE, repository};
 use cvm_harness::{Builder, Machine, Process, until};
 use serde_json::Value;
 use std::fs;
@@ -270,4 +270,18 @@ fn what_the_owner_gives_for_the_first_boot_is_used_then_and_never_again() {
     assert!(!machine.data().join("openclaw/identity/device.json").exists());
     assert_eq!(foreign(&machine), Vec::<PathBuf>::new());
     assert_eq!(machine.service("gateway")["restarts"], 0);
+}
+
+#[test]
+fn the_demo_with_a_bucket_sees_all_that_it_promises() {
+    let _turn = turn();
+    let demo = Command::new(repository().join("tests/demo"))
+        .arg("s3")
+        .env_remove("MASTER_KEY")
+        .stdin(Stdio::null())
+        .output()
+        .expect("the demo runs");
+    let said = String::from_utf8_lossy(&demo.stdout);
+    assert!(demo.status.success(), "{said}\n{}", String::from_utf8_lossy(&demo.stderr));
+    assert!(said.contains("== Everything came back") && !said.contains("   NOT  "), "{said}");
 }

@@ -7,9 +7,10 @@
 use cvm_harness::cloud::HEALTHY;
 use cvm_harness::machine::{MASTER_KEY, PATIENCE};
 use cvm_harness::proxy::Entry;
-use cvm_harness::tools::{Rclone, python, rclone_crypt_python};
+use cvm_harness::tools::{Rclone, python, rclone_crypt_python, written_by_rclone_crypt_python};
 use cvm_harness::{
-    Builder, Cloud, Fault, Machine, Rule, difference, digest, flush, independent, storage, until,
+    Builder, Cloud, Fault, Machine, Rule, difference, digest, flush, independent, restore_by_hand, storage,
+    until,
 };
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -337,15 +338,6 @@ fn files_that_grow_or_go_while_they_are_pushed_do_not_stop_the_rest() {
     let expected = tree(&machine);
     let machine = restored(&cloud, machine, Fuse);
     assert_eq!(difference(&expected, &tree(&machine)), "");
-}
-
-/// `cvm storage restore`, by what may come before it.
-fn restore_by_hand(cloud: &Cloud, machine: &Machine, before: &[&str], to: &str) -> std::process::Output {
-    let mut command = machine.command(&[before, &["cvm", "storage", "restore", "--to", to]].concat());
-    command.env("MASTER_KEY", MASTER_KEY).env("S3_BUCKET", cloud.garage.bucket());
-    command.env("S3_ENDPOINT", cloud.proxy.endpoint()).env("S3_REGION", cloud.garage.region());
-    command.env("AWS_ACCESS_KEY_ID", cloud.garage.access_key());
-    command.env("AWS_SECRET_ACCESS_KEY", cloud.garage.secret_key()).output().expect("nsenter runs")
 }
 
 /// What the bucket has under a name, by stock rclone's reading, which tells no empty file from none.
@@ -842,6 +834,10 @@ fn a_bucket_of_the_old_entrypoint_is_adopted() {
     assert!(old.path().join("openclaw/workspace/x.sqlite-wal").exists());
     let rclone = stock_rclone(&cloud);
     rclone.ok(&["copy", &old.path().display().to_string(), "crypt:"]);
+    // And what was written by a program that shares no code with rclone, with more than a block in it.
+    let (by_another, of_another) = ("openclaw/workspace/größer/als ein Block", "64 KiB ".repeat(10_000));
+    let (name, bytes) = written_by_rclone_crypt_python(by_another, &of_another, PASSWORD, SALT);
+    cloud.garage.put_raw(&format!("{PREFIX}/{name}"), &bytes);
     let machine = Fuse.start(&cloud);
     assert!(
         machine.read("/var/log/openclaw-cvm/supervisor.log").contains("adopted")
@@ -850,8 +846,11 @@ fn a_bucket_of_the_old_entrypoint_is_adopted() {
         machine.output()
     );
     let data = machine.path("/data");
-    for (path, content) in [("openclaw/workspace/notes.md", "from before"), (".config/tool/settings", "kept")]
-    {
+    for (path, content) in [
+        ("openclaw/workspace/notes.md", "from before"),
+        (".config/tool/settings", "kept"),
+        (by_another, &of_another),
+    ] {
         assert_eq!(fs::read_to_string(data.join(path)).unwrap(), content);
     }
     flush(&machine);
@@ -1365,4 +1364,42 @@ fn the_last_words_of_a_lost_machine_are_read_on_its_successor() {
     let own = machine.read("/var/log/openclaw-cvm/supervisor.log");
     assert!(!said.contains(&last_of(&own)), "{said}");
     assert!(machine.ok(&["cvm", "logs", "--boots"]).contains("--boot -1"));
+}
+
+#[test]
+fn drills_come_by_themselves_and_the_last_one_is_remembered() {
+    let cloud = Cloud::new();
+    let mut machine = ready(Fuse.of(cloud.machine()).environment("S3_DRILL_INTERVAL", "2").start());
+    let drilled = |machine: &Machine| storage(machine)["drill"].clone();
+    let one = until("a drill came", PATIENCE, || Some(drilled(&machine)).filter(|drill| !drill.is_null()));
+    assert_eq!(one["good"], true, "{one:#}");
+    // What it finds wrong is an incident, without anybody having asked.
+    put(machine.path(WORKSPACE).join("notes"), "");
+    sqlite_in(&machine, "c.execute('create table t(x)'); c.commit()", &format!("{WORKSPACE}/early.sqlite"));
+    flush(&machine);
+    let database = key(&cloud, "openclaw/workspace/early.sqlite");
+    let good = cloud.garage.get_raw(&database).unwrap();
+    cloud.garage.put_raw(&database, &good[..good.len() - 1]);
+    until("a drill finds it", PATIENCE, || (drilled(&machine)["good"] == false).then_some(()));
+    until("it was sent again, and a drill finds it good", PATIENCE, || {
+        (drilled(&machine)["good"] == true).then_some(())
+    });
+    assert_eq!(machine.stop(), 0);
+    let machine = ready(machine.again(|builder| builder.environment("S3_DRILL_INTERVAL", "86400")));
+    let last = drilled(&machine);
+    assert_eq!(last["good"], true, "the next boot knows of it: {last:#}");
+}
+
+#[test]
+fn temporary_credentials_are_sent_with_every_request() {
+    let cloud = Cloud::new();
+    let token = "a/session+token=";
+    let mut machine = ready(Fuse.of(cloud.machine()).environment("AWS_SESSION_TOKEN", token).start());
+    plant(&machine.path(WORKSPACE));
+    flush(&machine);
+    machine.ok(&["cvm", "storage", "verify"]);
+    assert_eq!(machine.stop(), 0, "{}", machine.output());
+    let log = cloud.proxy.log();
+    let without: Vec<_> = log.iter().filter(|e| e.session_token.as_deref() != Some(token)).collect();
+    assert!(without.is_empty() && log.len() > 20, "{} of {}: {without:#?}", without.len(), log.len());
 }

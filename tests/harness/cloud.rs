@@ -1,9 +1,10 @@
 //! One bucket, the network in which machines find it, and what is asked of machines in S3 mode.
 
-use crate::machine::PATIENCE;
+use crate::machine::{MASTER_KEY, PATIENCE};
 use crate::wait::until;
 use crate::{Builder, Garage, Machine, Network, Proxy};
 use serde_json::Value;
+use std::process::Output;
 
 /// Healthy at once, for ever.
 pub const HEALTHY: &str = "#!/bin/sh\nexec cvm-victim http 18789\n";
@@ -54,4 +55,13 @@ pub fn independent(machine: &Machine) {
     until("nothing depends on the bucket any more", PATIENCE, || {
         (storage(machine)["independent"] == true).then_some(())
     });
+}
+
+/// `cvm storage restore`, by what may come before it.
+pub fn restore_by_hand(cloud: &Cloud, machine: &Machine, before: &[&str], to: &str) -> Output {
+    let mut command = machine.command(&[before, &["cvm", "storage", "restore", "--to", to]].concat());
+    command.env("MASTER_KEY", MASTER_KEY).env("S3_BUCKET", cloud.garage.bucket());
+    command.env("S3_ENDPOINT", cloud.proxy.endpoint()).env("S3_REGION", cloud.garage.region());
+    command.env("AWS_ACCESS_KEY_ID", cloud.garage.access_key());
+    command.env("AWS_SECRET_ACCESS_KEY", cloud.garage.secret_key()).output().expect("nsenter runs")
 }

@@ -14,6 +14,7 @@
 //! * [`digest`]: whether two trees are the same.
 //! * [`sqlite`]: what a database holds that the test programs write to.
 //! * [`tools`]: programs that know nothing of the product and judge what it stores.
+//! * [`versioned`]: files that say which version of themselves they are.
 //! * [`wait`]: waiting for something to become true, with words for when it does not.
 
 pub mod chat;
@@ -33,10 +34,11 @@ pub mod sandbox;
 pub mod serve;
 pub mod sqlite;
 pub mod tools;
+pub mod versioned;
 pub mod wait;
 
 pub use chat::{Chat, Said};
-pub use cloud::{Cloud, flush, independent, storage};
+pub use cloud::{Cloud, flush, independent, restore_by_hand, storage};
 pub use digest::{difference, digest};
 pub use engine::Engine;
 pub use garage::Garage;

@@ -6,7 +6,7 @@
 
 use crate::http::{Body, Head};
 use crate::network::{Network, own_loopback};
-use crate::s3::S3;
+use crate::s3::{S3, unescape};
 use nix::sys::socket::{Shutdown, setsockopt, shutdown, sockopt};
 use std::collections::{BTreeMap, HashMap};
 use std::io::{BufRead, BufReader, Error, ErrorKind, Read, Result, Write};
@@ -127,6 +127,8 @@ pub struct Entry {
     pub method: String,
     /// With the query.
     pub path: String,
+    /// Of temporary credentials, in the query or in a header.
+    pub session_token: Option<String>,
     /// None as long as there is no answer, and when none came.
     pub status: Option<u16>,
     /// What happened to it, besides latency.
@@ -357,7 +359,8 @@ impl Shared {
     }
 
     /// Notes a request and says what is to happen to it.
-    fn arrive(&self, method: &str, path: &str) -> (u64, Duration, Option<Fault>) {
+    fn arrive(&self, head: &Head) -> (u64, Duration, Option<Fault>) {
+        let (method, path) = (head.word(0), head.word(1));
         let mut state = lock(&self.state);
         let (mut wait, mut fault) = (Duration::ZERO, None);
         for rule in &mut state.rules {
@@ -372,7 +375,9 @@ impl Shared {
         state.arrived += 1;
         let id = state.arrived;
         let (method, path) = (method.to_owned(), path.to_owned());
-        state.entries.insert(id, Entry { method, path, status: None, fault, up: 0, down: 0 });
+        let session_token = session_token(head);
+        let entry = Entry { method, path, session_token, status: None, fault, up: 0, down: 0 };
+        state.entries.insert(id, entry);
         (id, wait, fault)
     }
 
@@ -417,6 +422,11 @@ fn serve(shared: &Shared, client: TcpStream) -> Result<()> {
     Ok(())
 }
 
+fn session_token(head: &Head) -> Option<String> {
+    let query = head.word(1).split(['?', '&']).find_map(|pair| pair.strip_prefix("X-Amz-Security-Token="));
+    query.map(unescape).or_else(|| head.header("x-amz-security-token").map(str::to_owned))
+}
+
 /// One request. Yields whether another may follow on this connection.
 fn exchange(
     shared: &Shared,
@@ -424,8 +434,8 @@ fn exchange(
     from: &mut BufReader<TcpStream>,
     client: &mut TcpStream,
 ) -> Result<bool> {
-    let (method, path) = (head.word(0), head.word(1));
-    let (id, wait, fault) = shared.arrive(method, path);
+    let method = head.word(0);
+    let (id, wait, fault) = shared.arrive(head);
     if !wait.is_zero() {
         shared.pause(wait);
     }
@@ -568,7 +578,7 @@ fn half_of(body: Body, from: &mut impl BufRead) -> Result<u64> {
 /// The status that a condition which does not hold is answered with.
 fn unmet(s3: &S3, head: &Head) -> Result<Option<u16>> {
     let path = head.word(1).split('?').next().unwrap_or_default();
-    let found = s3.send("HEAD", &crate::s3::unescape(path), &[], &[], &[])?;
+    let found = s3.send("HEAD", &unescape(path), &[], &[], &[])?;
     let tag = found.head.header("etag").filter(|_| found.status == 200).map(bare);
     if !matches!(found.status, 200 | 404) {
         return Err(Error::other(format!("the store answered {} to HEAD {path}", found.status)));

@@ -137,3 +137,29 @@ sys.stdout.buffer.write(b'%d\\n' % len(name) + name + content)
     let (name, content) = rest[1..].split_at(length);
     Ok((String::from_utf8_lossy(name).into_owned(), content.to_vec()))
 }
+
+/// The other way round: an object as that program writes it, its name below the crypt root and its bytes.
+pub fn written_by_rclone_crypt_python(
+    name: &str,
+    content: &str,
+    password: &str,
+    salt: &str,
+) -> (String, Vec<u8>) {
+    const PROGRAM: &str = "
+import io, sys
+from rclone_crypt import CryptFile, CryptSecrets, NameCipher
+class Kept(io.BytesIO):
+    def close(self): pass
+name, content, password, salt = sys.argv[1:]
+secrets = CryptSecrets.from_passwords(password, salt)
+names = NameCipher(secrets, filename_encryption='standard', directory_name_encryption=True, filename_encoding='base32')
+kept = Kept()
+with CryptFile.open_write(kept, secrets=secrets) as writer:
+    writer.write(content.encode())
+print(names.encrypt_path(name), kept.getvalue().hex())
+";
+    let said = python(PROGRAM, &[name, content, password, salt]);
+    let (name, hex) = said.split_once(' ').expect("a name and bytes");
+    let byte = |at: usize| u8::from_str_radix(&hex[at..at + 2], 16).expect("hexadecimal");
+    (name.to_owned(), (0..hex.len()).step_by(2).map(byte).collect())
+}

@@ -3,8 +3,8 @@
 
 use cvm_harness::dice::Dice;
 use cvm_harness::sqlite::{TABLE, sum_of};
+use cvm_harness::versioned::{point, write};
 use rusqlite::Connection;
-use sha2::{Digest, Sha256};
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -34,28 +34,70 @@ pub(crate) fn files(dir: &str, log: &str, seed: i32) {
     let (dir, mut log) = (PathBuf::from(dir), Log::open(log));
     fs::create_dir_all(&dir).expect("a directory can be made");
     let mut dice = Dice(u64::from(seed.unsigned_abs()) * 2 + 0x9e37_79b9);
-    let mut there: Vec<String> = Vec::new();
+    let mut there: Vec<(String, u64)> = Vec::new();
+    let mut links: Vec<String> = Vec::new();
     for id in 1u64.. {
         let pick = usize::try_from(dice.up_to(there.len().max(1) as u64)).unwrap_or(0);
         let name = format!("d{}/f{id}", dice.up_to(8));
-        match dice.up_to(10) {
+        match dice.up_to(14) {
             0..=3 => {
                 log.say(&format!("is {id} {name} {id}"));
                 write(&dir.join(&name), id, &mut dice);
-                there.push(name);
+                there.push((name, id));
             }
             4..=6 if !there.is_empty() => {
-                log.say(&format!("is {id} {} {id}", there[pick]));
-                write(&dir.join(&there[pick]), id, &mut dice);
+                log.say(&format!("is {id} {} {id}", there[pick].0));
+                write(&dir.join(&there[pick].0), id, &mut dice);
+                there[pick].1 = id;
             }
             7..=8 if !there.is_empty() => {
-                let old = std::mem::replace(&mut there[pick], name.clone());
+                let old = std::mem::replace(&mut there[pick].0, name.clone());
                 log.say(&format!("moved {id} {old} {name}"));
+                rename(&dir.join(&old), &dir.join(&name));
+            }
+            9 if !there.is_empty() => {
+                let (other, version) = there[pick].clone();
+                log.say(&format!("is {id} {name} {version}"));
                 fs::create_dir_all(dir.join(&name).parent().expect("a name below")).expect("a directory");
-                fs::rename(dir.join(&old), dir.join(&name)).expect("a file can be renamed");
+                fs::hard_link(dir.join(other), dir.join(&name)).expect("a file can have two names");
+                there.push((name, version));
+            }
+            10 => {
+                let name = format!("d{}/l{}", dice.up_to(8), dice.up_to(4));
+                log.say(&format!("is {id} {name} {id}"));
+                point(&dir.join(&name), id);
+                if !links.contains(&name) {
+                    links.push(name);
+                }
+            }
+            11 if !there.is_empty() => {
+                let (old, _) = there[pick].0.rsplit_once('/').expect("a name below");
+                let (old, new) = (format!("{old}/"), format!("moved-{id}/"));
+                let below = there.iter_mut().map(|(name, _)| name).chain(&mut links);
+                let moved: Vec<(String, String)> = below
+                    .filter(|name| name.starts_with(&old))
+                    .map(|name| {
+                        let to = name.replacen(&old, &new, 1);
+                        (std::mem::replace(name, to.clone()), to)
+                    })
+                    .collect();
+                for (old, new) in &moved {
+                    log.say(&format!("moved {id} {old} {new}"));
+                }
+                // As mv does, where a directory cannot be moved as one.
+                if fs::rename(dir.join(&old), dir.join(&new)).is_err() {
+                    for (old, new) in &moved {
+                        rename(&dir.join(old), &dir.join(new));
+                    }
+                }
+            }
+            12 if !links.is_empty() => {
+                let old = links.remove(0);
+                log.say(&format!("gone {id} {old}"));
+                fs::remove_file(dir.join(&old)).expect("a link can be removed");
             }
             _ if !there.is_empty() => {
-                let old = there.swap_remove(pick);
+                let (old, _) = there.swap_remove(pick);
                 log.say(&format!("gone {id} {old}"));
                 fs::remove_file(dir.join(&old)).expect("a file can be removed");
             }
@@ -66,20 +108,9 @@ pub(crate) fn files(dir: &str, log: &str, seed: i32) {
     }
 }
 
-/// A file that says which it is and whether it is whole, put in place as one step.
-fn write(file: &Path, version: u64, dice: &mut Dice) {
-    let length = dice.up_to(30_000);
-    let mut body = Vec::new();
-    while (body.len() as u64) < length {
-        body.extend_from_slice(&dice.up_to(u64::MAX).to_le_bytes());
-    }
-    let sum = Sha256::digest(&body).iter().fold(String::new(), |text, b| text + &format!("{b:02x}"));
-    let part = file.with_extension("part");
-    fs::create_dir_all(file.parent().expect("a name below")).expect("a directory can be made");
-    let mut bytes = format!("{version} {} {sum}\n", body.len()).into_bytes();
-    bytes.extend(body);
-    fs::write(&part, bytes).expect("a file can be written");
-    fs::rename(part, file).expect("a file can be renamed");
+fn rename(old: &Path, new: &Path) {
+    fs::create_dir_all(new.parent().expect("a name below")).expect("a directory can be made");
+    fs::rename(old, new).expect("a file can be renamed");
 }
 
 fn open(database: &str) -> Connection {
