@@ -3,7 +3,7 @@
 //! Medians of at least 15 rounds (5 for the image, whose rounds are long), rounds of all contestants
 //! interleaved, so that a noisy host is noisy for everybody. A table for people, `target/bench/core.json`, `mux.json`,
 //! `image.json` and `storage.json` for machines. Nothing here fails because of a number.
-//! `cvm-bench core|mux|image|lag|commits|files|many` measures a part.
+//! `cvm-bench core|mux|image|lag|commits|files|restore|many` measures a part.
 
 mod contestants;
 mod figures;
@@ -53,7 +53,10 @@ fn main() {
         step(&mut table, "commits on /data and elsewhere", storage::transactions);
     }
     if wants("files") {
-        step(&mut table, "10,000 files: push, start, restore", storage::of_ten_thousand_files);
+        step(&mut table, "10,000 files: push, start, idle", storage::of_ten_thousand_files);
+    }
+    if wants("restore") {
+        step(&mut table, "10,000 files: restore", storage::restore);
     }
     if wants("many") {
         let name = "100,000 files: push, start, idle (half an hour)";

@@ -139,19 +139,24 @@ fn storage_step_ms(machine: &Machine) -> f64 {
     steps.iter().find(|s| s["name"] == "storage").and_then(|s| s["took_ms"].as_f64()).unwrap_or(f64::NAN)
 }
 
-/// Push, start in both modes, and restore.
+/// Push, start, and nothing to do.
 pub(crate) fn of_ten_thousand_files() -> Vec<Figure> {
     of_files(FEWER, "10k files")
 }
 
-/// Push, start, and nothing to do.
+/// The same of more.
 pub(crate) fn of_a_hundred_thousand_files() -> Vec<Figure> {
     of_files(10 * FEWER, "100k files")
 }
 
-fn of_files(files: usize, label: &str) -> Vec<Figure> {
-    let mut figures = Vec::new();
+/// Full restore in sync mode, beside `rclone copy` with its defaults.
+pub(crate) fn restore() -> Vec<Figure> {
     let bed = Bed::new();
+    push(&bed, FEWER, "10k files");
+    restores(&bed, "10k files")
+}
+
+fn push(bed: &Bed, files: usize, label: &str) -> Vec<Figure> {
     let builder = bed.machine();
     fill(&builder.scratch().join("data"), files);
     eprintln!("   pushing {files} files");
@@ -160,16 +165,17 @@ fn of_files(files: usize, label: &str) -> Vec<Figure> {
     wait(&machine, "all is pushed", |s| {
         s["phase"] == "ready" && s["pending_files"] == 0 && s["files"].as_u64() >= Some(files as u64)
     });
-    figures.push(figure("push, 1 GiB", label, "s", vec![began.elapsed().as_secs_f64()], ""));
-    figures.push(figure(
-        "memory while pushing (peak)",
-        label,
-        "MiB",
-        vec![worker_memory(&machine, "VmHWM")],
-        "250",
-    ));
+    let figures = vec![
+        figure("push, 1 GiB", label, "s", vec![began.elapsed().as_secs_f64()], ""),
+        figure("memory while pushing (peak)", label, "MiB", vec![worker_memory(&machine, "VmHWM")], "250"),
+    ];
     assert_eq!(machine.stop(), 0);
-    drop(machine);
+    figures
+}
+
+fn of_files(files: usize, label: &str) -> Vec<Figure> {
+    let bed = Bed::new();
+    let mut figures = push(&bed, files, label);
     for latency in [Duration::ZERO, LATENCY] {
         bed.latency(latency);
         let (mut starts, mut hydrated) = (Vec::new(), Vec::new());
@@ -209,13 +215,9 @@ fn of_files(files: usize, label: &str) -> Vec<Figure> {
     }
     bed.latency(Duration::ZERO);
     figures.extend(idle(&bed, label));
-    if files == FEWER {
-        figures.extend(restores(&bed, label));
-    }
     figures
 }
 
-/// Full restore in sync mode, beside `rclone copy` with its defaults.
 fn restores(bed: &Bed, label: &str) -> Vec<Figure> {
     bed.latency(LATENCY);
     let mut machine = bed.machine().without_fuse().start();

@@ -318,7 +318,22 @@ impl Index {
         Ok(all)
     }
 
+    /// That, and what lies in directories of which nothing is known: a worker that dies has told of
+    /// files before it has told of what they lie in.
+    pub(crate) fn without_directory(&self) -> Result<Vec<(Path, Row)>, Fault> {
+        let mut all = Vec::new();
+        for dir in self.directories(|kind| kind == Some(DIRECTORY))? {
+            all.extend(self.select("WHERE dir = ?", [dir])?);
+        }
+        Ok(all)
+    }
+
     fn directories_astray(&self) -> Result<Vec<Vec<u8>>, Fault> {
+        self.directories(|kind| kind.is_none_or(|kind| kind == DIRECTORY))
+    }
+
+    /// Those in which something lies, and of which they or one above are of a kind that is not fine.
+    fn directories(&self, is_fine: impl Fn(Option<i64>) -> bool) -> Result<Vec<Vec<u8>>, Fault> {
         let db = self.db();
         let mut statement = db.prepare_cached("SELECT DISTINCT dir FROM entry")?;
         let mut kind = db.prepare_cached("SELECT kind FROM entry WHERE dir = ? AND name = ?")?;
@@ -334,7 +349,7 @@ impl Index {
                 } else {
                     let (dir, name) = path.split();
                     let kind: Option<i64> = kind.query_row(params![dir, name], |r| r.get(0)).optional()?;
-                    let fine = kind.is_none_or(|kind| kind == DIRECTORY);
+                    let fine = is_fine(kind);
                     known.insert(path.as_bytes().to_vec(), fine);
                     fine
                 };

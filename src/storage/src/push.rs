@@ -300,10 +300,9 @@ impl Pusher<'_> {
                         to_send.push(ToSend { staged, rank, after });
                     }
                 }
-                Ok(Outcome::Vanished) => rest.moves(held, self.insists),
+                Ok(Outcome::Vanished) | Err(Fault::Missing) => rest.moves(path, held, self.insists),
                 Ok(Outcome::Later(why)) => self.waits(path, why, held, rest),
                 Ok(Outcome::Damaged(why)) => rest.damaged.push((path, why)),
-                Err(Fault::Missing) => rest.moves(held, self.insists),
                 Err(fault) => self.waits(path, fault.to_string(), held, rest),
             }
         }
@@ -408,6 +407,8 @@ impl Pusher<'_> {
 
     fn upload(&self, now: Vec<Staged>, silent: &OnceLock<Fault>) -> Vec<(Sent, Result<(), Fault>)> {
         let (bucket, lease, staging) = (self.bucket, self.lease, self.volume.staging());
+        // What it may have to wait for must not lie between the lease's word and a write.
+        bucket.rclone.make_ready();
         parallel::each(now, UPLOADERS, |staged| {
             let Staged { path, entry, known, copy, .. } = staged;
             let sent = Sent { path, entry, known };
@@ -455,6 +456,7 @@ impl Pusher<'_> {
             if tombs.is_empty() {
                 return Ok(());
             }
+            self.bucket.rclone.make_ready();
             self.lease.confirm(self.bucket)?;
             let (bucket, lease) = (self.bucket, self.lease);
             let buried = parallel::each(tombs, UPLOADERS, |path| {

@@ -97,6 +97,11 @@ impl Rclone {
     }
 
     /// Calls of rclone that went to the bucket, since the start.
+    /// The next call waits for nothing but what it asks for.
+    pub(crate) fn make_ready(&self) {
+        self.remote.made();
+    }
+
     pub(crate) fn calls(&self) -> u64 {
         self.calls.load(Ordering::Relaxed)
     }
@@ -247,7 +252,10 @@ impl Remote {
         let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
         if used.is_none_or(|at| at.elapsed() >= KEPT) {
             // What is wrong with it is said by the call that wants something of it.
-            let _ = Rclone::call("operations/fsinfo", &json!({ "fs": *self.text }));
+            // It asks the server whether there is an object of the prefix's name, and a server that
+            // hangs must not have all of us wait for long.
+            let once = json!({ "fs": *self.text, "_config": { "LowLevelRetries": 1 } });
+            let _ = Rclone::call("operations/fsinfo", &once);
         }
         *used = Some(Instant::now());
         &self.text

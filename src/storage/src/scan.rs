@@ -98,6 +98,15 @@ pub(crate) struct Found {
     pub(crate) seen: u64,
 }
 
+/// Where a path would lie.
+enum Above {
+    Directories,
+    /// Not above; whatever is below is seen.
+    Nothing,
+    /// What hides whatever is below.
+    SomethingElse,
+}
+
 pub(crate) struct Scanner<'a> {
     pub(crate) volume: &'a Volume,
     pub(crate) index: &'a Index,
@@ -141,32 +150,45 @@ impl<'a> Scanner<'a> {
         self.found.impossible.push((path, why.into()));
     }
 
-    /// What is known of places that cannot be, and that no look at a directory comes to.
+    /// What is known of places that cannot be, or of which only what lies there is known, and that no
+    /// look at a directory comes to.
     fn astray(&mut self) -> Result<(), Fault> {
-        let astray = self.index.astray()?;
-        if astray.is_empty() {
+        let rows = self.index.without_directory()?;
+        if rows.is_empty() {
             return Ok(());
         }
+        let astray: HashSet<Path> = self.index.astray()?.into_iter().map(|(path, _)| path).collect();
         let said: HashSet<Path> = self.found.changes.iter().map(|change| change.path().clone()).collect();
-        for (path, _) in astray {
-            if !said.contains(&path) && !self.is_in_directories(&path) {
+        for (path, row) in rows.into_iter().filter(|(path, _)| !said.contains(path)) {
+            let gone = match self.above(&path) {
+                Above::Directories => false,
+                Above::Nothing => astray.contains(&path) || row.bad.is_none() && !row.lower,
+                Above::SomethingElse => astray.contains(&path) || row.bad.is_none(),
+            };
+            if gone {
                 self.found.changes.push(Change::Gone { path });
             }
         }
         Ok(())
     }
 
-    fn is_in_directories(&self, path: &Path) -> bool {
-        let mut above = path.parent();
-        while let Some(dir) = above {
-            // What cannot be looked at is not known to be gone.
-            let Ok(stat) = volume::look(&dir.below(&self.volume.upper)) else { return true };
-            if stat.is_none_or(|stat| volume::kind_of(&stat) != libc::S_IFDIR) {
-                return false;
+    fn above(&self, path: &Path) -> Above {
+        let bytes = path.as_bytes();
+        let ends = bytes.iter().enumerate().filter(|(_, byte)| **byte == b'/').map(|(at, _)| at);
+        let mut opaque = !self.volume.overlay;
+        for dir in ends.filter_map(|end| Path::new(bytes.get(..end)?)) {
+            let at = dir.below(&self.volume.upper);
+            match volume::look(&at) {
+                Ok(Some(stat)) if volume::kind_of(&stat) == libc::S_IFDIR => {
+                    opaque |= volume::mark(&at, OPAQUE).is_some_and(|v| v == b"y");
+                }
+                Ok(None) if !opaque => return Above::Nothing,
+                Ok(_) => return Above::SomethingElse,
+                // What cannot be looked at is not known to be gone.
+                Err(_) => return Above::Directories,
             }
-            above = dir.parent();
         }
-        true
+        Above::Directories
     }
 
     /// Only these directories, without what is below them unless it is new. "" is the top.
@@ -695,6 +717,32 @@ mod tests {
         std::thread::spawn(move || tell.send(bench.words()));
         let words = done.recv_timeout(std::time::Duration::from_secs(10)).expect("no scan waits for a pipe");
         assert_eq!(words, ["db elsewhere", "meta link", "read link-wal", "read y-wal"]);
+    }
+
+    #[test]
+    fn files_go_with_a_directory_of_which_nothing_was_known() {
+        let bench = Bench::new();
+        bench.write("d/e/a", "1");
+        bench.push();
+        // As a worker leaves it that dies after the files and before what they lie in.
+        for dir in ["d", "d/e"] {
+            bench.index.forget(&Path::new(dir.as_bytes()).unwrap()).unwrap();
+        }
+        assert_eq!(bench.words(), ["meta d", "meta d/e"]);
+        let [old, new] = ["d", "x"].map(|name| bench.dir.path().join(name));
+        fs::rename(&old, new).unwrap();
+        assert_eq!(bench.words(), ["gone d/e/a", "meta x", "meta x/e", "read x/e/a"]);
+        // What is only below is seen where nothing above hides it.
+        let volume = Volume { overlay: true, ..Volume::plain(bench.dir.path()).unwrap() };
+        let gone = || {
+            let changes = Scanner::new(&volume, &bench.index, "p", &HashSet::new()).full().unwrap().changes;
+            changes.iter().any(|change| matches!(change, Change::Gone { .. }))
+        };
+        assert!(gone());
+        bench.index.set_all_lower(true).unwrap();
+        assert!(!gone());
+        fs::write(old, "in its place").unwrap();
+        assert!(gone());
     }
 
     #[test]

@@ -110,6 +110,7 @@ pub(crate) fn stage(
     let private = Private::new(volume, name);
     let to = &private.at;
     for attempt in 1..=TRIES {
+        let looked = now_ns();
         let before = match volume.lifting.look(path, &at)? {
             Seen::Is(Some(stat)) => stat,
             Seen::Is(None) => return Ok(Outcome::Vanished),
@@ -176,7 +177,7 @@ pub(crate) fn stage(
             // It goes up with the object, for those who read the bucket with stock rclone.
             volume::set_mtime(to, entry.mtime_ns)?;
             // A file that changed meanwhile is not known by any sign, and so looked at again.
-            let young = !still || is_young(&at, &before, database);
+            let young = !still || is_young(&at, &before, database, looked);
             let sign = if young { Sign { change: 0, ..sign } } else { sign };
             let known = Known { sign, handle };
             return Ok(Outcome::Ready(Staged { path: path.clone(), entry, known, young, copy: private }));
@@ -196,11 +197,12 @@ fn takes(at: &FsPath, stat: &FileStat, database: bool) -> u64 {
 /// Such a file is read once more. Of a log it is the time of its content that counts: each copy
 /// that is taken as root gives the log to the database's owner, and is itself no change. A time far in
 /// the future, which anybody can give a log, is no time that the next change will carry.
-fn is_young(at: &FsPath, stat: &FileStat, database: bool) -> bool {
+/// `looked` is when it was looked at: what changed after that, in the same tick, may have been missed
+/// by a copy that began then, however long it took.
+fn is_young(at: &FsPath, stat: &FileStat, database: bool, looked: i64) -> bool {
     let log = if database { scan::log_of(at) } else { None };
-    let now = now_ns();
     let mut changed = log.iter().map(volume::mtime_ns).chain([volume::ctime_ns(stat)]);
-    changed.any(|changed| now.abs_diff(changed) < TICK_NS)
+    changed.any(|changed| looked.abs_diff(changed) < TICK_NS)
 }
 
 fn now_ns() -> i64 {

@@ -251,6 +251,10 @@ struct Tree<'a> {
     waiting: HashMap<Path, Waiting>,
     /// Rounds in a row in which something moved while it was looked at.
     moving: u32,
+    /// The same, whatever may be done in spite of it.
+    missed: u32,
+    /// The generation that the desk and the lease know of.
+    told: Option<u64>,
     /// Rounds in a row that could not write down every removal.
     held: u32,
 }
@@ -298,6 +302,8 @@ impl<'a> Tree<'a> {
             mending: HashSet::new(),
             waiting: HashMap::new(),
             moving: 0,
+            missed: 0,
+            told: None,
             held: 0,
             ready,
         };
@@ -338,6 +344,7 @@ impl<'a> Tree<'a> {
             }
             let now = uptime();
             if now >= self.rescan_at {
+                self.rescan_at = now + self.rescan;
                 self.everything = true;
                 self.note_change();
             }

@@ -126,6 +126,8 @@ impl Work {
 /// What the beginning of a round means for the rest of it.
 #[derive(Debug, Clone, Default)]
 pub(super) struct SoFar {
+    /// Something was not there any more when it was to be read.
+    pub(super) missed: bool,
     pub(super) moving: bool,
     /// What may have been moved to a name that the bucket does not have yet.
     pub(super) holds: Holds,
@@ -165,6 +167,8 @@ pub(crate) struct Rest {
     pub(crate) elsewhere: Vec<Path>,
     /// What waits for removals that had to wait.
     pub(crate) blocked: Vec<Path>,
+    /// What was not there any more when it was to be read.
+    pub(crate) vanished: Vec<Path>,
     pub(super) so_far: SoFar,
 }
 
@@ -185,7 +189,14 @@ impl Rest {
         self.so_far.moving
     }
 
-    pub(super) fn moves(&mut self, holds: Holds, insists: bool) {
+    /// What was seen may be in the bucket under no name yet, whatever it is called now.
+    pub(crate) fn missed(&self) -> bool {
+        self.so_far.missed || self.so_far.moving
+    }
+
+    pub(super) fn moves(&mut self, path: Path, holds: Holds, insists: bool) {
+        self.so_far.missed = true;
+        self.vanished.push(path);
         if holds != Holds::Nothing && !insists {
             self.so_far.moving = true;
             self.so_far.holds = Holds::Everything;

@@ -74,7 +74,6 @@ impl Tree<'_> {
     /// bucket.
     pub(super) fn push(&mut self) -> Result<(), Fault> {
         let began = uptime();
-        let generation = self.ready.chain.head.generation;
         let before = self.round.take();
         let goes_on = before.is_some();
         let mut round = before.unwrap_or_else(|| self.begin(began));
@@ -97,16 +96,19 @@ impl Tree<'_> {
         if let Some(Fault::Fenced(why)) = rest.fault {
             return Err(Fault::Fenced(why));
         }
-        if self.ready.chain.head.generation != generation {
+        let generation = self.ready.chain.head.generation;
+        if self.told != Some(generation) {
             let whole = self.ready.open.index.totals()?;
             self.worker.desk.head(self.ready.chain.head, whole);
-            self.ready.lease.has_come_to(self.ready.chain.head.generation);
+            self.ready.lease.has_come_to(generation);
+            self.told = Some(generation);
         }
         let again = rest.young.iter().chain(&rest.elsewhere);
         round.after.extend(again.map(|path| path.split().0.to_vec()));
         self.put_off(&rest, &looked_at, round.first.unwrap_or(began));
         let mut not_yet = std::mem::take(&mut round.put_off);
-        not_yet.extend(rest.left.iter().flat_map(Work::files).chain(&rest.blocked).cloned());
+        let others = rest.blocked.iter().chain(&rest.vanished);
+        not_yet.extend(rest.left.iter().flat_map(Work::files).chain(others).cloned());
         self.answer_committed(asked, rest.fault.is_none(), &not_yet);
         if let Some(fault) = rest.fault {
             let pending = round.total.max(self.waiting.len() as u64).max(1);
@@ -126,6 +128,7 @@ impl Tree<'_> {
         self.dirty.append(&mut round.after);
         // What moved on is found where it is now, and then what it left may go.
         self.moving = if rest.moving() { self.moving + 1 } else { 0 };
+        self.missed = if rest.missed() { self.missed + 1 } else { 0 };
         self.everything |= rest.moving() && rest.removals > 0;
         self.held = if rest.removals > 0 { self.held + 1 } else { 0 };
         self.settle(&round);
@@ -138,14 +141,14 @@ impl Tree<'_> {
         let desk = Arc::clone(&self.worker.desk);
         // What has changed meanwhile is the next round's.
         let more = u64::from(self.first.is_some());
+        // What was there when somebody asked is there under its new name in the next round.
+        let goes_on = self.is_asked() && self.missed > 0 && self.missed < HELD_MAX;
+        self.everything |= goes_on;
         if !self.waiting.is_empty() {
             desk.pending(self.waiting.len() as u64 + more, 0, self.oldest(self.first));
             let fault = have_to_wait(self.waiting.iter().map(|(path, w)| (path, w.why.as_str())));
             desk.failed(&fault, None);
-            if self.is_asked() && rest.moving() && self.moving < HELD_MAX {
-                // What is on the move arrives, and then what waits for its name may go up.
-                self.dirty.extend(self.waiting.keys().map(|path| path.split().0.to_vec()));
-            } else {
+            if !goes_on {
                 self.answer_all(Err(&fault));
             }
         } else if self.held > 0 {
@@ -160,7 +163,12 @@ impl Tree<'_> {
         } else {
             desk.pushed();
             desk.pending(more, 0, self.first);
-            if self.troubled.is_empty() {
+            if goes_on {
+                self.start_verifies();
+            } else if self.missed > 0 {
+                let why = "files are renamed faster than they can be read";
+                self.answer_all(Err(&Fault::other(why)));
+            } else if self.troubled.is_empty() {
                 self.answer_all(Ok(()));
             } else {
                 let fault = unfit(&self.troubled);
