@@ -7,6 +7,11 @@ use std::io::ErrorKind;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::Path;
 
+/// Makes what a path lies in.
+pub fn make_room(path: &Path) {
+    fs::create_dir_all(path.parent().expect("a name below")).expect("a directory can be made");
+}
+
 /// Puts a file in place as one step.
 pub fn write(file: &Path, version: u64, dice: &mut Dice) {
     let length = dice.up_to(30_000);
@@ -15,7 +20,7 @@ pub fn write(file: &Path, version: u64, dice: &mut Dice) {
         body.extend_from_slice(&dice.up_to(u64::MAX).to_le_bytes());
     }
     let part = file.with_extension("part");
-    fs::create_dir_all(file.parent().expect("a name below")).expect("a directory can be made");
+    make_room(file);
     let mut bytes = format!("{version} {} {}\n", body.len(), sum_of(&body)).into_bytes();
     bytes.extend(body);
     fs::write(&part, bytes).expect("a file can be written");
@@ -26,7 +31,7 @@ pub fn write(file: &Path, version: u64, dice: &mut Dice) {
 /// Puts a link in place as one step.
 pub fn point(link: &Path, version: u64) {
     let part = link.with_extension("part");
-    fs::create_dir_all(link.parent().expect("a name below")).expect("a directory can be made");
+    make_room(link);
     symlink(version.to_string(), &part).expect("a link can be made");
     fs::rename(part, link).expect("a link can be renamed");
 }

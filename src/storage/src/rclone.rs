@@ -96,12 +96,12 @@ impl Rclone {
         Ok(Self { remote, calls: AtomicU64::new(0) })
     }
 
-    /// Calls of rclone that went to the bucket, since the start.
     /// The next call waits for nothing but what it asks for.
     pub(crate) fn make_ready(&self) {
         self.remote.made();
     }
 
+    /// Calls of rclone that went to the bucket, since the start.
     pub(crate) fn calls(&self) -> u64 {
         self.calls.load(Ordering::Relaxed)
     }

@@ -3,7 +3,7 @@
 
 use cvm_harness::dice::Dice;
 use cvm_harness::sqlite::{TABLE, sum_of};
-use cvm_harness::versioned::{point, write};
+use cvm_harness::versioned::{make_room, point, write};
 use rusqlite::Connection;
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
@@ -58,7 +58,7 @@ pub(crate) fn files(dir: &str, log: &str, seed: i32) {
             9 if !there.is_empty() => {
                 let (other, version) = there[pick].clone();
                 log.say(&format!("is {id} {name} {version}"));
-                fs::create_dir_all(dir.join(&name).parent().expect("a name below")).expect("a directory");
+                make_room(&dir.join(&name));
                 fs::hard_link(dir.join(other), dir.join(&name)).expect("a file can have two names");
                 there.push((name, version));
             }
@@ -109,7 +109,7 @@ pub(crate) fn files(dir: &str, log: &str, seed: i32) {
 }
 
 fn rename(old: &Path, new: &Path) {
-    fs::create_dir_all(new.parent().expect("a name below")).expect("a directory can be made");
+    make_room(new);
     fs::rename(old, new).expect("a file can be renamed");
 }
 
