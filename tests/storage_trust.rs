@@ -2,13 +2,13 @@
 //! started on, never be overwritten, and never be told.
 
 use cvm_harness::cloud::{Cloud, HEALTHY, flush, independent, storage};
-use cvm_harness::evidence::{contains, files};
+use cvm_harness::evidence::contains;
 use cvm_harness::machine::{MASTER_KEY, PATIENCE};
 use cvm_harness::tools::Rclone;
 use cvm_harness::{Builder, Fault, Garage, Machine, Network, Proxy, Rule, digest, until};
 use std::collections::BTreeMap;
 use std::io::Write as _;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 /// What [`MASTER_KEY`] derives: see tests/vectors/keys.json.
 const PASSWORD: &str = "fWxyhzuLSQizHmoLLNCIFuPKNGAgWm3D5LziNPZ2UdM=";
@@ -270,6 +270,75 @@ fn objects_are_checked(mode: Mode) {
     }
     let expected = of(ordinary, &ATTACKED);
     ordinary_objects_are_incidents(&cloud, &machine, &good, &expected);
+}
+
+#[test]
+fn what_is_written_on_top_of_an_older_version_is_pushed_and_an_incident_until_somebody_looks() {
+    let cloud = Cloud::new();
+    let mut machine = started(cloud.machine());
+    let raw = Raw::new(&cloud.garage);
+    let place = "openclaw/workspace";
+    let paths = ["appended", "rewritten", "replaced", "fine"].map(|name| format!("{place}/{name}"));
+    write(&machine, &paths.each_ref().map(String::as_str), "first");
+    machine.ok(&[
+        "sh",
+        "-ec",
+        &format!(
+            "mkdir /data/{place}/small; cd /data/{place}/small; for n in $(seq 300); do echo $n > $n; done"
+        ),
+    ]);
+    flush(&machine);
+    let old = paths.each_ref().map(|path| raw.get(path));
+    // The largest come up last.
+    let long = |path: &str| content(path, "second").repeat(4);
+    for path in &paths {
+        std::fs::write(machine.path(&format!("/data/{path}")), long(path)).expect("it is there");
+    }
+    // And one is a stub above, before its data is.
+    machine.ok(&["chmod", "751", &format!("/data/{}", paths[1])]);
+    flush(&machine);
+    assert_eq!(machine.stop(), 0, "{}", machine.output());
+    for (path, old) in paths.iter().zip(&old).take(3) {
+        raw.put(path, old);
+    }
+    cloud.proxy.latency(Duration::from_millis(300));
+    let mut machine = started(cloud.machine().environment("S3_HEARTBEAT", "1"));
+    machine.ok(&[
+        "sh",
+        "-ec",
+        "cd /data/openclaw/workspace; echo more >> appended; echo new > rewritten; echo more >> fine;
+         echo new > other; mv other replaced",
+    ]);
+    assert_ne!(storage(&machine)["independent"], true, "it was written to before it was fetched");
+    cloud.proxy.heal();
+    // The second might be built on what was there: nobody can tell. The third is not.
+    let tainted = paths[..2].to_vec();
+    until("both are incidents", LONG, || (incidents(&machine) == tainted).then_some(()));
+    flush(&machine);
+    independent(&machine);
+    let content_of = |path: &str| raw.rclone.ok(&["cat", &format!("crypt:{path}")]);
+    // Whatever the kernel has made of what was there.
+    let appended = read(&machine, &paths[0]).expect("it is there");
+    assert!(appended.starts_with(&content(&paths[0], "first")) && appended.ends_with(b"more\n"));
+    let fine = [&long(&paths[3])[..], b"more\n"].concat();
+    for (path, wanted) in paths.iter().zip([&appended[..], b"new\n", b"new\n", &fine]) {
+        let found = content_of(path);
+        assert!(found == wanted, "{path} in the bucket has {} bytes, not {}", found.len(), wanted.len());
+    }
+    let told = machine.exec(&["cvm", "storage", "status"]).stdout;
+    assert!(contains(&told, "may be built on that"), "{}", String::from_utf8_lossy(&told));
+    // Neither another version nor another worker makes that forgotten.
+    machine.ok(&["sh", "-c", "echo again >> /data/openclaw/workspace/appended"]);
+    flush(&machine);
+    machine.ok(&["cvm", "restart", "storage"]);
+    flush(&machine);
+    assert_eq!(incidents(&machine), tainted);
+    accept(&machine);
+    flush(&machine);
+    assert_eq!(incidents(&machine), Vec::<String>::new());
+    let now = read(&machine, &paths[0]).expect("it is there");
+    assert!(now == [&appended[..], b"again\n"].concat(), "it has {} bytes", now.len());
+    assert_eq!(machine.stop(), 0, "{}", machine.output());
 }
 
 /// Beside a gateway that runs.
@@ -1285,7 +1354,7 @@ fn freeze(machine: &Machine, signal: &str) {
     }
 }
 
-fn a_frozen_owner(mode: Mode) {
+fn a_frozen_owner(mode: Mode, pushes: bool) {
     let cloud = Cloud::new();
     let elsewhere = Elsewhere::new(&cloud);
     let old = started(in_mode(mode, cloud.machine()));
@@ -1294,6 +1363,14 @@ fn a_frozen_owner(mode: Mode) {
     flush(&old);
     independent(&old);
     flush(&old);
+    if pushes {
+        cloud.proxy.latency(Duration::from_millis(100));
+        cloud.proxy.clear_log();
+        let many: Vec<String> = (0..300).map(|n| format!("openclaw/workspace/many/{n}")).collect();
+        write(&old, &many.iter().map(String::as_str).collect::<Vec<_>>(), "half");
+        let in_the_middle = || cloud.proxy.log().iter().filter(|e| e.method == "PUT").count() > 60;
+        until("it is in the middle of a push", PATIENCE, || in_the_middle().then_some(()));
+    }
     freeze(&old, "STOP");
     let new = started(in_mode(mode, elsewhere.machine(&cloud)));
     independent(&new);
@@ -1301,8 +1378,13 @@ fn a_frozen_owner(mode: Mode) {
     flush(&new);
     // Written while nobody looked: it belongs to nobody's history.
     write(&old, &["openclaw/workspace/a", "openclaw/workspace/frozen"], "the old owner's");
+    cloud.proxy.clear_log();
     freeze(&old, "CONT");
     says(&old, "waiting", &["owns the bucket"]);
+    let writes = cloud.proxy.log().iter().filter(|e| e.method != "GET" && e.method != "HEAD").count();
+    // What a thread had been told that it may write when it was frozen, nobody can take back.
+    let told = if pushes { 16 } else { 0 };
+    assert!(writes <= told, "{writes} writes without asking");
     until("the old owner's gateway is stopped", PATIENCE, || (!gateway_runs(&old)).then_some(()));
     new.ok(&["cvm", "storage", "verify", "--deep"]);
     let before = tree(&new);
@@ -1361,12 +1443,17 @@ fn a_volume_of_an_earlier_owner_is_not_merged_when_the_record_of_the_later_one_i
 
 #[test]
 fn an_owner_that_was_frozen_stops_when_it_finds_its_successor_in_fuse_mode() {
-    a_frozen_owner(Mode::Fuse);
+    a_frozen_owner(Mode::Fuse, false);
+}
+
+#[test]
+fn an_owner_that_was_frozen_in_the_middle_of_a_push_writes_nothing_more() {
+    a_frozen_owner(Mode::Fuse, true);
 }
 
 #[test]
 fn an_owner_that_was_frozen_stops_when_it_finds_its_successor_in_sync_mode() {
-    a_frozen_owner(Mode::Sync);
+    a_frozen_owner(Mode::Sync, false);
 }
 
 fn local_volume(cloud: &Cloud) -> Builder {
@@ -1453,15 +1540,31 @@ fn secrets(cloud: &Cloud) -> Vec<(&'static str, Vec<u8>)> {
         ("the crypt salt", SALT.as_bytes().to_vec()),
         ("the manifest key", manifest.to_vec()),
         ("the manifest key in hex", hex.into_bytes()),
+        ("the session token", SESSION_TOKEN.as_bytes().to_vec()),
     ]
 }
 
+const SESSION_TOKEN: &str = "a-token-that-ends-with-its-session/0123456789+==";
+
+/// Every file that was written in a machine since then, wherever it is.
+fn written_since(machine: &Machine, moment: SystemTime) -> Vec<(String, Vec<u8>)> {
+    let since = moment.duration_since(SystemTime::UNIX_EPOCH).expect("now is later").as_secs_f64();
+    let since = format!("@{since:.3}");
+    let all = "exec find / /run /tmp /data /dev/shm /run/openclaw-cvm/volume -xdev \
+               -path /proc -prune -o -path /sys -prune -o -type f -newerct $0 -print0";
+    let found = machine.exec(&["sh", "-c", all, &since]).stdout;
+    let names = found.split(|byte| *byte == 0).filter(|name| !name.is_empty());
+    let names = names.map(|name| String::from_utf8_lossy(name).into_owned());
+    names.map(|name| (name.clone(), std::fs::read(machine.path(&name)).unwrap_or_default())).collect()
+}
+
 #[track_caller]
-fn tells_nothing(machine: &Machine, secrets: &[(&'static str, Vec<u8>)]) {
-    let mut places: Vec<(String, Vec<u8>)> =
-        ["/run", "/tmp", "/var/log", "/data", "/root/.ssh"].iter().flat_map(|d| files(machine, d)).collect();
+fn tells_nothing(machine: &Machine, since: SystemTime, secrets: &[(&'static str, Vec<u8>)]) {
+    let mut places = written_since(machine, since);
+    let place = "/var/log/openclaw-cvm/supervisor.log";
+    assert!(places.iter().any(|(name, _)| name == place), "{place} was not looked at");
     for process in machine.processes() {
-        for file in ["environ", "cmdline"] {
+        for file in ["environ", "cmdline", "mountinfo", "maps", "comm", "status"] {
             let bytes = std::fs::read(machine.path(&format!("/proc/{}/{file}", process.pid)));
             places.push((
                 format!("{file} of {} {}", process.pid, process.arguments),
@@ -1488,10 +1591,17 @@ fn tells_nothing(machine: &Machine, secrets: &[(&'static str, Vec<u8>)]) {
 fn no_run_and_no_failure_writes_a_secret_down() {
     let cloud = Cloud::new();
     let secrets = secrets(&cloud);
-    let noisy = || cloud.machine().environment("LOG_LEVEL", "trace").environment("LOG_SERVICES", "1");
+    let since = SystemTime::now();
+    let noisy = || {
+        let machine = cloud.machine().environment("AWS_SESSION_TOKEN", SESSION_TOKEN);
+        machine.environment("LOG_LEVEL", "trace").environment("LOG_SERVICES", "1")
+    };
     let machine = started(noisy());
     write(&machine, &["openclaw/workspace/a"], "words");
     flush(&machine);
+    let mut index = written_since(&machine, since);
+    index.retain(|(name, bytes)| name.contains("/storage/index") && contains(bytes, "workspace"));
+    assert!(!index.is_empty(), "the volume itself is looked at");
     for fault in
         [Fault::Status(403), Fault::Status(400), Fault::Status(503), Fault::Reset, Fault::HalfResponse]
     {
@@ -1500,8 +1610,19 @@ fn no_run_and_no_failure_writes_a_secret_down() {
         let _ = machine.exec(&["cvm", "storage", "flush"]);
         let _ = machine.exec(&["cvm", "storage", "verify"]);
         let _ = machine.exec(&["cvm", "storage", "get", "openclaw/workspace/a"]);
-        tells_nothing(&machine, &secrets);
+        tells_nothing(&machine, since, &secrets);
         cloud.proxy.heal();
+    }
+    // Both of its runtimes have words to say when they die, and the kernel a core to leave.
+    for signal in ["SEGV", "ABRT", "QUIT"] {
+        let pid = machine.find("lib/openclaw-cvm/cvm-storage").expect("the worker runs").pid;
+        machine.ok(&["kill", &format!("-{signal}"), &pid.to_string()]);
+        until("another one has the tree", LONG, || {
+            machine.exec(&["cvm", "start", "storage", "--no-wait"]);
+            let other = machine.find("lib/openclaw-cvm/cvm-storage").is_some_and(|p| p.pid != pid);
+            (other && storage(&machine)["phase"] == "ready").then_some(())
+        });
+        tells_nothing(&machine, since, &secrets);
     }
     let mut machine = machine;
     until("all is pushed", LONG, || {
@@ -1515,14 +1636,15 @@ fn no_run_and_no_failure_writes_a_secret_down() {
         assert!(!contains(&bytes, b"words of openclaw"), "{key} is not encrypted");
     }
     assert_eq!(machine.stop(), 0);
+    let obscured = ["another password", SALT].map(cvm_harness::tools::obscure);
     let failing = [
         (noisy().environment("MASTER_KEY", "another horse, another battery"), "refused"),
         (noisy().environment("AWS_SECRET_ACCESS_KEY", &"deadbeef".repeat(8)), "opening"),
         (noisy().environment("S3_ENDPOINT", "http://127.0.0.1:9"), "opening"),
         (
             noisy()
-                .environment("RCLONE_CRYPT_PASSWORD", &cvm_harness::tools::obscure("another password"))
-                .environment("RCLONE_CRYPT_PASSWORD2", &cvm_harness::tools::obscure(SALT)),
+                .environment("RCLONE_CRYPT_PASSWORD", &obscured[0])
+                .environment("RCLONE_CRYPT_PASSWORD2", &obscured[1]),
             "refused",
         ),
     ];
@@ -1530,11 +1652,14 @@ fn no_run_and_no_failure_writes_a_secret_down() {
     more.extend([
         ("another key", b"another horse, another battery".to_vec()),
         ("a wrong secret", b"deadbeef".repeat(8)),
+        ("a wrong password", b"another password".to_vec()),
+        ("an obscured password", obscured[0].clone().into_bytes()),
+        ("an obscured salt", obscured[1].clone().into_bytes()),
     ]);
     for (builder, phase) in failing {
         let machine = builder.start();
         says(&machine, phase, &[]);
-        tells_nothing(&machine, &more);
+        tells_nothing(&machine, since, &more);
     }
 }
 

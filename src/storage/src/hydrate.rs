@@ -2,11 +2,12 @@
 //! copied up by the kernel, which does it as one step whoever else writes at the same moment.
 //!
 //! Refuses to copy up what does not match the manifest: that is hidden, and an incident.
-//! May import: `desk`, `entry`, `fault`, `fetch`, `index`, `lifting`, `manifest`, `moved`, `order`,
+//! May import: `below`, `desk`, `entry`, `fault`, `fetch`, `index`, `lifting`, `manifest`, `moved`, `order`,
 //! `owner`, `scan`, `stage`, `volume`.
 
+use crate::below::{self, is_written};
 use crate::desk::{Desk, Open};
-use crate::entry::{Entry, Kind, Path};
+use crate::entry::{Entry, Path};
 use crate::fault::Fault;
 use crate::fetch::{self, Fetcher, Got, Wanted};
 use crate::index::{Known, Row};
@@ -15,7 +16,6 @@ use crate::order::Unread;
 use crate::owner::{self, uptime};
 use crate::volume::{self, Within};
 use crate::{lifting, moved, parallel, scan, stage};
-use cvm_blueprint::paths;
 use cvm_blueprint::storage::Progress;
 use std::collections::HashSet;
 use std::fs::OpenOptions;
@@ -25,8 +25,8 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 const THREADS: usize = 12;
-/// Rows that are marked at once.
-const BATCH: usize = 256;
+/// Rows that are marked at once. Until they are, a round takes what has come up for new.
+const BATCH: usize = 64;
 /// Reads of one file that fail before somebody else is asked about it.
 const TRIES: u32 = 3;
 /// Between two passes in which nothing came up: the first time, and at most.
@@ -43,9 +43,10 @@ pub(crate) const REMEDY: &str = "look at the object's versions in the bucket; pu
 enum Lifted {
     /// With what it is known by, unless somebody has written to it.
     Up(Path, Option<Known>),
-    Bad(Path, String),
+    /// And what was known of it then.
+    Bad(Path, String, Row),
     /// The mount says "I/O error" for everything; rclone says what it is.
-    Unclear(Path),
+    Unclear(Path, Row),
     Later(Path, Fault),
     /// Not tried, because others could not be had.
     Skipped,
@@ -80,7 +81,7 @@ impl Pass {
             Lifted::Later(_, fault) if fault.is_no_room() => {
                 self.too_large.fetch_min(size, Ordering::Relaxed);
             }
-            Lifted::Later(..) | Lifted::Unclear(_) => self.failed(),
+            Lifted::Later(..) | Lifted::Unclear(..) => self.failed(),
             Lifted::Up(..) | Lifted::Bad(..) => self.failed_in_a_row.store(0, Ordering::Relaxed),
             Lifted::Skipped => {}
         }
@@ -116,7 +117,7 @@ pub(crate) fn run(open: &Open, desk: &Desk, stop: &AtomicBool) -> Result<bool, F
             return Ok(true);
         }
         // What could not be had keeps nothing back that can.
-        rows.sort_by_key(|(path, row)| (failed.contains(path), !row.entry.is_database(), row.entry.size()));
+        rows.sort_by_cached_key(|(path, row)| (failed.contains(path), turn(&row.entry), path.clone()));
         let (pass, mut outcome) = (Pass::new(), Outcome::default());
         for batch in rows.chunks(BATCH) {
             if stop.load(Ordering::Relaxed) {
@@ -151,6 +152,12 @@ pub(crate) fn run(open: &Open, desk: &Desk, stop: &AtomicBool) -> Result<bool, F
     Ok(false)
 }
 
+/// Databases come first, and small files before large ones. Those of about one size come as they lie:
+/// what happens in a directory is looked at there while it lasts, and not again and again.
+fn turn(entry: &Entry) -> u32 {
+    if entry.is_database() { 0 } else { 1 + entry.size().max(1 << 14).ilog2() / 2 }
+}
+
 /// After so many passes in a row in which nothing came up.
 fn pause(idle: u32) -> Duration {
     AGAIN.0.saturating_mul(1 << idle.saturating_sub(1).min(8)).min(AGAIN.1)
@@ -177,15 +184,17 @@ fn say(desk: &Desk, later: &[(Path, Fault)], wait: Duration) {
 
 /// What rclone says of a file that the mount does not give. `in_vain` is what it said of others, and
 /// an outage is not found out with each of them.
-fn explain(open: &Open, path: Path, in_vain: &mut Vec<Fault>) -> Lifted {
+fn explain(open: &Open, path: Path, row: Row, in_vain: &mut Vec<Fault>) -> Lifted {
     if let Some(fault) = in_vain.last().filter(|_| in_vain.len() >= ASKED) {
         return Lifted::Later(path, fault.clone());
     }
-    let lifted = ask_rclone(open, &path);
-    if let Lifted::Later(_, fault) = &lifted {
-        in_vain.push(fault.clone());
+    match ask_rclone(open, &path) {
+        Ok(why) => Lifted::Bad(path, why, row),
+        Err(fault) => {
+            in_vain.push(fault.clone());
+            Lifted::Later(path, fault)
+        }
     }
-    lifted
 }
 
 fn settle(open: &Open, desk: &Desk, lifted: Vec<Lifted>, outcome: &mut Outcome) -> Result<(), Fault> {
@@ -193,21 +202,19 @@ fn settle(open: &Open, desk: &Desk, lifted: Vec<Lifted>, outcome: &mut Outcome) 
     let mut in_vain: Vec<Fault> = Vec::new();
     for one in lifted {
         let one = match one {
-            Lifted::Unclear(path) => explain(open, path, &mut in_vain),
+            Lifted::Unclear(path, row) => explain(open, path, row, &mut in_vain),
             one => one,
         };
         match one {
             Lifted::Up(path, Some(one)) => known.push((path, one)),
             Lifted::Up(path, None) => up.push(path),
-            Lifted::Bad(path, why) => {
-                outcome.progressed = true;
-                open.index.set_bad(&path, Some(&why))?;
-                open.index.set_lower(std::slice::from_ref(&path), false)?;
-                parallel::apart(|| hide(open, &path));
-                desk.incident(&path.to_string(), &why, REMEDY);
-            }
+            Lifted::Bad(path, why, row) => match condemn(open, desk, &path, &row, &why)? {
+                Sentence::Hidden => outcome.progressed = true,
+                Sentence::Stays => up.push(path),
+                Sentence::NotTheSame => {}
+            },
             Lifted::Later(path, fault) => outcome.later.push((path, fault)),
-            Lifted::Unclear(_) | Lifted::Skipped => {}
+            Lifted::Unclear(..) | Lifted::Skipped => {}
         }
     }
     outcome.progressed |= !up.is_empty() || !known.is_empty();
@@ -215,10 +222,39 @@ fn settle(open: &Open, desk: &Desk, lifted: Vec<Lifted>, outcome: &mut Outcome) 
     open.index.set_known(&known)
 }
 
+enum Sentence {
+    Hidden,
+    /// What is above is the gateway's.
+    Stays,
+    /// It was pushed or removed meanwhile.
+    NotTheSame,
+}
+
+/// What is done about a bad object. Since it was read, a round may have put another in its place: that
+/// is ours, and what was there before was checked then.
+fn condemn(open: &Open, desk: &Desk, path: &Path, row: &Row, why: &str) -> Result<Sentence, Fault> {
+    if open.index.get(path)?.as_ref() != Some(row) {
+        return Ok(Sentence::NotTheSame);
+    }
+    if is_written(&open.volume, path) {
+        if below::is_built_on(&open.volume, path) && !row.unsure {
+            let why = below::built_on(why);
+            open.index.taint(path, &why)?;
+            desk.incident(&path.to_string(), &why, below::REMEDY);
+        }
+        return Ok(Sentence::Stays);
+    }
+    open.index.set_bad(path, Some(why))?;
+    open.index.set_lower(std::slice::from_ref(path), false)?;
+    parallel::apart(|| hide(open, path));
+    desk.incident(&path.to_string(), why, REMEDY);
+    Ok(Sentence::Hidden)
+}
+
 /// What is wrong in the bucket is not there for the gateway. What it has already written over is
 /// its own and stays.
 fn hide(open: &Open, path: &Path) {
-    if written(open, path) {
+    if is_written(&open.volume, path) {
         return;
     }
     // Its directories are the agent's to replace by links.
@@ -232,16 +268,12 @@ fn hide(open: &Open, path: &Path) {
     }
 }
 
-/// Whether the upper layer has content of its own for it.
-fn written(open: &Open, path: &Path) -> bool {
-    let above = path.below(&open.volume.upper);
-    volume::look(&above).ok().flatten().is_some()
-        && volume::mark(&above, c"trusted.overlay.metacopy").is_none()
-}
-
 fn lift(open: &Open, path: &Path, row: &Row, pass: &Pass) -> Lifted {
-    if !row.entry.is_file() || written(open, path) {
+    if !row.entry.is_file() {
         return Lifted::Up(path.clone(), None);
+    }
+    if is_written(&open.volume, path) {
+        return leave(open, path, row, pass);
     }
     // Not read for nothing.
     if open.volume.room().is_ok_and(|room| room.free < row.entry.size()) {
@@ -252,10 +284,21 @@ fn lift(open: &Open, path: &Path, row: &Row, pass: &Pass) -> Lifted {
             Ok(known) => Lifted::Up(path.clone(), known),
             Err(fault) => Lifted::Later(path.clone(), fault),
         },
-        // Written over while it was read, and pushed: the object is the new one, and ours.
-        Some(Err(_)) if written(open, path) => Lifted::Up(path.clone(), None),
-        Some(Err(why)) => Lifted::Bad(path.clone(), why),
-        None => Lifted::Unclear(path.clone()),
+        Some(Err(why)) => Lifted::Bad(path.clone(), why, row.clone()),
+        None => Lifted::Unclear(path.clone(), row.clone()),
+    }
+}
+
+/// What is above is the gateway's, and stays as it is. Of an upload whose end is not known, what is
+/// below may be the new object: it was checked before that was begun.
+fn leave(open: &Open, path: &Path, row: &Row, pass: &Pass) -> Lifted {
+    if row.unsure || !below::is_built_on(&open.volume, path) {
+        return Lifted::Up(path.clone(), None);
+    }
+    match checked_below(path, &row.entry, pass) {
+        Some(Ok(())) => Lifted::Up(path.clone(), None),
+        Some(Err(why)) => Lifted::Bad(path.clone(), why, row.clone()),
+        None => Lifted::Unclear(path.clone(), row.clone()),
     }
 }
 
@@ -268,7 +311,7 @@ fn checked_below(path: &Path, entry: &Entry, pass: &Pass) -> Option<Result<(), S
                 break;
             }
         }
-        match check_below(path, entry) {
+        match below::check(path, entry) {
             Ok(outcome) => return Some(outcome),
             Err(fault @ Fault::Missing) => return fetch::lost(&fault).map(|why| Err(why.to_owned())),
             Err(_) => {}
@@ -277,29 +320,15 @@ fn checked_below(path: &Path, entry: &Entry, pass: &Pass) -> Option<Result<(), S
     None
 }
 
-/// Reads it where the mount shows it. The kernel keeps what was read, and copies up from that.
-fn check_below(path: &Path, entry: &Entry) -> Result<Result<(), String>, Fault> {
-    let Kind::File { size, sha: Some(sha), .. } = entry.kind else { return Ok(Ok(())) };
-    let at = path.below(std::path::Path::new(paths::BUCKET_MOUNT));
-    if volume::look(&at)?.is_none() {
-        return Err(Fault::Missing);
-    }
-    let (found_size, found) = stage::hash(&at)?;
-    Ok(if (found_size, found) == (size, sha) { Ok(()) } else { Err(fetch::unlike(found_size, size)) })
-}
-
-fn ask_rclone(open: &Open, path: &Path) -> Lifted {
+/// Why it is bad, or what keeps us from knowing.
+fn ask_rclone(open: &Open, path: &Path) -> Result<String, Fault> {
     let name = format!("look-{:?}", std::thread::current().id()).replace(['(', ')'], "");
     let staging = open.volume.staging();
     let asked = open.bucket.rclone.download(&path.object(), &staging, &name);
     let _ = std::fs::remove_file(staging.join(&name));
-    let Err(fault) = asked else {
-        let why = "the mount of the bucket did not give it, and the bucket does";
-        return Lifted::Later(path.clone(), Fault::other(why));
-    };
-    match fetch::lost(&fault) {
-        Some(why) => Lifted::Bad(path.clone(), why.to_owned()),
-        None => Lifted::Later(path.clone(), fault),
+    match asked {
+        Ok(()) => Err(Fault::other("the mount of the bucket did not give it, and the bucket does")),
+        Err(fault) => fetch::lost(&fault).map(str::to_owned).ok_or(fault),
     }
 }
 
@@ -393,10 +422,7 @@ pub(crate) fn lift_tree(open: &Open, path: &Path) -> Result<Vec<Unread>, Fault> 
                 unread.push(Unread { path: here, data_at: Some(old), why });
                 continue;
             }
-            Moved::Unclear => match ask_rclone(open, &old) {
-                Lifted::Bad(_, why) => Some(why),
-                _ => None,
-            },
+            Moved::Unclear => ask_rclone(open, &old).ok(),
         };
         let Some(why) = bad else {
             let why = "its data, still under another name, is not to be had".to_owned();
@@ -430,9 +456,11 @@ fn lift_moved(open: &Open, here: &Path, old: &Path, row: &Row) -> Moved {
             Ok(_) => Moved::Up,
             Err(fault) => Moved::Later(format!("its data cannot be brought up: {fault}")),
         },
-        Some(Err(_)) if written(open, here) => Moved::Up,
+        Some(Err(_)) if is_written(&open.volume, here) => Moved::Up,
         // The manifest speaks of that.
-        Some(Err(_)) if written(open, old) => Moved::Later("its old name is another file's".to_owned()),
+        Some(Err(_)) if is_written(&open.volume, old) => {
+            Moved::Later("its old name is another file's".to_owned())
+        }
         Some(Err(why)) => Moved::Bad(why),
         None => Moved::Unclear,
     }
@@ -474,7 +502,7 @@ impl Below {
         };
         let (kind, mtime_ns) = kind?;
         match kind {
-            libc::S_IFREG if !written(open, path) => {
+            libc::S_IFREG if !is_written(&open.volume, path) => {
                 self.files.extend(old.and_then(|old| Path::new(&old)).map(|old| (path.clone(), old)));
             }
             libc::S_IFDIR => {
@@ -495,9 +523,16 @@ impl Below {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::entry::Kind;
 
     fn path() -> Path {
         Path::new(b"a").unwrap()
+    }
+
+    fn row() -> Row {
+        let kind = Kind::File { size: 0, sha: None, database: false };
+        let entry = Entry { kind, mode: 0o600, uid: 0, gid: 0, mtime_ns: 0, link: None };
+        Row { entry, sign: None, lower: true, unsure: false, promised: false, bad: None }
     }
 
     #[test]
@@ -511,7 +546,7 @@ mod tests {
     fn a_pass_ends_when_nothing_can_be_had_and_not_because_of_some() {
         let pass = Pass::new();
         for n in 0..4 * ENOUGH {
-            pass.note(1, &Lifted::Unclear(path()));
+            pass.note(1, &Lifted::Unclear(path(), row()));
             if n % 3 == 0 {
                 pass.note(1, &Lifted::Up(path(), None));
             }

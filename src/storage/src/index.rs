@@ -83,6 +83,7 @@ impl Index {
              CREATE INDEX IF NOT EXISTS entry_handle ON entry (s_handle) WHERE s_handle IS NOT NULL;
              CREATE INDEX IF NOT EXISTS entry_bad ON entry (bad) WHERE bad IS NOT NULL;
              CREATE INDEX IF NOT EXISTS entry_database ON entry (kind) WHERE kind = 1;
+             CREATE TABLE IF NOT EXISTS taint (path BLOB PRIMARY KEY, why TEXT NOT NULL) WITHOUT ROWID;
              CREATE TABLE IF NOT EXISTS tomb (path BLOB PRIMARY KEY) WITHOUT ROWID;
              CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;",
         )?;
@@ -141,7 +142,7 @@ impl Index {
         let mut db = self.db();
         let transaction = db.transaction()?;
         transaction.execute_batch(&format!(
-            "DELETE FROM entry; DELETE FROM tomb;
+            "DELETE FROM entry; DELETE FROM tomb; DELETE FROM taint;
              DELETE FROM meta WHERE name IN ('head', 'independent', 'laid', 'lowered', 'restored'); {and}"
         ))?;
         transaction.commit()?;
@@ -383,6 +384,31 @@ impl Index {
 
     pub(crate) fn bad(&self) -> Result<Vec<(Path, Row)>, Fault> {
         self.select("WHERE bad IS NOT NULL", [])
+    }
+
+    /// What the gateway has made of this file began as something bad. That stays so, whatever is
+    /// pushed and removed, until somebody has looked.
+    pub(crate) fn taint(&self, path: &Path, why: &str) -> Result<(), Fault> {
+        let sql = "INSERT OR REPLACE INTO taint VALUES (?, ?)";
+        self.db().prepare_cached(sql)?.execute(params![path.as_bytes(), why])?;
+        Ok(())
+    }
+
+    pub(crate) fn untaint(&self, path: &Path) -> Result<(), Fault> {
+        self.db().prepare_cached("DELETE FROM taint WHERE path = ?")?.execute([path.as_bytes()])?;
+        Ok(())
+    }
+
+    pub(crate) fn tainted(&self) -> Result<Vec<(Path, String)>, Fault> {
+        let db = self.db();
+        let mut statement = db.prepare_cached("SELECT path, why FROM taint")?;
+        let rows = statement.query_map([], |r| Ok((r.get::<_, Vec<u8>>(0)?, r.get(1)?)))?;
+        let mut all = Vec::new();
+        for found in rows {
+            let (path, why) = found?;
+            all.extend(Path::new(&path).map(|path| (path, why)));
+        }
+        Ok(all)
     }
 
     fn select(&self, which: &str, values: impl rusqlite::Params) -> Result<Vec<(Path, Row)>, Fault> {

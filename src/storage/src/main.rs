@@ -20,6 +20,7 @@
 //! those for itself, so the lifeline is the message.
 //! May import: `cvm-blueprint`, `cvm-obscure`, `cvm-process`, and the rooms below.
 
+mod below;
 mod boots;
 mod bucket;
 mod chain;

@@ -14,12 +14,13 @@
 //! A round that is long is made in slices: between two of them the worker reads its orders, and what
 //! databases have committed meanwhile goes up before the rest.
 //!
-//! Refuses to write when the lease does not confirm it. May import: `bucket`, `chain`, `entry`,
+//! Refuses to write when the lease does not confirm it. May import: `below`, `bucket`, `chain`, `entry`,
 //! `fault`, `index`, `manifest`, `order`, `owner`, `parallel`, `rules`, `scan`, `stage`, `volume`, `way`.
 
 mod exchange;
 mod work;
 
+use crate::below::{self, Verdict};
 use crate::bucket::Bucket;
 use crate::chain::Chain;
 use crate::entry::{Entry, Kind, Path};
@@ -37,6 +38,7 @@ use exchange::{Exchange, Living};
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use work::{Holds, SoFar};
 pub(crate) use work::{Rest, Work};
@@ -50,6 +52,8 @@ const STAGERS: usize = 2;
 const UPLOADERS: usize = 16;
 /// So many files are made durable one by one; more of them with the whole volume.
 const SYNCED_ALONE: usize = 16;
+/// What a file may have been before it was written to, and be checked in the loop.
+const CHECKED_HERE: u64 = 64 << 20;
 /// Lines in one segment of removals and changes of metadata.
 const LINES: usize = 5000;
 
@@ -265,12 +269,24 @@ impl Pusher<'_> {
         }
         let staged = parallel::each_apart(numbered, STAGERS, |(number, read, was)| {
             let name = format!("push-{number}");
+            let is_lower = read.was.as_ref().is_some_and(|row| row.lower || row.bad.is_some());
+            let built_on = is_lower && below::is_built_on(volume, &read.path);
             let outcome = stage::stage(volume, &read.path, read.database, &was, room, name);
-            (read, outcome)
+            (read, outcome, built_on)
         });
+        let mut unchecked = self.check_below(&staged);
         let (mut to_send, mut lines) = (Vec::new(), Vec::new());
         let mut known: Vec<(Path, Known)> = Vec::new();
-        for (read, outcome) in staged {
+        for (read, outcome, _) in staged {
+            // The object is all that tells what that was: it stays until it has been looked at.
+            let outcome = match unchecked.remove(&read.path) {
+                Some(Err(fault)) => Err(fault),
+                Some(Ok(Err(why))) => {
+                    self.index.taint(&read.path, &below::built_on(&why))?;
+                    outcome
+                }
+                Some(Ok(Ok(()))) | None => outcome,
+            };
             let passed = match &outcome {
                 Ok(Outcome::Ready(staged)) => self.passed_since(&read, staged)?,
                 _ => None,
@@ -285,9 +301,7 @@ impl Pusher<'_> {
             match outcome {
                 Ok(Outcome::Ready(staged)) => {
                     rest.young.extend(staged.young.then(|| path.clone()));
-                    let same = was.as_ref().is_some_and(|row| {
-                        !row.unsure && row.bad.is_none() && row.entry.same_content(&staged.entry)
-                    });
+                    let same = is_same(was.as_deref(), &staged.entry);
                     if same {
                         known.push((path.clone(), staged.known));
                         lines.extend(
@@ -319,6 +333,52 @@ impl Pusher<'_> {
         self.write(&lines)?;
         rest.removals = rest.removals.saturating_sub(removals);
         self.index.set_known(&known)
+    }
+
+    /// What files began as that were written to before they were fetched, and that are to be sent. Who
+    /// is large is left to the hydrator, and waits: this loop has others to send.
+    fn check_below(
+        &self,
+        staged: &[(ToRead, Result<Outcome, Fault>, bool)],
+    ) -> HashMap<Path, Result<Verdict, Fault>> {
+        let mut verdicts = HashMap::new();
+        let mut to_check = Vec::new();
+        for (read, outcome, _) in staged.iter().filter(|(.., built_on)| *built_on) {
+            let (Ok(Outcome::Ready(now)), Some(row)) = (outcome, &read.was) else { continue };
+            if let Some(why) = &row.bad {
+                verdicts.insert(read.path.clone(), Ok(Err(why.clone())));
+            } else if row.unsure || is_same(Some(row), &now.entry) {
+                // Either it was checked before that upload was begun, or it is what it should be.
+            } else if row.entry.size() > CHECKED_HERE {
+                let why = "what it was in the bucket is large, and checked first";
+                verdicts.insert(read.path.clone(), Err(Fault::other(why)));
+            } else {
+                to_check.push((read.path.clone(), row.entry.clone()));
+            }
+        }
+        let failed = AtomicUsize::new(0);
+        let checked = parallel::each_apart(to_check, UPLOADERS, |(path, entry)| {
+            // A mount that gives nothing is not asked for each.
+            let asks = failed.load(Ordering::Relaxed) < UPLOADERS;
+            let verdict = asks.then(|| below::check(&path, &entry)).and_then(|verdict| {
+                let note = |_: &Fault| _ = failed.fetch_add(1, Ordering::Relaxed);
+                verdict.inspect_err(note).ok()
+            });
+            (path, entry, verdict)
+        });
+        let mut outage: Option<Fault> = None;
+        for (path, entry, verdict) in checked {
+            let verdict = match (verdict, &outage) {
+                (Some(verdict), _) => Ok(verdict),
+                (None, Some(fault)) => Err(fault.clone()),
+                (None, None) => below::check_object(self.bucket, self.volume, &path, &entry),
+            };
+            if let Err(fault) = &verdict {
+                outage = Some(fault.clone()).filter(Fault::is_outage);
+            }
+            verdicts.insert(path, verdict);
+        }
+        verdicts
     }
 
     /// Where the file that the bucket has under this name has gone since its place in the order was
@@ -524,6 +584,11 @@ struct ToSend {
     staged: Staged,
     rank: usize,
     after: Option<Path>,
+}
+
+/// Whether the bucket has its content.
+fn is_same(was: Option<&Row>, now: &Entry) -> bool {
+    was.is_some_and(|row| !row.unsure && row.bad.is_none() && row.entry.same_content(now))
 }
 
 fn changed(was: Option<&Row>, now: &Entry) -> bool {

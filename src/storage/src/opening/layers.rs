@@ -352,6 +352,8 @@ fn stub(upper: &FsPath, path: &Path, entry: &Entry) -> Result<(), Fault> {
     let file = File::options().write(true).create_new(true).open(&at)?;
     file.set_len(entry.size())?;
     volume::set_mark(&at, c"trusted.overlay.metacopy", b"")?;
+    // It stays when the data has come up: from where, it need not say.
+    volume::set_mark(&at, c"trusted.overlay.origin", b"")?;
     volume::dress(&at, entry)
 }
 

@@ -56,12 +56,21 @@ impl Tree<'_> {
             open.index.set_bad(path, None)?;
             open.index.set_lower(std::slice::from_ref(path), false)?;
         }
+        let mut tainted = open.index.tainted()?;
+        tainted.retain(|(path, _)| named.contains(&path.to_string()));
+        for (path, _) in &tainted {
+            open.index.untaint(path)?;
+        }
         for path in &named {
             self.worker.desk.settled(path);
         }
         self.everything = true;
         self.note_change();
-        Ok((format!("{} files are given up", bad.len()), true))
+        let taken = match tainted.len() {
+            0 => String::new(),
+            n => format!(", {n} are taken as they are"),
+        };
+        Ok((format!("{} files are given up{taken}", bad.len()), true))
     }
 
     pub(super) fn is_reviewing(&self) -> bool {

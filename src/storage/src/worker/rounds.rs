@@ -4,6 +4,7 @@
 
 use super::answers::{Asked, done};
 use super::{AGAIN_AND_AGAIN, Tree, backoff};
+use crate::below;
 use crate::entry::Path;
 use crate::fault::Fault;
 use crate::hydrate;
@@ -448,13 +449,18 @@ impl Tree<'_> {
             round.troubles.insert(path.clone(), what.clone());
             self.troubled.insert(path.clone(), what);
         }
-        if let Ok(bad) = self.ready.open.index.bad() {
-            let now: HashSet<Path> = bad.iter().map(|(path, _)| path.clone()).collect();
+        let index = &self.ready.open.index;
+        if let (Ok(bad), Ok(tainted)) = (index.bad(), index.tainted()) {
+            let all = bad.iter().map(|(path, _)| path).chain(tainted.iter().map(|(path, _)| path));
+            let now: HashSet<Path> = all.cloned().collect();
             // Written anew, or gone with the directory that it was in.
             for path in self.bad.difference(&now).filter(|path| !self.troubled.contains_key(path)) {
                 self.worker.desk.settled(&path.to_string());
             }
             self.bad = now;
+            for (path, why) in tainted {
+                self.worker.desk.incident(&path.to_string(), &why, below::REMEDY);
+            }
             for (path, row) in bad {
                 self.worker.desk.incident(
                     &path.to_string(),
