@@ -223,6 +223,20 @@ fn not_all_there(machine: &Machine, why: &[&str]) {
     assert!(why.iter().all(|why| words.contains(why)), "{words}");
 }
 
+const MAKE: &str = "CREATE TABLE IF NOT EXISTS t (n INTEGER PRIMARY KEY, w TEXT, sum INTEGER)";
+const ROW: &str = "INSERT INTO t VALUES ((SELECT coalesce(max(n), 0) + 1 FROM t), 'x', 5)";
+
+/// In a database of the bucket that is whole.
+fn rows(rclone: &Rclone, name: &str) -> i64 {
+    let bytes = rclone.ok(&["cat", &format!("crypt:openclaw/x/{name}")]);
+    let file = tempfile::NamedTempFile::new().expect("a temporary file");
+    fs::write(file.path(), bytes).expect("it has room");
+    let db = rusqlite::Connection::open(file.path()).expect("it opens");
+    let check = db.query_row("PRAGMA integrity_check", [], |r| r.get::<_, String>(0));
+    assert_eq!(check.as_deref(), Ok("ok"));
+    db.query_row("SELECT count(*) FROM t", [], |r| r.get(0)).expect("the table is there")
+}
+
 #[test]
 fn what_can_happen_to_a_database_happens_in_the_bucket_too() {
     let _turn = turn();
@@ -232,19 +246,8 @@ fn what_can_happen_to_a_database_happens_in_the_bucket_too() {
     own(&machine, "/data/openclaw/x");
     let rclone = judge(&cloud);
     let place = |name: &str| format!("/data/openclaw/x/{name}");
-    let row = "INSERT INTO t VALUES ((SELECT coalesce(max(n), 0) + 1 FROM t), 'x', 5)";
-    let rows = |name: &str| -> i64 {
-        let bytes = rclone.ok(&["cat", &format!("crypt:openclaw/x/{name}")]);
-        let file = tempfile::NamedTempFile::new().expect("a temporary file");
-        fs::write(file.path(), bytes).expect("it has room");
-        let db = rusqlite::Connection::open(file.path()).expect("it opens");
-        assert_eq!(
-            db.query_row("PRAGMA integrity_check", [], |r| r.get::<_, String>(0)).as_deref(),
-            Ok("ok")
-        );
-        db.query_row("SELECT count(*) FROM t", [], |r| r.get(0)).expect("the table is there")
-    };
-    let make = "CREATE TABLE IF NOT EXISTS t (n INTEGER PRIMARY KEY, w TEXT, sum INTEGER)";
+    let rows = |name: &str| rows(&rclone, name);
+    let (make, row) = (MAKE, ROW);
     // Written once, never checkpointed, never closed; and one whose transaction stays open.
     let quiet = format!("PRAGMA journal_mode=wal; PRAGMA wal_autocheckpoint=0; {make}; {row}; {row};");
     let mut held = Running::as_gateway(&machine, &["cvm-victim", "sql", &place("quiet"), &quiet]);
@@ -327,6 +330,49 @@ fn what_can_happen_to_a_database_happens_in_the_bucket_too() {
     assert_eq!(rclone.ok(&["cat", "crypt:openclaw/x/locked"]), b"text\n");
     machine.ok(&["rm", &place("replaced")]);
     until("it is gone", PATIENCE, || (!names(&rclone).contains("openclaw/x/replaced")).then_some(()));
+}
+
+#[test]
+fn a_database_that_is_exchanged_or_only_begun_is_never_half_in_the_bucket() {
+    let _turn = turn();
+    let cloud = Cloud::new();
+    let machine = cloud.machine().start();
+    machine.service_in("gateway", &["ready"]);
+    own(&machine, "/data/openclaw/x");
+    let rclone = judge(&cloud);
+    let place = |name: &str| format!("/data/openclaw/x/{name}");
+    let (make, row) = (MAKE, ROW);
+    let rows = |name: &str| rows(&rclone, name);
+    let first = format!("PRAGMA journal_mode=wal; PRAGMA wal_autocheckpoint=0; {make}; {row};");
+    let mut before = Running::as_gateway(&machine, &["cvm-victim", "sql", &place("exchanged"), &first]);
+    before.says("done");
+    flush(&machine);
+    assert_eq!(rows("exchanged"), 1);
+    let other = format!("{make}; {row}; {row}; {row};");
+    Running::as_gateway(&machine, &["cvm-victim", "sql", &place("other"), &other]).says("done");
+    machine.ok(&["mv", &place("other"), &place("exchanged")]);
+    drop(before);
+    machine.ok(&["rm", "-f", &place("exchanged-wal"), &place("exchanged-shm")]);
+    flush(&machine);
+    assert_eq!(rows("exchanged"), 3);
+    assert!(!names(&rclone).contains("openclaw/x/other"));
+
+    // Being created, by somebody who takes his time: all there is of it is in its journal.
+    let slowly = format!("PRAGMA journal_mode=delete; PRAGMA cache_size=1; BEGIN IMMEDIATE; {make}; {row};");
+    let mut creating = Running::as_gateway(&machine, &["cvm-victim", "sql", &place("slow"), &slowly]);
+    creating.says("done");
+    assert!(machine.path(&place("slow-journal")).exists(), "it is in the middle of it");
+    machine.ok(&["sh", "-c", "echo goes on > /data/openclaw/x/beside"]);
+    until("a file goes up beside it", PATIENCE, || {
+        names(&rclone).contains("openclaw/x/beside").then_some(())
+    });
+    let of_it: Vec<String> = names(&rclone).into_iter().filter(|name| name.contains("/slow")).collect();
+    assert!(of_it.iter().all(|name| name == "openclaw/x/slow"), "{of_it:?}");
+    drop(creating);
+    let done = format!("{make}; {row};");
+    Running::as_gateway(&machine, &["cvm-victim", "sql", &place("slow"), &done]).says("done");
+    flush(&machine);
+    assert_eq!(rows("slow"), 1);
 }
 
 // === Machines that are lost ===
@@ -455,7 +501,7 @@ impl Load {
         Self { life, _programs: programs }
     }
 
-    /// What is wrong with what came back, given that a flush began at `flushed` and was done; yields
+    /// What is wrong with what came back, given that all was said to be there of `flushed`; yields
     /// the age in milliseconds of the oldest transaction that is missing, for each database.
     fn compare(&self, machine: &Machine, outside: &Path, flushed: i64, lost: i64) -> Vec<i64> {
         let dir = machine.path(&format!("/data/openclaw/workspace/load/{}", self.life));
@@ -480,6 +526,18 @@ impl Load {
     }
 }
 
+/// What the worker may not know of yet, on a machine that is busy with other things.
+const UNNOTICED: Duration = Duration::from_secs(3);
+
+/// Everything from before then is in the bucket, if the worker's word is worth anything.
+fn said_to_be_there(machine: &Machine) -> i64 {
+    let now = now_us();
+    let status = storage(machine);
+    assert_eq!(status["phase"], "ready", "{status:#}");
+    let age = status["oldest_unreplicated_ms"].as_i64().unwrap_or(0);
+    now - age * 1000 - i64::try_from(UNNOTICED.as_micros()).expect("it is short")
+}
+
 #[test]
 fn a_machine_lost_at_any_moment_comes_back_whole() {
     let _turn = turn();
@@ -494,8 +552,8 @@ fn a_machine_lost_at_any_moment_comes_back_whole() {
         let machine = hasty(&cloud).bind(outside.path(), "/outside").start();
         machine.service_in("gateway", &["ready"]);
         no_incidents(&machine);
-        if let Some((load, flushed, lost)) = last.take() {
-            lags.extend(load.compare(&machine, outside.path(), flushed, lost));
+        if let Some((load, certain, lost)) = last.take() {
+            lags.extend(load.compare(&machine, outside.path(), certain, lost));
         }
         // Nobody touches what earlier lives have left. A file has another time for a moment while its
         // data comes up, so they are looked at when all has; other lives are lost before it has.
@@ -513,20 +571,27 @@ fn a_machine_lost_at_any_moment_comes_back_whole() {
             break;
         }
         let load = Load::start(&machine, life, dice.up_to(1 << 20));
-        let mut flushed = 0;
+        let mut certain = 0;
         dice.pause(Duration::from_secs(2));
-        for _ in 0..=dice.up_to(2) {
-            let began = now_us();
-            flush(&machine);
-            flushed = began;
-            dice.pause(Duration::from_millis(700));
+        if life % 3 == 2 {
+            // Nobody asks, and all the same it is there but for what the worker says it is not.
+            dice.pause(UNNOTICED * 2);
+            std::thread::sleep(UNNOTICED);
+        } else {
+            for _ in 0..=dice.up_to(2) {
+                let began = now_us();
+                flush(&machine);
+                certain = began;
+                dice.pause(Duration::from_millis(700));
+            }
+            dice.pause(Duration::from_millis(1500));
         }
-        dice.pause(Duration::from_millis(1500));
         no_incidents(&machine);
+        certain = certain.max(said_to_be_there(&machine));
         let end = now_us();
         let mut machine = machine;
         machine.destroy();
-        last = Some((load, flushed, end));
+        last = Some((load, certain, end));
     }
     lags.sort_unstable();
     eprintln!("{lives} machines lost; oldest lost transaction in ms: {lags:?}");
@@ -578,11 +643,14 @@ fn filled(cloud: &Cloud, files: u32) -> Vec<String> {
 fn a_worker_killed_before_all_is_fetched_costs_the_gateway_a_restart_and_nothing_else() {
     let _turn = turn();
     let cloud = Cloud::new();
-    let before = filled(&cloud, 300);
+    let rounds = if soak() { 30 } else { 4 };
+    let files = 100 * rounds;
+    let before = filled(&cloud, files);
     cloud.proxy.latency(Duration::from_millis(200));
     let mut dice = Dice(0xc0ff_ee00_0000_0002);
     let machine = hasty(&cloud).start();
-    for round in 0..if soak() { 30 } else { 4 } {
+    let mut killed = 0;
+    for round in 0..rounds {
         let old = gateway(&machine);
         machine.ok(&["sh", "-c", &format!("echo {round} > /data/openclaw/workspace/new-{round}")]);
         dice.pause(Duration::from_millis(600));
@@ -594,7 +662,9 @@ fn a_worker_killed_before_all_is_fetched_costs_the_gateway_a_restart_and_nothing
             let gateway = machine.service("gateway");
             (gateway["state"] == "ready" && gateway["pid"] != old).then_some(())
         });
+        killed += 1;
     }
+    assert!(killed >= rounds / 2, "all was fetched after {killed} kills");
     cloud.proxy.heal();
     tree(&machine);
     independent(&machine);
@@ -605,7 +675,7 @@ fn a_worker_killed_before_all_is_fetched_costs_the_gateway_a_restart_and_nothing
     flush(&machine);
     let rclone = judge(&cloud);
     assert_eq!(rclone.ok(&["cat", "crypt:openclaw/workspace/new-0"]), b"0\n");
-    assert_eq!(names(&rclone).iter().filter(|n| n.contains("/many/")).count(), 300);
+    assert_eq!(names(&rclone).iter().filter(|n| n.contains("/many/")).count(), files as usize);
 }
 
 #[test]

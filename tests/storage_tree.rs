@@ -220,6 +220,28 @@ fn without_specials(lines: Vec<String>) -> Vec<String> {
     lines.into_iter().filter(|l| !l.contains("\" socket ") && !l.contains("\" pipe ")).collect()
 }
 
+/// What a tree comes to that nobody replicates, and that has never been anywhere else.
+fn on_a_plain_directory() -> Vec<String> {
+    let top = tempfile::tempdir().unwrap();
+    let at = top.path().join("workspace");
+    plant(&at);
+    change_old(&at);
+    add_new(&at);
+    workspace_but_times(&digest(top.path(), &[]))
+}
+
+/// What is below the workspace, but for when it was changed.
+fn workspace_but_times(lines: &[String]) -> Vec<String> {
+    let of_workspace = lines.iter().filter_map(|line| line.strip_prefix("\"workspace/")?.split_once("\" "));
+    of_workspace
+        .map(|(name, about)| {
+            let mut words: Vec<&str> = about.splitn(6, ' ').collect();
+            words.remove(4);
+            format!("{name} {}", words.join(" "))
+        })
+        .collect()
+}
+
 fn battery(mode: Mode) {
     let cloud = Cloud::new();
     let machine = mode.start(&cloud);
@@ -248,10 +270,50 @@ fn battery(mode: Mode) {
     add_new(&at);
     cloud.proxy.heal();
     flush(&machine);
+    assert_eq!(difference(&on_a_plain_directory(), &workspace_but_times(&tree(&machine))), "");
     let expected = without_specials(tree(&machine));
     let machine = restored(&cloud, machine, mode);
     assert_eq!(difference(&expected, &tree(&machine)), "");
     assert!(machine.ok(&["cvm", "storage", "verify", "--deep"]).contains("equal"));
+}
+
+#[test]
+fn what_is_small_comes_before_what_is_large_and_the_operator_sees_how_far_it_is() {
+    let cloud = Cloud::new();
+    let mut machine = Fuse.start(&cloud);
+    let at = machine.path(WORKSPACE);
+    for n in 0..400 {
+        put(at.join(format!("small/{n}")), format!("{n}"));
+    }
+    for n in 0..3 {
+        put(at.join(format!("a-large/{n}")), vec![n; 1 << 20]);
+    }
+    flush(&machine);
+    assert_eq!(machine.stop(), 0, "{}", machine.output());
+    let keys = |names: Vec<String>| names.into_iter().map(|name| key(&cloud, &name)).collect::<Vec<_>>();
+    let large = keys((0..3).map(|n| format!("openclaw/workspace/a-large/{n}")).collect());
+    let small = key(&cloud, "openclaw/workspace/small");
+    drop(machine);
+    cloud.proxy.latency(Duration::from_millis(100));
+    cloud.proxy.clear_log();
+    let machine = Fuse.start(&cloud);
+    let seen = until("it says how far it is", PATIENCE, || {
+        let progress = storage(&machine)["progress"].clone();
+        let done = progress["files_done"].as_u64()?;
+        (done > 0 && Some(done) < progress["files_total"].as_u64()).then_some(progress)
+    });
+    assert!(
+        seen["files_total"].as_u64() >= Some(403) && seen["bytes_total"].as_u64() > Some(3 << 20),
+        "{seen}"
+    );
+    independent(&machine);
+    assert!(storage(&machine)["progress"].is_null());
+    let asked: Vec<Entry> = cloud.proxy.log().into_iter().filter(|e| e.method == "GET").collect();
+    let first = asked.iter().position(|e| large.iter().any(|key| e.path.contains(key.as_str()))).unwrap();
+    let before: std::collections::HashSet<&str> =
+        asked[..first].iter().map(|e| e.path.as_str()).filter(|path| path.contains(small.as_str())).collect();
+    // Those that other threads have just taken may be asked for later.
+    assert!(before.len() >= 400 - 12, "only {} small ones came before it", before.len());
 }
 
 #[test]
@@ -746,19 +808,23 @@ fn stock_rclone_reads_everything_that_is_written() {
     let control: Vec<_> = walk(&copy.path().join(".cvm"));
     assert!(control.iter().any(|p| p.ends_with("owner")) && control.len() > 2, "{control:?}");
     assert!(control.iter().all(|p| fs::metadata(p).is_ok_and(|m| m.len() > 0)));
-    // A program that shares no code with rclone agrees.
-    let mut judged = 0;
-    for (key, bytes) in cloud.garage.all_bytes().filter(|(_, bytes)| bytes.len() < 5000).take(12) {
+    // A program that shares no code with rclone agrees, also where there are several blocks.
+    let objects: Vec<_> = cloud.garage.all_bytes().collect();
+    let of_size = |least: usize, most: usize| {
+        objects.iter().filter(move |(_, bytes)| (least..most).contains(&bytes.len()))
+    };
+    let mut judged = [0, 0];
+    for (key, bytes) in of_size(0, 5000).take(12).chain(of_size(140_000, 4_000_000).take(4)) {
         let name = key.strip_prefix(PREFIX).unwrap().trim_start_matches('/');
-        let (clear, content) = rclone_crypt_python(name, &bytes, PASSWORD, SALT).unwrap();
+        let (clear, content) = rclone_crypt_python(name, bytes, PASSWORD, SALT).unwrap();
         let at = copy.path().join(&clear);
         if clear.contains('\u{201b}') {
             continue;
         }
         assert!(clear.starts_with(".cvm/") || fs::read(&at).unwrap() == content, "{clear}");
-        judged += 1;
+        judged[usize::from(content.len() > 2 * 65536)] += 1;
     }
-    assert!(judged > 5);
+    assert!(judged[0] > 5 && judged[1] > 0, "{judged:?}");
 }
 
 fn walk(dir: &Path) -> Vec<PathBuf> {
@@ -1363,7 +1429,70 @@ fn the_last_words_of_a_lost_machine_are_read_on_its_successor() {
     assert!(said.contains(&first), "{first:?} in:\n{said}");
     let own = machine.read("/var/log/openclaw-cvm/supervisor.log");
     assert!(!said.contains(&last_of(&own)), "{said}");
-    assert!(machine.ok(&["cvm", "logs", "--boots"]).contains("--boot -1"));
+    let boots = machine.ok(&["cvm", "logs", "--boots"]);
+    assert!(
+        boots.contains("--boot -1") && boots.contains("without a last word: the machine was lost"),
+        "{boots}"
+    );
+}
+
+#[test]
+fn boots_are_told_with_their_ends_however_often_a_worker_dies_and_whatever_the_clock_said() {
+    let cloud = Cloud::new();
+    let rclone = stock_rclone(&cloud);
+    let boots = || {
+        let said = rclone.ok(&["lsf", "--dirs-only", "crypt:.cvm/boots"]);
+        String::from_utf8_lossy(&said).lines().map(|line| line.trim_end_matches('/').to_owned()).collect()
+    };
+    let has_logs = |machine: &Machine, count: usize| {
+        flush(machine);
+        until("its logs are in the bucket", PATIENCE, || {
+            let all: Vec<String> = boots();
+            (all.len() == count).then_some(())
+        });
+    };
+    let mut machine = ready(Fuse.of(cloud.machine()).start());
+    has_logs(&machine, 1);
+    for _ in 0..3 {
+        let pid = machine.find("cvm-storage").expect("the worker runs").pid;
+        machine.ok(&["kill", "-KILL", &pid.to_string()]);
+        until("it is another one, with its tree", PATIENCE, || {
+            machine.exec(&["cvm", "start", "storage", "--no-wait"]);
+            let other = machine.find("cvm-storage").is_some_and(|p| p.pid != pid);
+            (other && storage(&machine)["phase"] == "ready").then_some(())
+        });
+    }
+    has_logs(&machine, 1);
+    assert_eq!(machine.stop(), 0, "{}", machine.output());
+    // The clock of the one before was years ahead.
+    let first: Vec<String> = boots();
+    let ahead = format!("{:015}", first[0].parse::<u64>().unwrap() + 100_000_000_000);
+    rclone.ok(&["moveto", &format!("crypt:.cvm/boots/{}", first[0]), &format!("crypt:.cvm/boots/{ahead}")]);
+
+    let mut machine = ready(Fuse.of(cloud.machine()).environment("S3_DRAIN_TIMEOUT", "30").start());
+    has_logs(&machine, 2);
+    assert!(boots().iter().all(|name| *name >= ahead), "{:?}", boots());
+    let said = machine.ok(&["cvm", "logs", "--boots"]);
+    assert!(said.contains("stopped, with everything in the bucket"), "{said}");
+    let key =
+        String::from_utf8_lossy(&rclone.ok(&["cryptdecode", "--reverse", "crypt:", "openclaw/refused"]))
+            .split_whitespace()
+            .last()
+            .map(str::to_owned);
+    cloud.proxy.add(Rule::new(Fault::Status(400)).method("PUT").path(&key.expect("its name there")));
+    machine.ok(&["sh", "-c", "echo no > /data/openclaw/refused"]);
+    assert_eq!(machine.stop(), 75, "{}", machine.output());
+    cloud.proxy.heal();
+    drop(machine);
+
+    let machine = ready(Fuse.of(cloud.machine()).start());
+    has_logs(&machine, 3);
+    let said = machine.ok(&["cvm", "logs", "--boots"]);
+    let ends: Vec<&str> =
+        said.lines().filter_map(|line| line.split_once("stopped, ").map(|(_, end)| end)).collect();
+    assert_eq!(ends, ["with 1 files (3 bytes) not in the bucket", "with everything in the bucket"], "{said}");
+    let last = machine.ok(&["cvm", "logs", "--boot", "-1", "-n", "all"]);
+    assert!(last.contains("Stopping: "), "{last}");
 }
 
 #[test]

@@ -4,6 +4,7 @@
 //! Refuses to put a name of the agent's files into a report to PID 1, which is public.
 //! May import: `boots`, `bucket`, `chain`, `fault`, `index`, `manifest`, `owner`, `steps`, `volume`.
 
+use crate::boots::This;
 use crate::bucket::Bucket;
 use crate::fault::Fault;
 use crate::index::{Index, Totals};
@@ -29,8 +30,8 @@ pub(crate) struct Open {
     pub(crate) bucket: Bucket,
     pub(crate) index: Index,
     pub(crate) volume: Volume,
-    /// The name of this boot among those whose logs are kept.
-    pub(crate) boot: String,
+    /// Among those whose logs are kept.
+    pub(crate) boot: Arc<This>,
 }
 
 pub(crate) struct Desk {
@@ -39,7 +40,7 @@ pub(crate) struct Desk {
     open: Mutex<Option<Arc<Open>>>,
     steps: Mutex<Steps>,
     began: Duration,
-    pub(crate) boot: String,
+    pub(crate) boot: Arc<This>,
 }
 
 #[derive(Default)]
@@ -67,7 +68,7 @@ impl Desk {
             open: Mutex::new(None),
             steps: Mutex::default(),
             began: uptime(),
-            boot: crate::boots::name(crate::chain::now_ms()),
+            boot: Arc::new(This::new()),
         }
     }
 

@@ -17,6 +17,8 @@ use std::time::Duration;
 /// What the last request may take beyond its time.
 const GRACE: Duration = Duration::from_secs(1);
 
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
 #[derive(Debug)]
 pub(crate) struct Ending {
     /// How long it may take.
@@ -34,6 +36,11 @@ impl Ending {
     /// When its time is over, which begins when this is first asked.
     pub(crate) fn until(&self) -> Duration {
         *self.told.get_or_init(uptime) + self.time
+    }
+
+    /// The same for whoever has something to say when it is over.
+    pub(crate) fn until_the_last_words(&self) -> Duration {
+        self.until().saturating_sub((self.time / 10).min(LAST_WORDS))
     }
 
     pub(crate) fn all_is_there(&self) {

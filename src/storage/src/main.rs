@@ -161,7 +161,7 @@ fn work() -> ExitCode {
         // Whatever the worker is doing just now.
         ends.enforce(&watched);
     });
-    let boots = boots::Boots::new(desk.boot.clone());
+    let boots = boots::Boots::new(Arc::clone(&desk.boot));
     let worker = Worker {
         spec: Arc::new(spec),
         desk,

@@ -376,7 +376,7 @@ fn settle(lease: &Lease, bucket: &Bucket, index: &Index, taken: Duration) -> Res
 }
 
 fn opened(desk: &Desk, bucket: Bucket, index: Index, volume: Volume) -> std::sync::Arc<Open> {
-    let open = std::sync::Arc::new(Open { bucket, index, volume, boot: desk.boot.clone() });
+    let open = std::sync::Arc::new(Open { bucket, index, volume, boot: std::sync::Arc::clone(&desk.boot) });
     if let Err(fault) = hydrate::once_more(&open, desk) {
         desk.failed(&fault, None);
     }

@@ -304,10 +304,11 @@ fn send_file(file: &std::path::Path, to: &Reader) -> Result<(), Fault> {
 
 fn boots(open: &Open, _: &Ask, to: &Reader) -> Result<String, Fault> {
     let earlier = boots::before(&open.bucket, &open.boot)?;
-    for ((boot, logs), n) in earlier.iter().zip(1..) {
-        let when = cvm_blueprint::time::rfc3339(boot.parse::<u64>().unwrap_or(0));
+    for (boot, n) in earlier.iter().zip(1..) {
+        let when = cvm_blueprint::time::rfc3339(boot.started_ms());
         let name = format!("--boot -{n}");
-        to.send(Answer::Line { text: format!("{name:<12} {when}  {}", logs.join(" ")) })?;
+        to.send(Answer::Line { text: format!("{name:<12} {when}  {}", boot.end(&open.bucket)?) })?;
+        to.send(Answer::Line { text: format!("{:<12} logs: {}", "", boot.logs.join(" ")) })?;
     }
     Ok(format!("{} boots", earlier.len()))
 }
@@ -316,11 +317,12 @@ fn boot_log(open: &Open, ask: &Ask, to: &Reader) -> Result<String, Fault> {
     let Ask::BootLog { boot, log } = ask else { return Ok(String::new()) };
     let earlier = boots::before(&open.bucket, &open.boot)?;
     let number = usize::try_from(boot.unsigned_abs()).unwrap_or(0);
-    let (name, logs) = number.checked_sub(1).and_then(|n| earlier.get(n)).ok_or_else(|| {
+    let boot = number.checked_sub(1).and_then(|n| earlier.get(n)).ok_or_else(|| {
         Fault::other(format!("the bucket keeps no boot {boot}; `cvm logs --boots` lists them"))
     })?;
-    let bytes = boots::read(&open.bucket, name, log)?
-        .ok_or_else(|| Fault::other(format!("that boot has no log {log}; it has: {}", logs.join(", "))))?;
+    let bytes = boots::read(&open.bucket, &boot.name, log)?.ok_or_else(|| {
+        Fault::other(format!("that boot has no log {log}; it has: {}", boot.logs.join(", ")))
+    })?;
     for piece in bytes.chunks(PIECE) {
         to.send(Answer::Data { base64: BASE64_STANDARD.encode(piece) })?;
     }

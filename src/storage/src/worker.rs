@@ -204,6 +204,14 @@ fn backoff(tries: u32) -> Duration {
     RETRY.0.saturating_mul(1 << tries.min(8)).min(RETRY.1)
 }
 
+/// How long until the next one; none where they are not wanted. One that is overdue leaves the boot
+/// alone, and one that lies ahead of the clock says nothing of when it was.
+fn next_drill(drilled_ms: u64, now_ms: u64, interval_s: u64) -> Option<Duration> {
+    let since = now_ms.checked_sub(drilled_ms).map_or(interval_s, |ms| ms / 1000);
+    let wait = interval_s.saturating_sub(since).max(interval_s.min(60));
+    (interval_s > 0).then(|| Duration::from_secs(wait))
+}
+
 /// A tree that is good, and all that keeps it and the bucket equal.
 struct Tree<'a> {
     worker: &'a mut Worker,
@@ -257,19 +265,17 @@ struct Tree<'a> {
     told: Option<u64>,
     /// Rounds in a row that could not write down every removal.
     held: u32,
+    /// The oldest change of rounds in a row that left something to the next.
+    unsettled: Option<Duration>,
 }
 
 impl<'a> Tree<'a> {
     fn new(worker: &'a mut Worker, ready: Ready) -> Result<Self, Fault> {
         let stop = Arc::new(AtomicBool::new(false));
         let hydrated = ready.mode == Mode::Sync || ready.open.index.count_lower()?.files == 0;
-        let drill = ready.open.index.number("drilled")?;
-        let interval = u64::from(worker.spec.drill_s);
-        let drill_at = (interval > 0).then(|| {
-            let since = now_ms().saturating_sub(drill) / 1000;
-            // One that is overdue leaves the boot alone.
-            uptime() + Duration::from_secs(interval.saturating_sub(since).max(interval.min(60)))
-        });
+        let drilled = ready.open.index.number("drilled")?;
+        let next = next_drill(drilled, now_ms(), u64::from(worker.spec.drill_s));
+        let drill_at = next.map(|wait| uptime() + wait);
         ready.lease.has_come_to(ready.chain.head.generation);
         let mut this = Self {
             worker,
@@ -305,6 +311,7 @@ impl<'a> Tree<'a> {
             missed: 0,
             told: None,
             held: 0,
+            unsettled: None,
             ready,
         };
         this.recall_drill()?;
@@ -493,5 +500,28 @@ impl<'a> Tree<'a> {
             .info("Everything of the bucket is on the volume now; nothing depends on the mount any more");
         self.say_ready();
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tries_are_ever_further_apart_up_to_a_minute() {
+        let waits: Vec<u64> = (0..8).map(|tries| backoff(tries).as_secs()).collect();
+        assert_eq!(waits, [2, 4, 8, 16, 32, 60, 60, 60]);
+        assert_eq!(backoff(u32::MAX), RETRY.1);
+    }
+
+    #[test]
+    fn a_drill_comes_in_its_time_also_when_the_clock_was_set_back() {
+        const DAY: u64 = 86_400;
+        let wait = |drilled, now| next_drill(drilled, now, DAY).map(|wait| wait.as_secs());
+        assert_eq!(wait(1000, 1000 + 3_600_000), Some(DAY - 3600));
+        assert_eq!(wait(0, 1_700_000_000_000), Some(60), "one that is overdue");
+        assert_eq!(wait(1_900_000_000_000, 1_700_000_000_000), Some(60), "of a clock that was ahead");
+        assert_eq!(next_drill(0, 1_700_000_000_000, 0), None);
+        assert_eq!(next_drill(0, 1_700_000_000_000, 2), Some(Duration::from_secs(2)));
     }
 }

@@ -4,6 +4,7 @@ use super::Tree;
 use crate::desk::Desk;
 use crate::fault::Fault;
 use crate::review::Review;
+use crate::s3::When;
 use cvm_blueprint::storage::{Answer, Ask};
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -121,6 +122,20 @@ impl Tree<'_> {
         if let Err(fault) = sent {
             tracing::warn!("logs are not in the bucket: {fault}");
         }
+    }
+
+    /// What somebody will want to know of this boot when it is over. In a thread, for the bucket may
+    /// be slow, and this is no more than a courtesy; true when it is there.
+    pub(super) fn last_word(&self, how: &str) -> std::thread::JoinHandle<bool> {
+        let (open, lease, end) = (self.open(), Arc::clone(&self.ready.lease), self.worker.boots.end());
+        let how = how.to_owned();
+        std::thread::spawn(move || {
+            let Some(end) = end else { return false };
+            let write = || open.bucket.write(&end, how.as_bytes(), &When::Always);
+            let sent = lease.confirm(&open.bucket).and_then(|()| write());
+            sent.inspect_err(|fault| tracing::warn!("how this boot ends is not in the bucket: {fault}"))
+                .is_ok()
+        })
     }
 }
 

@@ -18,13 +18,16 @@ impl Tree<'_> {
     /// Pushes what is pending, and gives the bucket away. True when it has everything.
     pub(super) fn drain(&mut self) -> bool {
         self.worker.desk.phase("draining");
-        let until = self.worker.ending.until();
+        // Some of the time is for what is told of it afterwards.
+        let until = self.worker.ending.until_the_last_words();
         let open = self.open();
         self.waiting.clear();
         self.round = None;
         let mut left = (0u64, 0u64);
         let mut failed = Failed::default();
-        let clean = loop {
+        // Who ends this process when its time is over can say nothing any more.
+        let first = self.last_word("stopped before everything was in the bucket: the time for that was over");
+        let (clean, answers) = loop {
             let mut round = failed.round();
             let outcome = self.look_around(&mut round, &HashSet::new()).map(|(urgent, unread)| {
                 let rest = self.slice(&mut round, urgent, unread, Duration::MAX);
@@ -33,6 +36,8 @@ impl Tree<'_> {
                 rest
             });
             let of_old = outcome.as_ref().map_or_else(|_| HashSet::new(), |rest| rest.stays.clone());
+            let stops = outcome.as_ref().map_or_else(Some, |rest| rest.fault.as_ref());
+            let answers = !stops.is_some_and(Fault::is_outage);
             let fault = match outcome {
                 Ok(rest) if rest.fault.is_none() && rest.later.is_empty() => None,
                 Ok(rest) => {
@@ -64,16 +69,25 @@ impl Tree<'_> {
             let stays = round.troubles.len() as u64;
             let fenced = matches!(fault, Some(Fault::Fenced(_)));
             if clean && left.0 <= stays || fenced || uptime() >= until {
-                break clean;
+                break (clean, answers);
             }
             std::thread::sleep(Duration::from_millis(if clean { 10 } else { 500 }));
         };
         if !clean {
             left.0 = left.0.max(1);
         }
-        // Of a bucket that did not answer until now nothing more is asked.
         if left.0 == 0 {
             self.worker.ending.all_is_there();
+        }
+        // Of a bucket that did not answer until now nothing more is asked.
+        if answers && first.join().unwrap_or(false) {
+            let last = self.last_word(&match left {
+                (0, _) => "stopped, with everything in the bucket".to_owned(),
+                (files, bytes) => format!("stopped, with {files} files ({bytes} bytes) not in the bucket"),
+            });
+            drop(last.join());
+        }
+        if answers {
             self.last_words();
         }
         self.leave();

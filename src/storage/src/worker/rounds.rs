@@ -51,6 +51,8 @@ pub(super) struct Round {
     /// What has changed since, and has to wait for something else.
     put_off: HashSet<Path>,
     pub(super) troubles: HashMap<Path, String>,
+    /// Removals that wait for what was moved and is only below.
+    unconfirmed: usize,
 }
 
 impl Round {
@@ -129,16 +131,21 @@ impl Tree<'_> {
         self.dirty.append(&mut round.after);
         // What moved on is found where it is now, and then what it left may go.
         self.moving = if rest.moving() { self.moving + 1 } else { 0 };
-        self.missed = if rest.missed() { self.missed + 1 } else { 0 };
+        self.missed = if rest.missed() || round.unconfirmed > 0 { self.missed + 1 } else { 0 };
         self.everything |= rest.moving() && rest.removals > 0;
         self.held = if rest.removals > 0 { self.held + 1 } else { 0 };
+        let since = round.first.unwrap_or(began);
+        self.unsettled = match rest.removals {
+            0 => (rest.missed() || round.unconfirmed > 0).then_some(since),
+            _ => Some(self.unsettled.unwrap_or(since)),
+        };
         self.settle(&round);
-        self.finish(&rest, began);
+        self.finish(&rest);
         Ok(())
     }
 
     /// What a round means to those who ask.
-    fn finish(&mut self, rest: &Rest, began: Duration) {
+    fn finish(&mut self, rest: &Rest) {
         let desk = Arc::clone(&self.worker.desk);
         // What has changed meanwhile is the next round's.
         let more = u64::from(self.first.is_some());
@@ -153,7 +160,7 @@ impl Tree<'_> {
                 self.answer_all(Err(&fault));
             }
         } else if self.held > 0 {
-            desk.pending(rest.removals + more, 0, self.first.or(Some(began)));
+            desk.pending(rest.removals + more, 0, self.oldest(self.first));
             self.start_verifies();
             if self.held >= HELD_MAX {
                 self.answer_all(Err(&Fault::other(format!(
@@ -163,7 +170,7 @@ impl Tree<'_> {
             }
         } else {
             desk.pushed();
-            desk.pending(more, 0, self.first);
+            desk.pending(more, 0, self.oldest(self.first));
             if goes_on {
                 self.start_verifies();
             } else if self.missed > 0 {
@@ -180,11 +187,11 @@ impl Tree<'_> {
 
     /// Since when the oldest change has been waiting, beside one that is known of.
     pub(super) fn oldest(&self, beside: Option<Duration>) -> Option<Duration> {
-        self.waiting.values().map(|w| w.since).chain(beside).min()
+        self.waiting.values().map(|w| w.since).chain(self.unsettled).chain(beside).min()
     }
 
     fn begin(&mut self, now: Duration) -> Round {
-        let full = std::mem::take(&mut self.everything) || !self.hydrated;
+        let full = std::mem::take(&mut self.everything);
         if full {
             self.rescan_at = now + self.rescan;
         }
@@ -284,7 +291,7 @@ impl Tree<'_> {
         if round.full && self.hydrated && !self.whole {
             self.on_whole()?;
         }
-        self.make_sure_of_removals(&mut found)?;
+        round.unconfirmed = self.make_sure_of_removals(&mut found)?;
         if self.answering.is_empty() {
             let now = uptime();
             let (waiting, skipped) = (&self.waiting, &mut round.skipped);
@@ -406,25 +413,29 @@ impl Tree<'_> {
 
     /// What was moved while we looked may have been missed at both names. So what is gone is only
     /// believed when it was gone before a second look at everything, which sees its new name.
-    fn make_sure_of_removals(&mut self, found: &mut Found) -> Result<(), Fault> {
+    fn make_sure_of_removals(&mut self, found: &mut Found) -> Result<usize, Fault> {
         let gone = |change: &Change| matches!(change, Change::Gone { .. });
         let first: HashSet<Path> =
             found.changes.iter().filter(|c| gone(c)).map(|c| c.path().clone()).collect();
         if first.is_empty() {
-            return Ok(());
+            return Ok(0);
         }
         let open = self.open();
         *found = Scanner::new(&open.volume, &open.index, &open.bucket.prefix, &self.fetched).full()?;
         let whole = found.to_fetch.is_empty();
+        // What was moved and is only below is brought up by the next look, if that is at everything.
+        self.everything |= !whole;
         let dirty = &mut self.dirty;
+        let mut unconfirmed = 0;
         found.changes.retain(|change| {
             let sure = !gone(change) || whole && first.contains(change.path());
             if !sure {
                 dirty.insert(change.path().split().0.to_vec());
+                unconfirmed += usize::from(!whole);
             }
             sure
         });
-        Ok(())
+        Ok(unconfirmed)
     }
 
     // === Incidents of the tree itself ===
