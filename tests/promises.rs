@@ -301,6 +301,16 @@ fn the_arrows_between_the_rooms_point_one_way() {
     assert_eq!(waiters, [repository().join("src/process/src/reap.rs")], "waitpid has one home");
 }
 
+/// A clock that jumps must not make two owners of a bucket, or none.
+#[test]
+fn who_owns_a_bucket_is_decided_without_a_clock_that_can_be_set() {
+    let owner = fs::read_to_string(repository().join("src/storage/src/owner.rs")).expect("a source file");
+    assert!(owner.contains("CLOCK_BOOTTIME"), "it measures spans");
+    for settable in ["now_ms", "SystemTime", "CLOCK_REALTIME"] {
+        assert!(!owner.contains(settable), "the ownership of a bucket asks {settable}");
+    }
+}
+
 fn rust_files(dir: &str) -> Vec<PathBuf> {
     let mut found = Vec::new();
     let mut open = vec![repository().join(dir)];

@@ -7,7 +7,7 @@
 //! holds now. It is not root, so it has a socket of its own.
 //!
 //! Refuses anybody else, lines over the limit, and to keep silent for long.
-//! May import: `boots`, `desk`, `entry`, `fault`, `fetch`, `index`, `worker`.
+//! May import: `boots`, `desk`, `entry`, `fault`, `fetch`, `index`, `owner`, `worker`.
 
 use crate::boots;
 use crate::desk::{Desk, Open};
@@ -244,7 +244,7 @@ fn get(open: &Open, ask: &Ask, to: &Reader) -> Result<String, Fault> {
     let path = relative(path);
     let missing = || Fault::other("the bucket has no file of this name; `cvm storage ls` lists what it has");
     let path = Path::new(path.as_bytes()).ok_or_else(missing)?;
-    let scratch = open.volume.staging().join(format!("get-{}", crate::chain::now_ms()));
+    let scratch = open.volume.staging().join(format!("get-{}", crate::owner::random_name()?));
     let look = || open.index.get(&path);
     for _ in 0..TRIES {
         let row = look()?.filter(|row| row.entry.is_file()).ok_or_else(missing)?;
