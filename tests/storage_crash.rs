@@ -367,7 +367,10 @@ fn a_database_that_is_exchanged_or_only_begun_is_never_half_in_the_bucket() {
         names(&rclone).contains("openclaw/x/beside").then_some(())
     });
     let of_it: Vec<String> = names(&rclone).into_iter().filter(|name| name.contains("/slow")).collect();
-    assert!(of_it.iter().all(|name| name == "openclaw/x/slow"), "{of_it:?}");
+    for name in of_it {
+        assert_eq!(name, "openclaw/x/slow");
+        assert_eq!(rclone.ok(&["cat", &format!("crypt:{name}")]), b"", "nothing is committed yet");
+    }
     drop(creating);
     let done = format!("{make}; {row};");
     Running::as_gateway(&machine, &["cvm-victim", "sql", &place("slow"), &done]).says("done");

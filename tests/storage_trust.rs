@@ -341,6 +341,43 @@ fn what_is_written_on_top_of_an_older_version_is_pushed_and_an_incident_until_so
     assert_eq!(machine.stop(), 0, "{}", machine.output());
 }
 
+#[test]
+fn what_was_written_on_top_of_an_older_version_is_noticed_in_the_other_mode_too() {
+    let cloud = Cloud::new();
+    let hasty = || cloud.machine().environment("S3_HEARTBEAT", "1");
+    let mut machine = started(hasty());
+    let raw = Raw::new(&cloud.garage);
+    let path = "openclaw/workspace/appended";
+    write(&machine, &[path], "first");
+    machine.ok(&[
+        "sh",
+        "-ec",
+        "mkdir /data/openclaw/small; cd /data/openclaw/small; for n in $(seq 300); do echo $n > $n; done",
+    ]);
+    flush(&machine);
+    let old = raw.get(path);
+    write(&machine, &[path], "later");
+    flush(&machine);
+    assert_eq!(machine.stop(), 0, "{}", machine.output());
+    raw.put(path, &old);
+    cloud.proxy.latency(Duration::from_millis(300));
+    let mut machine = started(hasty());
+    cloud.proxy.add(Rule::new(Fault::Hang).method("PUT"));
+    machine.ok(&["sh", "-c", &format!("echo more >> /data/{path}")]);
+    assert_eq!(incidents(&machine), Vec::<String>::new(), "nobody has come to it yet");
+    machine.destroy();
+    cloud.proxy.heal();
+    let machine = machine.again(|builder| in_mode(Mode::Sync, builder));
+    machine.service_in("gateway", &["ready"]);
+    until("it is an incident", LONG, || (incidents(&machine) == [path]).then_some(()));
+    assert!(read(&machine, path).is_some_and(|bytes| bytes.ends_with(b"more\n")));
+    flush(&machine);
+    assert_eq!(incidents(&machine), [path]);
+    accept(&machine);
+    flush(&machine);
+    assert_eq!(incidents(&machine), Vec::<String>::new());
+}
+
 /// Beside a gateway that runs.
 fn ordinary_objects_are_incidents(
     cloud: &Cloud,

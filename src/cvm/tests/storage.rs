@@ -72,7 +72,11 @@ fn status_exits_as_documented_and_answers_the_three_questions_first() {
             "In the bucket: not all: 2 files (2.0 KiB) not yet\nOldest change not in it: 1.2 s ago\n",
         ),
         (WAITING, 1, "In the bucket: not known while the worker is waiting for the bucket\n"),
-        (INCIDENT, 1, "In the bucket: everything\nOldest change not in it: none\nDo now: look at"),
+        (
+            INCIDENT,
+            1,
+            "In the bucket: everything but what the incidents below say of it\nOldest change not in it: none\nDo now: look at",
+        ),
     ] {
         let (found, out, err) = Worker::new(&[answer]).run(&["storage", "status"]);
         assert_eq!((found, err.as_str()), (code, ""), "{answer}");

@@ -190,7 +190,10 @@ impl Boot {
             Err(Fault::Suspicious(why)) => Some(why),
             said => said?.map(|bytes| String::from_utf8_lossy(&bytes).into_owned()),
         };
-        Ok(said.unwrap_or_else(|| "without a last word: the machine was lost, or its storage".to_owned()))
+        Ok(said.unwrap_or_else(|| {
+            "without a last word: lost, or stopped when the bucket was not its own or did not answer"
+                .to_owned()
+        }))
     }
 }
 

@@ -275,18 +275,20 @@ fn lift(open: &Open, path: &Path, row: &Row, pass: &Pass) -> Lifted {
     if is_written(&open.volume, path) {
         return leave(open, path, row, pass);
     }
-    // Not read for nothing.
-    if open.volume.room().is_ok_and(|room| room.free < row.entry.size()) {
+    if has_no_room(open, row) {
         return Lifted::Later(path.clone(), nix::errno::Errno::ENOSPC.into());
     }
     match checked_below(path, &row.entry, pass) {
-        Some(Ok(())) => match copy_up(open, path, &row.entry) {
-            Ok(known) => Lifted::Up(path.clone(), known),
-            Err(fault) => Lifted::Later(path.clone(), fault),
-        },
+        Some(Ok(())) => copy_up(open, path, row).unwrap_or_else(|fault| Lifted::Later(path.clone(), fault)),
         Some(Err(why)) => Lifted::Bad(path.clone(), why, row.clone()),
         None => Lifted::Unclear(path.clone(), row.clone()),
     }
+}
+
+/// It would be read for nothing, and what the kernel had brought up by then would stay and fill the
+/// volume.
+fn has_no_room(open: &Open, row: &Row) -> bool {
+    open.volume.room().is_ok_and(|room| room.free < row.entry.size())
 }
 
 /// What is above is the gateway's, and stays as it is. Of an upload whose end is not known, what is
@@ -333,17 +335,50 @@ fn ask_rclone(open: &Open, path: &Path) -> Result<String, Fault> {
 }
 
 /// What is up already stays as it is.
-fn copy_up(open: &Open, path: &Path, entry: &Entry) -> Result<Option<Known>, Fault> {
+fn copy_up(open: &Open, path: &Path, row: &Row) -> Result<Lifted, Fault> {
     let upper = path.below(&open.volume.upper);
-    if !lifting::lift(&open.volume, path, Some(entry.mtime_ns))? {
+    Ok(match bring_up(open, path, row)? {
         // The gateway removed or moved it meanwhile.
-        return Ok(None);
+        CameUp::Gone => Lifted::Up(path.clone(), None),
+        CameUp::AsItShould(stat) => Lifted::Up(path.clone(), Some(scan::known_by(&upper, &stat, false))),
+        CameUp::Unlike(why) => Lifted::Bad(path.clone(), why, row.clone()),
+        CameUp::Unknown => Lifted::Up(path.clone(), None),
+        // Whoever pushes it, or the next pass, looks at what is below.
+        CameUp::Written => Lifted::Skipped,
+    })
+}
+
+/// What is above after the kernel has brought it up.
+enum CameUp {
+    AsItShould(nix::sys::stat::FileStat),
+    Gone,
+    /// The manifest does not say what it should be.
+    Unknown,
+    /// Something else than what was checked, and nobody has written to it: the bucket gave the kernel
+    /// another answer than us.
+    Unlike(String),
+    /// The gateway was there first.
+    Written,
+}
+
+fn bring_up(open: &Open, path: &Path, row: &Row) -> Result<CameUp, Fault> {
+    let upper = path.below(&open.volume.upper);
+    let above = volume::look(&upper)?.map_or(row.entry.mtime_ns, |stat| volume::mtime_ns(&stat));
+    if !lifting::lift(&open.volume, path, Some(row.entry.mtime_ns))? {
+        return Ok(CameUp::Gone);
     }
-    let Some(before) = volume::look(&upper)? else { return Ok(None) };
-    let untouched = entry.sha().is_some() && stage::hash(&upper)?.1 == entry.sha().unwrap_or_default();
-    let Some(after) = volume::look(&upper)? else { return Ok(None) };
-    let same = untouched && scan::sign_of(&upper, &before, false) == scan::sign_of(&upper, &after, false);
-    Ok(same.then(|| scan::known_by(&upper, &after, false)))
+    let Some(before) = volume::look(&upper)? else { return Ok(CameUp::Gone) };
+    let Some(wanted) = row.entry.sha() else { return Ok(CameUp::Unknown) };
+    let (size, found) = stage::hash(&upper)?;
+    let Some(after) = volume::look(&upper)? else { return Ok(CameUp::Gone) };
+    let still = scan::sign_of(&upper, &before, false) == scan::sign_of(&upper, &after, false);
+    Ok(if still && found == wanted {
+        CameUp::AsItShould(after)
+    } else if still && volume::mtime_ns(&after) == above {
+        CameUp::Unlike(fetch::unlike(size, row.entry.size()))
+    } else {
+        CameUp::Written
+    })
 }
 
 /// What was bad may have been put right in the bucket: it is fetched again, checked, and put where
@@ -417,6 +452,10 @@ pub(crate) fn lift_tree(open: &Open, path: &Path) -> Result<Vec<Unread>, Fault> 
     for (here, old, lifted) in lifted {
         let bad = match lifted {
             Moved::Up => continue,
+            Moved::Tainted(why) => {
+                open.index.taint(&here, &why)?;
+                continue;
+            }
             Moved::Bad(why) => Some(why),
             Moved::Later(why) => {
                 unread.push(Unread { path: here, data_at: Some(old), why });
@@ -442,6 +481,8 @@ pub(crate) fn lift_tree(open: &Open, path: &Path) -> Result<Vec<Unread>, Fault> 
 enum Moved {
     /// Or somebody has written over it, or removed it.
     Up,
+    /// It is above already.
+    Tainted(String),
     Bad(String),
     Unclear,
     Later(String),
@@ -451,8 +492,12 @@ fn lift_moved(open: &Open, here: &Path, old: &Path, row: &Row) -> Moved {
     if let Some(why) = &row.bad {
         return Moved::Bad(why.clone());
     }
+    if has_no_room(open, row) {
+        return Moved::Later("the volume has no room for its data".to_owned());
+    }
     match checked_below(old, &row.entry, &Pass::new()) {
-        Some(Ok(())) => match lifting::lift(&open.volume, here, Some(row.entry.mtime_ns)) {
+        Some(Ok(())) => match bring_up(open, here, row) {
+            Ok(CameUp::Unlike(why)) => Moved::Tainted(below::built_on(&why)),
             Ok(_) => Moved::Up,
             Err(fault) => Moved::Later(format!("its data cannot be brought up: {fault}")),
         },

@@ -265,7 +265,8 @@ struct Tree<'a> {
     told: Option<u64>,
     /// Rounds in a row that could not write down every removal.
     held: u32,
-    /// The oldest change of rounds in a row that left something to the next.
+    /// The oldest change of a round that missed what was on the move, or of rounds in a row that could
+    /// not write down every removal.
     unsettled: Option<Duration>,
 }
 

@@ -82,6 +82,9 @@ pub(crate) fn lead(status: &StorageStatus, look: Look) -> String {
     let label = crate::words::clean(&format!("S3 bucket {} ({mode})", status.bucket));
     let oldest = status.oldest_unreplicated_ms.map(|ms| format!(", oldest change {} ago", fine(ms)));
     let (mut words, mut tone) = match in_bucket(status) {
+        InBucket::Yes if !status.incidents.is_empty() => {
+            ("everything is in the bucket but for what incidents say of it".to_owned(), Tone::Caution)
+        }
         InBucket::Yes => ("everything is in the bucket".to_owned(), Tone::Good),
         InBucket::No(what) => {
             let tone = if status.phase == "ready" { Tone::Plain } else { Tone::Caution };

@@ -59,6 +59,9 @@ fn is_good(status: &StorageStatus) -> bool {
 
 fn page(status: &StorageStatus, look: Look) -> String {
     let (answer, tone) = match in_bucket(status) {
+        InBucket::Yes if !status.incidents.is_empty() => {
+            ("everything but what the incidents below say of it".to_owned(), Tone::Caution)
+        }
         InBucket::Yes => ("everything".to_owned(), Tone::Good),
         InBucket::No(what) => (format!("not all: {what} not yet"), Tone::Caution),
         InBucket::Unknown(why) => (why, Tone::Caution),

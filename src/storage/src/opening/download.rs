@@ -2,6 +2,7 @@
 
 use super::layers::{Place, Upper, is_as_said, make_way, take_over};
 use super::{Making, intended, wanted};
+use crate::below;
 use crate::bucket::Bucket;
 use crate::entry::{Entry, Path};
 use crate::fault::Fault;
@@ -77,10 +78,30 @@ impl Making<'_> {
         }
         fetch::settle_on_disk(&volume.own)?;
         let bad = take_over(index, volume, got)?;
+        check_what_began_below(bucket, index, volume, &rows)?;
         index.set_all_lower(false)?;
         index.set_meta("laid", "1")?;
         Ok(bad)
     }
+}
+
+/// What was written to on a mount, and kept, before anybody had looked at what it was.
+fn check_what_began_below(
+    bucket: &Bucket,
+    index: &Index,
+    volume: &Volume,
+    rows: &[(Path, Row)],
+) -> Result<(), Fault> {
+    let unchecked = |row: &Row| row.lower && row.entry.is_file() && row.bad.is_none() && !row.unsure;
+    for (path, row) in rows.iter().filter(|(_, row)| unchecked(row)) {
+        if below::is_built_on(volume, path)
+            && !is_as_said(&volume.tree, path, row)?
+            && let Err(why) = below::check_object(bucket, volume, path, &row.entry)?
+        {
+            index.taint(path, &below::built_on(&why))?;
+        }
+    }
+    Ok(())
 }
 
 /// Makes a plain tree of an upper layer: what it hides is gone, what it holds is at the top. Yields

@@ -288,7 +288,8 @@ impl Tree<'_> {
             self.ready.chain.settle(&open.bucket, &open.index)?;
         }
         let (mut found, unread) = self.look(round.full, &round.dirty)?;
-        if round.full && self.hydrated && !self.whole {
+        // What has been moved and could not be had is still only below, whatever its old name says.
+        if round.full && self.hydrated && !self.whole && unread.is_empty() {
             self.on_whole()?;
         }
         round.unconfirmed = self.make_sure_of_removals(&mut found)?;
@@ -351,6 +352,7 @@ impl Tree<'_> {
         };
         let mut found = look(&self.fetched)?;
         // What was moved while it was only below has to be above before its old name may go.
+        let waited = !self.unread.is_empty();
         found.to_fetch.append(&mut self.unread);
         let mut unread = Vec::new();
         while !found.to_fetch.is_empty() {
@@ -362,6 +364,7 @@ impl Tree<'_> {
             found = look(&self.fetched)?;
         }
         self.unread = unread.iter().map(|unread| unread.path.clone()).collect();
+        self.everything |= waited && unread.is_empty();
         Ok((found, unread))
     }
 
