@@ -1252,6 +1252,23 @@ fn damage_in_the_bucket_is_mended_from_the_tree_and_an_outage_is_none() {
 }
 
 #[test]
+fn a_server_that_is_overrun_for_a_moment_fails_no_flush() {
+    let cloud = Cloud::new();
+    let machine = started(cloud.machine());
+    flush(&machine);
+    let raw = Raw::new(&cloud.garage);
+    for (name, status) in [("a", 503), ("b", 429), ("c", 503)] {
+        let path = format!("openclaw/workspace/{name}");
+        let rule = Rule::new(Fault::Status(status)).method("PUT").path(&raw.key(&path)).times(1);
+        cloud.proxy.add(rule);
+        write(&machine, &[&path], "words");
+    }
+    flush(&machine);
+    let told = cloud.proxy.log().iter().filter(|entry| entry.fault.is_some()).count();
+    assert!(told >= 3, "only {told} were told so");
+}
+
+#[test]
 fn retries_are_few() {
     let cloud = Cloud::new();
     let machine = started(cloud.machine().environment("S3_HEARTBEAT", "60"));

@@ -38,7 +38,7 @@ use exchange::{Exchange, Living};
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 use work::{Holds, SoFar};
 pub(crate) use work::{Rest, Work};
@@ -52,6 +52,8 @@ const STAGERS: usize = 2;
 const UPLOADERS: usize = 16;
 /// So many files are made durable one by one; more of them with the whole volume.
 const SYNCED_ALONE: usize = 16;
+/// Between tries of an upload that the server had no time for just then, as it says under load.
+const SLOWER: [Duration; 2] = [Duration::from_millis(200), Duration::from_millis(800)];
 /// What a file may have been before it was written to, and be checked in the loop.
 const CHECKED_HERE: u64 = 64 << 20;
 /// Lines in one segment of removals and changes of metadata.
@@ -467,6 +469,8 @@ impl Pusher<'_> {
 
     fn upload(&self, now: Vec<Staged>, silent: &OnceLock<Fault>) -> Vec<(Sent, Result<(), Fault>)> {
         let (bucket, lease, staging) = (self.bucket, self.lease, self.volume.staging());
+        // One has been told "slower" again and again: the others need not be.
+        let overrun = AtomicBool::new(false);
         // What it may have to wait for must not lie between the lease's word and a write.
         bucket.rclone.make_ready();
         parallel::each(now, UPLOADERS, |staged| {
@@ -476,9 +480,22 @@ impl Pusher<'_> {
                 return (sent, Err(fault));
             }
             // Asked for each: between two of them this machine may have slept, and been succeeded.
-            let outcome = lease
-                .confirm(bucket)
-                .and_then(|()| bucket.rclone.upload(&staging, copy.name(), &sent.path.object()));
+            let upload = || {
+                lease
+                    .confirm(bucket)
+                    .and_then(|()| bucket.rclone.upload(&staging, copy.name(), &sent.path.object()))
+            };
+            let mut outcome = upload();
+            for pause in SLOWER {
+                if !matches!(outcome, Err(Fault::Busy(_))) || overrun.load(Ordering::Relaxed) {
+                    break;
+                }
+                std::thread::sleep(pause);
+                outcome = upload();
+            }
+            if matches!(outcome, Err(Fault::Busy(_))) {
+                overrun.store(true, Ordering::Relaxed);
+            }
             if let Err(fault @ Fault::Unreachable(_)) = &outcome {
                 let _ = silent.set(fault.clone());
             }
