@@ -33,6 +33,10 @@ pub(crate) fn free(places: &Places, port: u16, report: &mut Report) -> Outcome<(
         let table = Table::read(places);
         let holders = holders(places, &table, &sockets);
         if holders.is_empty() {
+            // It may have gone between the two looks.
+            if wait_until(AFTER_KILL, || is_free(port)) {
+                return Ok(());
+            }
             return Err(Failure::again(format!(
                 "port {port} is taken by a process that cannot be seen from here (another container in the same \
                  network?); stop it, or set another port for the gateway"
@@ -117,9 +121,16 @@ fn end(places: &Places, table: &Table, holders: &[Process]) {
     wait_until(AFTER_KILL, || !tree.iter().chain(&late).any(|p| processes::still_runs(places, p)));
 }
 
-fn wait_until(limit: Duration, mut reached: impl FnMut() -> bool) {
+/// Whether it was reached.
+fn wait_until(limit: Duration, mut reached: impl FnMut() -> bool) -> bool {
     let until = Instant::now() + limit;
-    while !reached() && Instant::now() < until {
+    loop {
+        if reached() {
+            return true;
+        }
+        if Instant::now() >= until {
+            return false;
+        }
         std::thread::sleep(LOOK_EVERY);
     }
 }
@@ -139,9 +150,15 @@ mod tests {
         Some((child, line.trim().parse().ok()?))
     }
 
+    /// What another test starts at that moment has our sockets too, until it is another program.
+    fn is_free_in_the_end(port: u16) -> bool {
+        wait_until(AFTER_KILL, || is_free(port))
+    }
+
     #[test]
     fn a_free_port_costs_nothing_and_is_fine() {
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        assert!(is_free_in_the_end(port));
         let mut report = Report::default();
         free(&Places::default(), port, &mut report).unwrap();
         assert!(report.notes.is_empty());
@@ -197,7 +214,7 @@ mod tests {
             let port = taken.local_addr().unwrap().port();
             assert!(!is_free(port), "{address}");
             drop(taken);
-            assert!(is_free(port), "{address}");
+            assert!(is_free_in_the_end(port), "{address}");
         }
     }
 

@@ -152,8 +152,22 @@ pub(crate) fn link(bin: &Dir, choice: &Choice) -> FileResult<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::PermissionsExt;
+    use std::io::Write as _;
     use std::path::Path;
+    use std::process::{Command, Stdio};
+
+    /// By another process: what another test starts while we have a file open for writing has it open
+    /// too for a moment, and the kernel runs no program that is.
+    fn install(path: &Path, text: &str) {
+        let mut install = Command::new("install")
+            .args(["-m", "755", "/dev/stdin"])
+            .arg(path)
+            .stdin(Stdio::piped())
+            .spawn()
+            .unwrap();
+        install.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
+        assert!(install.wait().unwrap().success());
+    }
 
     /// An image with programs that behave as told: a shell script each.
     fn image(programs: &[(&str, &str)]) -> (tempfile::TempDir, Places) {
@@ -161,9 +175,7 @@ mod tests {
         let sbin = temp.path().join("usr/sbin");
         fs::create_dir_all(&sbin).unwrap();
         for (name, script) in programs {
-            let path = sbin.join(name);
-            fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
-            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+            install(&sbin.join(name), &format!("#!/bin/sh\n{script}\n"));
         }
         let places = Places::below(temp.path());
         (temp, places)
