@@ -226,6 +226,18 @@ fn not_all_there(machine: &Machine, why: &[&str]) {
 const MAKE: &str = "CREATE TABLE IF NOT EXISTS t (n INTEGER PRIMARY KEY, w TEXT, sum INTEGER)";
 const ROW: &str = "INSERT INTO t VALUES ((SELECT coalesce(max(n), 0) + 1 FROM t), 'x', 5)";
 
+/// Where the gateway may make them, and who looks at them in the bucket.
+fn machine_for_databases(cloud: &Cloud) -> (Machine, Rclone) {
+    let machine = cloud.machine().start();
+    machine.service_in("gateway", &["ready"]);
+    own(&machine, "/data/openclaw/x");
+    (machine, judge(cloud))
+}
+
+fn place(name: &str) -> String {
+    format!("/data/openclaw/x/{name}")
+}
+
 /// In a database of the bucket that is whole.
 fn rows(rclone: &Rclone, name: &str) -> i64 {
     let bytes = rclone.ok(&["cat", &format!("crypt:openclaw/x/{name}")]);
@@ -241,13 +253,9 @@ fn rows(rclone: &Rclone, name: &str) -> i64 {
 fn what_can_happen_to_a_database_happens_in_the_bucket_too() {
     let _turn = turn();
     let cloud = Cloud::new();
-    let machine = cloud.machine().start();
-    machine.service_in("gateway", &["ready"]);
-    own(&machine, "/data/openclaw/x");
-    let rclone = judge(&cloud);
-    let place = |name: &str| format!("/data/openclaw/x/{name}");
-    let rows = |name: &str| rows(&rclone, name);
+    let (machine, rclone) = machine_for_databases(&cloud);
     let (make, row) = (MAKE, ROW);
+    let rows = |name: &str| rows(&rclone, name);
     // Written once, never checkpointed, never closed; and one whose transaction stays open.
     let quiet = format!("PRAGMA journal_mode=wal; PRAGMA wal_autocheckpoint=0; {make}; {row}; {row};");
     let mut held = Running::as_gateway(&machine, &["cvm-victim", "sql", &place("quiet"), &quiet]);
@@ -336,11 +344,7 @@ fn what_can_happen_to_a_database_happens_in_the_bucket_too() {
 fn a_database_that_is_exchanged_or_only_begun_is_never_half_in_the_bucket() {
     let _turn = turn();
     let cloud = Cloud::new();
-    let machine = cloud.machine().start();
-    machine.service_in("gateway", &["ready"]);
-    own(&machine, "/data/openclaw/x");
-    let rclone = judge(&cloud);
-    let place = |name: &str| format!("/data/openclaw/x/{name}");
+    let (machine, rclone) = machine_for_databases(&cloud);
     let (make, row) = (MAKE, ROW);
     let rows = |name: &str| rows(&rclone, name);
     let first = format!("PRAGMA journal_mode=wal; PRAGMA wal_autocheckpoint=0; {make}; {row};");

@@ -34,7 +34,6 @@ pub(crate) struct This {
     name: Mutex<Name>,
 }
 
-#[derive(Clone)]
 struct Name {
     text: String,
     /// It comes after all that the bucket knows of.

@@ -338,11 +338,9 @@ fn ask_rclone(open: &Open, path: &Path) -> Result<String, Fault> {
 fn copy_up(open: &Open, path: &Path, row: &Row) -> Result<Lifted, Fault> {
     let upper = path.below(&open.volume.upper);
     Ok(match bring_up(open, path, row)? {
-        // The gateway removed or moved it meanwhile.
-        CameUp::Gone => Lifted::Up(path.clone(), None),
+        CameUp::Untold => Lifted::Up(path.clone(), None),
         CameUp::AsItShould(stat) => Lifted::Up(path.clone(), Some(scan::known_by(&upper, &stat, false))),
         CameUp::Unlike(why) => Lifted::Bad(path.clone(), why, row.clone()),
-        CameUp::Unknown => Lifted::Up(path.clone(), None),
         // Whoever pushes it, or the next pass, looks at what is below.
         CameUp::Written => Lifted::Skipped,
     })
@@ -351,9 +349,8 @@ fn copy_up(open: &Open, path: &Path, row: &Row) -> Result<Lifted, Fault> {
 /// What is above after the kernel has brought it up.
 enum CameUp {
     AsItShould(nix::sys::stat::FileStat),
-    Gone,
-    /// The manifest does not say what it should be.
-    Unknown,
+    /// The gateway has removed or moved it, or the manifest does not say what it should be.
+    Untold,
     /// Something else than what was checked, and nobody has written to it: the bucket gave the kernel
     /// another answer than us.
     Unlike(String),
@@ -365,12 +362,12 @@ fn bring_up(open: &Open, path: &Path, row: &Row) -> Result<CameUp, Fault> {
     let upper = path.below(&open.volume.upper);
     let above = volume::look(&upper)?.map_or(row.entry.mtime_ns, |stat| volume::mtime_ns(&stat));
     if !lifting::lift(&open.volume, path, Some(row.entry.mtime_ns))? {
-        return Ok(CameUp::Gone);
+        return Ok(CameUp::Untold);
     }
-    let Some(before) = volume::look(&upper)? else { return Ok(CameUp::Gone) };
-    let Some(wanted) = row.entry.sha() else { return Ok(CameUp::Unknown) };
+    let Some(before) = volume::look(&upper)? else { return Ok(CameUp::Untold) };
+    let Some(wanted) = row.entry.sha() else { return Ok(CameUp::Untold) };
     let (size, found) = stage::hash(&upper)?;
-    let Some(after) = volume::look(&upper)? else { return Ok(CameUp::Gone) };
+    let Some(after) = volume::look(&upper)? else { return Ok(CameUp::Untold) };
     let still = scan::sign_of(&upper, &before, false) == scan::sign_of(&upper, &after, false);
     Ok(if still && found == wanted {
         CameUp::AsItShould(after)
