@@ -15,7 +15,7 @@ use crate::entry::Path;
 use crate::fault::Fault;
 use crate::lifting::Lifting;
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat, openat2};
+use nix::fcntl::{OFlag, OpenHow, PosixFadviseAdvice, ResolveFlag, openat, openat2, posix_fadvise};
 use nix::sys::stat::{FileStat, Mode, UtimensatFlags, lstat, mkdirat, utimensat};
 use nix::sys::time::TimeSpec;
 use std::ffi::{CStr, CString, OsStr};
@@ -231,6 +231,11 @@ pub(crate) fn open_file(path: &FsPath) -> io::Result<File> {
 pub(crate) fn open_below(top: &FsPath, path: &Path) -> io::Result<File> {
     let file = beneath(&File::open(top)?, path, OFlag::O_RDONLY | OFlag::O_NONBLOCK)?;
     only_a_file(file.into())
+}
+
+/// Makes the kernel read a file anew: it lets go of what it has of it in memory.
+pub(crate) fn forget(path: &FsPath) -> io::Result<()> {
+    Ok(posix_fadvise(open_file(path)?, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)?)
 }
 
 /// Opens what is below a directory, through no link.
