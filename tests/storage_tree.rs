@@ -12,6 +12,7 @@ use cvm_harness::{
     Builder, Cloud, Fault, Machine, Rule, difference, digest, flush, independent, restore_by_hand, storage,
     until,
 };
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::Write;
@@ -353,6 +354,131 @@ fn times_of_files_stay_when_their_data_comes_up_behind_the_gateway() {
     let expected = tree(&machine);
     let machine = restored(&cloud, machine, Fuse);
     assert_eq!(difference(&expected, &tree(&machine)), "");
+}
+
+#[test]
+fn a_file_is_fetched_once_to_be_checked_and_to_be_brought_up() {
+    let cloud = Cloud::new();
+    let mut machine = Fuse.start(&cloud);
+    plant(&machine.path(WORKSPACE));
+    flush(&machine);
+    assert_eq!(machine.stop(), 0);
+    drop(machine);
+    cloud.proxy.clear_log();
+    let machine = Fuse.start(&cloud);
+    independent(&machine);
+    let below = key(&cloud, "openclaw/workspace/many");
+    let mut fetched: BTreeMap<String, usize> = BTreeMap::new();
+    for entry in cloud.proxy.log() {
+        let given = matches!(entry.status, Some(200 | 206)) && entry.path.contains(&below);
+        if given && entry.method == "GET" && !entry.path.contains("list-type") {
+            *fetched.entry(entry.path).or_default() += 1;
+        }
+    }
+    let files = fs::read_dir(machine.path(WORKSPACE).join("many"))
+        .unwrap()
+        .map(|dir| fs::read_dir(dir.unwrap().path()).unwrap().count())
+        .sum::<usize>();
+    assert_eq!(fetched.len(), files, "{fetched:?}");
+    assert!(fetched.values().all(|times| *times == 1), "{fetched:?}");
+}
+
+/// Of a machine that has stopped. What has one of these in its path is not to be had.
+fn started_without(cloud: &Cloud, mut machine: Machine, fault: Fault, paths: &[&str]) -> Machine {
+    flush(&machine);
+    assert_eq!(machine.stop(), 0);
+    drop(machine);
+    for path in paths {
+        cloud.proxy.add(Rule::new(fault).method("GET").path(&name(cloud, path)));
+    }
+    Fuse.start(cloud)
+}
+
+/// The last part of it, in the bucket.
+fn name(cloud: &Cloud, path: &str) -> String {
+    let key = key(cloud, &format!("openclaw/workspace/{path}"));
+    key.rsplit('/').next().unwrap().to_owned()
+}
+
+/// Under these names, also on a machine that has nothing but the bucket.
+fn are_there(cloud: &Cloud, machine: Machine, files: &[(&str, &str)]) {
+    cloud.proxy.heal();
+    independent(&machine);
+    flush(&machine);
+    let expected = tree(&machine);
+    let look = |machine: &Machine| {
+        for (path, content) in files {
+            let at = machine.path(WORKSPACE).join(path);
+            assert_eq!(fs::read_to_string(at).ok().as_deref(), Some(*content), "{path}");
+        }
+    };
+    look(&machine);
+    let machine = restored(cloud, machine, Fuse);
+    look(&machine);
+    assert_eq!(difference(&expected, &tree(&machine)), "");
+}
+
+#[test]
+fn what_is_moved_to_one_name_after_another_is_kept_although_its_data_is_not_there_yet() {
+    let cloud = Cloud::new();
+    let machine = Fuse.start(&cloud);
+    for path in ["first", "second", "one/in-one", "two/in-two"] {
+        put(machine.path(WORKSPACE).join(path), path);
+    }
+    let paths = ["second", "two/in-two", "first", "one/in-one"];
+    let machine = started_without(&cloud, machine, Fault::Hang, &paths);
+    let at = machine.path(WORKSPACE);
+    fs::rename(at.join("first"), at.join("file")).unwrap();
+    fs::rename(at.join("one"), at.join("dir")).unwrap();
+    for path in &paths[2..] {
+        cloud.proxy.spare(&name(&cloud, path));
+    }
+    flush(&machine);
+    fs::rename(at.join("second"), at.join("file")).unwrap();
+    fs::rename(at.join("dir"), at.join("away")).unwrap();
+    fs::rename(at.join("two"), at.join("dir")).unwrap();
+    let files = [("file", "second"), ("away/in-one", "one/in-one"), ("dir/in-two", "two/in-two")];
+    are_there(&cloud, machine, &files);
+}
+
+#[test]
+fn what_was_moved_in_an_outage_is_not_forgotten_where_another_directory_cannot_be_looked_into() {
+    let cloud = Cloud::new();
+    let machine = Fuse.start(&cloud);
+    for path in ["seen/of-seen", "unseen/of-unseen"] {
+        put(machine.path(WORKSPACE).join(path), path);
+    }
+    let machine = started_without(&cloud, machine, Fault::Status(403), &["seen/of-seen", "unseen"]);
+    let at = machine.path(WORKSPACE);
+    assert_eq!(fs::read_dir(at.join("seen")).unwrap().count(), 1);
+    fs::rename(at.join("seen"), at.join("to")).unwrap();
+    let said = |what: &str| {
+        until("the trouble is told", PATIENCE, || {
+            storage(&machine)["last_error"].as_str()?.contains(what).then_some(())
+        });
+    };
+    said("still under another name");
+    fs::rename(at.join("unseen"), at.join("there")).unwrap();
+    said("cannot be listed");
+    are_there(&cloud, machine, &[("to/of-seen", "seen/of-seen"), ("there/of-unseen", "unseen/of-unseen")]);
+}
+
+#[test]
+fn what_is_moved_into_the_place_of_a_bad_file_is_not_taken_for_it() {
+    let cloud = Cloud::new();
+    let machine = Fuse.start(&cloud);
+    for path in ["bad", "good", "other"] {
+        put(machine.path(WORKSPACE).join(path), path.repeat(100));
+    }
+    flush(&machine);
+    let [bad, other] = ["bad", "other"].map(|name| key(&cloud, &format!("openclaw/workspace/{name}")));
+    let machine = started_without(&cloud, machine, Fault::Hang, &["bad", "good"]);
+    let object = cloud.garage.get_raw(&other).unwrap();
+    cloud.garage.put_raw(&bad, &object);
+    let at = machine.path(WORKSPACE);
+    fs::rename(at.join("good"), at.join("bad")).unwrap();
+    let files = [("bad", &*"good".repeat(100)), ("other", &*"other".repeat(100))];
+    are_there(&cloud, machine, &files);
 }
 
 /// The same without a bucket: what the two modes are measured by.
@@ -850,12 +976,19 @@ fn walk(dir: &Path) -> Vec<PathBuf> {
 fn nothing_of_names_or_contents_is_in_any_stored_byte() {
     const CANARY: &str = "Kanarienvogel";
     let cloud = Cloud::new();
-    let machine = Fuse.start(&cloud);
+    let gateway = HEALTHY.replace("exec", &format!("echo {CANARY}; exec"));
+    let machine = ready(Fuse.of(cloud.machine().fake_gateway(&gateway)).start());
     let at = machine.path(WORKSPACE);
     put(at.join(CANARY).join(format!("a-{CANARY}.txt")), format!("{CANARY} ").repeat(9000));
     put(at.join("small"), CANARY);
     symlink(format!("to/{CANARY}"), at.join("link")).unwrap();
     fs::set_permissions(at.join("small"), fs::Permissions::from_mode(0o4711)).unwrap();
+    let row = format!(
+        "c.execute('create table t(x)'); c.execute('insert into t values(?)', ('{CANARY}',)); c.commit()"
+    );
+    sqlite_in(&machine, &row, &format!("{WORKSPACE}/of.sqlite"));
+    // The bucket keeps the end of it.
+    machine.ok(&["grep", "-q", CANARY, "/var/log/openclaw-cvm/gateway.log"]);
     flush(&machine);
     fs::rename(at.join("small"), at.join(format!("{CANARY}-2"))).unwrap();
     let mut machine = machine;

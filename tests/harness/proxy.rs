@@ -233,6 +233,11 @@ impl Proxy {
         self.fault(Fault::Latency(each));
     }
 
+    /// Takes the faults of this part of a path away.
+    pub fn spare(&self, part: &str) {
+        self.change(|rules| rules.retain(|rule| rule.path.as_deref() != Some(part)));
+    }
+
     /// Takes all faults away, and listens.
     pub fn heal(&self) {
         self.change(Vec::clear);

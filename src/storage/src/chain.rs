@@ -80,6 +80,16 @@ impl Chain {
         Ok(Self::names(bucket)?.iter().map(|n| (n.epoch, n.to)).max().unwrap_or_default())
     }
 
+    /// What is wrong with a manifest that does not go as far as its last owner had come.
+    pub(crate) fn lacks(&self, reached: u64) -> Option<String> {
+        let has = self.head.generation;
+        (has < reached).then(|| {
+            format!(
+                "the end of the manifest is missing: it is at generation {has}, and its last owner had come to {reached}"
+            )
+        })
+    }
+
     /// Reads what the index does not know yet.
     pub(crate) fn load(
         bucket: &Bucket,

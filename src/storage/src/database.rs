@@ -124,9 +124,7 @@ pub(crate) fn copy(from: &Path, to: &Path, owner: Owner) -> Result<(), NoCopy> {
     }
     drop(source);
     drop(acting);
-    let verdict = check_open(&target);
-    drop(target);
-    verdict.map_err(NoCopy::Damaged)
+    check_open(&target)
 }
 
 /// What `SQLite` keeps beside a database.
@@ -162,7 +160,7 @@ pub(crate) fn check(file: &Path) -> Result<(), String> {
     let flags =
         OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX | OpenFlags::SQLITE_OPEN_URI;
     let db = Connection::open_with_flags(as_it_is(file), flags).map_err(|e| words(&e))?;
-    check_open(&db)
+    check_open(&db).map_err(|(NoCopy::Damaged(why) | NoCopy::Later(why))| why)
 }
 
 fn as_it_is(file: &Path) -> String {
@@ -174,11 +172,16 @@ fn as_it_is(file: &Path) -> String {
     uri + "?immutable=1"
 }
 
-fn check_open(db: &Connection) -> Result<(), String> {
+fn check_open(db: &Connection) -> Result<(), NoCopy> {
     let _ = db.set_db_config(DbConfig::SQLITE_DBCONFIG_TRUSTED_SCHEMA, false);
-    let verdict: String =
-        db.query_row("PRAGMA integrity_check(1)", [], |row| row.get(0)).map_err(|e| words(&e))?;
-    if verdict == "ok" { Ok(()) } else { Err("integrity_check finds damage".to_owned()) }
+    let verdict = db.query_row("PRAGMA integrity_check(1)", [], |row| row.get::<_, String>(0));
+    match verdict.as_deref() {
+        Ok("ok") => Ok(()),
+        Ok(_) => Err(NoCopy::Damaged("integrity_check finds damage".to_owned())),
+        // It asks for a function or an order of its application's, and only that can check it.
+        Err(error) if error.sqlite_error_code() == Some(ErrorCode::Unknown) => Ok(()),
+        Err(error) => Err(judge(error)),
+    }
 }
 
 fn judge(error: &rusqlite::Error) -> NoCopy {
@@ -249,6 +252,24 @@ mod tests {
 
     fn count(file: &Path) -> i64 {
         Connection::open(file).unwrap().query_row("SELECT count(*) FROM t", [], |r| r.get(0)).unwrap()
+    }
+
+    #[test]
+    fn a_database_that_only_its_application_can_check_is_copied() {
+        let (_dir, a, b) = files();
+        let db = Connection::open(&a).unwrap();
+        db.execute_batch(
+            "CREATE TABLE t(x); CREATE INDEX i ON t(x COLLATE NOCASE); INSERT INTO t VALUES ('A');
+             PRAGMA writable_schema = ON;
+             UPDATE sqlite_schema SET sql = replace(sql, 'NOCASE', 'unicase') WHERE name = 'i';",
+        )
+        .unwrap();
+        drop(db);
+        let asked = Connection::open(&a).unwrap().query_row("PRAGMA integrity_check", [], |_| Ok(()));
+        assert!(asked.unwrap_err().to_string().contains("no such collation"));
+        copied(&a, &b).unwrap();
+        assert_eq!(count(&b), 1);
+        assert_eq!(check(&b), Ok(()));
     }
 
     #[test]

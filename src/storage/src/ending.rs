@@ -7,7 +7,7 @@
 use crate::desk::Desk;
 use crate::entry::{Kind, Path};
 use crate::owner::uptime;
-use crate::scan::{Change, Found, Scanner};
+use crate::scan::{Change, Fetched, Found, Scanner};
 use crate::volume::{self, Volume};
 use std::collections::HashSet;
 use std::sync::OnceLock;
@@ -56,7 +56,7 @@ impl Ending {
             desk.drained(0, 0);
         } else {
             let Some(open) = desk.open() else { return };
-            let fetched = HashSet::new();
+            let fetched = Fetched::default();
             let scanned = Scanner::new(&open.volume, &open.index, &open.bucket.prefix, &fetched).full();
             let (files, bytes) = scanned.map_or((1, 0), |found| missing(&open.volume, &found));
             desk.drained(files.max(1), bytes);

@@ -236,6 +236,9 @@ fn condemn(open: &Open, desk: &Desk, path: &Path, row: &Row, why: &str) -> Resul
     if open.index.get(path)?.as_ref() != Some(row) {
         return Ok(Sentence::NotTheSame);
     }
+    if is_another(open, path) {
+        return Ok(Sentence::Stays);
+    }
     if is_written(&open.volume, path) {
         if below::is_built_on(&open.volume, path) && !row.unsure {
             let why = below::built_on(why);
@@ -272,6 +275,9 @@ fn lift(open: &Open, path: &Path, row: &Row, pass: &Pass) -> Lifted {
     if !row.entry.is_file() {
         return Lifted::Up(path.clone(), None);
     }
+    if is_another(open, path) {
+        return Lifted::Up(path.clone(), None);
+    }
     if is_written(&open.volume, path) {
         return leave(open, path, row, pass);
     }
@@ -283,6 +289,14 @@ fn lift(open: &Open, path: &Path, row: &Row, pass: &Pass) -> Lifted {
         Some(Err(why)) => Lifted::Bad(path.clone(), why, row.clone()),
         None => Lifted::Unclear(path.clone(), row.clone()),
     }
+}
+
+/// Whether something else has been moved there, or into the place of its directory. Who looks for what
+/// was moved brings it up, by the name that it had.
+fn is_another(open: &Open, path: &Path) -> bool {
+    let from = Below::directory_below(open, path.parent().as_ref());
+    let lies = moved::origin(path, &path.below(&open.volume.upper), from.as_deref());
+    lies.as_deref() != Some(path.as_bytes())
 }
 
 /// It would be read for nothing, and what the kernel had brought up by then would stay and fill the
@@ -548,8 +562,14 @@ impl Below {
                 self.files.extend(old.and_then(|old| Path::new(&old)).map(|old| (path.clone(), old)));
             }
             libc::S_IFDIR => {
-                for entry in std::fs::read_dir(&at)? {
-                    if let Some(child) = Path::child(Some(path), entry?.file_name().as_bytes()) {
+                let cannot = |error: std::io::Error| {
+                    let why = Fault::from(error);
+                    Fault::other(format!("what was moved to {path} cannot be listed in the bucket: {why}"))
+                };
+                for entry in std::fs::read_dir(&at).map_err(cannot)? {
+                    if let Some(child) =
+                        Path::child(Some(path), entry.map_err(cannot)?.file_name().as_bytes())
+                    {
                         self.add(open, &child, old.as_deref())?;
                     }
                 }

@@ -236,9 +236,12 @@ impl Index {
         Ok(())
     }
 
-    /// The same, but only of what this volume never had: what was here and is gone stays gone.
-    pub(crate) fn set_unseen_lower(&self) -> Result<(), Fault> {
-        self.db().execute("UPDATE entry SET lower = 1 WHERE bad IS NULL AND s_size IS NULL", [])?;
+    /// The same, but only of what this volume never had: what was here and is gone stays gone. Where
+    /// directories and links have been `laid`, it has had all of those.
+    pub(crate) fn set_unseen_lower(&self, laid: bool) -> Result<(), Fault> {
+        let unseen =
+            "UPDATE entry SET lower = 1 WHERE bad IS NULL AND s_size IS NULL AND (kind < ?1 OR NOT ?2)";
+        self.db().execute(unseen, params![DIRECTORY, laid])?;
         Ok(())
     }
 
@@ -656,6 +659,20 @@ mod tests {
         index.set_bad(&path, Some("replaced")).unwrap();
         index.apply(&[line("a", Word::Is(file(6)))], None).unwrap();
         assert_eq!(row().bad, None, "another object is good");
+    }
+
+    #[test]
+    fn where_directories_and_links_were_laid_only_files_can_be_unseen() {
+        let (_dir, index) = index();
+        let words = [file(5).kind, Kind::Directory, Kind::Symlink { target: b"t".to_vec() }].map(of_kind);
+        let lines: Vec<_> =
+            ["a", "d", "l"].into_iter().zip(words).map(|(name, word)| line(name, word)).collect();
+        index.apply(&lines, None).unwrap();
+        let lower = || index.lower().unwrap().len();
+        index.set_unseen_lower(true).unwrap();
+        assert_eq!(lower(), 1);
+        index.set_unseen_lower(false).unwrap();
+        assert_eq!(lower(), 3);
     }
 
     fn of_kind(kind: Kind) -> Word {

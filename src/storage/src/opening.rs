@@ -23,12 +23,12 @@ use crate::index::{Index, Row};
 use crate::manifest::{Head, Line, Word};
 use crate::mount::{self, NoMount, StandIn};
 use crate::owner::{self, Lease, Me, uptime};
-use crate::scan::{Found, Scanner};
+use crate::scan::{Fetched, Found, Scanner};
 use crate::volume::Volume;
 use crate::{hydrate, rules};
 use cvm_blueprint::storage::{Mode, StorageSpec};
 use ownership::{Tried, is_behind, past, put_aside, still_there, wait_for_it, without_manifest};
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::fs::{self, File};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::MetadataExt as _;
@@ -114,7 +114,7 @@ pub(crate) fn left_behind(prefix: &str) -> Result<Option<(Volume, Found)>, Fault
     if !is_ours || index.head()?.generation == 0 {
         return Ok(None);
     }
-    let found = Scanner::new(&volume, &index, prefix, &HashSet::new()).full()?;
+    let found = Scanner::new(&volume, &index, prefix, &Fetched::default()).full()?;
     drop(lock);
     Ok(Some((volume, found)))
 }
@@ -207,11 +207,10 @@ fn tree(
         index.set_meta("cut", &reached.to_string())?;
     }
     // Who has accepted a manifest that is not all there has accepted that this try's is not.
-    if survey == Survey::Managed && chain.head.generation < reached && index.number("cut")? != reached {
-        word.accepted.or_refuse(format!(
-            "the end of the manifest is missing: it is at generation {}, and its last owner had come to {reached}",
-            chain.head.generation
-        ))?;
+    if let Some(why) = chain.lacks(reached).filter(|_| survey == Survey::Managed)
+        && index.number("cut")? != reached
+    {
+        word.accepted.or_refuse(why)?;
     }
     // An earlier try may have come as far as the index, and not as far as here.
     let continued = continued && !index.is_of_another_tree()?;

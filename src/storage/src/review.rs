@@ -17,7 +17,7 @@ use crate::fault::Fault;
 use crate::fetch::{self, Fetcher, Got, Wanted};
 use crate::hydrate;
 use crate::index::Row;
-use crate::scan::Scanner;
+use crate::scan::{Change, Fetched, Scanner};
 use crate::volume::{self, Room};
 use crate::worker::Order;
 use cvm_blueprint::storage::{Answer, Drill, Progress};
@@ -70,7 +70,7 @@ impl Review {
     /// Compares tree, manifest and bucket; `deep` reads everything back.
     pub(crate) fn verify(
         &self,
-        fetched: &HashSet<Path>,
+        fetched: &Fetched,
         deep: bool,
         to: &UnboundedSender<Answer>,
     ) -> Result<(String, bool), Fault> {
@@ -81,8 +81,8 @@ impl Review {
             let _ = to.send(Answer::Line { text });
         };
         let found = Scanner::new(&open.volume, &open.index, &open.bucket.prefix, fetched).full()?;
-        for change in &found.changes {
-            say(format!("{}: the tree differs from the bucket (not pushed yet)", change.path()));
+        for path in found.changes.iter().map(Change::path).chain(&found.to_fetch) {
+            say(format!("{path}: the tree differs from the bucket (not pushed yet)"));
         }
         let before = self.files()?;
         let mut known = self.objects(&before)?;
@@ -187,7 +187,7 @@ impl Review {
             let at = usize::try_from(u64::from_le_bytes(bytes) % others.len() as u64).unwrap_or(0);
             picked.push(others.swap_remove(at));
         }
-        let files = picked.len();
+        let (files, all) = (picked.len(), of_databases.len() as u64);
         let read = match self.read_back(picked, to) {
             Ok(read) => read,
             Err(fault) => ReadBack { fault: Some(fault), ..ReadBack::default() },
@@ -208,7 +208,9 @@ impl Review {
         let (text, good) = if let Some(fault) = fault {
             (format!("the drill could not be done: {fault}"), false)
         } else if wrong.is_empty() {
-            (format!("{files} files restored and checked, {databases} databases among them{left_out}"), true)
+            // Nothing is shown where there was room for nothing, and of no database that was left out.
+            let shows = databases == all && (files > 0 || skipped.is_empty());
+            (format!("{files} files restored and checked, {databases} databases among them{left_out}"), shows)
         } else {
             (format!("{} of {files} files did not come back as they should{left_out}", wrong.len()), false)
         };

@@ -24,7 +24,7 @@ use crate::rules;
 use crate::volume::{self, Volume};
 use cvm_process::handle::Handle;
 use nix::sys::stat::FileStat;
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::ffi::{CStr, CString};
 use std::io::ErrorKind;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
@@ -98,6 +98,51 @@ pub(crate) struct Found {
     pub(crate) seen: u64,
 }
 
+/// What was moved and has been brought up as far as it could be had. A name is not enough: something
+/// else may be moved to it later.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Fetched(HashMap<Path, Moved>);
+
+/// What is above under that name, and where it says that its data is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Moved {
+    inode: u64,
+    from: Option<Vec<u8>>,
+}
+
+impl Moved {
+    fn of(stat: &FileStat, at: &FsPath) -> Self {
+        Self { inode: stat.st_ino, from: volume::mark(at, REDIRECT) }
+    }
+}
+
+impl Fetched {
+    fn has(&self, path: &Path, moved: &Moved) -> bool {
+        self.0.get(path) == Some(moved)
+    }
+
+    /// Before it is brought up: what is moved there meanwhile is something else.
+    pub(crate) fn note(&mut self, upper: &FsPath, path: &Path) -> Result<(), Fault> {
+        let at = path.below(upper);
+        if let Some(stat) = volume::look(&at)? {
+            self.0.insert(path.clone(), Moved::of(&stat, &at));
+        }
+        Ok(())
+    }
+
+    /// But for what these are, or are in.
+    pub(crate) fn without(mut self, unread: &[Path]) -> Self {
+        for path in unread {
+            let mut at = Some(path.clone());
+            while let Some(path) = at {
+                self.0.remove(&path);
+                at = path.parent();
+            }
+        }
+        self
+    }
+}
+
 /// Where a path would lie.
 enum Above {
     Directories,
@@ -111,8 +156,7 @@ pub(crate) struct Scanner<'a> {
     pub(crate) volume: &'a Volume,
     pub(crate) index: &'a Index,
     pub(crate) prefix: &'a str,
-    /// What was moved and has been fetched as far as it could be had.
-    fetched: &'a HashSet<Path>,
+    fetched: &'a Fetched,
     /// Bytes of the volume, which the next one need not exceed.
     whole: u64,
     /// Directories that have not been looked at yet: as deep as a tree may be, no stack is.
@@ -121,12 +165,7 @@ pub(crate) struct Scanner<'a> {
 }
 
 impl<'a> Scanner<'a> {
-    pub(crate) fn new(
-        volume: &'a Volume,
-        index: &'a Index,
-        prefix: &'a str,
-        fetched: &'a HashSet<Path>,
-    ) -> Self {
+    pub(crate) fn new(volume: &'a Volume, index: &'a Index, prefix: &'a str, fetched: &'a Fetched) -> Self {
         let whole = volume.room().map_or(u64::MAX, |room| room.whole);
         Self { volume, index, prefix, fetched, whole, to_do: Vec::new(), found: Found::default() }
     }
@@ -235,7 +274,7 @@ impl<'a> Scanner<'a> {
     fn directory(&mut self, dir: Option<&Path>, deep: bool) -> Result<(), Fault> {
         let at = dir.map_or_else(|| self.volume.upper.clone(), |d| d.below(&self.volume.upper));
         let children = self.index.children(dir.map_or(b"", Path::as_bytes))?;
-        let mut known: std::collections::HashMap<Vec<u8>, Row> = children.into_iter().collect();
+        let mut known: HashMap<Vec<u8>, Row> = children.into_iter().collect();
         let names = match (names_in(&at), dir) {
             (Ok(names), _) => names,
             // Removed or replaced while we looked; its parent has changed too.
@@ -292,9 +331,11 @@ impl<'a> Scanner<'a> {
         self.found.seen += 1;
         match volume::kind_of(stat) {
             libc::S_IFDIR => {
-                let moved = || volume::mark(&path.below(&self.volume.upper), REDIRECT).is_some();
-                if self.volume.overlay && !self.fetched.contains(path) && moved() {
-                    self.found.to_fetch.push(path.clone());
+                if self.volume.overlay {
+                    let moved = Moved::of(stat, &path.below(&self.volume.upper));
+                    if moved.from.is_some() && !self.fetched.has(path, &moved) {
+                        self.found.to_fetch.push(path.clone());
+                    }
                 }
                 let new = row.as_ref().is_none_or(|r| r.entry.kind != Kind::Directory);
                 if let Some(row) = row.as_ref().filter(|r| r.entry.is_file()) {
@@ -382,7 +423,7 @@ impl<'a> Scanner<'a> {
                     self.found.changes.push(Change::Meta { path: path.clone(), entry });
                 }
             }
-            _ if self.fetched.contains(path) => {}
+            _ if self.fetched.has(path, &Moved::of(stat, at)) => {}
             _ => self.found.to_fetch.push(path.clone()),
         }
     }
@@ -437,13 +478,14 @@ impl<'a> Scanner<'a> {
             copying::open(&self.volume.upper, path, |mut file| std::io::Read::read(&mut file, &mut head));
         let Ok(Some(Ok(n))) = read else { return false };
         let head = head.get(..n).unwrap_or_default();
-        // The log of a database that is being created may have no header yet.
-        let begun = head.iter().all(|b| *b == 0)
-            && volume::look(&base.below(&self.volume.upper))
-                .ok()
-                .flatten()
-                .is_some_and(|s| volume::kind_of(&s) == libc::S_IFREG && s.st_size == 0);
-        begun || rules::is_database_log(head)
+        match volume::look(&base.below(&self.volume.upper)) {
+            Ok(Some(base)) if volume::kind_of(&base) == libc::S_IFREG => {
+                // That of a database that is being created may have no header yet. Beside a file that
+                // holds something else, it is one like any other.
+                base.st_size == 0 && (head.iter().all(|b| *b == 0) || rules::is_database_log(head))
+            }
+            _ => rules::is_database_log(head),
+        }
     }
 
     /// By its first bytes; an empty file with a log beside it is one that is being created.
@@ -571,7 +613,7 @@ mod tests {
         }
 
         fn scan(&self) -> Found {
-            Scanner::new(&self.volume, &self.index, "p", &HashSet::new()).full().unwrap()
+            Scanner::new(&self.volume, &self.index, "p", &Fetched::default()).full().unwrap()
         }
 
         fn words(&self) -> Vec<String> {
@@ -692,13 +734,60 @@ mod tests {
         let mark = c"trusted.overlay.metacopy";
         assert_eq!(volume::set_mark(&at, mark, b""), Ok(()), "this test needs root and a disk with marks");
         let volume = Volume { overlay: true, ..Volume::plain(bench.dir.path()).unwrap() };
-        let scan = || Scanner::new(&volume, &bench.index, "p", &HashSet::new()).full().unwrap().changes;
+        let scan = || Scanner::new(&volume, &bench.index, "p", &Fetched::default()).full().unwrap().changes;
         assert_eq!(scan(), []);
         volume.lifting.during(&path, || {
             volume::set_mtime(&at, 1).unwrap();
             assert_eq!(scan(), []);
         });
         assert!(matches!(scan().as_slice(), [Change::Meta { .. }]), "{:?}", scan());
+    }
+
+    #[test]
+    fn what_is_moved_to_a_name_is_fetched_although_something_else_was_fetched_there() {
+        let bench = Bench::new();
+        let volume = Volume { overlay: true, ..Volume::plain(bench.dir.path()).unwrap() };
+        let y = Path::new(b"y").unwrap();
+        let at = y.below(&volume.upper);
+        let scan =
+            |fetched: &Fetched| Scanner::new(&volume, &bench.index, "p", fetched).full().unwrap().to_fetch;
+        let directory = |from: &str| {
+            let _ = fs::remove_dir(&at);
+            fs::create_dir(&at).unwrap();
+            assert_eq!(volume::set_mark(&at, REDIRECT, from.as_bytes()), Ok(()), "this test needs root");
+        };
+        let mut fetched = Fetched::default();
+        for from in ["a", "b"] {
+            directory(from);
+            assert_eq!(scan(&fetched), std::slice::from_ref(&y), "of {from}");
+            fetched.note(&volume.upper, &y).unwrap();
+            assert_eq!(scan(&fetched), []);
+        }
+        // What of it could not be had is still to be had, by whatever name.
+        let fetched = fetched.without(&[Path::new(b"y/d/f").unwrap()]);
+        assert_eq!(scan(&fetched), std::slice::from_ref(&y));
+        fs::remove_dir(&at).unwrap();
+        let mut fetched = fetched;
+        for from in ["a", "b"] {
+            let _ = fs::remove_file(&at);
+            fs::write(&at, "").unwrap();
+            volume::set_mark(&at, REDIRECT, from.as_bytes()).unwrap();
+            volume::set_mark(&at, METACOPY, b"").unwrap();
+            assert_eq!(scan(&fetched), std::slice::from_ref(&y), "of {from}");
+            fetched.note(&volume.upper, &y).unwrap();
+            assert_eq!(scan(&fetched), []);
+        }
+    }
+
+    #[test]
+    fn the_log_of_what_only_its_application_can_read_is_a_file_like_any_other() {
+        let bench = Bench::new();
+        bench.write("sealed", "a database with a header that nobody knows");
+        for name in ["sealed-wal", "gone-wal", "begun-wal"] {
+            fs::write(bench.dir.path().join(name), b"\x37\x7f\x06\x82 and frames").unwrap();
+        }
+        bench.write("begun", "");
+        assert_eq!(bench.words(), ["db begun", "read sealed", "read sealed-wal"]);
     }
 
     #[test]
@@ -735,7 +824,8 @@ mod tests {
         // What is only below is seen where nothing above hides it.
         let volume = Volume { overlay: true, ..Volume::plain(bench.dir.path()).unwrap() };
         let gone = || {
-            let changes = Scanner::new(&volume, &bench.index, "p", &HashSet::new()).full().unwrap().changes;
+            let changes =
+                Scanner::new(&volume, &bench.index, "p", &Fetched::default()).full().unwrap().changes;
             changes.iter().any(|change| matches!(change, Change::Gone { .. }))
         };
         assert!(gone());
@@ -812,7 +902,7 @@ mod tests {
         );
         assert!(!found.changes.iter().any(|c| matches!(c, Change::Gone { .. })));
         let dirs = [&b"long"[..], deep.as_bytes()].map(<[u8]>::to_vec).into();
-        let found = Scanner::new(&bench.volume, &bench.index, "p", &HashSet::new()).some(&dirs).unwrap();
+        let found = Scanner::new(&bench.volume, &bench.index, "p", &Fetched::default()).some(&dirs).unwrap();
         assert!(!found.changes.iter().any(|c| matches!(c, Change::Gone { .. })));
     }
 

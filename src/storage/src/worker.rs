@@ -24,6 +24,7 @@ use crate::fault::{Accepted, Fault};
 use crate::mount;
 use crate::opening::{self, Ready, Said};
 use crate::owner::uptime;
+use crate::scan::Fetched;
 use crate::watch::Hints;
 use answers::{Asked, done, has_changed, refuse_review};
 use cvm_blueprint::storage::{Answer, Ask, Mode, StorageSpec};
@@ -239,7 +240,7 @@ struct Tree<'a> {
     /// Files that somebody wants to be in the bucket as they are now.
     committed: Vec<(Path, tokio::sync::mpsc::UnboundedSender<Answer>)>,
     /// Moved directories whose content has come up.
-    fetched: HashSet<Path>,
+    fetched: Fetched,
     /// Those of them that could not be had.
     unread: Vec<Path>,
     hydrated: bool,
@@ -298,7 +299,7 @@ impl<'a> Tree<'a> {
             asked: Vec::new(),
             answering: Vec::new(),
             committed: Vec::new(),
-            fetched: HashSet::new(),
+            fetched: Fetched::default(),
             unread: Vec::new(),
             hydrated,
             whole: ready.mode == Mode::Sync || ready.open.index.meta("independent")?.is_some(),

@@ -50,7 +50,8 @@ impl Making<'_> {
         }
         if at_top > 0 && continued {
             // A restore in sync mode did not come to its end.
-            index.set_unseen_lower().map_err(no)?;
+            let laid = index.meta("laid").map_err(no)?.is_some();
+            index.set_unseen_lower(laid).map_err(no)?;
             index.set_meta("lowered", "1").map_err(no)?;
         } else if !continued || upper_was_empty || index.meta("lowered").map_err(no)?.is_none() {
             // Remembered apart: a worker that died before this must not take what it had not even

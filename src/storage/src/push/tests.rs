@@ -52,7 +52,7 @@ impl Tree {
 
     /// As if the scan had not met these.
     fn work_but(&self, unmet: &[&str]) -> Work {
-        let fetched = HashSet::new();
+        let fetched = scan::Fetched::default();
         let found = scan::Scanner::new(&self.volume, &self.index, "p", &fetched).full().unwrap();
         let mut changes = found.changes;
         changes.retain(|change| !unmet.iter().any(|name| *change.path() == path(name)));

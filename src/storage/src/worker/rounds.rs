@@ -11,7 +11,7 @@ use crate::hydrate;
 use crate::order::Unread;
 use crate::owner::uptime;
 use crate::push::{Pusher, Rest, Work};
-use crate::scan::{Change, Found, Scanner, Unfit};
+use crate::scan::{Change, Fetched, Found, Scanner, Unfit};
 use cvm_blueprint::storage::{Answer, Progress};
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
@@ -288,11 +288,13 @@ impl Tree<'_> {
             self.ready.chain.settle(&open.bucket, &open.index)?;
         }
         let (mut found, unread) = self.look(round.full, &round.dirty)?;
-        // What has been moved and could not be had is still only below, whatever its old name says.
-        if round.full && self.hydrated && !self.whole && unread.is_empty() {
+        round.unconfirmed = self.make_sure_of_removals(&mut found)?;
+        // What has been moved and could not be had is still only below, whatever its old name says;
+        // and so is what was moved while we looked.
+        let all_above = unread.is_empty() && found.to_fetch.is_empty() && round.unconfirmed == 0;
+        if round.full && self.hydrated && !self.whole && all_above {
             self.on_whole()?;
         }
-        round.unconfirmed = self.make_sure_of_removals(&mut found)?;
         if self.answering.is_empty() {
             let now = uptime();
             let (waiting, skipped) = (&self.waiting, &mut round.skipped);
@@ -346,25 +348,37 @@ impl Tree<'_> {
     fn look(&mut self, full: bool, dirty: &BTreeSet<Vec<u8>>) -> Result<(Found, Vec<Unread>), Fault> {
         let open = self.open();
         let prefix = open.bucket.prefix.clone();
-        let look = |fetched: &HashSet<Path>| {
+        let look = |fetched: &Fetched| {
             let scanner = Scanner::new(&open.volume, &open.index, &prefix, fetched);
             if full { scanner.full() } else { scanner.some(dirty) }
         };
-        let mut found = look(&self.fetched)?;
-        // What was moved while it was only below has to be above before its old name may go.
-        let waited = !self.unread.is_empty();
-        found.to_fetch.append(&mut self.unread);
-        let mut unread = Vec::new();
-        while !found.to_fetch.is_empty() {
-            for path in found.to_fetch {
-                unread.append(&mut hydrate::lift_tree(&open, &path)?);
-                self.fetched.insert(path);
+        let lift = |mut fetched: Fetched| {
+            let mut found = look(&fetched)?;
+            // What was moved while it was only below has to be above before its old name may go.
+            found.to_fetch.extend_from_slice(&self.unread);
+            let mut unread = Vec::new();
+            while !found.to_fetch.is_empty() {
+                found.to_fetch.sort();
+                found.to_fetch.dedup();
+                for path in found.to_fetch {
+                    fetched.note(&open.volume.upper, &path)?;
+                    unread.append(&mut hydrate::lift_tree(&open, &path)?);
+                }
+                for Unread { path, .. } in &unread {
+                    fetched.note(&open.volume.upper, path)?;
+                }
+                found = look(&fetched)?;
             }
-            self.fetched.extend(unread.iter().map(|unread| unread.path.clone()));
-            found = look(&self.fetched)?;
-        }
+            Ok((found, unread, fetched))
+        };
+        // What could not be had is not had until it is, wherever it is by then.
+        let lifted: Result<_, Fault> = lift(self.fetched.clone().without(&self.unread));
+        // What was found this time is to be found again.
+        self.everything |= lifted.is_err();
+        let (found, unread, fetched) = lifted?;
+        self.everything |= !self.unread.is_empty() && unread.is_empty();
         self.unread = unread.iter().map(|unread| unread.path.clone()).collect();
-        self.everything |= waited && unread.is_empty();
+        self.fetched = fetched;
         Ok((found, unread))
     }
 
