@@ -1,7 +1,7 @@
 //! A hostile bucket, a broken network, a second machine: what may never be served, never be
 //! started on, never be overwritten, and never be told.
 
-use cvm_harness::cloud::{Cloud, HEALTHY, flush, independent, storage};
+use cvm_harness::cloud::{Cloud, HEALTHY, flush, independent, restore_by_hand, storage};
 use cvm_harness::evidence::contains;
 use cvm_harness::machine::{MASTER_KEY, PATIENCE};
 use cvm_harness::tools::Rclone;
@@ -663,8 +663,55 @@ fn a_manifest_without_its_end_is_refused_by_a_machine_that_knows_nothing() {
     raw.delete(segments.last().expect("there is a history"));
     let machine = cloud.machine().start();
     refused(&machine, &["end of the manifest is missing", "cvm storage accept"]);
+    // Nor does a restore by hand call what there is all there was.
+    let restore = |before: &[&str], to: &str| restore_by_hand(&cloud, &machine, before, to);
+    for _ in 0..2 {
+        let said = restore(&[], "/tmp/whole");
+        let words = String::from_utf8_lossy(&said.stderr).into_owned();
+        assert!(!said.status.success(), "{words}");
+        let told = "end of the manifest is missing";
+        assert!(words.contains(told) && words.contains("cvm storage restore --accept"), "{words}");
+    }
+    let accepting = "#!/bin/sh\nexec \"$@\" --accept\n";
+    std::fs::write(machine.path("/tmp/accepting"), accepting).expect("a program");
+    let said = restore(&["sh", "/tmp/accepting"], "/tmp/whole");
+    let words = String::from_utf8_lossy(&said.stderr).into_owned();
+    assert!(said.status.success() && words.contains("is missing"), "{words}");
+    assert!(machine.path("/tmp/whole/openclaw").is_dir());
     accept(&machine);
     machine.service_in("gateway", &["ready"]);
+}
+
+fn a_database_that_was_set_back_stops_the_start(mode: Mode) {
+    let cloud = Cloud::new();
+    let path = "openclaw/workspace/somewhere/own.sqlite";
+    let mut machine = started(in_mode(mode, cloud.machine()));
+    let file = format!("/data/{path}");
+    std::fs::create_dir_all(machine.path("/data/openclaw/workspace/somewhere")).expect("a directory");
+    let commit = |machine: &Machine, sql: &str| {
+        machine.inside(|| {
+            let db = rusqlite::Connection::open(&file).expect("a database");
+            db.execute_batch(sql).expect("a commit");
+        });
+        flush(machine);
+    };
+    commit(&machine, "CREATE TABLE t(x); INSERT INTO t VALUES (1)");
+    let raw = Raw::new(&cloud.garage);
+    let old = raw.get(path);
+    commit(&machine, "INSERT INTO t VALUES (2)");
+    assert_eq!(machine.stop(), 0, "{}", machine.output());
+    drop(machine);
+    raw.put(path, &old);
+    let machine = in_mode(mode, cloud.machine()).start();
+    refused(&machine, &["that the gateway reads while it starts", "cvm storage status"]);
+    assert_eq!(incidents(&machine), [path]);
+}
+
+#[test]
+fn a_database_that_was_set_back_keeps_the_gateway_from_starting_wherever_it_lies() {
+    for mode in [Mode::Fuse, Mode::Sync] {
+        a_database_that_was_set_back_stops_the_start(mode);
+    }
 }
 
 /// The machine is lost, and its volume meets a bucket that is older than it.
@@ -1682,6 +1729,14 @@ fn no_run_and_no_failure_writes_a_secret_down() {
     until("all is pushed", LONG, || {
         machine.exec(&["cvm", "storage", "flush"]).status.success().then_some(())
     });
+    cloud.proxy.add(Rule::new(Fault::Reset).every(3));
+    let said = restore_by_hand(&cloud, &machine, &[], "/tmp/whole");
+    for (name, secret) in &secrets {
+        let told = contains(&said.stdout, secret) || contains(&said.stderr, secret);
+        assert!(!told, "{name} is in what a restore by hand says");
+    }
+    tells_nothing(&machine, since, &secrets);
+    cloud.proxy.heal();
     // Nor does the bucket hold what only its keys should open.
     for (key, bytes) in all(&cloud.garage) {
         for (name, secret) in &secrets {
@@ -1689,6 +1744,14 @@ fn no_run_and_no_failure_writes_a_secret_down() {
         }
         assert!(!contains(&bytes, b"words of openclaw"), "{key} is not encrypted");
     }
+    assert_eq!(machine.stop(), 0);
+    let mut machine = started(in_mode(Mode::Sync, noisy()));
+    cloud.proxy.fault(Fault::HalfResponse);
+    write(&machine, &["openclaw/workspace/c"], "words");
+    let _ = machine.exec(&["cvm", "storage", "flush"]);
+    let _ = machine.exec(&["cvm", "storage", "drill"]);
+    tells_nothing(&machine, since, &secrets);
+    cloud.proxy.heal();
     assert_eq!(machine.stop(), 0);
     let obscured = ["another password", SALT].map(cvm_harness::tools::obscure);
     let failing = [

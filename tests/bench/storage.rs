@@ -387,9 +387,19 @@ pub(crate) fn transactions() -> Vec<Figure> {
     let plain = tempfile::Builder::new().prefix("cvm-bench-").tempdir().expect("a directory");
     let mount = PlainMount::new(&bed);
     let (mut ours, mut disk, mut theirs) = (Vec::new(), Vec::new(), Vec::new());
-    for round in 0..7 {
-        disk.push(commits_a_second(&plain.path().join(format!("d{round}"))));
-        ours.push(machine.inside(|| commits_a_second(Path::new(&format!("/data/openclaw/d{round}")))));
+    for round in 0..14 {
+        let mut on_disk = || disk.push(commits_a_second(&plain.path().join(format!("d{round}"))));
+        let mut on_ours = || {
+            ours.push(machine.inside(|| commits_a_second(Path::new(&format!("/data/openclaw/d{round}")))));
+        };
+        // Who comes after the mount has what it left to do beside it.
+        if round % 2 == 0 {
+            on_disk();
+            on_ours();
+        } else {
+            on_ours();
+            on_disk();
+        }
         theirs.extend(mount.as_ref().map(|m| commits_a_second(&m.point.join(format!("d{round}")))));
     }
     let ratio = ours.iter().zip(&disk).map(|(a, b)| a / b).collect();

@@ -3,7 +3,7 @@
 //! ```text
 //! cvm-storage                 the worker: PID 1 starts it, with a specification on standard input,
 //!                             reports on descriptor 3, and a lifeline on descriptor 4
-//! cvm-storage restore DIR     the whole state into a directory; the specification comes the same way
+//! cvm-storage restore DIR [accept]   the whole state into a directory; the specification comes the same way
 //! ```
 //!
 //! ```text
@@ -93,9 +93,10 @@ fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args_os().skip(1).collect();
     match arguments.as_slice() {
         [] => work(),
-        [verb, to] if verb == "restore" => match spec()
-            .and_then(|spec| rescue::restore(&spec, to.as_ref()).map_err(|f| format!("{f}; {}", f.remedy())))
-        {
+        [verb, to, how @ ..] if verb == "restore" && (how.is_empty() || how == ["accept"]) => match spec()
+            .and_then(|spec| {
+                rescue::restore(&spec, to.as_ref(), !how.is_empty()).map_err(|f| rescue::say(&f))
+            }) {
             Ok(0) => ExitCode::SUCCESS,
             Ok(lost) => {
                 eprintln!("{lost} files did not come back as the manifest says");

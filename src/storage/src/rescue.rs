@@ -1,24 +1,35 @@
 //! `cvm-storage restore DIR`: the whole state into an empty directory, on any machine.
 //!
 //! Refuses a directory that is not empty, and to touch the bucket: ownership stays where it is.
-//! May import: `bucket`, `chain`, `fault`, `fetch`, `index`, `opening`, `volume`.
+//! May import: `bucket`, `chain`, `fault`, `fetch`, `index`, `opening`, `owner`, `volume`.
 
 use crate::bucket::{Bucket, Survey};
-use crate::chain::Chain;
+use crate::chain::{Chain, Loaded};
 use crate::entry::{Entry, Path};
 use crate::fault::{Accepted, Fault};
 use crate::fetch::{self, Fetcher, Got, Wanted};
 use crate::index::Index;
 use crate::manifest::{Head, Word};
-use crate::{opening, volume};
+use crate::{opening, owner, volume};
 use cvm_blueprint::storage::StorageSpec;
 use std::io::{IsTerminal as _, Write as _};
 use std::path::Path as FsPath;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-/// How many files did not come back.
-pub(crate) fn restore(spec: &StorageSpec, to: &FsPath) -> Result<u64, Fault> {
+/// What to do about it here, where no worker runs that could be told to accept it.
+pub(crate) fn say(fault: &Fault) -> String {
+    let remedy = match fault {
+        Fault::Suspicious(_) => {
+            "look at the bucket and its versions; `cvm storage restore --accept` restores what the manifest names"
+        }
+        other => other.remedy(),
+    };
+    format!("{fault}; {remedy}")
+}
+
+/// How many files did not come back. Who accepts what is wrong with the manifest is told what it is.
+pub(crate) fn restore(spec: &StorageSpec, to: &FsPath, accept: bool) -> Result<u64, Fault> {
     std::fs::create_dir_all(to)?;
     if std::fs::read_dir(to)?.next().is_some() {
         return Err(Fault::config(format!("{} is not empty", to.display())));
@@ -37,10 +48,10 @@ pub(crate) fn restore(spec: &StorageSpec, to: &FsPath) -> Result<u64, Fault> {
     }
     let scratch = to.join(".cvm-restore");
     std::fs::create_dir_all(&scratch)?;
-    let index = Index::open(&scratch.join("index"))?;
-    let owner = opening::uid_gid(&spec.user);
-    let anchor = spec.anchor.as_deref().and_then(Head::parse_anchor);
-    let loaded = Chain::load(&bucket, &index, owner, anchor, &Accepted::default())?;
+    let (index, loaded) = load(spec, &bucket, &scratch, accept).inspect_err(|_| {
+        // The next try is to find the directory empty.
+        let _ = std::fs::remove_dir_all(&scratch);
+    })?;
     println!("Generation {} of {}/{}", loaded.chain.head.generation, spec.bucket, spec.prefix);
     let (rows, _) = index.standing()?;
     let entries: Vec<(Path, Entry)> = rows.iter().map(|(p, r)| (p.clone(), r.entry.clone())).collect();
@@ -91,6 +102,40 @@ pub(crate) fn restore(spec: &StorageSpec, to: &FsPath) -> Result<u64, Fault> {
     }
     println!("{} of {files} files restored to {}", files - lost - promised, to.display());
     Ok(lost)
+}
+
+/// The manifest, of which nothing is missing that its last owner had written.
+fn load(
+    spec: &StorageSpec,
+    bucket: &Bucket,
+    scratch: &FsPath,
+    accept: bool,
+) -> Result<(Index, Loaded), Fault> {
+    let whose = opening::uid_gid(&spec.user);
+    let anchor = spec.anchor.as_deref().and_then(Head::parse_anchor);
+    let mut accepted = Accepted::default();
+    let mut attempt = 0_u32;
+    loop {
+        let loaded = || {
+            let index = Index::open(&scratch.join(format!("index-{attempt}")))?;
+            // First: an owner that writes meanwhile has then come no further than what is read.
+            let reached = match owner::read(bucket) {
+                Err(fault) if accepted.includes(&fault) => 0,
+                record => record?.map_or(0, |(record, _)| record.generation),
+            };
+            let loaded = Chain::load(bucket, &index, whose, anchor, &accepted)?;
+            loaded.chain.lacks(reached).map_or(Ok(()), |why| accepted.or_refuse(why))?;
+            Ok((index, loaded))
+        };
+        match loaded() {
+            Err(fault @ Fault::Suspicious(_)) if accept && !accepted.includes(&fault) => {
+                eprintln!("{fault}: accepted");
+                accepted.and(&fault, []);
+                attempt += 1;
+            }
+            other => return other,
+        }
+    }
 }
 
 /// One line that is redrawn on a terminal, and a line every few seconds elsewhere.

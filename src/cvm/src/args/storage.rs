@@ -130,6 +130,10 @@ Examples:
         /// A directory that is empty, or not there yet
         #[arg(long, value_name = "DIR")]
         to: PathBuf,
+        /// Restore what the manifest names although its end is missing or the bucket has been set
+        /// back; what is refused without this is printed
+        #[arg(long)]
+        accept: bool,
     },
 }
 

@@ -41,6 +41,6 @@ pub(crate) fn run(command: &StorageCommand) -> Result<Exit, Trouble> {
         StorageCommand::Takeover { yes } => confirm::takeover(*yes),
         StorageCommand::Ls(args) => ls::run(args),
         StorageCommand::Get(args) => get::run(args),
-        StorageCommand::Restore { to } => restore::run(to),
+        StorageCommand::Restore { to, accept } => restore::run(to, *accept),
     }
 }

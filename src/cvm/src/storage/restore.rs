@@ -22,14 +22,14 @@ use std::path::Path;
 const WHAT: &str = "storage restore";
 const PROGRAM: &str = "cvm-storage";
 /// Does not return when it succeeds.
-pub(super) fn run(to: &Path) -> Result<Exit, Trouble> {
+pub(super) fn run(to: &Path, accept: bool) -> Result<Exit, Trouble> {
     let directory = std::path::absolute(to).map_err(|e| Trouble::new(Exit::Usage, WHAT, words::of_io(&e)))?;
     check_empty(&directory)?;
     beside::place(WHAT, PROGRAM)?;
     let spec = specification(&input::environment())?;
     let (program, mut command) = beside::program(WHAT, PROGRAM, &spec)?;
     drop(spec);
-    command.arg("restore").arg(&directory);
+    command.arg("restore").arg(&directory).args(accept.then_some("accept"));
     // It takes our place: signals and the exit status are its own. `exec` also gives SIGPIPE its
     // default action back, and wipes whatever this process still knows.
     Err(beside::failed(WHAT, &program, &command.exec()))
