@@ -464,6 +464,28 @@ fn what_was_moved_in_an_outage_is_not_forgotten_where_another_directory_cannot_b
 }
 
 #[test]
+fn a_directory_that_is_moved_to_and_fro_while_its_files_come_up_is_all_there() {
+    let cloud = Cloud::new();
+    let machine = Fuse.start(&cloud);
+    let names: Vec<String> = (0..200).map(|n| format!("to/{}/{n}", n % 10)).collect();
+    for name in &names {
+        put(machine.path(WORKSPACE).join(name), name);
+    }
+    let machine = started_without(&cloud, machine, Fault::Latency(Duration::from_millis(20)), &["to"]);
+    let at = machine.path(WORKSPACE);
+    let (to, fro) = (at.join("to"), at.join("fro"));
+    // As long as it takes, and no longer than it can.
+    for _ in 0..500 {
+        fs::rename(&to, &fro).unwrap();
+        std::thread::sleep(Duration::from_millis(5));
+        fs::rename(&fro, &to).unwrap();
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let files: Vec<(&str, &str)> = names.iter().map(|name| (name.as_str(), name.as_str())).collect();
+    are_there(&cloud, machine, &files);
+}
+
+#[test]
 fn what_is_moved_into_the_place_of_a_bad_file_is_not_taken_for_it() {
     let cloud = Cloud::new();
     let machine = Fuse.start(&cloud);

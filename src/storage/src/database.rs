@@ -174,14 +174,43 @@ fn as_it_is(file: &Path) -> String {
 
 fn check_open(db: &Connection) -> Result<(), NoCopy> {
     let _ = db.set_db_config(DbConfig::SQLITE_DBCONFIG_TRUSTED_SCHEMA, false);
-    let verdict = db.query_row("PRAGMA integrity_check(1)", [], |row| row.get::<_, String>(0));
-    match verdict.as_deref() {
-        Ok("ok") => Ok(()),
-        Ok(_) => Err(NoCopy::Damaged("integrity_check finds damage".to_owned())),
-        // It asks for a function or an order of its application's, and only that can check it.
-        Err(error) if error.sqlite_error_code() == Some(ErrorCode::Unknown) => Ok(()),
-        Err(error) => Err(judge(error)),
+    // It quotes names, which may be damaged too.
+    let is_ok =
+        |row: &rusqlite::Row<'_>| Ok(row.get_ref(0)?.as_bytes().is_ok_and(|verdict| verdict == b"ok"));
+    match db.query_row("PRAGMA integrity_check(1)", [], is_ok) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(NoCopy::Damaged("integrity_check finds damage".to_owned())),
+        Err(error) if asks_for_its_application(&error) => read_tables(db),
+        Err(error) if error.sqlite_error_code() == Some(ErrorCode::Unknown) => {
+            Err(NoCopy::Damaged("integrity_check cannot read it".to_owned()))
+        }
+        Err(error) => Err(judge(&error)),
     }
+}
+
+/// For a function or an order that its application has: without that, only that it can be read is known.
+fn asks_for_its_application(error: &rusqlite::Error) -> bool {
+    let (rusqlite::Error::SqliteFailure(_, Some(words)) | rusqlite::Error::SqlInputError { msg: words, .. }) =
+        error
+    else {
+        return false;
+    };
+    let asks = ["no such collation sequence", "no such function", "unsafe use of"];
+    error.sqlite_error_code() == Some(ErrorCode::Unknown) && asks.iter().any(|what| words.starts_with(what))
+}
+
+fn read_tables(db: &Connection) -> Result<(), NoCopy> {
+    let tables = "SELECT name FROM sqlite_schema WHERE type = 'table' AND rootpage > 0";
+    let names =
+        || db.prepare(tables)?.query_map([], |row| row.get(0))?.collect::<rusqlite::Result<Vec<String>>>();
+    for name in names().map_err(|e| judge(&e))? {
+        let all = format!("SELECT count(*) FROM \"{}\" NOT INDEXED", name.replace('"', "\"\""));
+        match db.query_row(&all, [], |_| Ok(())) {
+            Err(error) if !asks_for_its_application(&error) => return Err(judge(&error)),
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 fn judge(error: &rusqlite::Error) -> NoCopy {
@@ -270,6 +299,14 @@ mod tests {
         copied(&a, &b).unwrap();
         assert_eq!(count(&b), 1);
         assert_eq!(check(&b), Ok(()));
+        // What can be told without its application is told.
+        let mut bytes = std::fs::read(&b).unwrap();
+        bytes[4096..4104].fill(0xff);
+        std::fs::write(&b, &bytes).unwrap();
+        assert_eq!(check(&b), Err("it is damaged".to_owned()));
+        bytes[44..48].fill(0xff);
+        std::fs::write(&b, &bytes).unwrap();
+        assert!(check(&b).is_err(), "a format that SQLite does not know is not its application's");
     }
 
     #[test]

@@ -249,15 +249,15 @@ fn condemn(open: &Open, desk: &Desk, path: &Path, row: &Row, why: &str) -> Resul
     }
     open.index.set_bad(path, Some(why))?;
     open.index.set_lower(std::slice::from_ref(path), false)?;
-    parallel::apart(|| hide(open, path));
+    parallel::apart(|| hide(open, path, path));
     desk.incident(&path.to_string(), why, REMEDY);
     Ok(Sentence::Hidden)
 }
 
 /// What is wrong in the bucket is not there for the gateway. What it has already written over is
-/// its own and stays.
-fn hide(open: &Open, path: &Path) {
-    if is_written(&open.volume, path) {
+/// its own and stays, and so does what it has moved there: it is `old` that is bad.
+fn hide(open: &Open, path: &Path, old: &Path) {
+    if is_written(&open.volume, path) || !lies_at(open, path, old) {
         return;
     }
     // Its directories are the agent's to replace by links.
@@ -294,9 +294,14 @@ fn lift(open: &Open, path: &Path, row: &Row, pass: &Pass) -> Lifted {
 /// Whether something else has been moved there, or into the place of its directory. Who looks for what
 /// was moved brings it up, by the name that it had.
 fn is_another(open: &Open, path: &Path) -> bool {
+    !lies_at(open, path, path)
+}
+
+/// Whether that is where the lower part of what is there now lies.
+fn lies_at(open: &Open, path: &Path, old: &Path) -> bool {
     let from = Below::directory_below(open, path.parent().as_ref());
     let lies = moved::origin(path, &path.below(&open.volume.upper), from.as_deref());
-    lies.as_deref() != Some(path.as_bytes())
+    lies.as_deref() == Some(old.as_bytes())
 }
 
 /// It would be read for nothing, and what the kernel had brought up by then would stay and fill the
@@ -352,7 +357,7 @@ fn ask_rclone(open: &Open, path: &Path) -> Result<String, Fault> {
 fn copy_up(open: &Open, path: &Path, row: &Row) -> Result<Lifted, Fault> {
     let upper = path.below(&open.volume.upper);
     Ok(match bring_up(open, path, row)? {
-        CameUp::Untold => Lifted::Up(path.clone(), None),
+        CameUp::Gone | CameUp::Untold => Lifted::Up(path.clone(), None),
         CameUp::AsItShould(stat) => Lifted::Up(path.clone(), Some(scan::known_by(&upper, &stat, false))),
         CameUp::Unlike(why) => Lifted::Bad(path.clone(), why, row.clone()),
         // Whoever pushes it, or the next pass, looks at what is below.
@@ -363,7 +368,9 @@ fn copy_up(open: &Open, path: &Path, row: &Row) -> Result<Lifted, Fault> {
 /// What is above after the kernel has brought it up.
 enum CameUp {
     AsItShould(nix::sys::stat::FileStat),
-    /// The gateway has removed or moved it, or the manifest does not say what it should be.
+    /// The gateway has removed or moved it.
+    Gone,
+    /// The manifest does not say what it should be.
     Untold,
     /// Something else than what was checked, and nobody has written to it: the bucket gave the kernel
     /// another answer than us.
@@ -376,12 +383,12 @@ fn bring_up(open: &Open, path: &Path, row: &Row) -> Result<CameUp, Fault> {
     let upper = path.below(&open.volume.upper);
     let above = volume::look(&upper)?.map_or(row.entry.mtime_ns, |stat| volume::mtime_ns(&stat));
     if !lifting::lift(&open.volume, path, Some(row.entry.mtime_ns))? {
-        return Ok(CameUp::Untold);
+        return Ok(CameUp::Gone);
     }
-    let Some(before) = volume::look(&upper)? else { return Ok(CameUp::Untold) };
+    let Some(before) = volume::look(&upper)? else { return Ok(CameUp::Gone) };
     let Some(wanted) = row.entry.sha() else { return Ok(CameUp::Untold) };
     let (size, found) = stage::hash(&upper)?;
-    let Some(after) = volume::look(&upper)? else { return Ok(CameUp::Untold) };
+    let Some(after) = volume::look(&upper)? else { return Ok(CameUp::Gone) };
     let still = scan::sign_of(&upper, &before, false) == scan::sign_of(&upper, &after, false);
     Ok(if still && found == wanted {
         CameUp::AsItShould(after)
@@ -443,10 +450,11 @@ fn put_in_place(from: &FsPath, part: &FsPath, to: &FsPath, entry: &Entry) -> Res
 }
 
 /// Checks and copies up everything below a directory that was moved while its files were only
-/// below, or one file whose name has changed. Yields what could not be read there, and why. What is
-/// bad is that under its old name, under which it stays in the manifest.
-pub(crate) fn lift_tree(open: &Open, path: &Path) -> Result<Vec<Unread>, Fault> {
-    let below = parallel::apart(|| Below::of(open, path))?;
+/// below, or one file whose name has changed. Yields what could not be read there, and why, or nothing
+/// where nothing is any more. What is bad is that under its old name, under which it stays in the
+/// manifest.
+pub(crate) fn lift_tree(open: &Open, path: &Path) -> Result<Option<Vec<Unread>>, Fault> {
+    let Some(below) = parallel::apart(|| Below::of(open, path))? else { return Ok(None) };
     let (mut known, mut unread) = (Vec::new(), Vec::new());
     for (here, old) in below.files {
         if let Some(row) = open.index.get(&old)?.filter(|row| row.entry.is_file()) {
@@ -481,12 +489,18 @@ pub(crate) fn lift_tree(open: &Open, path: &Path) -> Result<Vec<Unread>, Fault> 
         };
         open.index.set_bad(&old, Some(&why))?;
         open.index.set_lower(std::slice::from_ref(&old), false)?;
-        parallel::apart(|| hide(open, &here));
+        parallel::apart(|| hide(open, &here, &old));
     }
     parallel::apart(|| {
-        below.directories.iter().try_for_each(|(at, mtime_ns)| volume::set_mtime(at, *mtime_ns))
+        below.directories.iter().try_for_each(|(dir, mtime_ns)| {
+            let above = volume::look(&dir.below(&open.volume.upper))?;
+            if above.is_some_and(|stat| volume::mtime_ns(&stat) == *mtime_ns) {
+                return Ok(());
+            }
+            volume::set_mtime(&dir.below(&open.volume.tree), *mtime_ns)
+        })
     })?;
-    Ok(unread)
+    Ok(Some(unread))
 }
 
 enum Moved {
@@ -508,6 +522,9 @@ fn lift_moved(open: &Open, here: &Path, old: &Path, row: &Row) -> Moved {
     }
     match checked_below(old, &row.entry, &Pass::new()) {
         Some(Ok(())) => match bring_up(open, here, row) {
+            // It may be back by the next look, or under another name.
+            Ok(CameUp::Gone) => Moved::Later("it was moved on".to_owned()),
+            Ok(CameUp::Unlike(_)) if !lies_at(open, here, old) => Moved::Later("it was moved on".to_owned()),
             Ok(CameUp::Unlike(why)) => Moved::Tainted(below::built_on(&why)),
             Ok(_) => Moved::Up,
             Err(fault) => Moved::Later(format!("its data cannot be brought up: {fault}")),
@@ -528,15 +545,14 @@ struct Below {
     /// By their present names and by those that they have there.
     files: Vec<(Path, Path)>,
     /// The deepest first, and when they were last changed.
-    directories: Vec<(std::path::PathBuf, i64)>,
+    directories: Vec<(Path, i64)>,
 }
 
 impl Below {
-    fn of(open: &Open, path: &Path) -> Result<Self, Fault> {
+    fn of(open: &Open, path: &Path) -> Result<Option<Self>, Fault> {
         let mut below = Self::default();
         let from = Self::directory_below(open, path.parent().as_ref());
-        below.add(open, path, from.as_deref())?;
-        Ok(below)
+        Ok(below.add(open, path, from.as_deref())?.then_some(below))
     }
 
     /// Where the lower layer's part of a directory lies.
@@ -546,13 +562,14 @@ impl Below {
         moved::origin(dir, &dir.below(&open.volume.upper), from.as_deref())
     }
 
-    fn add(&mut self, open: &Open, path: &Path, from: Option<&[u8]>) -> Result<(), Fault> {
+    /// Whether anything is there.
+    fn add(&mut self, open: &Open, path: &Path, from: Option<&[u8]>) -> Result<bool, Fault> {
         use std::os::unix::ffi::OsStrExt as _;
         let at = path.below(&open.volume.tree);
         let old = moved::origin(path, &path.below(&open.volume.upper), from);
         let kind = match volume::look(&at) {
             Ok(Some(stat)) => Ok((volume::kind_of(&stat), volume::mtime_ns(&stat))),
-            Ok(None) => return Ok(()),
+            Ok(None) => return Ok(false),
             // The overlay has no more to say of what is missing below.
             Err(fault) => old.as_ref().map(|_| (libc::S_IFREG, 0)).ok_or(fault),
         };
@@ -567,18 +584,19 @@ impl Below {
                     Fault::other(format!("what was moved to {path} cannot be listed in the bucket: {why}"))
                 };
                 for entry in std::fs::read_dir(&at).map_err(cannot)? {
-                    if let Some(child) =
-                        Path::child(Some(path), entry.map_err(cannot)?.file_name().as_bytes())
-                    {
-                        self.add(open, &child, old.as_deref())?;
+                    let name = entry.map_err(cannot)?.file_name();
+                    let Some(child) = Path::child(Some(path), name.as_bytes()) else { continue };
+                    // Of a directory that has gone on its way, nothing was seen that is still below.
+                    if !self.add(open, &child, old.as_deref())? && volume::look(&at)?.is_none() {
+                        return Err(Fault::other(format!("{path} was moved on while it was looked into")));
                     }
                 }
                 // So that the scan of the upper layer sees it.
-                self.directories.push((at, mtime_ns));
+                self.directories.push((path.clone(), mtime_ns));
             }
             _ => {}
         }
-        Ok(())
+        Ok(true)
     }
 }
 

@@ -122,24 +122,21 @@ impl Fetched {
     }
 
     /// Before it is brought up: what is moved there meanwhile is something else.
-    pub(crate) fn note(&mut self, upper: &FsPath, path: &Path) -> Result<(), Fault> {
+    pub(crate) fn note(&mut self, upper: &FsPath, path: &Path) {
         let at = path.below(upper);
-        if let Some(stat) = volume::look(&at)? {
+        // What cannot be looked at, no scan comes to.
+        if let Ok(Some(stat)) = volume::look(&at) {
             self.0.insert(path.clone(), Moved::of(&stat, &at));
         }
-        Ok(())
     }
 
-    /// But for what these are, or are in.
-    pub(crate) fn without(mut self, unread: &[Path]) -> Self {
-        for path in unread {
-            let mut at = Some(path.clone());
-            while let Some(path) = at {
-                self.0.remove(&path);
-                at = path.parent();
-            }
+    /// What was to be had there is not there any more: it may come back, and what it is in with it.
+    pub(crate) fn forget(&mut self, path: &Path) {
+        let mut at = Some(path.clone());
+        while let Some(path) = at {
+            self.0.remove(&path);
+            at = path.parent();
         }
-        self
     }
 }
 
@@ -760,21 +757,20 @@ mod tests {
         for from in ["a", "b"] {
             directory(from);
             assert_eq!(scan(&fetched), std::slice::from_ref(&y), "of {from}");
-            fetched.note(&volume.upper, &y).unwrap();
+            fetched.note(&volume.upper, &y);
             assert_eq!(scan(&fetched), []);
         }
         // What of it could not be had is still to be had, by whatever name.
-        let fetched = fetched.without(&[Path::new(b"y/d/f").unwrap()]);
+        fetched.forget(&Path::new(b"y/d/f").unwrap());
         assert_eq!(scan(&fetched), std::slice::from_ref(&y));
         fs::remove_dir(&at).unwrap();
-        let mut fetched = fetched;
         for from in ["a", "b"] {
             let _ = fs::remove_file(&at);
             fs::write(&at, "").unwrap();
             volume::set_mark(&at, REDIRECT, from.as_bytes()).unwrap();
             volume::set_mark(&at, METACOPY, b"").unwrap();
             assert_eq!(scan(&fetched), std::slice::from_ref(&y), "of {from}");
-            fetched.note(&volume.upper, &y).unwrap();
+            fetched.note(&volume.upper, &y);
             assert_eq!(scan(&fetched), []);
         }
     }

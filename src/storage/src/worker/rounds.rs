@@ -352,27 +352,32 @@ impl Tree<'_> {
             let scanner = Scanner::new(&open.volume, &open.index, &prefix, fetched);
             if full { scanner.full() } else { scanner.some(dirty) }
         };
-        let lift = |mut fetched: Fetched| {
+        let lift = || {
+            let mut fetched = self.fetched.clone();
             let mut found = look(&fetched)?;
             // What was moved while it was only below has to be above before its old name may go.
             found.to_fetch.extend_from_slice(&self.unread);
-            let mut unread = Vec::new();
+            let mut unread: Vec<Unread> = Vec::new();
             while !found.to_fetch.is_empty() {
                 found.to_fetch.sort();
                 found.to_fetch.dedup();
                 for path in found.to_fetch {
-                    fetched.note(&open.volume.upper, &path)?;
-                    unread.append(&mut hydrate::lift_tree(&open, &path)?);
+                    fetched.note(&open.volume.upper, &path);
+                    match hydrate::lift_tree(&open, &path)? {
+                        Some(mut more) => unread.append(&mut more),
+                        None => fetched.forget(&path),
+                    }
                 }
                 for Unread { path, .. } in &unread {
-                    fetched.note(&open.volume.upper, path)?;
+                    fetched.note(&open.volume.upper, path);
                 }
                 found = look(&fetched)?;
             }
+            unread.sort_by(|a, b| a.path.cmp(&b.path));
+            unread.dedup_by(|a, b| a.path == b.path);
             Ok((found, unread, fetched))
         };
-        // What could not be had is not had until it is, wherever it is by then.
-        let lifted: Result<_, Fault> = lift(self.fetched.clone().without(&self.unread));
+        let lifted: Result<_, Fault> = lift();
         // What was found this time is to be found again.
         self.everything |= lifted.is_err();
         let (found, unread, fetched) = lifted?;
