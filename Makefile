@@ -41,7 +41,7 @@ bench: ## measure, beside the peers; writes target/bench/*.json
 
 # A header that the build of rclone writes last is newer than what cargo compares it with: rclone would
 # be built anew by each call of cargo.
-BUILT := touch -d @0 target/*/release/build/librclone-sys-*/out/librclone.h
+BUILT := touch -c -d @0 target/*/release/build/librclone-sys-*/out/librclone.h
 
 build: ## everything, optimized, as it is shipped
 	@echo "== Building"
