@@ -30,13 +30,13 @@ test: ## install what is missing and run every test
 
 soak: ## the same tests with more rounds
 	@tests/setup test
-	@$(CARGO) build --release --workspace --bins
+	@$(MAKE) --no-print-directory build
 	@CVM_SOAK=1 PROPTEST_CASES=20000 $(CARGO) test --release --workspace --no-fail-fast
 	@tests/fuzz/run 600
 
 bench: ## measure, beside the peers; writes target/bench/*.json
 	@tests/setup bench
-	@$(CARGO) build --release --workspace --bins
+	@$(MAKE) --no-print-directory build
 	@$(CARGO) run --release --quiet --package cvm-tests --bin cvm-bench
 
 # A header that the build of rclone writes last is newer than what cargo compares it with: rclone would

@@ -65,6 +65,12 @@ fn restored(cloud: &Cloud, mut machine: Machine, mode: Mode) -> Machine {
     machine
 }
 
+/// With everything in the bucket.
+fn leave(mut machine: Machine) {
+    flush(&machine);
+    assert_eq!(machine.stop(), 0);
+}
+
 fn put(path: PathBuf, content: impl AsRef<[u8]>) {
     fs::create_dir_all(path.parent().expect("a path below a root")).expect("a directory");
     fs::write(path, content).expect("a file");
@@ -330,11 +336,9 @@ fn whatever_is_done_to_the_tree_is_restored_in_sync_mode() {
 #[test]
 fn times_of_files_stay_when_their_data_comes_up_behind_the_gateway() {
     let cloud = Cloud::new();
-    let mut machine = Fuse.start(&cloud);
+    let machine = Fuse.start(&cloud);
     plant(&machine.path(WORKSPACE));
-    flush(&machine);
-    assert_eq!(machine.stop(), 0);
-    drop(machine);
+    leave(machine);
     let data = Rule::new(Fault::Hang).method("GET").path(&key(&cloud, "openclaw/workspace/many"));
     cloud.proxy.add(data);
     let machine = Fuse.start(&cloud);
@@ -359,11 +363,9 @@ fn times_of_files_stay_when_their_data_comes_up_behind_the_gateway() {
 #[test]
 fn a_file_is_fetched_once_to_be_checked_and_to_be_brought_up() {
     let cloud = Cloud::new();
-    let mut machine = Fuse.start(&cloud);
+    let machine = Fuse.start(&cloud);
     plant(&machine.path(WORKSPACE));
-    flush(&machine);
-    assert_eq!(machine.stop(), 0);
-    drop(machine);
+    leave(machine);
     cloud.proxy.clear_log();
     let machine = Fuse.start(&cloud);
     independent(&machine);
@@ -384,10 +386,8 @@ fn a_file_is_fetched_once_to_be_checked_and_to_be_brought_up() {
 }
 
 /// Of a machine that has stopped. What has one of these in its path is not to be had.
-fn started_without(cloud: &Cloud, mut machine: Machine, fault: Fault, paths: &[&str]) -> Machine {
-    flush(&machine);
-    assert_eq!(machine.stop(), 0);
-    drop(machine);
+fn started_without(cloud: &Cloud, machine: Machine, fault: Fault, paths: &[&str]) -> Machine {
+    leave(machine);
     for path in paths {
         cloud.proxy.add(Rule::new(fault).method("GET").path(&name(cloud, path)));
     }
@@ -492,7 +492,6 @@ fn what_is_moved_into_the_place_of_a_bad_file_is_not_taken_for_it() {
     for path in ["bad", "good", "other"] {
         put(machine.path(WORKSPACE).join(path), path.repeat(100));
     }
-    flush(&machine);
     let [bad, other] = ["bad", "other"].map(|name| key(&cloud, &format!("openclaw/workspace/{name}")));
     let machine = started_without(&cloud, machine, Fault::Hang, &["bad", "good"]);
     let object = cloud.garage.get_raw(&other).unwrap();

@@ -664,22 +664,28 @@ fn a_manifest_without_its_end_is_refused_by_a_machine_that_knows_nothing() {
     let machine = cloud.machine().start();
     refused(&machine, &["end of the manifest is missing", "cvm storage accept"]);
     // Nor does a restore by hand call what there is all there was.
-    let restore = |before: &[&str], to: &str| restore_by_hand(&cloud, &machine, before, to);
+    let restore = |before: &[&str]| restore_by_hand(&cloud, &machine, before, "/tmp/whole");
     for _ in 0..2 {
-        let said = restore(&[], "/tmp/whole");
+        let said = restore(&[]);
         let words = String::from_utf8_lossy(&said.stderr).into_owned();
         assert!(!said.status.success(), "{words}");
         let told = "end of the manifest is missing";
         assert!(words.contains(told) && words.contains("cvm storage restore --accept"), "{words}");
     }
-    let accepting = "#!/bin/sh\nexec \"$@\" --accept\n";
-    std::fs::write(machine.path("/tmp/accepting"), accepting).expect("a program");
-    let said = restore(&["sh", "/tmp/accepting"], "/tmp/whole");
+    let said = restore(&["sh", "-c", "exec \"$@\" --accept", "sh"]);
     let words = String::from_utf8_lossy(&said.stderr).into_owned();
     assert!(said.status.success() && words.contains("is missing"), "{words}");
     assert!(machine.path("/tmp/whole/openclaw").is_dir());
     accept(&machine);
     machine.service_in("gateway", &["ready"]);
+}
+
+/// In a database of the machine's.
+fn commit(machine: &Machine, file: &str, sql: &str) {
+    machine.inside(|| {
+        let db = rusqlite::Connection::open(file).expect("a database");
+        db.execute_batch(sql).expect("a commit");
+    });
 }
 
 fn a_database_that_was_set_back_stops_the_start(mode: Mode) {
@@ -688,17 +694,12 @@ fn a_database_that_was_set_back_stops_the_start(mode: Mode) {
     let mut machine = started(in_mode(mode, cloud.machine()));
     let file = format!("/data/{path}");
     std::fs::create_dir_all(machine.path("/data/openclaw/workspace/somewhere")).expect("a directory");
-    let commit = |machine: &Machine, sql: &str| {
-        machine.inside(|| {
-            let db = rusqlite::Connection::open(&file).expect("a database");
-            db.execute_batch(sql).expect("a commit");
-        });
-        flush(machine);
-    };
-    commit(&machine, "CREATE TABLE t(x); INSERT INTO t VALUES (1)");
+    commit(&machine, &file, "CREATE TABLE t(x); INSERT INTO t VALUES (1)");
+    flush(&machine);
     let raw = Raw::new(&cloud.garage);
     let old = raw.get(path);
-    commit(&machine, "INSERT INTO t VALUES (2)");
+    commit(&machine, &file, "INSERT INTO t VALUES (2)");
+    flush(&machine);
     assert_eq!(machine.stop(), 0, "{}", machine.output());
     drop(machine);
     raw.put(path, &old);
@@ -786,26 +787,20 @@ fn an_older_bucket_that_is_accepted_while_the_network_breaks_is_not_merged_eithe
 fn an_anchor_that_was_wrong_costs_the_volume_nothing() {
     let cloud = Cloud::new();
     let machine = started(cloud.machine().environment("S3_DRAIN_TIMEOUT", "1"));
-    let file = std::path::Path::new("/data/openclaw/some.sqlite");
+    let file = "/data/openclaw/some.sqlite";
     let rows = |machine: &Machine| {
         machine.inside(|| {
             let db = rusqlite::Connection::open(file).expect("a database");
             db.query_row("SELECT count(*) FROM t", [], |row| row.get::<_, i64>(0)).expect("a table")
         })
     };
-    let commit = |machine: &Machine, sql: &str| {
-        machine.inside(|| {
-            let db = rusqlite::Connection::open(file).expect("a database");
-            db.execute_batch(sql).expect("a commit");
-        });
-    };
-    commit(&machine, "PRAGMA journal_mode=WAL; CREATE TABLE t(x); INSERT INTO t VALUES (1)");
+    commit(&machine, file, "PRAGMA journal_mode=WAL; CREATE TABLE t(x); INSERT INTO t VALUES (1)");
     flush(&machine);
     independent(&machine);
     flush(&machine);
     let anchor = anchor(&machine);
     cloud.proxy.refuse(true);
-    commit(&machine, "INSERT INTO t VALUES (2)");
+    commit(&machine, file, "INSERT INTO t VALUES (2)");
     let mut machine = machine;
     assert_eq!(machine.stop(), 75, "{}", machine.output());
     cloud.proxy.refuse(false);

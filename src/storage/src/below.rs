@@ -14,6 +14,7 @@ use crate::manifest::Digest;
 use crate::stage;
 use crate::volume::{self, Volume};
 use cvm_blueprint::paths;
+use std::fs::File;
 use std::path::Path as FsPath;
 
 /// Nothing, or what is wrong.
@@ -49,12 +50,13 @@ pub(crate) fn check(path: &Path, entry: &Entry) -> Result<Verdict, Fault> {
     }
     // The kernel keeps what it reads, so that it copies up what was checked; but what is checked is
     // what the bucket gives now.
-    volume::forget(&at)?;
-    compare(&at, size, sha)
+    let file = volume::open_file(&at)?;
+    volume::forget(&file)?;
+    compare(file, size, sha)
 }
 
-fn compare(at: &FsPath, size: u64, sha: Digest) -> Result<Verdict, Fault> {
-    let (found_size, found) = stage::hash(at)?;
+fn compare(file: File, size: u64, sha: Digest) -> Result<Verdict, Fault> {
+    let (found_size, found) = stage::hash_open(file)?;
     Ok(if (found_size, found) == (size, sha) { Ok(()) } else { Err(fetch::unlike(found_size, size)) })
 }
 
@@ -70,7 +72,7 @@ pub(crate) fn check_object(
     let verdict = bucket
         .rclone
         .download(&path.object(), &staging, name)
-        .and_then(|()| compare(&staging.join(name), size, sha));
+        .and_then(|()| compare(volume::open_file(&staging.join(name))?, size, sha));
     let _ = std::fs::remove_file(staging.join(name));
     verdict.or_else(|fault| fetch::lost(&fault).map(|why| Err(why.to_owned())).ok_or(fault))
 }

@@ -187,7 +187,7 @@ impl Review {
             let at = usize::try_from(u64::from_le_bytes(bytes) % others.len() as u64).unwrap_or(0);
             picked.push(others.swap_remove(at));
         }
-        let (files, all) = (picked.len(), of_databases.len() as u64);
+        let files = picked.len();
         let read = match self.read_back(picked, to) {
             Ok(read) => read,
             Err(fault) => ReadBack { fault: Some(fault), ..ReadBack::default() },
@@ -209,7 +209,7 @@ impl Review {
             (format!("the drill could not be done: {fault}"), false)
         } else if wrong.is_empty() {
             // Nothing is shown where there was room for nothing, and of no database that was left out.
-            let shows = databases == all && (files > 0 || skipped.is_empty());
+            let shows = of_databases.is_disjoint(&skipped) && (files > 0 || skipped.is_empty());
             (format!("{files} files restored and checked, {databases} databases among them{left_out}"), shows)
         } else {
             (format!("{} of {files} files did not come back as they should{left_out}", wrong.len()), false)

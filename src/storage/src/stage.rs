@@ -243,7 +243,12 @@ fn copy(source: File, to: &FsPath) -> Result<(u64, Digest), Fault> {
 
 /// Size and hash of a file as it is.
 pub(crate) fn hash(file: &FsPath) -> Result<(u64, Digest), Fault> {
-    hash_of(volume::open_file(file)?, |_| Ok(()))
+    hash_open(volume::open_file(file)?)
+}
+
+/// The same of what follows in one that is open.
+pub(crate) fn hash_open(file: File) -> Result<(u64, Digest), Fault> {
+    hash_of(file, |_| Ok(()))
 }
 
 fn hash_of(

@@ -234,8 +234,8 @@ pub(crate) fn open_below(top: &FsPath, path: &Path) -> io::Result<File> {
 }
 
 /// Makes the kernel read a file anew: it lets go of what it has of it in memory.
-pub(crate) fn forget(path: &FsPath) -> io::Result<()> {
-    Ok(posix_fadvise(open_file(path)?, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)?)
+pub(crate) fn forget(file: &File) -> io::Result<()> {
+    Ok(posix_fadvise(file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)?)
 }
 
 /// Opens what is below a directory, through no link.
