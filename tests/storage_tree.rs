@@ -20,6 +20,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 const WORKSPACE: &str = "/data/openclaw/workspace";
@@ -523,12 +524,12 @@ fn files_that_grow_or_go_while_they_are_pushed_do_not_stop_the_rest() {
     let at = machine.path(WORKSPACE);
     let at = at.as_path();
     fs::create_dir_all(at).unwrap();
-    let stop = std::sync::atomic::AtomicBool::new(false);
+    let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
             let mut log = File::create(at.join("log")).unwrap();
             for n in 0.. {
-                if stop.load(std::sync::atomic::Ordering::Relaxed) {
+                if stop.load(Ordering::Relaxed) {
                     return;
                 }
                 log.write_all(b"a line\n").unwrap();
@@ -541,12 +542,64 @@ fn files_that_grow_or_go_while_they_are_pushed_do_not_stop_the_rest() {
             put(at.join(format!("kept-{n}")), format!("{n}"));
             flush(&machine);
         }
-        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        stop.store(true, Ordering::Relaxed);
     });
     flush(&machine);
     let expected = tree(&machine);
     let machine = restored(&cloud, machine, Fuse);
     assert_eq!(difference(&expected, &tree(&machine)), "");
+}
+
+#[test]
+fn a_flush_ends_and_has_everything_while_files_are_written_and_renamed_without_end() {
+    let cloud = Cloud::new();
+    let machine = Fuse.start(&cloud);
+    independent(&machine);
+    let at = machine.path(WORKSPACE);
+    let place = |n: usize, name: &str| at.join(n.to_string()).join(name);
+    // So many that what was seen has another name by the time that it is read.
+    for n in 0..1500 {
+        put(place(n % 50, &format!("{n}")), "stays");
+    }
+    let stop = AtomicBool::new(false);
+    let mut flushes = Vec::new();
+    // The last number that each of them has put in its place.
+    let last: [AtomicU64; 5] = Default::default();
+    std::thread::scope(|scope| {
+        for (n, last) in last.iter().enumerate() {
+            let (place, stop) = (&place, &stop);
+            put(place(n, "file"), "0");
+            scope.spawn(move || {
+                for version in 1u64.. {
+                    // Long enough to be seen under this name, and not to be read.
+                    let part = place(n, &format!("part-{version}"));
+                    fs::write(&part, version.to_string()).unwrap();
+                    std::thread::sleep(Duration::from_millis(5));
+                    fs::rename(&part, place(n, "file")).unwrap();
+                    last.store(version, Ordering::Relaxed);
+                    if stop.load(Ordering::Relaxed) {
+                        return;
+                    }
+                }
+            });
+        }
+        // Whatever comes of it, the others have to stop.
+        for _ in 0..3 {
+            let before: Vec<u64> = last.iter().map(|last| last.load(Ordering::Relaxed)).collect();
+            let output = machine.exec(&["cvm", "storage", "flush"]);
+            let there: Vec<_> =
+                (0..last.len()).map(|n| in_bucket(&cloud, &format!("openclaw/workspace/{n}/file"))).collect();
+            flushes.push((before, output, there));
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    for (before, output, there) in flushes {
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        for (before, there) in before.into_iter().zip(there) {
+            let there: u64 = there.expect("it was there all the time").parse().unwrap();
+            assert!(there >= before, "{there} of {before}");
+        }
+    }
 }
 
 /// What the bucket has under a name, by stock rclone's reading, which tells no empty file from none.

@@ -5,13 +5,14 @@
 //! `cvm storage restore`. A restore that was killed goes on with what it had fetched.
 //!
 //! Refuses to put anything unverified anywhere, and to follow a link of the tree's.
-//! May import: `bucket`, `entry`, `fault`, `index`, `manifest`, `parallel`, `stage`, `volume`.
+//! May import: `bucket`, `entry`, `fault`, `index`, `manifest`, `parallel`, `rclone`, `stage`, `volume`.
 
 use crate::bucket::Bucket;
 use crate::entry::{Entry, Kind, Path};
 use crate::fault::Fault;
 use crate::index::Totals;
 use crate::manifest::Digest;
+use crate::rclone::Rclone;
 use crate::volume::{self, Within};
 use crate::{parallel, stage};
 use std::collections::HashMap;
@@ -19,13 +20,15 @@ use std::fs;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path as FsPath, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Downloads at once. Small files cost a round trip each and little else.
 const PARALLEL: u32 = 64;
 /// Below this many files one request for each is cheaper than listing the whole bucket.
 pub(crate) const FEW: usize = 200;
 const CHECKERS: usize = 4;
+/// Between two looks at what has come.
+const LOOK: Duration = Duration::from_millis(250);
 
 /// One path with all that its object may be: the settled entry first, then the intended one.
 #[derive(Debug, Clone)]
@@ -81,6 +84,11 @@ pub(crate) struct Fetcher<'a> {
 }
 
 impl Fetcher<'_> {
+    /// The same as [`Self::files`], when nothing else is done until they are there.
+    pub(crate) fn files_in_haste(&self, wanted: Vec<Wanted>, root: &FsPath) -> Result<Vec<Got>, Fault> {
+        Rclone::in_haste(|| self.files(wanted, root))
+    }
+
     /// Fetches all of these files into place below `root`.
     pub(crate) fn files(&self, wanted: Vec<Wanted>, root: &FsPath) -> Result<Vec<Got>, Fault> {
         let (empty, wanted): (Vec<_>, Vec<_>) =
@@ -89,20 +97,10 @@ impl Fetcher<'_> {
         let mut got: Vec<Got> = empty.into_iter().map(|w| place_empty(&w, root)).collect();
         fs::create_dir_all(&self.parts)?;
         let (plain, odd): (Vec<_>, Vec<_>) = wanted.into_iter().partition(|w| w.path.is_plain());
-        let (few, many) = if plain.len() > FEW { (odd, plain) } else { ([odd, plain].concat(), Vec::new()) };
+        let (mut few, many) =
+            if plain.len() > FEW { (odd, plain) } else { ([odd, plain].concat(), Vec::new()) };
         if !many.is_empty() {
-            self.bulk(&many)?;
-            let done = (AtomicU64::new(0), AtomicU64::new(0));
-            got.extend(parallel::each(many, CHECKERS, |wanted| {
-                let part = self.parts.join("bulk").join(std::ffi::OsStr::from_bytes(wanted.path.as_bytes()));
-                let got = self.check_and_place(&wanted, &part, root);
-                let bytes = wanted.may_be.first().map_or(0, Entry::size);
-                (self.progress)(
-                    done.0.fetch_add(1, Ordering::Relaxed) + 1,
-                    done.1.fetch_add(bytes, Ordering::Relaxed) + bytes,
-                );
-                got
-            }));
+            few.extend(self.bulk(many, root, &mut got)?);
         }
         let numbered: Vec<_> = few.into_iter().enumerate().collect();
         got.extend(parallel::each(numbered, PARALLEL as usize / 2, |(number, wanted)| {
@@ -112,27 +110,50 @@ impl Fetcher<'_> {
         Ok(got)
     }
 
-    /// These in one call of rclone's, which lists the bucket and fetches many at a time.
-    fn bulk(&self, wanted: &[Wanted]) -> Result<(), Fault> {
+    /// These in one call of rclone's, which lists the bucket and fetches many at a time; what has come
+    /// is checked and put in place while the rest comes. Yields those that are to be fetched once more,
+    /// alone: why they did not come, or not as they should be, is not known.
+    fn bulk(&self, wanted: Vec<Wanted>, root: &FsPath, got: &mut Vec<Got>) -> Result<Vec<Wanted>, Fault> {
         let bulk = self.parts.join("bulk");
         fs::create_dir_all(&bulk)?;
-        let names = if is_nearly(wanted, self.whole) { None } else { Some(self.name(wanted)?) };
-        let finished = std::sync::atomic::AtomicBool::new(false);
-        let whole = std::thread::scope(|scope| {
-            scope.spawn(|| {
-                while !finished.load(Ordering::Relaxed) {
-                    std::thread::sleep(Duration::from_millis(250));
-                    if let Some((files, bytes)) = crate::rclone::Rclone::progress() {
-                        (self.progress)(files, bytes);
+        let names = if is_nearly(&wanted, self.whole) { None } else { Some(self.name(&wanted)?) };
+        let mut awaited: HashMap<PathBuf, Wanted> =
+            wanted.into_iter().map(|one| (one.path.below(&bulk), one)).collect();
+        let mut again = Vec::new();
+        let (files, bytes) = (AtomicU64::new(0), AtomicU64::new(0));
+        let before = Rclone::transferred();
+        let whole = std::thread::scope(|scope| -> Result<_, Fault> {
+            let rclone = scope.spawn(|| self.bucket.rclone.download_many(names.as_deref(), &bulk, PARALLEL));
+            loop {
+                let (is_all, began) = (rclone.is_finished(), Instant::now());
+                let come = files_below(&bulk)?.into_iter().filter_map(|part| awaited.remove_entry(&part));
+                for (wanted, placed) in parallel::each(come.collect(), CHECKERS, |(part, wanted)| {
+                    let placed = place(&wanted, &part, root);
+                    files.fetch_add(1, Ordering::Relaxed);
+                    bytes.fetch_add(wanted.may_be.first().map_or(0, Entry::size), Ordering::Relaxed);
+                    (wanted, placed)
+                }) {
+                    match placed {
+                        Ok(entry) => got.push(Got::Good(wanted.path, entry)),
+                        Err(_) => again.push(wanted),
                     }
                 }
-            });
-            let whole = self.bucket.rclone.download_many(names.as_deref(), &bulk, PARALLEL);
-            finished.store(true, Ordering::Relaxed);
-            whole
-        });
+                if is_all {
+                    break;
+                }
+                // A large file is on its way for long.
+                let transferred = Rclone::transferred().saturating_sub(before);
+                (self.progress)(
+                    files.load(Ordering::Relaxed),
+                    transferred.max(bytes.load(Ordering::Relaxed)),
+                );
+                std::thread::sleep(LOOK.max(began.elapsed()));
+            }
+            Ok(rclone.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+        })?;
+        again.extend(awaited.into_values());
         match whole {
-            // What is missing or damaged shows when each file is checked; what is unreachable
+            // What is missing or damaged shows when each file is fetched alone; what is unreachable
             // is unreachable for all of them.
             Err(
                 fault @ (Fault::Unreachable(_)
@@ -141,7 +162,7 @@ impl Fetcher<'_> {
                 | Fault::Disk(_)
                 | Fault::NoBucket),
             ) => Err(fault),
-            _ => Ok(()),
+            _ => Ok(again),
         }
     }
 
@@ -155,16 +176,6 @@ impl Fetcher<'_> {
         let names = self.parts.join("names");
         fs::write(&names, lines)?;
         Ok(names)
-    }
-
-    fn check_and_place(&self, wanted: &Wanted, part: &FsPath, root: &FsPath) -> Got {
-        if let Ok(entry) = place(wanted, part, root) {
-            return Got::Good(wanted.path.clone(), entry);
-        }
-        // Once more, alone: the first try may have been cut short, and its error is lost.
-        let _ = fs::remove_file(part);
-        let part = self.parts.join(format!("again-{:016x}", fingerprint(&wanted.path)));
-        self.single(wanted, &part, root)
     }
 
     fn single(&self, wanted: &Wanted, part: &FsPath, root: &FsPath) -> Got {
@@ -255,11 +266,21 @@ fn place_empty(wanted: &Wanted, root: &FsPath) -> Got {
     }
 }
 
-fn fingerprint(path: &Path) -> u64 {
-    use std::hash::{Hash as _, Hasher as _};
-    let mut hasher = std::hash::DefaultHasher::new();
-    path.hash(&mut hasher);
-    hasher.finish()
+/// All files in a directory of ours in which another may be writing.
+fn files_below(top: &FsPath) -> Result<Vec<PathBuf>, Fault> {
+    let (mut files, mut directories) = (Vec::new(), vec![top.to_owned()]);
+    while let Some(directory) = directories.pop() {
+        for entry in fs::read_dir(directory)? {
+            let entry = entry?;
+            match entry.file_type() {
+                Ok(kind) if kind.is_dir() => directories.push(entry.path()),
+                Ok(_) => files.push(entry.path()),
+                // It has another name by now.
+                Err(_) => {}
+            }
+        }
+    }
+    Ok(files)
 }
 
 /// Directories and symbolic links, which are nowhere but in the manifest. Directories get their

@@ -36,7 +36,7 @@ pub(crate) struct ToRead {
     pub(crate) after: Option<Path>,
     /// Something has to go before it.
     pub(crate) late: bool,
-    /// By which the file that was there when its place in the order was found is known.
+    /// As what it was seen.
     pub(crate) handle: Option<Handle>,
 }
 

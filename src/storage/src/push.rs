@@ -293,7 +293,7 @@ impl Pusher<'_> {
                 Ok(Outcome::Ready(staged)) => self.passed_since(&read, staged)?,
                 _ => None,
             };
-            let ToRead { path, database, was, rank, after, .. } = read;
+            let ToRead { path, database, was, rank, after, handle, .. } = read;
             let settled = was.as_ref().is_some_and(|row| !row.promised);
             let held = match (settled, database) {
                 (true, _) => Holds::Nothing,
@@ -316,7 +316,9 @@ impl Pusher<'_> {
                         to_send.push(ToSend { staged, rank, after });
                     }
                 }
-                Ok(Outcome::Vanished) | Err(Fault::Missing) => rest.moves(path, held, self.insists),
+                Ok(Outcome::Vanished) | Err(Fault::Missing) => {
+                    rest.vanishes(path, handle, held, self.insists);
+                }
                 Ok(Outcome::Later(why)) => self.waits(path, why, held, rest),
                 Ok(Outcome::Damaged(why)) => rest.damaged.push((path, why)),
                 Err(fault) => self.waits(path, fault.to_string(), held, rest),
@@ -383,8 +385,8 @@ impl Pusher<'_> {
         verdicts
     }
 
-    /// Where the file that the bucket has under this name has gone since its place in the order was
-    /// found: the one that is there now would take the name of what lives on.
+    /// Where the file that the bucket has under this name has gone since it was seen:
+    /// the one that is there now would take the name of what lives on.
     fn passed_since(&self, read: &ToRead, staged: &Staged) -> Result<Option<Path>, Fault> {
         if self.insists || read.replaces().is_none() || staged.known.handle == read.handle {
             return Ok(None);

@@ -31,6 +31,9 @@ struct Remote {
     used: Mutex<Option<Instant>>,
 }
 
+/// How far Go's heap may grow in haste, and by how much before it is collected.
+const HASTE_MEMORY: u64 = 512 << 20;
+const HASTE_PERCENT: u32 = 300;
 /// rclone forgets a remote that was not used for 5 minutes.
 const KEPT: Duration = Duration::from_mins(4);
 
@@ -159,10 +162,25 @@ impl Rclone {
         .map(drop)
     }
 
-    /// Files and bytes that rclone has transferred since the start.
-    pub(crate) fn progress() -> Option<(u64, u64)> {
-        let stats = Self::call("core/stats", &json!({})).ok()?;
-        Some((stats["transfers"].as_u64()?, stats["bytes"].as_u64()?))
+    /// Work for which everything waits, and beside which nothing wants the memory: Go's collector,
+    /// kept short otherwise, takes a part of the processor that is missed then.
+    pub(crate) fn in_haste<R>(work: impl FnOnce() -> R) -> R {
+        let set = |method, value: &Value| Self::call(method, value).unwrap_or_default();
+        let limit = set("debug/set-soft-memory-limit", &json!({ "mem-limit": HASTE_MEMORY }));
+        let percent = set("debug/set-gc-percent", &json!({ "gc-percent": HASTE_PERCENT }));
+        let result = work();
+        if let (Some(limit), Some(percent)) =
+            (limit["existing-mem-limit"].as_i64(), percent["existing-gc-percent"].as_i64())
+        {
+            set("debug/set-gc-percent", &json!({ "gc-percent": percent }));
+            set("debug/set-soft-memory-limit", &json!({ "mem-limit": limit }));
+        }
+        result
+    }
+
+    /// Bytes that rclone has transferred since the start.
+    pub(crate) fn transferred() -> u64 {
+        Self::call("core/stats", &json!({})).ok().and_then(|stats| stats["bytes"].as_u64()).unwrap_or(0)
     }
 
     /// Deletes an object; one that is not there is as good.

@@ -73,7 +73,7 @@ pub(crate) fn restore(spec: &StorageSpec, to: &FsPath, accept: bool) -> Result<u
     let parts = scratch.join("parts");
     let fetcher =
         Fetcher { bucket: &bucket, whole: index.totals()?, parts: parts.clone(), progress: &progress };
-    let got = fetcher.files(wanted, to)?;
+    let got = fetcher.files_in_haste(wanted, to)?;
     if std::io::stdout().is_terminal() {
         println!();
     }

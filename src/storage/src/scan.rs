@@ -42,6 +42,8 @@ pub(crate) enum Change {
         path: Path,
         database: bool,
         was: Option<Box<Row>>,
+        /// As what it was seen.
+        handle: Option<Handle>,
     },
     /// Only what the manifest says of it is new.
     Meta {
@@ -403,9 +405,10 @@ impl<'a> Scanner<'a> {
             self.unfit(path.clone(), Unfit::by_size());
             return Ok(());
         }
+        let handle = handle_of(&at);
         let database = self.is_database(path, stat);
         let was = row.map(|row| Box::new(if database { row } else { of_any_file(row) }));
-        self.found.changes.push(Change::Read { path: path.clone(), database, was });
+        self.found.changes.push(Change::Read { path: path.clone(), database, was, handle });
         Ok(())
     }
 

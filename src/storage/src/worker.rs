@@ -11,6 +11,7 @@
 //! Refuses to end because something failed. May import: everything here.
 
 mod answers;
+mod chase;
 mod end;
 mod helpers;
 mod rounds;
@@ -27,6 +28,7 @@ use crate::owner::uptime;
 use crate::scan::Fetched;
 use crate::watch::Hints;
 use answers::{Asked, done, has_changed, refuse_review};
+use chase::Chase;
 use cvm_blueprint::storage::{Answer, Ask, Mode, StorageSpec};
 use rounds::{Round, Waiting};
 use std::collections::{BTreeSet, HashMap, HashSet};
@@ -260,8 +262,7 @@ struct Tree<'a> {
     waiting: HashMap<Path, Waiting>,
     /// Rounds in a row in which something moved while it was looked at.
     moving: u32,
-    /// The same, whatever may be done in spite of it.
-    missed: u32,
+    chase: Chase,
     /// The generation that the desk and the lease know of.
     told: Option<u64>,
     /// Rounds in a row that could not write down every removal.
@@ -310,7 +311,7 @@ impl<'a> Tree<'a> {
             mending: HashSet::new(),
             waiting: HashMap::new(),
             moving: 0,
-            missed: 0,
+            chase: Chase::default(),
             told: None,
             held: 0,
             unsettled: None,

@@ -61,8 +61,10 @@ impl Making<'_> {
         fetch::skeleton(&skeleton, &volume.tree)?;
         let parts = volume.own.join("staging/parts");
         let fetcher = Fetcher { bucket, whole: index.totals()?, parts, progress: &progress };
-        let got = fetcher.files(files, &volume.tree)?;
+        desk.did("skeleton");
+        let got = fetcher.files_in_haste(files, &volume.tree)?;
         desk.progress(None);
+        desk.did("fetch");
         let restored: Vec<(Path, Entry)> = got
             .iter()
             .filter_map(|g| match g {
@@ -76,7 +78,9 @@ impl Making<'_> {
             // What is gone meanwhile has no time.
             let _ = volume::set_mtime(&path.below(&volume.tree), time);
         }
+        desk.did("links");
         fetch::settle_on_disk(&volume.own)?;
+        desk.did("disk");
         let bad = take_over(index, volume, got)?;
         check_what_began_below(bucket, index, volume, &rows)?;
         index.set_all_lower(false)?;

@@ -8,6 +8,7 @@ use crate::order::{self, Passed, ToRead};
 use crate::scan::Change;
 use crate::volume::{self, Volume};
 use crate::way::Way;
+use cvm_process::handle::Handle;
 use std::collections::HashSet;
 
 /// What a round, or what is left of it, has to do.
@@ -41,8 +42,7 @@ impl Work {
         let mut metas = Vec::new();
         for change in changes {
             match change {
-                Change::Read { path, database, was } => {
-                    let handle = crate::scan::handle_of(&path.below(&volume.upper));
+                Change::Read { path, database, was, handle } => {
                     let (size, rank, after, late) = (size(&path), 0, None, false);
                     this.reads.push(ToRead { path, database, was, size, rank, after, late, handle });
                 }
@@ -126,8 +126,10 @@ impl Work {
 /// What the beginning of a round means for the rest of it.
 #[derive(Debug, Clone, Default)]
 pub(super) struct SoFar {
-    /// Something was not there any more when it was to be read.
-    pub(super) missed: bool,
+    /// What was not there any more when it was to be read.
+    pub(super) moved: HashSet<Handle>,
+    /// The same, and nobody can say what it was.
+    pub(super) lost_sight: bool,
     pub(super) moving: bool,
     /// What may have been moved to a name that the bucket does not have yet.
     pub(super) holds: Holds,
@@ -153,6 +155,8 @@ pub(crate) struct Rest {
     pub(crate) left: Option<Work>,
     /// To be tried again soon.
     pub(crate) later: Vec<(Path, String)>,
+    /// Those of them that only wait for others.
+    pub(crate) behind: HashSet<Path>,
     /// Not before somebody mends it.
     pub(crate) damaged: Vec<(Path, String)>,
     pub(crate) fault: Option<Fault>,
@@ -191,12 +195,19 @@ impl Rest {
 
     /// What was seen may be in the bucket under no name yet, whatever it is called now.
     pub(crate) fn missed(&self) -> bool {
-        self.so_far.missed || self.so_far.moving
+        self.so_far.lost_sight || self.so_far.moving || !self.so_far.moved.is_empty()
     }
 
-    pub(super) fn moves(&mut self, path: Path, holds: Holds, insists: bool) {
-        self.so_far.missed = true;
+    /// Of that, what is known by its handle, and whether there is more.
+    pub(crate) fn missing(&self) -> (&HashSet<Handle>, bool) {
+        (&self.so_far.moved, self.so_far.lost_sight)
+    }
+
+    /// It was seen, as what this handle says, and is not there now.
+    pub(super) fn vanishes(&mut self, path: Path, handle: Option<Handle>, holds: Holds, insists: bool) {
         self.vanished.push(path);
+        self.so_far.lost_sight |= handle.is_none();
+        self.so_far.moved.extend(handle);
         if holds != Holds::Nothing && !insists {
             self.so_far.moving = true;
             self.so_far.holds = Holds::Everything;
@@ -222,6 +233,7 @@ impl Rest {
 
     pub(super) fn waits_for_its_name(&mut self, path: Path) {
         let why = "the bucket does not have what was here before under its new name yet";
+        self.behind.insert(path.clone());
         self.wait(path, why.to_owned(), Holds::Nothing);
     }
 

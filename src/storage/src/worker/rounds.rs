@@ -26,7 +26,7 @@ const LOCKED_MAX: Duration = Duration::from_secs(10);
 /// Rounds for which removals wait for what is on the move; a tree in which something always is must
 /// not keep what is gone for ever.
 const MOVING_MAX: u32 = 8;
-/// Rounds that a flush waits for what waits for something on the move.
+/// Rounds that a flush waits for removals that wait for something on the move.
 const HELD_MAX: u32 = 20;
 
 /// A round, from its one look at the tree to its last slice.
@@ -131,7 +131,7 @@ impl Tree<'_> {
         self.dirty.append(&mut round.after);
         // What moved on is found where it is now, and then what it left may go.
         self.moving = if rest.moving() { self.moving + 1 } else { 0 };
-        self.missed = if rest.missed() || round.unconfirmed > 0 { self.missed + 1 } else { 0 };
+        self.go_on_with_the_chase(&rest, round.unconfirmed > 0);
         self.everything |= rest.moving() && rest.removals > 0;
         self.held = if rest.removals > 0 { self.held + 1 } else { 0 };
         let since = round.first.unwrap_or(began);
@@ -149,14 +149,15 @@ impl Tree<'_> {
         let desk = Arc::clone(&self.worker.desk);
         // What has changed meanwhile is the next round's.
         let more = u64::from(self.first.is_some());
-        // What was there when somebody asked is there under its new name in the next round.
-        let goes_on = self.is_asked() && self.missed > 0 && self.missed < HELD_MAX;
+        let misses = self.chase.misses() || self.waiting.keys().any(|path| rest.behind.contains(path));
+        let goes_on = self.is_asked() && misses && self.chase.may_go_on();
         self.everything |= goes_on;
         if !self.waiting.is_empty() {
             desk.pending(self.waiting.len() as u64 + more, 0, self.oldest(self.first));
             let fault = have_to_wait(self.waiting.iter().map(|(path, w)| (path, w.why.as_str())));
             desk.failed(&fault, None);
-            if !goes_on {
+            // What has failed for a reason of its own is not tried until it works.
+            if !goes_on || self.waiting.keys().any(|path| !rest.behind.contains(path)) {
                 self.answer_all(Err(&fault));
             }
         } else if self.held > 0 {
@@ -173,7 +174,7 @@ impl Tree<'_> {
             desk.pending(more, 0, self.oldest(self.first));
             if goes_on {
                 self.start_verifies();
-            } else if self.missed > 0 {
+            } else if misses {
                 let why = "files are renamed faster than they can be read";
                 self.answer_all(Err(&Fault::other(why)));
             } else if self.troubled.is_empty() {
@@ -195,7 +196,10 @@ impl Tree<'_> {
         if full {
             self.rescan_at = now + self.rescan;
         }
-        self.answering.append(&mut self.asked);
+        if !self.asked.is_empty() {
+            self.chase.begin();
+            self.answering.append(&mut self.asked);
+        }
         let first = self.first.take().or(Some(now));
         let failing = self.waiting.iter().filter(|(_, waiting)| waiting.tries + 1 >= AGAIN_AND_AGAIN);
         let failing = failing.map(|(path, waiting)| (path.clone(), waiting.why.clone())).collect();
@@ -237,6 +241,7 @@ impl Tree<'_> {
     }
 
     fn answer_all(&mut self, outcome: Result<(), &Fault>) {
+        self.chase.is_over();
         self.start_verifies();
         for asked in self.answering.drain(..) {
             let Asked::Flush(flush) = asked else { continue };
