@@ -881,11 +881,39 @@ fn what_the_gateway_reads_first_is_fetched_without_what_it_does_not() {
     let machine = Fuse.start(&cloud);
     assert_eq!(storage(&machine)["independent"], false);
     assert_eq!(machine.read("/data/openclaw/credentials/209"), "secret 209");
+    let mounts = machine.ok(&["cat", "/proc/mounts"]);
+    assert!(mounts.lines().any(|mount| mount.contains(" fuse.rclone ")), "{mounts}");
     let parts = machine.data().join(".cvm/storage/staging/parts");
     assert!(!parts.exists(), "what was fetched lies on the volume twice");
     cloud.proxy.heal();
     independent(&machine);
     assert_eq!(difference(&expected, &tree(&machine)), "");
+}
+
+#[test]
+fn a_volume_on_which_there_can_be_no_overlay_is_kept_in_sync_mode_and_stays_where_it_is() {
+    let cloud = Cloud::new();
+    let disk = Disk::new(64);
+    let layers = ["lower", "upper", "work", "data"].map(|name| disk.0.path().join(name));
+    layers.iter().for_each(|layer| fs::create_dir(layer).unwrap());
+    let [lower, upper, work, data] = layers.map(|layer| layer.display().to_string());
+    let options = format!("lowerdir={lower},upperdir={upper},workdir={work}");
+    let none = nix::mount::MsFlags::empty();
+    nix::mount::mount(Some("overlay"), data.as_str(), Some("overlay"), none, Some(options.as_str())).unwrap();
+    let _below = Mounted(PathBuf::from(&data));
+    let machine = Fuse.of(cloud.machine()).unbind("/data").bind(Path::new(&data), "/data");
+    let machine = ready(machine.start());
+    let status = storage(&machine);
+    assert_eq!(status["mode"], "sync", "{status:#}");
+    assert!(status["reason"].as_str().is_some_and(|why| why.contains("overlayfs cannot be mounted")));
+    machine.line("overlayfs cannot be mounted");
+    put(machine.path(WORKSPACE).join("file"), "kept");
+    assert_eq!(fs::read(Path::new(&data).join("openclaw/workspace/file")).unwrap(), b"kept");
+    flush(&machine);
+    assert_eq!(in_bucket(&cloud, "openclaw/workspace/file").as_deref(), Some("kept"));
+    let machine = machine.again(|builder| builder);
+    machine.service_in("gateway", &["ready"]);
+    assert_eq!(machine.read(&format!("{WORKSPACE}/file")), "kept");
 }
 
 /// A disk of its own, of so many MiB.
@@ -910,7 +938,16 @@ impl Disk {
 
 impl Drop for Disk {
     fn drop(&mut self) {
-        let _ = nix::mount::umount2(self.0.path(), nix::mount::MntFlags::MNT_DETACH);
+        drop(Mounted(self.0.path().to_owned()));
+    }
+}
+
+/// Dropping it unmounts it.
+struct Mounted(PathBuf);
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = nix::mount::umount2(&self.0, nix::mount::MntFlags::MNT_DETACH);
     }
 }
 
@@ -1036,6 +1073,21 @@ fn stock_rclone_reads_everything_that_is_written() {
         judged[usize::from(content.len() > 2 * 65536)] += 1;
     }
     assert!(judged[0] > 5 && judged[1] > 0, "{judged:?}");
+}
+
+#[test]
+fn stock_rclone_reads_the_content_of_every_name_whatever_it_calls_it() {
+    let cloud = Cloud::new();
+    let machine = Fuse.start(&cloud);
+    let names = names();
+    for (n, name) in names.iter().enumerate() {
+        put(machine.path(WORKSPACE).join("hard").join(OsStr::from_bytes(name)), format!("{n:08}"));
+    }
+    flush(&machine);
+    let all = stock_rclone(&cloud).ok(&["cat", "crypt:openclaw/workspace/hard"]);
+    let mut contents: Vec<_> = all.chunks(8).map(String::from_utf8_lossy).collect();
+    contents.sort();
+    assert_eq!(contents, (0..names.len()).map(|n| format!("{n:08}")).collect::<Vec<_>>());
 }
 
 fn walk(dir: &Path) -> Vec<PathBuf> {

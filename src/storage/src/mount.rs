@@ -37,20 +37,22 @@ pub(crate) fn is_mount(point: &str) -> bool {
     mounted_at(point).is_some()
 }
 
-/// What is on top at a mount point: its file system type.
-fn kind_at(point: &str) -> Option<String> {
-    mounted_at(point)?.split_once(" - ")?.1.split(' ').next().map(str::to_owned)
+/// Whether an overlay of ours is on top at /data, by its upper layer: the volume may lie on one itself.
+pub(crate) fn overlay_is_there() -> bool {
+    let on_volume = |dir: &str| Path::new(dir).starts_with(paths::VOLUME);
+    let is_ours = |mount: String| {
+        let (_, of) = mount.split_once(" - ")?;
+        let mut options = of.strip_prefix("overlay ")?.split([' ', ',']);
+        options.find_map(|option| option.strip_prefix("upperdir=")).map(on_volume)
+    };
+    mounted_at(paths::DATA).and_then(is_ours).unwrap_or(false)
 }
 
-/// Whether an overlay of an earlier worker is still there and answers.
+/// Whether it answers.
 pub(crate) fn overlay_is_alive() -> bool {
-    kind_at(paths::DATA).as_deref() == Some("overlay")
+    overlay_is_there()
         && is_mount(paths::VOLUME)
         && fs::read_dir(paths::DATA).is_ok_and(|entries| entries.filter(Result::is_err).count() == 0)
-}
-
-pub(crate) fn overlay_is_there() -> bool {
-    kind_at(paths::DATA).as_deref() == Some("overlay")
 }
 
 /// Whether the mount below the overlay has died with whoever answered for it. Asked for a name that
@@ -84,7 +86,7 @@ pub(crate) fn clear() -> Result<(), Fault> {
         let _ = (&stream).write_all(b"D");
         let _ = std::io::Read::read(&mut &stream, &mut [0u8; 1]);
     }
-    while kind_at(paths::DATA).as_deref() == Some("overlay") {
+    while overlay_is_there() {
         umount2(paths::DATA, MntFlags::MNT_DETACH)?;
     }
     unmount_bucket()?;
@@ -158,7 +160,7 @@ fn open_fuse(device: &Path) -> Result<(), String> {
     })
 }
 
-/// Makes the volume reachable below the overlay that will hide it, and tries an overlay on it.
+/// Makes the volume reachable below the overlay that will hide it.
 pub(crate) fn bind_volume() -> Result<(), NoMount> {
     let no = |what: &str, error: nix::errno::Errno| NoMount(format!("{what}: {}", error.desc()));
     fs::create_dir_all(paths::VOLUME).map_err(|e| NoMount(words(&e)))?;
