@@ -550,6 +550,15 @@ fn files_that_grow_or_go_while_they_are_pushed_do_not_stop_the_rest() {
     assert_eq!(difference(&expected, &tree(&machine)), "");
 }
 
+/// Whatever comes of it, the others have to stop.
+struct Stops<'a>(&'a AtomicBool);
+
+impl Drop for Stops<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 #[test]
 fn a_flush_ends_and_has_everything_while_files_are_written_and_renamed_without_end() {
     let cloud = Cloud::new();
@@ -583,7 +592,7 @@ fn a_flush_ends_and_has_everything_while_files_are_written_and_renamed_without_e
                 }
             });
         }
-        // Whatever comes of it, the others have to stop.
+        let _stops = Stops(&stop);
         for _ in 0..3 {
             let before: Vec<u64> = last.iter().map(|last| last.load(Ordering::Relaxed)).collect();
             let output = machine.exec(&["cvm", "storage", "flush"]);
@@ -591,7 +600,6 @@ fn a_flush_ends_and_has_everything_while_files_are_written_and_renamed_without_e
                 (0..last.len()).map(|n| in_bucket(&cloud, &format!("openclaw/workspace/{n}/file"))).collect();
             flushes.push((before, output, there));
         }
-        stop.store(true, Ordering::Relaxed);
     });
     for (before, output, there) in flushes {
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -863,6 +871,42 @@ fn a_restore_that_was_killed_deletes_nothing_when_the_mode_changes() {
 // === What is fetched, and when ===
 
 #[test]
+fn a_restore_that_was_killed_goes_on_where_it_was_in_sync_mode() {
+    let cloud = Cloud::new();
+    let machine = Sync.start(&cloud);
+    let at = machine.path(WORKSPACE);
+    // More than are fetched one by one.
+    for n in 0..300 {
+        put(at.join(format!("many/{n}")), format!("{n}"));
+    }
+    put(at.join("one"), "under two names");
+    fs::hard_link(at.join("one"), at.join("other")).unwrap();
+    put(at.join("last"), "comes last");
+    flush(&machine);
+    let expected = tree(&machine);
+    let mut machine = machine;
+    assert_eq!(machine.stop(), 0);
+    drop(machine);
+    cloud.proxy.add(Rule::new(Fault::Hang).method("GET").path(&key(&cloud, "openclaw/workspace/last")));
+    let mut machine = Sync.of(cloud.machine()).start();
+    until("all but one are there", PATIENCE, || {
+        let is_there = |name: &str| machine.data().join("openclaw/workspace").join(name).exists();
+        let many = (0..300).all(|n| is_there(&format!("many/{n}")));
+        (many && is_there("one") && is_there("other")).then_some(())
+    });
+    machine.destroy();
+    cloud.proxy.heal();
+    cloud.proxy.clear_log();
+    let machine = ready(machine.again(|builder| builder));
+    assert_eq!(difference(&expected, &tree(&machine)), "");
+    let fetched = |name: &str| {
+        let key = key(&cloud, &format!("openclaw/workspace/{name}"));
+        cloud.proxy.log().iter().any(|entry| entry.method == "GET" && entry.path.contains(&key))
+    };
+    assert!(fetched("last") && !fetched("many/7") && !fetched("one"));
+}
+
+#[test]
 fn what_the_gateway_reads_first_is_fetched_without_what_it_does_not() {
     let cloud = Cloud::new();
     let mut machine = Fuse.start(&cloud);
@@ -895,7 +939,9 @@ fn a_volume_on_which_there_can_be_no_overlay_is_kept_in_sync_mode_and_stays_wher
     let cloud = Cloud::new();
     let disk = Disk::new(64);
     let layers = ["lower", "upper", "work", "data"].map(|name| disk.0.path().join(name));
-    layers.iter().for_each(|layer| fs::create_dir(layer).unwrap());
+    for layer in &layers {
+        fs::create_dir(layer).unwrap();
+    }
     let [lower, upper, work, data] = layers.map(|layer| layer.display().to_string());
     let options = format!("lowerdir={lower},upperdir={upper},workdir={work}");
     let none = nix::mount::MsFlags::empty();

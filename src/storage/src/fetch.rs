@@ -49,14 +49,38 @@ pub(crate) enum Got {
 }
 
 /// How many files, and how many bytes.
-pub(crate) fn total(wanted: &[Wanted]) -> (u64, u64) {
-    let bytes = wanted.iter().filter_map(|w| w.may_be.first()).map(Entry::size).sum();
-    (wanted.len() as u64, bytes)
+pub(crate) fn total<'a>(wanted: impl IntoIterator<Item = &'a Wanted>) -> (u64, u64) {
+    let size = |one: &Wanted| one.may_be.first().map_or(0, Entry::size);
+    wanted.into_iter().map(size).fold((0, 0), |(files, bytes), size| (files + 1, bytes + size))
+}
+
+/// Files and bytes that are in their places.
+#[derive(Default)]
+struct Done {
+    files: AtomicU64,
+    bytes: AtomicU64,
+}
+
+impl Done {
+    /// And this one.
+    fn and(&self, wanted: &Wanted) -> (u64, u64) {
+        self.files.fetch_add(1, Ordering::Relaxed);
+        self.bytes.fetch_add(wanted.may_be.first().map_or(0, Entry::size), Ordering::Relaxed);
+        self.so_far()
+    }
+
+    fn so_far(&self) -> (u64, u64) {
+        (self.files.load(Ordering::Relaxed), self.bytes.load(Ordering::Relaxed))
+    }
+}
+
+/// Whether rclone's own listing has it under its name, and it is there under that when it is whole.
+fn comes_in_bulk(wanted: &Wanted) -> bool {
+    wanted.path.is_plain() && !wanted.path.name().ends_with(b".rclonelink")
 }
 
 /// Whether these are so many of all that the rest may come along: nobody has to be told names then.
-fn is_nearly(wanted: &[Wanted], all: Totals) -> bool {
-    let (files, bytes) = total(wanted);
+fn is_nearly((files, bytes): (u64, u64), all: Totals) -> bool {
     files >= most(all.files) && bytes >= most(all.bytes)
 }
 
@@ -96,16 +120,20 @@ impl Fetcher<'_> {
         fs::create_dir_all(root)?;
         let mut got: Vec<Got> = empty.into_iter().map(|w| place_empty(&w, root)).collect();
         fs::create_dir_all(&self.parts)?;
-        let (plain, odd): (Vec<_>, Vec<_>) = wanted.into_iter().partition(|w| w.path.is_plain());
+        let (plain, odd): (Vec<_>, Vec<_>) = wanted.into_iter().partition(comes_in_bulk);
         let (mut few, many) =
             if plain.len() > FEW { (odd, plain) } else { ([odd, plain].concat(), Vec::new()) };
+        let done = Done::default();
         if !many.is_empty() {
-            few.extend(self.bulk(many, root, &mut got)?);
+            few.extend(self.bulk(many, root, &done, &mut got)?);
         }
         let numbered: Vec<_> = few.into_iter().enumerate().collect();
         got.extend(parallel::each(numbered, PARALLEL as usize / 2, |(number, wanted)| {
             let part = self.parts.join(format!("one-{number}"));
-            self.single(&wanted, &part, root)
+            let got = self.single(&wanted, &part, root);
+            let (files, bytes) = done.and(&wanted);
+            (self.progress)(files, bytes);
+            got
         }));
         Ok(got)
     }
@@ -113,41 +141,59 @@ impl Fetcher<'_> {
     /// These in one call of rclone's, which lists the bucket and fetches many at a time; what has come
     /// is checked and put in place while the rest comes. Yields those that are to be fetched once more,
     /// alone: why they did not come, or not as they should be, is not known.
-    fn bulk(&self, wanted: Vec<Wanted>, root: &FsPath, got: &mut Vec<Got>) -> Result<Vec<Wanted>, Fault> {
+    fn bulk(
+        &self,
+        wanted: Vec<Wanted>,
+        root: &FsPath,
+        done: &Done,
+        got: &mut Vec<Got>,
+    ) -> Result<Vec<Wanted>, Fault> {
         let bulk = self.parts.join("bulk");
         fs::create_dir_all(&bulk)?;
-        let names = if is_nearly(&wanted, self.whole) { None } else { Some(self.name(&wanted)?) };
         let mut awaited: HashMap<PathBuf, Wanted> =
             wanted.into_iter().map(|one| (one.path.below(&bulk), one)).collect();
         let mut again = Vec::new();
-        let (files, bytes) = (AtomicU64::new(0), AtomicU64::new(0));
+        let mut put_in_place = |awaited: &mut HashMap<PathBuf, Wanted>, come: Vec<PathBuf>| {
+            let come = come.into_iter().filter_map(|part| awaited.remove_entry(&part)).collect();
+            for (wanted, placed) in parallel::each(come, CHECKERS, |(part, wanted)| {
+                let placed = place(&wanted, &part, root);
+                if placed.is_ok() {
+                    done.and(&wanted);
+                } else {
+                    let _ = fs::remove_file(&part);
+                }
+                (wanted, placed)
+            }) {
+                match placed {
+                    Ok(entry) => got.push(Got::Good(wanted.path, entry)),
+                    Err(_) => again.push(wanted),
+                }
+            }
+        };
+        // What an earlier try has fetched need not be fetched again, if it shows whether it is whole.
+        let is_told = |wanted: &Wanted| wanted.may_be.iter().all(|entry| entry.sha().is_some());
+        let (come, others): (Vec<_>, Vec<_>) =
+            files_below(&bulk)?.into_iter().partition(|part| awaited.get(part).is_some_and(is_told));
+        others.iter().try_for_each(fs::remove_file)?;
+        put_in_place(&mut awaited, come);
+        let left: Vec<&Wanted> = awaited.values().collect();
+        let all = is_nearly(total(left.iter().copied()), self.whole);
+        let names = if all { None } else { Some(self.name(&left)?) };
         let before = Rclone::transferred();
         let whole = std::thread::scope(|scope| -> Result<_, Fault> {
             let rclone = scope.spawn(|| self.bucket.rclone.download_many(names.as_deref(), &bulk, PARALLEL));
             loop {
                 let (is_all, began) = (rclone.is_finished(), Instant::now());
-                let come = files_below(&bulk)?.into_iter().filter_map(|part| awaited.remove_entry(&part));
-                for (wanted, placed) in parallel::each(come.collect(), CHECKERS, |(part, wanted)| {
-                    let placed = place(&wanted, &part, root);
-                    files.fetch_add(1, Ordering::Relaxed);
-                    bytes.fetch_add(wanted.may_be.first().map_or(0, Entry::size), Ordering::Relaxed);
-                    (wanted, placed)
-                }) {
-                    match placed {
-                        Ok(entry) => got.push(Got::Good(wanted.path, entry)),
-                        Err(_) => again.push(wanted),
-                    }
-                }
+                let come = files_below(&bulk)?;
+                let looked = began.elapsed();
+                put_in_place(&mut awaited, come);
                 if is_all {
                     break;
                 }
+                let (files, bytes) = done.so_far();
                 // A large file is on its way for long.
-                let transferred = Rclone::transferred().saturating_sub(before);
-                (self.progress)(
-                    files.load(Ordering::Relaxed),
-                    transferred.max(bytes.load(Ordering::Relaxed)),
-                );
-                std::thread::sleep(LOOK.max(began.elapsed()));
+                (self.progress)(files, bytes.max(Rclone::transferred().saturating_sub(before)));
+                std::thread::sleep(LOOK.max(looked));
             }
             Ok(rclone.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
         })?;
@@ -161,13 +207,13 @@ impl Fetcher<'_> {
                 | Fault::Tls(_)
                 | Fault::Disk(_)
                 | Fault::NoBucket),
-            ) => Err(fault),
+            ) if !again.is_empty() => Err(fault),
             _ => Ok(again),
         }
     }
 
     /// A list of them for rclone.
-    fn name(&self, wanted: &[Wanted]) -> Result<PathBuf, Fault> {
+    fn name(&self, wanted: &[&Wanted]) -> Result<PathBuf, Fault> {
         let mut lines = Vec::new();
         for one in wanted {
             lines.extend_from_slice(one.path.as_bytes());
@@ -350,13 +396,8 @@ pub(crate) fn dress_directories(entries: &[(Path, Entry)], root: &FsPath) -> Res
 mod tests {
     use super::*;
 
-    fn of_sizes(sizes: &[u64]) -> Vec<Wanted> {
-        let one = |size: &u64| {
-            let kind = Kind::File { size: *size, sha: None, database: false };
-            let entry = Entry { kind, mode: 0o600, uid: 0, gid: 0, mtime_ns: 0, link: None };
-            Wanted { path: Path::new(b"a").unwrap(), may_be: vec![entry] }
-        };
-        sizes.iter().map(one).collect()
+    fn sum(sizes: &[u64]) -> (u64, u64) {
+        (sizes.len() as u64, sizes.iter().sum())
     }
 
     #[test]
@@ -393,10 +434,10 @@ mod tests {
     #[test]
     fn the_whole_bucket_comes_only_when_nearly_all_of_it_is_wanted() {
         let all = Totals { files: 20, bytes: 2000 };
-        assert!(is_nearly(&of_sizes(&[100; 20]), all));
-        assert!(is_nearly(&of_sizes(&[100; 18]), all));
-        assert!(!is_nearly(&of_sizes(&[100; 17]), all));
-        assert!(!is_nearly(&of_sizes(&[1; 19]), all), "one large file is the rest");
-        assert!(!is_nearly(&of_sizes(&[2000]), all), "all but one small ones are the rest");
+        assert!(is_nearly(sum(&[100; 20]), all));
+        assert!(is_nearly(sum(&[100; 18]), all));
+        assert!(!is_nearly(sum(&[100; 17]), all));
+        assert!(!is_nearly(sum(&[1; 19]), all), "one large file is the rest");
+        assert!(!is_nearly(sum(&[2000]), all), "all but one small ones are the rest");
     }
 }

@@ -52,6 +52,7 @@ impl ToRead {
 pub(crate) struct Passed {
     pub(crate) path: Path,
     pub(crate) now_at: Path,
+    pub(crate) handle: Handle,
 }
 
 /// What was moved before its data came up, and cannot be had.
@@ -102,7 +103,7 @@ fn followed(
         if let Some(number) = numbers.get(&now_at) {
             *after = Some(*number);
         } else if is_all_there_is(&handle, &read.path, &now_at, index, prefix)? {
-            passed.push(Passed { path: read.path.clone(), now_at });
+            passed.push(Passed { path: read.path.clone(), now_at, handle });
         }
     }
     Ok((after, passed))

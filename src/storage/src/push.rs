@@ -91,8 +91,10 @@ impl Pusher<'_> {
             }
             rest.wait(path, why, Holds::Everything);
         }
-        for Passed { path, now_at } in std::mem::take(&mut work.passed) {
-            if !self.insists && work.leave_out(&path) {
+        for Passed { path, now_at, handle } in std::mem::take(&mut work.passed) {
+            if self.insists {
+                rest.so_far.moved.insert(handle);
+            } else if work.leave_out(&path) {
                 rest.is_passed(path, now_at);
             }
         }
@@ -277,6 +279,7 @@ impl Pusher<'_> {
             (read, outcome, built_on)
         });
         let mut unchecked = self.check_below(&staged);
+        let top = File::open(&volume.upper)?;
         let (mut to_send, mut lines) = (Vec::new(), Vec::new());
         let mut known: Vec<(Path, Known)> = Vec::new();
         for (read, outcome, _) in staged {
@@ -302,6 +305,9 @@ impl Pusher<'_> {
             };
             match outcome {
                 Ok(Outcome::Ready(staged)) => {
+                    // Another has its name now, and it lives on under one that the scan may have passed.
+                    let seen = handle.filter(|seen| staged.known.handle.as_ref() != Some(seen));
+                    rest.so_far.moved.extend(seen.filter(|seen| seen.fate(&top) != Fate::Gone));
                     rest.young.extend(staged.young.then(|| path.clone()));
                     let same = is_same(was.as_deref(), &staged.entry);
                     if same {

@@ -32,8 +32,8 @@ struct Remote {
 }
 
 /// How far Go's heap may grow in haste, and by how much before it is collected.
-const HASTE_MEMORY: u64 = 512 << 20;
-const HASTE_PERCENT: u32 = 300;
+const HASTE_MEMORY: i64 = 512 << 20;
+const HASTE_PERCENT: i64 = 300;
 /// rclone forgets a remote that was not used for 5 minutes.
 const KEPT: Duration = Duration::from_mins(4);
 
@@ -154,9 +154,8 @@ impl Rclone {
         Self::call(
             "sync/copy",
             &json!({ "srcFs": self.remote.made(), "dstFs": directory,
-                // What an earlier try fetched is not fetched again; it is checked like the rest.
-                "_config": { "Transfers": parallel, "Checkers": parallel, "UseServerModTime": true, "IgnoreExisting": true,
-                    "NoUpdateModTime": true, "MultiThreadStreams": 0, "Retries": 1 },
+                "_config": { "Transfers": parallel, "Checkers": parallel, "UseServerModTime": true,
+                    "IgnoreExisting": true, "NoUpdateModTime": true, "MultiThreadStreams": 0, "Retries": 1 },
                 "_filter": filter }),
         )
         .map(drop)
@@ -165,16 +164,21 @@ impl Rclone {
     /// Work for which everything waits, and beside which nothing wants the memory: Go's collector,
     /// kept short otherwise, takes a part of the processor that is missed then.
     pub(crate) fn in_haste<R>(work: impl FnOnce() -> R) -> R {
-        let set = |method, value: &Value| Self::call(method, value).unwrap_or_default();
-        let limit = set("debug/set-soft-memory-limit", &json!({ "mem-limit": HASTE_MEMORY }));
-        let percent = set("debug/set-gc-percent", &json!({ "gc-percent": HASTE_PERCENT }));
+        let limit = |limit: i64| {
+            let answer = Self::call("debug/set-soft-memory-limit", &json!({ "mem-limit": limit }));
+            answer.ok()?["existing-mem-limit"].as_i64()
+        };
+        let percent = |percent: i64| {
+            let answer = Self::call("debug/set-gc-percent", &json!({ "gc-percent": percent }));
+            answer.ok()?["existing-gc-percent"].as_i64()
+        };
+        // One below none only asks.
+        let Some(usual) = limit(-1).filter(|usual| *usual < HASTE_MEMORY) else { return work() };
+        limit(HASTE_MEMORY);
+        let often = percent(HASTE_PERCENT);
         let result = work();
-        if let (Some(limit), Some(percent)) =
-            (limit["existing-mem-limit"].as_i64(), percent["existing-gc-percent"].as_i64())
-        {
-            set("debug/set-gc-percent", &json!({ "gc-percent": percent }));
-            set("debug/set-soft-memory-limit", &json!({ "mem-limit": limit }));
-        }
+        often.and_then(percent);
+        limit(usual);
         result
     }
 

@@ -98,6 +98,8 @@ pub(crate) struct Found {
     pub(crate) impossible: Vec<(Path, Unfit)>,
     /// How many files were looked at.
     pub(crate) seen: u64,
+    /// What was listed was not there to be looked at: it may have gone where the look had been already.
+    pub(crate) slipped: bool,
 }
 
 /// What was moved and has been brought up as far as it could be had. A name is not enough: something
@@ -278,6 +280,7 @@ impl<'a> Scanner<'a> {
             (Ok(names), _) => names,
             // Removed or replaced while we looked; its parent has changed too.
             (Err(error), _) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+                self.found.slipped = true;
                 return Ok(());
             }
             (Err(error), Some(dir)) if is_about_the_place(&error) => {
@@ -296,7 +299,10 @@ impl<'a> Scanner<'a> {
             }
             let stat = match volume::look(&path.below(&self.volume.upper)) {
                 Ok(Some(stat)) => stat,
-                Ok(None) => continue,
+                Ok(None) => {
+                    self.found.slipped |= !rules::may_stay_out(&path);
+                    continue;
+                }
                 Err(fault) => {
                     known.remove(&name);
                     self.unfit(path, fault);

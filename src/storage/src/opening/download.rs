@@ -9,10 +9,13 @@ use crate::fault::Fault;
 use crate::fetch::{self, Fetcher, Got};
 use crate::index::{Index, Known, Row, Sign};
 use crate::moved;
+use crate::parallel;
 use crate::volume::{self, Volume};
 use cvm_blueprint::storage::Progress;
 use std::fs;
 use std::path::Path as FsPath;
+
+const CHECKERS: usize = 4;
 
 impl Making<'_> {
     /// Yields what the bucket does not have right.
@@ -31,16 +34,30 @@ impl Making<'_> {
             .iter()
             .filter(|(_, row)| row.bad.is_none() && row.sign.is_none() && (row.lower || !whole))
             .collect();
-        let (mut files, mut skeleton) = (Vec::new(), Vec::new());
+        let (mut files, mut skeleton, mut to_check) = (Vec::new(), Vec::new(), Vec::new());
         for (path, row) in missing {
             let there = volume::look(&path.below(&volume.tree))?.is_some();
             if row.entry.is_file() {
-                if !there || !laid && !is_as_said(&volume.tree, path, row)? {
+                // Of what is not known, a part would be taken for the whole.
+                if !there || !laid && row.entry.sha().is_none() {
                     files.push(wanted(path, row, &intended));
+                } else if !laid {
+                    to_check.push((path, row));
                 }
             } else if !laid || row.lower && !there {
                 // Those of a restore that was killed too: filling them has changed their times.
                 skeleton.push((path.clone(), row.entry.clone()));
+            }
+        }
+        // What a restore that did not come to its end has put in place.
+        let mut linked = Vec::new();
+        for (path, row, good) in
+            parallel::each(to_check, CHECKERS, |(path, row)| (path, row, is_as_said(&volume.tree, path, row)))
+        {
+            if !good? {
+                files.push(wanted(path, row, &intended));
+            } else if row.entry.link.is_some() {
+                linked.push((path.clone(), row.entry.clone()));
             }
         }
         let (total, bytes_total) = fetch::total(&files);
@@ -72,6 +89,7 @@ impl Making<'_> {
                 _ => None,
             })
             .chain(skeleton)
+            .chain(linked)
             .collect();
         fetch::finish(&restored, &volume.tree, &volume.staging())?;
         for (path, time) in times {

@@ -261,9 +261,9 @@ fn early_files(
     let progress = |files: u64, bytes: u64| {
         desk.progress(Some(Progress {
             what: "fetching what the gateway reads first".to_owned(),
-            files_done: files,
+            files_done: files.min(total),
             files_total: total,
-            bytes_done: bytes,
+            bytes_done: bytes.min(bytes_total),
             bytes_total,
         }));
     };

@@ -137,6 +137,8 @@ pub(super) struct SoFar {
     pub(super) holds_strangers: bool,
     /// What could not be sent, and what waits for it.
     pub(super) unsent: HashSet<Path>,
+    /// What has to wait only because others have not arrived.
+    pub(super) behind: HashSet<Path>,
 }
 
 impl SoFar {
@@ -155,8 +157,6 @@ pub(crate) struct Rest {
     pub(crate) left: Option<Work>,
     /// To be tried again soon.
     pub(crate) later: Vec<(Path, String)>,
-    /// Those of them that only wait for others.
-    pub(crate) behind: HashSet<Path>,
     /// Not before somebody mends it.
     pub(crate) damaged: Vec<(Path, String)>,
     pub(crate) fault: Option<Fault>,
@@ -198,7 +198,12 @@ impl Rest {
         self.so_far.lost_sight || self.so_far.moving || !self.so_far.moved.is_empty()
     }
 
-    /// Of that, what is known by its handle, and whether there is more.
+    /// It has to wait, and only because others have not arrived.
+    pub(crate) fn is_behind(&self, path: &Path) -> bool {
+        self.so_far.behind.contains(path)
+    }
+
+    /// Of what was missed, what is known by its handle, and whether there is more.
     pub(crate) fn missing(&self) -> (&HashSet<Handle>, bool) {
         (&self.so_far.moved, self.so_far.lost_sight)
     }
@@ -233,7 +238,7 @@ impl Rest {
 
     pub(super) fn waits_for_its_name(&mut self, path: Path) {
         let why = "the bucket does not have what was here before under its new name yet";
-        self.behind.insert(path.clone());
+        self.so_far.behind.insert(path.clone());
         self.wait(path, why.to_owned(), Holds::Nothing);
     }
 

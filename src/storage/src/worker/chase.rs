@@ -4,9 +4,10 @@
 //! A flush does not wait for one that misses nothing, which may never come: it waits until every file
 //! that was missed by the round which began after the question has been met since, or is gone.
 //!
-//! Refuses to go on for ever. May import: `push`, `rules`, `cvm-process`.
+//! Refuses to go on for ever. May import: `push`, `rules`, `cvm-process`, and its own worker.
 
 use super::Tree;
+use super::rounds::Round;
 use crate::push::Rest;
 use crate::rules;
 use cvm_process::handle::{Fate, Handle};
@@ -15,6 +16,9 @@ use std::fs::File;
 
 /// Rounds for which one goes on.
 const MOST: u32 = 20;
+/// So many of them may be its beginning because a look let something slip: with many files, and one
+/// that comes and goes beside them, each look does.
+const BEGINNINGS: u32 = 3;
 
 #[derive(Debug, Default)]
 pub(super) struct Chase {
@@ -22,6 +26,28 @@ pub(super) struct Chase {
     begins: bool,
     rounds: u32,
     missing: HashSet<Handle>,
+    /// Some of them are where they hold nobody up.
+    misses: bool,
+}
+
+/// What a round has missed.
+#[derive(Debug, Default)]
+struct Missed {
+    known: HashSet<Handle>,
+    /// And there was something of which nothing is known.
+    lost_sight: bool,
+    /// A look may have passed something by.
+    slipped: bool,
+}
+
+/// What has become of a file that was missed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Now {
+    /// It is in the bucket under its name of now, or gone.
+    Met,
+    Missing,
+    /// Where it need not, or cannot, be in the bucket; it may be renamed again.
+    Excused,
 }
 
 impl Chase {
@@ -30,24 +56,19 @@ impl Chase {
         self.begins = true;
     }
 
-    /// A round has ended that missed these, and, if it `lost_sight`, others that nobody knows.
-    pub(super) fn ends(
-        &mut self,
-        missed: &HashSet<Handle>,
-        lost_sight: bool,
-        is_met: impl Fn(&Handle) -> bool,
-    ) {
+    fn ends(&mut self, missed: Missed, now: impl Fn(&Handle) -> Now) {
         self.rounds += 1;
-        self.missing.retain(|handle| missed.contains(handle) || !is_met(handle));
+        self.missing.retain(|handle| missed.known.contains(handle) || now(handle) != Now::Met);
         if self.begins {
-            self.missing.extend(missed.iter().cloned());
-            self.begins = lost_sight;
+            self.begins = missed.lost_sight || missed.slipped && self.rounds < BEGINNINGS;
+            self.missing.extend(missed.known);
         }
+        self.misses = self.begins || self.missing.iter().any(|handle| now(handle) != Now::Excused);
     }
 
     /// Something that was there when somebody asked may be in the bucket under no name yet.
     pub(super) fn misses(&self) -> bool {
-        self.begins || !self.missing.is_empty()
+        self.misses
     }
 
     /// It is worth another round.
@@ -62,35 +83,41 @@ impl Chase {
 }
 
 impl Tree<'_> {
-    /// At the end of a round. What was moved while it looked, and is `unconfirmed`, is known by nothing.
-    pub(super) fn go_on_with_the_chase(&mut self, rest: &Rest, unconfirmed: bool) {
+    /// At the end of a round, when it is known what is in order.
+    pub(super) fn go_on_with_the_chase(&mut self, rest: &Rest, round: &Round) {
         if !self.is_asked() {
             return;
         }
         let top = File::open(&self.ready.open.volume.upper);
         let (moved, lost_sight) = rest.missing();
+        let missed = Missed {
+            known: moved.union(&round.unseen).cloned().collect(),
+            lost_sight: lost_sight || round.unconfirmed > 0,
+            slipped: round.slipped,
+        };
         let mut chase = std::mem::take(&mut self.chase);
-        chase.ends(moved, lost_sight || unconfirmed, |handle| {
-            top.as_ref().is_ok_and(|top| self.is_met(handle, top))
-        });
+        chase.ends(missed, |handle| top.as_ref().map_or(Now::Missing, |top| self.now(handle, top)));
         self.chase = chase;
     }
 
-    /// The bucket has it under the name that it has now, or why it does not is said elsewhere.
-    fn is_met(&self, handle: &Handle, top: &File) -> bool {
+    fn now(&self, handle: &Handle, top: &File) -> Now {
         let open = &self.ready.open;
         // Where nobody can be asked, it is enough that no round has missed it again.
-        let Fate::Lives(name) = handle.fate(top) else { return true };
+        let Fate::Lives(name) = handle.fate(top) else { return Now::Met };
         let settled = open.index.settled_as(handle).unwrap_or_default();
         match open.volume.path_of(&name) {
-            Some(path) => {
-                settled.contains(&path)
-                    || rules::may_stay_out(&path)
-                    || self.troubled.contains_key(&path)
-                    || self.waiting.contains_key(&path)
-            }
+            Some(path) if settled.contains(&path) => Now::Met,
+            Some(path) if rules::may_stay_out(&path) || self.troubled.contains_key(&path) => Now::Excused,
+            Some(_) => Now::Missing,
             // The kernel knows it by no name, or by one outside of the tree.
-            None => name != b"/" || !settled.is_empty(),
+            None if name == b"/" => {
+                if settled.is_empty() {
+                    Now::Missing
+                } else {
+                    Now::Met
+                }
+            }
+            None => Now::Excused,
         }
     }
 }
@@ -103,40 +130,66 @@ mod tests {
         names.iter().map(|name| Handle::from_bytes(name.as_bytes().to_vec())).collect()
     }
 
+    fn missed(names: &[&str]) -> Missed {
+        Missed { known: these(names), ..Missed::default() }
+    }
+
     /// One round: what it missed, and what of the rest the bucket has.
-    fn round(chase: &mut Chase, missed: &[&str], lost_sight: bool, met: &[&str]) -> bool {
+    fn round(chase: &mut Chase, missed: Missed, met: &[&str]) -> bool {
         let met = these(met);
-        chase.ends(&these(missed), lost_sight, |handle| met.contains(handle));
+        chase.ends(missed, |handle| if met.contains(handle) { Now::Met } else { Now::Missing });
         chase.misses()
     }
 
     #[test]
     fn only_what_was_missed_after_the_question_is_waited_for() {
         let mut chase = Chase::default();
-        assert!(!round(&mut chase, &["nobody asks"], false, &[]));
+        assert!(!round(&mut chase, missed(&["nobody asks"]), &[]));
         chase.begin();
-        assert!(round(&mut chase, &["a", "b"], false, &[]));
+        assert!(round(&mut chase, missed(&["a", "b"]), &[]));
         // One is met, the other is missed once more, and so is what is new.
-        assert!(round(&mut chase, &["b", "new"], false, &["a"]));
-        assert!(!round(&mut chase, &["new"], false, &["b"]));
+        assert!(round(&mut chase, missed(&["b", "new"]), &["a"]));
+        assert!(!round(&mut chase, missed(&["new"]), &["b"]));
     }
 
     #[test]
     fn what_was_missed_is_waited_for_though_no_round_misses_it_again() {
         let mut chase = Chase::default();
         chase.begin();
-        assert!(round(&mut chase, &["a"], false, &[]));
-        assert!(round(&mut chase, &[], false, &[]), "it was seen nowhere");
-        assert!(!round(&mut chase, &[], false, &["a"]));
+        assert!(round(&mut chase, missed(&["a"]), &[]));
+        assert!(round(&mut chase, missed(&[]), &[]), "it was seen nowhere");
+        assert!(!round(&mut chase, missed(&[]), &["a"]));
+    }
+
+    #[test]
+    fn what_holds_nobody_up_does_when_it_is_renamed_again() {
+        let mut chase = Chase::default();
+        chase.begin();
+        assert!(round(&mut chase, missed(&["a"]), &[]));
+        chase.ends(missed(&[]), |_| Now::Excused);
+        assert!(!chase.misses());
+        assert!(round(&mut chase, missed(&["a"]), &[]));
     }
 
     #[test]
     fn a_round_that_cannot_say_what_it_missed_is_no_beginning() {
         let mut chase = Chase::default();
         chase.begin();
-        assert!(round(&mut chase, &[], true, &[]));
-        assert!(round(&mut chase, &["a"], false, &[]));
-        assert!(!round(&mut chase, &[], true, &["a"]));
+        for _ in 0..=BEGINNINGS {
+            assert!(round(&mut chase, Missed { lost_sight: true, ..Missed::default() }, &[]));
+        }
+        assert!(round(&mut chase, missed(&["a"]), &[]));
+        assert!(!round(&mut chase, Missed { lost_sight: true, ..Missed::default() }, &["a"]));
+    }
+
+    #[test]
+    fn a_look_that_lets_something_slip_is_repeated_a_few_times() {
+        let mut chase = Chase::default();
+        chase.begin();
+        for round_number in 1..=BEGINNINGS {
+            let goes_on = round(&mut chase, Missed { slipped: true, ..Missed::default() }, &[]);
+            assert_eq!(goes_on, round_number < BEGINNINGS);
+        }
     }
 
     #[test]
@@ -144,7 +197,7 @@ mod tests {
         let mut chase = Chase::default();
         chase.begin();
         while chase.may_go_on() {
-            assert!(round(&mut chase, &["a"], false, &[]));
+            assert!(round(&mut chase, missed(&["a"]), &[]));
         }
         chase.is_over();
         assert!(chase.may_go_on() && !chase.misses());

@@ -13,6 +13,7 @@ use crate::owner::uptime;
 use crate::push::{Pusher, Rest, Work};
 use crate::scan::{Change, Fetched, Found, Scanner, Unfit};
 use cvm_blueprint::storage::{Answer, Progress};
+use cvm_process::handle::Handle;
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
@@ -52,7 +53,11 @@ pub(super) struct Round {
     put_off: HashSet<Path>,
     pub(super) troubles: HashMap<Path, String>,
     /// Removals that wait for what was moved and is only below.
-    unconfirmed: usize,
+    pub(super) unconfirmed: usize,
+    /// What a look has seen, and the one after it has not.
+    pub(super) unseen: HashSet<Handle>,
+    /// What was listed was gone when it was looked at.
+    pub(super) slipped: bool,
 }
 
 impl Round {
@@ -131,7 +136,6 @@ impl Tree<'_> {
         self.dirty.append(&mut round.after);
         // What moved on is found where it is now, and then what it left may go.
         self.moving = if rest.moving() { self.moving + 1 } else { 0 };
-        self.go_on_with_the_chase(&rest, round.unconfirmed > 0);
         self.everything |= rest.moving() && rest.removals > 0;
         self.held = if rest.removals > 0 { self.held + 1 } else { 0 };
         let since = round.first.unwrap_or(began);
@@ -140,6 +144,7 @@ impl Tree<'_> {
             _ => Some(self.unsettled.unwrap_or(since)),
         };
         self.settle(&round);
+        self.go_on_with_the_chase(&rest, &round);
         self.finish(&rest);
         Ok(())
     }
@@ -149,7 +154,7 @@ impl Tree<'_> {
         let desk = Arc::clone(&self.worker.desk);
         // What has changed meanwhile is the next round's.
         let more = u64::from(self.first.is_some());
-        let misses = self.chase.misses() || self.waiting.keys().any(|path| rest.behind.contains(path));
+        let misses = self.chase.misses() || self.waiting.keys().any(|path| rest.is_behind(path));
         let goes_on = self.is_asked() && misses && self.chase.may_go_on();
         self.everything |= goes_on;
         if !self.waiting.is_empty() {
@@ -157,7 +162,7 @@ impl Tree<'_> {
             let fault = have_to_wait(self.waiting.iter().map(|(path, w)| (path, w.why.as_str())));
             desk.failed(&fault, None);
             // What has failed for a reason of its own is not tried until it works.
-            if !goes_on || self.waiting.keys().any(|path| !rest.behind.contains(path)) {
+            if !goes_on || self.waiting.keys().any(|path| !rest.is_behind(path)) {
                 self.answer_all(Err(&fault));
             }
         } else if self.held > 0 {
@@ -293,7 +298,8 @@ impl Tree<'_> {
             self.ready.chain.settle(&open.bucket, &open.index)?;
         }
         let (mut found, unread) = self.look(round.full, &round.dirty)?;
-        round.unconfirmed = self.make_sure_of_removals(&mut found)?;
+        self.make_sure_of_removals(&mut found, round)?;
+        round.slipped |= found.slipped;
         // What has been moved and could not be had is still only below, whatever its old name says;
         // and so is what was moved while we looked.
         let all_above = unread.is_empty() && found.to_fetch.is_empty() && round.unconfirmed == 0;
@@ -440,29 +446,33 @@ impl Tree<'_> {
 
     /// What was moved while we looked may have been missed at both names. So what is gone is only
     /// believed when it was gone before a second look at everything, which sees its new name.
-    fn make_sure_of_removals(&mut self, found: &mut Found) -> Result<usize, Fault> {
+    fn make_sure_of_removals(&mut self, found: &mut Found, round: &mut Round) -> Result<(), Fault> {
         let gone = |change: &Change| matches!(change, Change::Gone { .. });
         let first: HashSet<Path> =
             found.changes.iter().filter(|c| gone(c)).map(|c| c.path().clone()).collect();
         if first.is_empty() {
-            return Ok(0);
+            return Ok(());
         }
         let open = self.open();
+        round.unseen = handles(&found.changes);
+        round.slipped |= found.slipped;
         *found = Scanner::new(&open.volume, &open.index, &open.bucket.prefix, &self.fetched).full()?;
+        for handle in handles(&found.changes) {
+            round.unseen.remove(&handle);
+        }
         let whole = found.to_fetch.is_empty();
         // What was moved and is only below is brought up by the next look, if that is at everything.
         self.everything |= !whole;
         let dirty = &mut self.dirty;
-        let mut unconfirmed = 0;
         found.changes.retain(|change| {
             let sure = !gone(change) || whole && first.contains(change.path());
             if !sure {
                 dirty.insert(change.path().split().0.to_vec());
-                unconfirmed += usize::from(!whole);
+                round.unconfirmed += usize::from(!whole);
             }
             sure
         });
-        Ok(unconfirmed)
+        Ok(())
     }
 
     // === Incidents of the tree itself ===
@@ -560,6 +570,15 @@ impl Tree<'_> {
             }
         }
     }
+}
+
+/// Of what is to be read, as it was seen.
+fn handles(changes: &[Change]) -> HashSet<Handle> {
+    let of = |change: &Change| match change {
+        Change::Read { handle, .. } => handle.clone(),
+        Change::Meta { .. } | Change::Gone { .. } => None,
+    };
+    changes.iter().filter_map(of).collect()
 }
 
 /// What stays out of the bucket until somebody does something about it.
