@@ -894,6 +894,11 @@ fn a_restore_that_was_killed_goes_on_where_it_was_in_sync_mode() {
         let many = (0..300).all(|n| is_there(&format!("many/{n}")));
         (many && is_there("one") && is_there("other")).then_some(())
     });
+    until("the operator sees that one is missing", PATIENCE, || {
+        let progress = &storage(&machine)["progress"];
+        let left = progress["files_total"].as_u64()? - progress["files_done"].as_u64()?;
+        (progress["what"] == "restoring from the bucket" && left == 1).then_some(())
+    });
     machine.destroy();
     cloud.proxy.heal();
     cloud.proxy.clear_log();

@@ -118,12 +118,16 @@ impl Fetcher<'_> {
         let (empty, wanted): (Vec<_>, Vec<_>) =
             wanted.into_iter().partition(|w| w.may_be.iter().all(|e| e.size() == 0 && e.sha().is_some()));
         fs::create_dir_all(root)?;
-        let mut got: Vec<Got> = empty.into_iter().map(|w| place_empty(&w, root)).collect();
+        let done = Done::default();
+        let mut got = Vec::new();
+        for wanted in empty {
+            got.push(place_empty(&wanted, root));
+            done.and(&wanted);
+        }
         fs::create_dir_all(&self.parts)?;
         let (plain, odd): (Vec<_>, Vec<_>) = wanted.into_iter().partition(comes_in_bulk);
         let (mut few, many) =
             if plain.len() > FEW { (odd, plain) } else { ([odd, plain].concat(), Vec::new()) };
-        let done = Done::default();
         if !many.is_empty() {
             few.extend(self.bulk(many, root, &done, &mut got)?);
         }
