@@ -1205,6 +1205,38 @@ for n in range(50):
 os.truncate(sys.argv[1]+'-wal', os.path.getsize(sys.argv[1]+'-wal')-2000)
 sys.stdout.flush(); os._exit(0)";
 
+/// An adoption that a loss of power ends: nobody knows yet what the files have to be.
+fn adoption_cut_short(mode: Mode) {
+    let cloud = Cloud::new();
+    let old = tempfile::tempdir().unwrap();
+    put(old.path().join("openclaw/workspace/first"), "whole");
+    put(old.path().join("openclaw/workspace/last"), "comes last");
+    stock_rclone(&cloud).ok(&["copy", &old.path().display().to_string(), "crypt:"]);
+    cloud.proxy.add(Rule::new(Fault::Hang).method("GET").path(&key(&cloud, "openclaw/workspace/last")));
+    let mut machine = mode.of(cloud.machine()).start();
+    let first = machine.data().join("openclaw/workspace/first");
+    until("one file is there", PATIENCE, || first.exists().then_some(()));
+    machine.destroy();
+    // It was not on the disk yet.
+    File::create(&first).unwrap();
+    cloud.proxy.heal();
+    let machine = ready(machine.again(|builder| builder));
+    assert_eq!(machine.read(&format!("{WORKSPACE}/first")), "whole");
+    assert_eq!(machine.read(&format!("{WORKSPACE}/last")), "comes last");
+    flush(&machine);
+    assert_eq!(in_bucket(&cloud, "openclaw/workspace/first").as_deref(), Some("whole"));
+}
+
+#[test]
+fn an_adoption_that_a_loss_of_power_ends_overwrites_nothing_in_fuse_mode() {
+    adoption_cut_short(Fuse);
+}
+
+#[test]
+fn an_adoption_that_a_loss_of_power_ends_overwrites_nothing_in_sync_mode() {
+    adoption_cut_short(Sync);
+}
+
 #[test]
 fn a_bucket_of_the_old_entrypoint_is_adopted() {
     let cloud = Cloud::new();

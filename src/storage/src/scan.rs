@@ -380,7 +380,10 @@ impl<'a> Scanner<'a> {
         if let Some(row) = row.as_ref().filter(|row| row.lower) {
             match self.volume.lifting.look(path, &at)? {
                 Seen::Is(Some(now)) => stat = now,
-                Seen::Is(None) => return Ok(()),
+                Seen::Is(None) => {
+                    self.found.slipped = true;
+                    return Ok(());
+                }
                 Seen::InTheMaking => {
                     stat.st_mtime = row.entry.mtime_ns.div_euclid(1_000_000_000);
                     stat.st_mtime_nsec = row.entry.mtime_ns.rem_euclid(1_000_000_000);

@@ -197,7 +197,10 @@ impl Layer {
             let is_wanted = match place {
                 // Removed or moved on this volume before: the scan says which.
                 Place::Hidden => false,
-                Place::Taken => !laid && !is_as_said(&volume.upper, path, row)?,
+                // Of what is not known, a part would be taken for the whole.
+                Place::Taken => {
+                    !laid && (row.entry.sha().is_none() || !is_as_said(&volume.upper, path, row)?)
+                }
                 Place::Free => true,
             };
             if is_wanted && is_early(path, row, &intended) {

@@ -9,7 +9,7 @@ use crate::scan::Change;
 use crate::volume::{self, Volume};
 use crate::way::Way;
 use cvm_process::handle::Handle;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 /// What a round, or what is left of it, has to do.
 #[derive(Debug, Default)]
@@ -106,13 +106,20 @@ impl Work {
 
     /// What is newer than we are is known of these.
     pub(crate) fn forget(&mut self, newer: &Self) {
-        let paths: HashSet<&Path> = newer.files().collect();
+        let paths: HashMap<&Path, &Option<Handle>> =
+            newer.reads.iter().map(|read| (&read.path, &read.handle)).collect();
         if !paths.is_empty() {
-            self.reads.retain(|read| !paths.contains(&read.path));
+            self.reads.retain(|read| {
+                let now = paths.get(&read.path);
+                // Another has its name: it lives on under one that may have been looked at before.
+                let seen = read.handle.clone().filter(|_| now.is_some_and(|now| **now != read.handle));
+                self.so_far.moved.extend(seen);
+                now.is_none()
+            });
             for lines in [&mut self.opening, &mut self.metas, &mut self.instead] {
-                lines.retain(|line| !paths.contains(&line.path));
+                lines.retain(|line| !paths.contains_key(&line.path));
             }
-            self.gone.retain(|path| !paths.contains(path));
+            self.gone.retain(|path| !paths.contains_key(path));
         }
     }
 
