@@ -5,7 +5,7 @@
 #![allow(clippy::unwrap_used)]
 
 use cvm_harness::cloud::HEALTHY;
-use cvm_harness::machine::{MASTER_KEY, PATIENCE};
+use cvm_harness::machine::{MASTER_KEY, PATIENCE, binaries, repository};
 use cvm_harness::proxy::Entry;
 use cvm_harness::tools::{Rclone, python, rclone_crypt_python, written_by_rclone_crypt_python};
 use cvm_harness::{
@@ -1126,6 +1126,65 @@ fn stock_rclone_reads_everything_that_is_written() {
     assert!(judged[0] > 5 && judged[1] > 0, "{judged:?}");
 }
 
+/// The blocks of commands in S3_STORAGE.md that say how everything is had by hand.
+fn recipes() -> Vec<String> {
+    let text = fs::read_to_string(repository().join("S3_STORAGE.md")).unwrap();
+    let (_, by_hand) = text.split_once("## Recover by hand").unwrap();
+    let (by_hand, _) = by_hand.split_once("\n## ").unwrap();
+    by_hand.split("```sh\n").skip(1).map(|rest| rest.split_once("```").unwrap().0.to_owned()).collect()
+}
+
+#[test]
+fn the_recipes_for_a_recovery_by_hand_do_what_they_say() {
+    let cloud = Cloud::new();
+    let machine = Fuse.start(&cloud);
+    put(machine.path(WORKSPACE).join("notes"), "kept");
+    put(machine.path("/data/openclaw/openclaw.json"), "{ }");
+    flush(&machine);
+    let scratch = tempfile::tempdir().unwrap();
+    let at = |name: &str| scratch.path().join(name);
+    put(at("key.txt"), format!("{MASTER_KEY}\n"));
+    let [_, with_rclone, without_us, manifest, hmac] = &recipes()[..] else { panic!("other recipes") };
+    let follow = |recipe: &str| {
+        let path = [binaries(), repository().join("target/venv/bin"), "/usr/bin".into(), "/bin".into()];
+        let output = Command::new("bash")
+            .args(["-euo", "pipefail", "-c", recipe])
+            .current_dir(scratch.path())
+            .env_clear()
+            .env("PATH", std::env::join_paths(path).unwrap())
+            .env("MASTER_KEY_FILE", at("key.txt"))
+            .env("S3_BUCKET", cloud.garage.bucket())
+            .env("S3_ENDPOINT", cloud.garage.endpoint())
+            .env("AWS_ACCESS_KEY_ID", cloud.garage.access_key())
+            .env("AWS_SECRET_ACCESS_KEY", cloud.garage.secret_key())
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{recipe}\n{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let has_come = || {
+        assert_eq!(fs::read_to_string(at("state/openclaw/workspace/notes")).unwrap(), "kept");
+        assert!(!at("state/.cvm").exists());
+        fs::remove_dir_all(at("state")).unwrap();
+    };
+    let listed = follow(with_rclone);
+    assert!(listed.contains("openclaw/workspace/notes"), "{listed}");
+    has_come();
+    fs::remove_file(at("rclone.conf")).unwrap();
+    let copy = with_rclone.lines().last().unwrap();
+    follow(&format!("{without_us}\n{copy}"));
+    has_come();
+    let said: serde_json::Value = serde_json::from_str(&follow(manifest)).unwrap();
+    let sum = follow("printf '{ }' | sha256sum");
+    assert_eq!(said["sha"].as_str(), sum.split_whitespace().next(), "{said}");
+    // Any of them.
+    let first = follow("rclone --config rclone.conf lsf openclaw:.cvm/manifest | sort | head -n 1");
+    let of_first = hmac.replace("000000000000-000000000001-000001", first.trim());
+    let said = follow(&format!("{without_us}\n{of_first}"));
+    let sums: Vec<&str> = said.lines().filter_map(|line| line.split_whitespace().last()).collect();
+    assert!(sums.len() == 2 && sums[0] == sums[1] && sums[0].len() == 64, "{said}");
+}
+
 #[test]
 fn stock_rclone_reads_the_content_of_every_name_whatever_it_calls_it() {
     let cloud = Cloud::new();
@@ -1204,6 +1263,35 @@ for n in range(50):
     c.execute('insert into t values(?)', ('y'*500,)); c.commit()
 os.truncate(sys.argv[1]+'-wal', os.path.getsize(sys.argv[1]+'-wal')-2000)
 sys.stdout.flush(); os._exit(0)";
+
+#[test]
+fn what_was_adopted_is_checked_and_not_waited_for_from_the_next_machine_on() {
+    let cloud = Cloud::new();
+    let old = tempfile::tempdir().unwrap();
+    let names = ["one", "two", "large"].map(|name| format!("openclaw/workspace/{name}"));
+    for (name, content) in names.iter().zip(["1", "2", "3"]) {
+        put(old.path().join(name), content.repeat(1000));
+    }
+    stock_rclone(&cloud).ok(&["copy", &old.path().display().to_string(), "crypt:"]);
+    let mut machine = Fuse.start(&cloud);
+    machine.line("The manifest says of 3 adopted files what is in them");
+    assert_eq!(machine.stop(), 0);
+    drop(machine);
+    let [one, two, large] = names.each_ref().map(|name| key(&cloud, name));
+    let [first, second] = [&one, &two].map(|key| cloud.garage.object(key).unwrap());
+    cloud.garage.put_raw(&one, &second.bytes);
+    cloud.garage.put_raw(&two, &first.bytes);
+    cloud.proxy.add(Rule::new(Fault::Hang).method("GET").path(&large));
+    let machine = Fuse.start(&cloud);
+    assert_eq!(storage(&machine)["independent"], false);
+    assert!(!machine.output().contains("adopted"), "{}", machine.output());
+    cloud.proxy.heal();
+    independent(&machine);
+    let incidents = storage(&machine)["incidents"].to_string();
+    assert!(incidents.contains(&names[0]) && incidents.contains(&names[1]), "{incidents}");
+    assert!(!machine.path(WORKSPACE).join("one").exists(), "what was swapped is served");
+    assert_eq!(machine.read(&format!("{WORKSPACE}/large")), "3".repeat(1000));
+}
 
 /// An adoption that a loss of power ends: nobody knows yet what the files have to be.
 fn adoption_cut_short(mode: Mode) {

@@ -1104,6 +1104,7 @@ fn what_can_get_better_starts_the_gateway_when_it_does() {
     cloud.garage.deny();
     let machine = cloud.machine().start();
     says(&machine, "opening", &["denies access", "AWS_ACCESS_KEY_ID"]);
+    machine.line("denies access");
     stays_out(&machine);
     cloud.garage.allow();
     until("the gateway runs with the permission", LONG, || gateway_runs(&machine).then_some(()));
@@ -1156,6 +1157,7 @@ fn a_server_that_cannot_prove_who_it_is_gets_nothing() {
         .expect("openssl runs");
     let why = says(&machine, "opening", &["no trusted connection"]);
     assert!(why.contains("certificate"), "{why}");
+    machine.line("no trusted connection");
     stays_out(&machine);
     let _ = server.kill();
     let _ = server.wait();

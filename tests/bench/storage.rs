@@ -298,14 +298,31 @@ fn idle(bed: &Bed, label: &str) -> Vec<Figure> {
     ]
 }
 
+/// A machine whose tree was mounted from the bucket, and has come up.
+fn hydrated(bed: &Bed) -> Machine {
+    let builder = bed.machine();
+    let top = builder.scratch().join("data/openclaw");
+    let dir = top.join("workspace/before");
+    fs::create_dir_all(&dir).expect("room on the disk");
+    for number in 0..500 {
+        fs::write(dir.join(number.to_string()), number.to_string()).expect("room on the disk");
+    }
+    own(&top);
+    let mut machine = builder.start();
+    wait(&machine, "all is pushed", |s| s["phase"] == "ready" && s["files"].as_u64() >= Some(500));
+    assert_eq!(machine.stop(), 0);
+    let machine = bed.machine().start();
+    machine.service_in("gateway", &["ready"]);
+    wait(&machine, "independent", |s| s["independent"] == true);
+    machine
+}
+
 /// From a commit, or a write, to what can be had from the bucket.
 pub(crate) fn lag() -> Vec<Figure> {
     let mut figures = Vec::new();
     for latency in [Duration::ZERO, LATENCY] {
         let bed = Bed::new();
-        let machine = bed.machine().start();
-        machine.service_in("gateway", &["ready"]);
-        wait(&machine, "independent", |s| s["independent"] == true);
+        let machine = hydrated(&bed);
         bed.latency(latency);
         bed.cloud.proxy.clear_log();
         let who = if latency.is_zero() { "0 ms" } else { "20 ms" };
@@ -387,9 +404,7 @@ fn file_lag(machine: &Machine) -> Vec<f64> {
 /// Transactions with fsync on /data, on the disk below, and on a plain rclone mount.
 pub(crate) fn transactions() -> Vec<Figure> {
     let bed = Bed::new();
-    let machine = bed.machine().start();
-    machine.service_in("gateway", &["ready"]);
-    wait(&machine, "independent", |s| s["independent"] == true);
+    let machine = hydrated(&bed);
     let plain = tempfile::Builder::new().prefix("cvm-bench-").tempdir().expect("a directory");
     let mount = PlainMount::new(&bed);
     let (mut ours, mut disk, mut theirs) = (Vec::new(), Vec::new(), Vec::new());

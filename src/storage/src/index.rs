@@ -82,6 +82,7 @@ impl Index {
              CREATE INDEX IF NOT EXISTS entry_lower ON entry (lower) WHERE lower = 1;
              CREATE INDEX IF NOT EXISTS entry_handle ON entry (s_handle) WHERE s_handle IS NOT NULL;
              CREATE INDEX IF NOT EXISTS entry_bad ON entry (bad) WHERE bad IS NOT NULL;
+             CREATE INDEX IF NOT EXISTS entry_unlike ON entry (kind) WHERE kind < 2 AND sha IS NULL AND bad IS NULL;
              CREATE INDEX IF NOT EXISTS entry_database ON entry (kind) WHERE kind = 1;
              CREATE TABLE IF NOT EXISTS taint (path BLOB PRIMARY KEY, why TEXT NOT NULL) WITHOUT ROWID;
              CREATE TABLE IF NOT EXISTS tomb (path BLOB PRIMARY KEY) WITHOUT ROWID;
@@ -302,6 +303,12 @@ impl Index {
 
     pub(crate) fn all(&self) -> Result<Vec<(Path, Row)>, Fault> {
         self.select("", [])
+    }
+
+    /// Whether there are files of which nobody knows what is in them: adopted ones.
+    pub(crate) fn lacks_digests(&self) -> Result<bool, Fault> {
+        let any = "SELECT 1 FROM entry WHERE kind < 2 AND sha IS NULL AND bad IS NULL";
+        Ok(self.db().prepare_cached(any)?.exists([])?)
     }
 
     /// Whether there is anything.

@@ -225,6 +225,9 @@ fn tree(
     if adopted {
         adopt(&bucket, &index, &mut chain, desk, owner, &lease, taken)?;
     }
+    if index.lacks_digests()? {
+        index.set_meta("untold", "1")?;
+    }
     desk.did("manifest");
     // What still holds is found again.
     desk.forget_incidents();
@@ -245,6 +248,7 @@ fn tree(
     settle(&lease, &bucket, &index, taken)?;
     if !alive {
         keep_promises(&mut chain, &bucket, &index, &lease, &intents)?;
+        tell_digests(desk, &mut chain, &bucket, &index, &lease)?;
     }
     desk.did("still ours");
     Ok(Ready {
@@ -367,6 +371,31 @@ fn keep_promises(
         return Ok(());
     }
     chain.append(bucket, index, lease.epoch(), &lines)
+}
+
+/// What adopted files are, as far as they have been read: from here on they are checked like others,
+/// and need not be fetched before the gateway starts.
+fn tell_digests(
+    desk: &Desk,
+    chain: &mut Chain,
+    bucket: &Bucket,
+    index: &Index,
+    lease: &Lease,
+) -> Result<(), Fault> {
+    if index.number("untold")? == 0 {
+        return Ok(());
+    }
+    let is_known =
+        |row: &Row| row.entry.sha().is_some() && row.sign.is_some() && !row.unsure && row.bad.is_none();
+    let mut lines = Vec::new();
+    for (path, row) in index.all()?.into_iter().filter(|(_, row)| is_known(row)) {
+        lines.push(Line { path, word: Word::Is(row.entry) });
+    }
+    if !lines.is_empty() {
+        chain.append(bucket, index, lease.epoch(), &lines)?;
+        desk.info(format!("The manifest says of {} adopted files what is in them from now on", lines.len()));
+    }
+    index.set_meta("untold", "0")
 }
 
 fn settle(lease: &Lease, bucket: &Bucket, index: &Index, taken: Duration) -> Result<(), Fault> {

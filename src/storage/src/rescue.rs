@@ -17,6 +17,9 @@ use std::path::Path as FsPath;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
+/// Wide enough to see it move, and to leave room beside it on 80 columns.
+const BAR: usize = 24;
+
 /// What to do about it here, where no worker runs that could be told to accept it.
 pub(crate) fn say(fault: &Fault) -> String {
     let remedy = match fault {
@@ -149,9 +152,28 @@ fn show(shown: &Mutex<Option<Instant>>, done: u64, files: u64, had: u64, bytes: 
     *last = Some(Instant::now());
     let line = format!("{done} of {files} files, {} of {} MiB", had >> 20, bytes >> 20);
     if terminal {
-        print!("\r\x1b[K{line}");
+        print!("\r\x1b[K{}  {line}", bar(if bytes == 0 { (done, files) } else { (had, bytes) }));
         let _ = std::io::stdout().flush();
     } else {
         println!("{line}");
+    }
+}
+
+fn bar((done, of): (u64, u64)) -> String {
+    let full = u128::from(done.min(of)) * BAR as u128 / u128::from(of.max(1));
+    let full = usize::try_from(full).unwrap_or(BAR);
+    format!("[{}{}]", "=".repeat(full), " ".repeat(BAR - full))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bar_is_as_full_as_it_is_done_and_never_longer() {
+        let full = |done, of| bar((done, of)).matches('=').count();
+        assert_eq!([full(0, 8), full(4, 8), full(8, 8), full(9, 8)], [0, BAR / 2, BAR, BAR]);
+        assert_eq!([full(0, 0), full(u64::MAX, u64::MAX)], [0, BAR]);
+        assert_eq!(bar((1, 3)).len(), BAR + 2);
     }
 }
