@@ -1126,7 +1126,7 @@ fn stock_rclone_reads_everything_that_is_written() {
     assert!(judged[0] > 5 && judged[1] > 0, "{judged:?}");
 }
 
-/// The blocks of commands in S3_STORAGE.md that say how everything is had by hand.
+/// The blocks of commands in `S3_STORAGE.md` that say how everything is had by hand.
 fn recipes() -> Vec<String> {
     let text = fs::read_to_string(repository().join("S3_STORAGE.md")).unwrap();
     let (_, by_hand) = text.split_once("## Recover by hand").unwrap();
