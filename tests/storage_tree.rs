@@ -517,6 +517,15 @@ fn whatever_is_done_to_the_tree_stays_on_the_volume_in_local_mode() {
     assert_eq!(difference(&expected, &tree(&machine)), "");
 }
 
+/// Whatever comes of it, the others have to stop.
+struct Stops<'a>(&'a AtomicBool);
+
+impl Drop for Stops<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 #[test]
 fn files_that_grow_or_go_while_they_are_pushed_do_not_stop_the_rest() {
     let cloud = Cloud::new();
@@ -538,25 +547,16 @@ fn files_that_grow_or_go_while_they_are_pushed_do_not_stop_the_rest() {
                 fs::remove_file(&path).unwrap();
             }
         });
+        let _stops = Stops(&stop);
         for n in 0..5 {
             put(at.join(format!("kept-{n}")), format!("{n}"));
             flush(&machine);
         }
-        stop.store(true, Ordering::Relaxed);
     });
     flush(&machine);
     let expected = tree(&machine);
     let machine = restored(&cloud, machine, Fuse);
     assert_eq!(difference(&expected, &tree(&machine)), "");
-}
-
-/// Whatever comes of it, the others have to stop.
-struct Stops<'a>(&'a AtomicBool);
-
-impl Drop for Stops<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
 }
 
 #[test]
@@ -843,18 +843,20 @@ fn the_mode_may_change_on_a_volume_that_has_not() {
     switches(false);
 }
 
+/// A machine whose restore waits for this file.
+fn begun_without(cloud: &Cloud, mode: Mode, name: &str) -> Machine {
+    cloud.proxy.add(Rule::new(Fault::Hang).method("GET").path(&key(cloud, name)));
+    mode.of(cloud.machine()).start()
+}
+
 #[test]
 fn a_restore_that_was_killed_deletes_nothing_when_the_mode_changes() {
     let cloud = Cloud::new();
     let machine = Sync.start(&cloud);
     plant(&machine.path(WORKSPACE));
-    flush(&machine);
     let expected = tree(&machine);
-    let mut machine = machine;
-    assert_eq!(machine.stop(), 0);
-    drop(machine);
-    cloud.proxy.add(Rule::new(Fault::Hang).method("GET").path(&key(&cloud, "openclaw/workspace/large")));
-    let mut machine = Sync.of(cloud.machine()).start();
+    leave(machine);
+    let mut machine = begun_without(&cloud, Sync, "openclaw/workspace/large");
     until("some files are there", PATIENCE, || {
         machine.data().join("openclaw/workspace/many/d0/f6").exists().then_some(())
     });
@@ -882,13 +884,9 @@ fn a_restore_that_was_killed_goes_on_where_it_was_in_sync_mode() {
     put(at.join("one"), "under two names");
     fs::hard_link(at.join("one"), at.join("other")).unwrap();
     put(at.join("last"), "comes last");
-    flush(&machine);
     let expected = tree(&machine);
-    let mut machine = machine;
-    assert_eq!(machine.stop(), 0);
-    drop(machine);
-    cloud.proxy.add(Rule::new(Fault::Hang).method("GET").path(&key(&cloud, "openclaw/workspace/last")));
-    let mut machine = Sync.of(cloud.machine()).start();
+    leave(machine);
+    let mut machine = begun_without(&cloud, Sync, "openclaw/workspace/last");
     until("all but one are there", PATIENCE, || {
         let is_there = |name: &str| machine.data().join("openclaw/workspace").join(name).exists();
         let many = (0..300).all(|n| is_there(&format!("many/{n}")));
@@ -1300,8 +1298,7 @@ fn adoption_cut_short(mode: Mode) {
     put(old.path().join("openclaw/workspace/first"), "whole");
     put(old.path().join("openclaw/workspace/last"), "comes last");
     stock_rclone(&cloud).ok(&["copy", &old.path().display().to_string(), "crypt:"]);
-    cloud.proxy.add(Rule::new(Fault::Hang).method("GET").path(&key(&cloud, "openclaw/workspace/last")));
-    let mut machine = mode.of(cloud.machine()).start();
+    let mut machine = begun_without(&cloud, mode, "openclaw/workspace/last");
     let first = machine.data().join("openclaw/workspace/first");
     until("one file is there", PATIENCE, || first.exists().then_some(()));
     machine.destroy();

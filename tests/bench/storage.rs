@@ -134,9 +134,15 @@ fn worker_memory(machine: &Machine, field: &str) -> f64 {
 
 fn storage_step_ms(machine: &Machine) -> f64 {
     machine.service_in("gateway", &["ready"]);
+    storage_step_done(machine).unwrap_or(f64::NAN)
+}
+
+/// How many milliseconds it took.
+fn storage_step_done(machine: &Machine) -> Option<f64> {
     let status = machine.status();
     let steps = status["boot"].as_array().cloned().unwrap_or_default();
-    steps.iter().find(|s| s["name"] == "storage").and_then(|s| s["took_ms"].as_f64()).unwrap_or(f64::NAN)
+    let step = steps.iter().find(|s| s["name"] == "storage" && s["state"] == "done")?;
+    step["took_ms"].as_f64()
 }
 
 /// Push, start, and nothing to do.
@@ -240,12 +246,7 @@ fn restores(bed: &Bed, label: &str) -> Vec<Figure> {
 /// How long it takes, and the memory it needs.
 fn sync_restore(bed: &Bed) -> (f64, f64) {
     let mut machine = bed.machine().without_fuse().start();
-    let took = until("the restore is done", LONG, || {
-        let status = machine.status();
-        let steps = status["boot"].as_array().cloned().unwrap_or_default();
-        let step = steps.iter().find(|s| s["name"] == "storage" && s["state"] == "done")?;
-        step["took_ms"].as_f64()
-    });
+    let took = until("the restore is done", LONG, || storage_step_done(&machine));
     say_steps(&machine);
     let memory = worker_memory(&machine, "VmHWM");
     machine.stop();

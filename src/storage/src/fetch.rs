@@ -26,7 +26,8 @@ use std::time::{Duration, Instant};
 const PARALLEL: u32 = 64;
 /// Below this many files one request for each is cheaper than listing the whole bucket.
 pub(crate) const FEW: usize = 200;
-const CHECKERS: usize = 4;
+/// Files hashed at once.
+pub(crate) const CHECKERS: usize = 4;
 /// Between two looks at what has come.
 const LOOK: Duration = Duration::from_millis(250);
 
@@ -35,6 +36,13 @@ const LOOK: Duration = Duration::from_millis(250);
 pub(crate) struct Wanted {
     pub(crate) path: Path,
     pub(crate) may_be: Vec<Entry>,
+}
+
+impl Wanted {
+    /// What the manifest says.
+    fn size(&self) -> u64 {
+        self.may_be.first().map_or(0, Entry::size)
+    }
 }
 
 /// What became of one file.
@@ -50,8 +58,7 @@ pub(crate) enum Got {
 
 /// How many files, and how many bytes.
 pub(crate) fn total<'a>(wanted: impl IntoIterator<Item = &'a Wanted>) -> (u64, u64) {
-    let size = |one: &Wanted| one.may_be.first().map_or(0, Entry::size);
-    wanted.into_iter().map(size).fold((0, 0), |(files, bytes), size| (files + 1, bytes + size))
+    wanted.into_iter().map(Wanted::size).fold((0, 0), |(files, bytes), size| (files + 1, bytes + size))
 }
 
 /// Files and bytes that are in their places.
@@ -65,7 +72,7 @@ impl Done {
     /// And this one.
     fn and(&self, wanted: &Wanted) -> (u64, u64) {
         self.files.fetch_add(1, Ordering::Relaxed);
-        self.bytes.fetch_add(wanted.may_be.first().map_or(0, Entry::size), Ordering::Relaxed);
+        self.bytes.fetch_add(wanted.size(), Ordering::Relaxed);
         self.so_far()
     }
 
@@ -283,8 +290,7 @@ pub(crate) fn verified(wanted: &Wanted, size: u64, sha: Digest) -> Result<Entry,
             _ => {}
         }
     }
-    let expected = wanted.may_be.first().map_or(0, Entry::size);
-    Err(Fault::Suspicious(unlike(size, expected)))
+    Err(Fault::Suspicious(unlike(size, wanted.size())))
 }
 
 /// What is wrong with an object that has this size, and is not what it should be.

@@ -1,6 +1,6 @@
 //! Sync mode: everything is fetched before the gateway starts.
 
-use super::layers::{Place, Upper, is_as_said, make_way, take_over};
+use super::layers::{Place, Upper, is_as_said, is_whole, make_way, take_over};
 use super::{Making, intended, wanted};
 use crate::below;
 use crate::bucket::Bucket;
@@ -14,8 +14,6 @@ use crate::volume::{self, Volume};
 use cvm_blueprint::storage::Progress;
 use std::fs;
 use std::path::Path as FsPath;
-
-const CHECKERS: usize = 4;
 
 impl Making<'_> {
     /// Yields what the bucket does not have right.
@@ -38,8 +36,7 @@ impl Making<'_> {
         for (path, row) in missing {
             let there = volume::look(&path.below(&volume.tree))?.is_some();
             if row.entry.is_file() {
-                // Of what is not known, a part would be taken for the whole.
-                if !there || !laid && row.entry.sha().is_none() {
+                if !there {
                     files.push(wanted(path, row, &intended));
                 } else if !laid {
                     to_check.push((path, row));
@@ -51,9 +48,9 @@ impl Making<'_> {
         }
         // What a restore that did not come to its end has put in place.
         let mut linked = Vec::new();
-        for (path, row, good) in
-            parallel::each(to_check, CHECKERS, |(path, row)| (path, row, is_as_said(&volume.tree, path, row)))
-        {
+        for (path, row, good) in parallel::each(to_check, fetch::CHECKERS, |(path, row)| {
+            (path, row, is_whole(&volume.tree, path, row))
+        }) {
             if !good? {
                 files.push(wanted(path, row, &intended));
             } else if row.entry.link.is_some() {

@@ -197,10 +197,7 @@ impl Layer {
             let is_wanted = match place {
                 // Removed or moved on this volume before: the scan says which.
                 Place::Hidden => false,
-                // Of what is not known, a part would be taken for the whole.
-                Place::Taken => {
-                    !laid && (row.entry.sha().is_none() || !is_as_said(&volume.upper, path, row)?)
-                }
+                Place::Taken => !laid && !is_whole(&volume.upper, path, row)?,
                 Place::Free => true,
             };
             if is_wanted && is_early(path, row, &intended) {
@@ -347,6 +344,11 @@ pub(super) fn is_as_said(root: &FsPath, path: &Path, row: &Row) -> Result<bool, 
     // A stub of ours has no content that could be wrong.
     Ok(volume::mark(&at, c"trusted.overlay.metacopy").is_some()
         || crate::stage::hash(&at)? == (row.entry.size(), sha))
+}
+
+/// The same, where what is not known may be no more than a part.
+pub(super) fn is_whole(root: &FsPath, path: &Path, row: &Row) -> Result<bool, Fault> {
+    Ok(row.entry.sha().is_some() && is_as_said(root, path, row)?)
 }
 
 /// A file of which only mode, owner and times are above, as overlayfs itself would make it.

@@ -31,7 +31,7 @@ pub(super) struct Chase {
     /// Those that were a beginning.
     beginnings: u32,
     missing: HashSet<Handle>,
-    /// Some of them are where they hold nobody up.
+    /// Not all of them are where they hold nobody up.
     misses: bool,
 }
 
@@ -63,15 +63,19 @@ impl Chase {
 
     fn ends(&mut self, missed: &Missed, now: impl Fn(&Handle) -> Now) {
         self.rounds += 1;
-        self.missing.retain(|handle| missed.known.contains(handle) || now(handle) != Now::Met);
+        self.misses = false;
+        self.missing.retain(|handle| {
+            // Where it went to while we looked, nobody has looked yet.
+            let now = if missed.known.contains(handle) { Now::Missing } else { now(handle) };
+            self.misses |= now == Now::Missing;
+            now != Now::Met
+        });
         if self.begins {
             self.beginnings += 1;
             self.begins = missed.lost_sight || missed.slipped && self.beginnings < BEGINNINGS;
             self.missing.extend(missed.known.iter().cloned());
+            self.misses |= self.begins || !missed.known.is_empty();
         }
-        // Where it went to while we looked, nobody has looked yet.
-        let holds_up = |handle: &Handle| missed.known.contains(handle) || now(handle) != Now::Excused;
-        self.misses = self.begins || self.missing.iter().any(holds_up);
     }
 
     /// Something that was there when somebody asked may be in the bucket under no name yet.
