@@ -25,13 +25,13 @@ test: ## install what is missing and run every test
 	@tests/setup test
 	@$(MAKE) --no-print-directory lint build
 	@echo "== Tests"
-	@$(CARGO) test --release --workspace --no-fail-fast
+	@tests/run
 	@$(MAKE) --no-print-directory fuzz-smoke
 
 soak: ## the same tests with more rounds
 	@tests/setup test
 	@$(MAKE) --no-print-directory build
-	@CVM_SOAK=1 PROPTEST_CASES=20000 $(CARGO) test --release --workspace --no-fail-fast
+	@CVM_SOAK=1 PROPTEST_CASES=20000 tests/run
 	@tests/fuzz/run 600
 
 bench: ## measure, beside the peers; writes target/bench/*.json

@@ -3,9 +3,9 @@
 
 use cvm_harness::cloud::{Cloud, HEALTHY, flush, independent, restore_by_hand, storage};
 use cvm_harness::evidence::contains;
-use cvm_harness::machine::{MASTER_KEY, PATIENCE};
+use cvm_harness::machine::{MASTER_KEY, PATIENCE, repository};
 use cvm_harness::tools::Rclone;
-use cvm_harness::{Builder, Fault, Garage, Machine, Network, Proxy, Rule, digest, until};
+use cvm_harness::{Builder, Fault, Garage, Machine, Network, Proxy, Rule, before, digest, until};
 use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::time::{Duration, Instant, SystemTime};
@@ -144,18 +144,19 @@ fn incidents(machine: &Machine) -> Vec<String> {
 #[track_caller]
 fn says(machine: &Machine, phase: &str, words: &[&str]) -> String {
     let mut last = serde_json::Value::Null;
-    let began = Instant::now();
-    loop {
+    let said = before(LONG, || {
         let status = storage(machine);
         let why = status["why"].as_str().unwrap_or_default().to_owned();
-        if status["phase"] == phase && !why.is_empty() && words.iter().all(|w| why.contains(w)) {
-            return why;
+        let is_it = status["phase"] == phase && !why.is_empty() && words.iter().all(|w| why.contains(w));
+        if !status.is_null() {
+            last = status;
         }
-        last = if status.is_null() { last } else { status };
-        let told = || format!("{}\n{last:#}", machine.output());
-        assert!(began.elapsed() < LONG, "the storage is never {phase} with {words:?}:\n{}", told());
-        std::thread::sleep(Duration::from_millis(20));
-    }
+        is_it.then_some(why)
+    });
+    let Some(why) = said else {
+        panic!("the storage is never {phase} with {words:?}:\n{}\n{last:#}", machine.output());
+    };
+    why
 }
 
 fn gateway_runs(machine: &Machine) -> bool {
@@ -1644,13 +1645,15 @@ fn secrets(cloud: &Cloud) -> Vec<(&'static str, Vec<u8>)> {
 
 const SESSION_TOKEN: &str = "a-token-that-ends-with-its-session/0123456789+==";
 
-/// Every file that was written in a machine since then, wherever it is.
+/// Every file that was written in a machine since then, wherever it is; but a machine also sees what
+/// other tests write at the same time to the disk below its own.
 fn written_since(machine: &Machine, moment: SystemTime) -> Vec<(String, Vec<u8>)> {
     let since = moment.duration_since(SystemTime::UNIX_EPOCH).expect("now is later").as_secs_f64();
     let since = format!("@{since:.3}");
     let all = "exec find / /run /tmp /data /dev/shm /run/openclaw-cvm/volume -xdev \
-               -path /proc -prune -o -path /sys -prune -o -type f -newerct $0 -print0";
-    let found = machine.exec(&["sh", "-c", all, &since]).stdout;
+               -path /proc -prune -o -path /sys -prune -o -path \"$1\" -prune -o -type f -newerct $0 -print0";
+    let others = repository().join("target");
+    let found = machine.exec(&["sh", "-c", all, &since, &others.to_string_lossy()]).stdout;
     let names = found.split(|byte| *byte == 0).filter(|name| !name.is_empty());
     let names = names.map(|name| String::from_utf8_lossy(name).into_owned());
     names.map(|name| (name.clone(), std::fs::read(machine.path(&name)).unwrap_or_default())).collect()

@@ -46,4 +46,4 @@ pub use machine::{Builder, Machine, Process};
 pub use mux::Mux;
 pub use network::Network;
 pub use proxy::{Fault, Proxy, Rule};
-pub use wait::until;
+pub use wait::{before, until};

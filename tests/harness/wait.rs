@@ -2,6 +2,12 @@
 
 use std::time::{Duration, Instant};
 
+/// Between two looks: this at least, and [`SHARE`] times as long as the last one took, so that a look
+/// which runs a program leaves the processor to what it waits for.
+const PAUSE: Duration = Duration::from_millis(5);
+const SHARE: u32 = 4;
+const LONGEST_PAUSE: Duration = Duration::from_millis(250);
+
 /// Waits until `look` yields something. Panics with `what` when it never does.
 #[track_caller]
 pub fn until<T>(what: &str, at_most: Duration, look: impl FnMut() -> Option<T>) -> T {
@@ -15,10 +21,11 @@ pub fn until<T>(what: &str, at_most: Duration, look: impl FnMut() -> Option<T>) 
 pub fn before<T>(at_most: Duration, mut look: impl FnMut() -> Option<T>) -> Option<T> {
     let deadline = Instant::now() + at_most;
     loop {
+        let began = Instant::now();
         let found = look();
         if found.is_some() || Instant::now() >= deadline {
             return found;
         }
-        std::thread::sleep(Duration::from_millis(5));
+        std::thread::sleep((SHARE * began.elapsed()).clamp(PAUSE, LONGEST_PAUSE));
     }
 }
