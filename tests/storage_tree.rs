@@ -1291,6 +1291,28 @@ fn what_was_adopted_is_checked_and_not_waited_for_from_the_next_machine_on() {
     assert_eq!(machine.read(&format!("{WORKSPACE}/large")), "3".repeat(1000));
 }
 
+#[test]
+fn what_was_bad_when_it_was_adopted_is_told_once_it_has_been_put_right() {
+    let cloud = Cloud::new();
+    let old = tempfile::tempdir().unwrap();
+    for name in ["one", "two", "bad"] {
+        put(old.path().join("openclaw/workspace").join(name), name);
+    }
+    stock_rclone(&cloud).ok(&["copy", &old.path().display().to_string(), "crypt:"]);
+    let bad = key(&cloud, "openclaw/workspace/bad");
+    let good = cloud.garage.get_raw(&bad).unwrap();
+    cloud.garage.put_raw(&bad, &vec![0; good.len()]);
+    let mut machine = Fuse.start(&cloud);
+    machine.line("The manifest says of 2 adopted files what is in them");
+    assert_eq!(machine.stop(), 0);
+    cloud.garage.put_raw(&bad, &good);
+    let mut machine = ready(machine.again(|builder| builder));
+    assert_eq!(machine.read(&format!("{WORKSPACE}/bad")), "bad");
+    assert_eq!(machine.stop(), 0);
+    let machine = ready(machine.again(|builder| builder));
+    machine.line("The manifest says of 1 adopted files what is in them");
+}
+
 /// An adoption that a loss of power ends: nobody knows yet what the files have to be.
 fn adoption_cut_short(mode: Mode) {
     let cloud = Cloud::new();

@@ -18,6 +18,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 const LOOSE_MAX: usize = 48;
 /// Lines in memory. Above this, or above half of all files, everything is written anew instead.
 const TAIL_MAX: usize = 20_000;
+/// Lines in one segment where there can be as many as there are files.
+pub(crate) const LINES: usize = 5000;
 /// Segments that are fetched at once.
 const PARALLEL: usize = 8;
 

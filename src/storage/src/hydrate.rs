@@ -420,7 +420,7 @@ pub(crate) fn once_more(open: &Open, desk: &Desk) -> Result<(), Fault> {
             desk.settled(&path.to_string());
             // The next scan finds it, and finds that the bucket has it.
             open.index.set_bad(&path, None)?;
-            open.index.apply(&[Line { path, word: Word::Is(entry) }], None)?;
+            open.index.learn(&[Line { path, word: Word::Is(entry) }])?;
         }
     }
     Ok(std::fs::remove_dir_all(&scratch)?)

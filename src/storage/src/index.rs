@@ -82,9 +82,9 @@ impl Index {
              CREATE INDEX IF NOT EXISTS entry_lower ON entry (lower) WHERE lower = 1;
              CREATE INDEX IF NOT EXISTS entry_handle ON entry (s_handle) WHERE s_handle IS NOT NULL;
              CREATE INDEX IF NOT EXISTS entry_bad ON entry (bad) WHERE bad IS NOT NULL;
-             CREATE INDEX IF NOT EXISTS entry_unlike ON entry (kind) WHERE kind < 2 AND sha IS NULL AND bad IS NULL;
              CREATE INDEX IF NOT EXISTS entry_database ON entry (kind) WHERE kind = 1;
              CREATE TABLE IF NOT EXISTS taint (path BLOB PRIMARY KEY, why TEXT NOT NULL) WITHOUT ROWID;
+             CREATE TABLE IF NOT EXISTS untold (dir BLOB NOT NULL, name BLOB NOT NULL, PRIMARY KEY (dir, name)) WITHOUT ROWID;
              CREATE TABLE IF NOT EXISTS tomb (path BLOB PRIMARY KEY) WITHOUT ROWID;
              CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;",
         )?;
@@ -143,7 +143,7 @@ impl Index {
         let mut db = self.db();
         let transaction = db.transaction()?;
         transaction.execute_batch(&format!(
-            "DELETE FROM entry; DELETE FROM tomb; DELETE FROM taint;
+            "DELETE FROM entry; DELETE FROM tomb; DELETE FROM taint; DELETE FROM untold;
              DELETE FROM meta WHERE name IN ('head', 'independent', 'laid', 'lowered', 'restored'); {and}"
         ))?;
         transaction.commit()?;
@@ -166,6 +166,34 @@ impl Index {
         apply_lines(&transaction, lines, head)?;
         transaction.commit()?;
         Ok(())
+    }
+
+    /// Files as they were found in the bucket, all or none. Of those whose digest the manifest does not
+    /// know, it is remembered that it has to be told.
+    pub(crate) fn learn(&self, lines: &[Line]) -> Result<(), Fault> {
+        let mut db = self.db();
+        let transaction = db.transaction()?;
+        let new = "INSERT OR IGNORE INTO untold
+             SELECT dir, name FROM entry WHERE dir = ? AND name = ? AND kind < 2 AND sha IS NULL";
+        for line in lines {
+            let (dir, name) = line.path.split();
+            transaction.prepare_cached(new)?.execute(params![dir, name])?;
+            apply_line(&transaction, line)?;
+        }
+        transaction.commit()?;
+        Ok(())
+    }
+
+    /// The files whose digests the manifest has to be told.
+    pub(crate) fn untold(&self) -> Result<Vec<(Path, Row)>, Fault> {
+        self.select("WHERE (dir, name) IN (SELECT dir, name FROM untold)", [])
+    }
+
+    pub(crate) fn told(&self, lines: &[Line]) -> Result<(), Fault> {
+        self.each(lines, "DELETE FROM untold WHERE dir = ? AND name = ?", |line, run| {
+            let (dir, name) = line.path.split();
+            run(params![dir, name])
+        })
     }
 
     /// Segments that follow each other, in one transaction. Those before a fault are kept.
@@ -303,12 +331,6 @@ impl Index {
 
     pub(crate) fn all(&self) -> Result<Vec<(Path, Row)>, Fault> {
         self.select("", [])
-    }
-
-    /// Whether there are files of which nobody knows what is in them: adopted ones.
-    pub(crate) fn lacks_digests(&self) -> Result<bool, Fault> {
-        let any = "SELECT 1 FROM entry WHERE kind < 2 AND sha IS NULL AND bad IS NULL";
-        Ok(self.db().prepare_cached(any)?.exists([])?)
     }
 
     /// Whether there is anything.
@@ -643,6 +665,24 @@ mod tests {
         index.apply(&[line("a", Word::Is(file(6)))], None).unwrap();
         let row = index.get(&Path::new(b"a").unwrap()).unwrap().unwrap();
         assert!(!row.unsure && row.entry.size() == 6);
+    }
+
+    #[test]
+    fn what_an_adopted_file_is_has_to_be_told_once_and_what_the_manifest_says_does_not() {
+        let (_dir, index) = index();
+        let Kind::File { size, database, .. } = file(5).kind else { unreachable!() };
+        let adopted = Entry { kind: Kind::File { size, sha: None, database }, ..file(5) };
+        index.apply(&[line("adopted", Word::Is(adopted)), line("known", Word::Is(file(5)))], None).unwrap();
+        let untold =
+            || index.untold().unwrap().into_iter().map(|(path, _)| path.to_string()).collect::<Vec<_>>();
+        assert!(untold().is_empty());
+        for _ in 0..2 {
+            index.learn(&[line("adopted", Word::Is(file(5))), line("known", Word::Is(file(5)))]).unwrap();
+            assert_eq!(untold(), ["adopted"]);
+        }
+        index.told(&[line("adopted", Word::Is(file(5)))]).unwrap();
+        index.learn(&[line("adopted", Word::Is(file(5)))]).unwrap();
+        assert!(untold().is_empty());
     }
 
     #[test]

@@ -14,7 +14,7 @@ mod layers;
 mod ownership;
 
 use crate::bucket::{Bucket, Survey};
-use crate::chain::{Chain, Loaded};
+use crate::chain::{Chain, LINES, Loaded};
 use crate::desk::{Desk, Open};
 use crate::entry::{Entry, Kind, Path};
 use crate::fault::{Accepted, Fault};
@@ -225,9 +225,6 @@ fn tree(
     if adopted {
         adopt(&bucket, &index, &mut chain, desk, owner, &lease, taken)?;
     }
-    if index.lacks_digests()? {
-        index.set_meta("untold", "1")?;
-    }
     desk.did("manifest");
     // What still holds is found again.
     desk.forget_incidents();
@@ -382,20 +379,28 @@ fn tell_digests(
     index: &Index,
     lease: &Lease,
 ) -> Result<(), Fault> {
-    if index.number("untold")? == 0 {
-        return Ok(());
-    }
+    // One without a sign may be a database that was adopted as a plain file: a scan looks at it first.
     let is_known =
         |row: &Row| row.entry.sha().is_some() && row.sign.is_some() && !row.unsure && row.bad.is_none();
     let mut lines = Vec::new();
-    for (path, row) in index.all()?.into_iter().filter(|(_, row)| is_known(row)) {
+    for (path, row) in index.untold()?.into_iter().filter(|(_, row)| is_known(row)) {
         lines.push(Line { path, word: Word::Is(row.entry) });
     }
+    for some in lines.chunks(LINES) {
+        match chain.append(bucket, index, lease.epoch(), some) {
+            Err(fault) if fault.is_outage() => {
+                let why = "The manifest is not told yet what is in adopted files; the next start tries again";
+                desk.warn(format!("{why}: {fault}"));
+                return Ok(());
+            }
+            appended => appended?,
+        }
+        index.told(some)?;
+    }
     if !lines.is_empty() {
-        chain.append(bucket, index, lease.epoch(), &lines)?;
         desk.info(format!("The manifest says of {} adopted files what is in them from now on", lines.len()));
     }
-    index.set_meta("untold", "0")
+    Ok(())
 }
 
 fn settle(lease: &Lease, bucket: &Bucket, index: &Index, taken: Duration) -> Result<(), Fault> {

@@ -22,7 +22,7 @@ mod work;
 
 use crate::below::{self, Verdict};
 use crate::bucket::Bucket;
-use crate::chain::Chain;
+use crate::chain::{Chain, LINES};
 use crate::entry::{Entry, Kind, Path};
 use crate::fault::Fault;
 use crate::index::{Index, Known, Row};
@@ -56,8 +56,6 @@ const SYNCED_ALONE: usize = 16;
 const SLOWER: [Duration; 2] = [Duration::from_millis(200), Duration::from_millis(800)];
 /// What a file may have been before it was written to, and be checked in the loop.
 const CHECKED_HERE: u64 = 64 << 20;
-/// Lines in one segment of removals and changes of metadata.
-const LINES: usize = 5000;
 
 pub(crate) struct Pusher<'a> {
     pub(crate) bucket: &'a Bucket,

@@ -328,7 +328,7 @@ pub(super) fn take_over(index: &Index, volume: &Volume, got: Vec<Got>) -> Result
             Got::Later(_, fault) => return Err(fault),
         }
     }
-    index.apply(&lines, None)?;
+    index.learn(&lines)?;
     index.set_known(&known)?;
     for (path, why) in &bad {
         index.set_bad(path, Some(why))?;
