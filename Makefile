@@ -37,7 +37,7 @@ soak: ## the same tests with more rounds
 bench: ## measure, beside the peers; writes target/bench/*.json
 	@tests/setup bench
 	@$(MAKE) --no-print-directory build
-	@$(CARGO) run --release --quiet --package cvm-tests --bin cvm-bench
+	@$(CARGO) run --release --config 'profile.release.package.cvm-tests.opt-level=3' --quiet --package cvm-tests --bin cvm-bench
 
 # A header that the build of rclone writes last is newer than what cargo compares it with: rclone would
 # be built anew by each call of cargo.
