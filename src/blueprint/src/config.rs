@@ -10,6 +10,7 @@
 
 mod authorized;
 mod initial;
+mod strength;
 mod values;
 
 use base64::Engine as _;
@@ -19,6 +20,7 @@ use base64::engine::{GeneralPurpose, general_purpose::NO_PAD};
 pub use authorized::AuthorizedKey;
 pub(crate) use authorized::key_lines;
 pub use initial::{InitialConfig, WorkspaceFiles};
+pub use strength::{MAKE_STRONG, STRONG, is_strong};
 pub use values::{
     Anchor, BucketName, Endpoint, Fault, HttpUrl, InboundUrl, LogFormat, LogLevel, Port, Prefix, Provider,
     Region, Seconds, UserName,
