@@ -94,7 +94,7 @@ fn compose_grants_single_rights_each_with_its_reason() {
         "      - data:/data",
         "      - docker:/var/lib/docker",
         "      - /home/root/.ssh:/root/.ssh:ro",
-        "      - /var/run/dstack.sock:/var/run/dstack.sock",
+        "      - /var/run/dstack.sock:/run/cvm-dstack/dstack.sock",
         "      test: [\"CMD\", \"cvm\", \"health\"]",
     ] {
         assert!(lines.contains(&line), "docker-compose.yml lacks `{line}`");

@@ -235,3 +235,30 @@ fn an_open_session_outlives_the_listener_and_its_keeper() {
     expect("closed");
     assert!(session.wait().expect("it is our child").success());
 }
+
+/// tmux and git read their settings below `~/.config`, and run what those say.
+#[test]
+fn what_the_agent_writes_is_no_setting_of_roots() {
+    let laptop = Laptop::new();
+    let machine = laptop.machine(HEALTHY).start();
+    up(&machine);
+    machine.service_in("gateway", &["ready"]);
+    let agent = ["setpriv", "--reuid=990", "--regid=990", "--clear-groups", "sh", "-c"];
+    let planted = "mkdir -p /data/.config/tmux /data/.config/git
+        printf '#!/bin/sh\\nid -u >> /tmp/ran-by-git\\n' > /data/.config/run
+        chmod 755 /data/.config/run
+        printf 'run-shell \"id -u >> /tmp/ran-by-tmux\"\\n' > /data/.config/tmux/tmux.conf
+        printf '[core]\\n\\tfsmonitor = /data/.config/run\\n' > /data/.config/git/config";
+    machine.ok(&[&agent[..], &[planted]].concat());
+    let shell = "tmux -L a new-session -d 'sleep 30'; tmux -L a kill-server
+        git init --quiet /tmp/repository; git -C /tmp/repository status";
+    let ran = || machine.read("/tmp/ran-by-tmux") + &machine.read("/tmp/ran-by-git");
+    says(&machine, "environment", shell);
+    assert_eq!(ran(), "");
+    // The control: with the link that versions before made.
+    machine.ok(&["sh", "-c", "rm -rf /root/.config; ln -s /data/.config /root/.config"]);
+    says(&machine, "environment", shell);
+    for by in ["tmux", "git"] {
+        assert!(machine.read(&format!("/tmp/ran-by-{by}")).starts_with("0\n"), "{by}: {}", ran());
+    }
+}

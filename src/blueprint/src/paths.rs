@@ -31,6 +31,18 @@ pub const DOCKERD_CONFIG: &str = "/run/openclaw-cvm/dockerd.json";
 /// Comes first in dockerd's PATH: holds the iptables that works on this kernel.
 pub const DOCKERD_BIN: &str = "/run/openclaw-cvm/dockerd-bin";
 pub const DOCKER_SOCKET: &str = "/run/docker.sock";
+/// Only root may enter: here the compose file mounts the socket of dstack's guest agent.
+pub const DSTACK_DIRECTORY: &str = "/run/cvm-dstack";
+pub const DSTACK_SOCKET: &str = "/run/cvm-dstack/dstack.sock";
+/// Where that socket, and the one of the guest agent's predecessor, are mounted by custom, for everybody to reach.
+pub const DSTACK_USUAL_SOCKETS: [&str; 6] = [
+    "/var/run/dstack.sock",
+    "/run/dstack.sock",
+    "/var/run/dstack/dstack.sock",
+    "/run/dstack/dstack.sock",
+    "/var/run/tappd.sock",
+    "/run/tappd.sock",
+];
 /// One log file for each service, and the supervisor's own.
 pub const LOGS: &str = "/var/log/openclaw-cvm";
 /// The Node that runs the gateway, and the gateway: as `npm ci` lays them out.

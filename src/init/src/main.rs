@@ -12,6 +12,7 @@
 
 mod children;
 mod control;
+mod dstack;
 mod exit;
 mod handover;
 mod kit;
@@ -24,6 +25,7 @@ use cvm_blueprint::config::{Config, Storage};
 use cvm_blueprint::env::{Environment, Problem, Warning};
 use cvm_blueprint::keys::KeyRing;
 use cvm_blueprint::status::{self, About, Fingerprint};
+use cvm_blueprint::wire::Remark;
 use cvm_blueprint::{plan, service};
 use cvm_process::signals::{self, Signals};
 use nix::poll::{PollFd, PollFlags, poll};
@@ -150,6 +152,7 @@ fn prepare(
     for warning in warnings {
         tracing::warn!("{warning}");
     }
+    let remarks = remarks_on_dstack();
     let keys = config.master_key.as_ref().map(|master| {
         tracing::info!("Deriving keys from MASTER_KEY...");
         let keys = KeyRing::derive(master);
@@ -161,7 +164,7 @@ fn prepare(
         version: env!("CARGO_PKG_VERSION").to_owned(),
         storage: storage(&config),
         keys: keys.as_ref().map(fingerprints).unwrap_or_default(),
-        remarks: Vec::new(),
+        remarks,
         dropped_lines: vec![0; services.len()],
         mux: None,
     };
@@ -175,6 +178,18 @@ fn prepare(
     let mut world = turn::World::new(machine, kit, children, signals, voice, about, began);
     world.start_logger();
     world
+}
+
+/// Before the first child.
+fn remarks_on_dstack() -> Vec<Remark> {
+    let texts = dstack::put_away();
+    for text in &texts {
+        tracing::warn!("{text}");
+    }
+    if texts.is_empty() {
+        return Vec::new();
+    }
+    vec![Remark { topic: "dstack".to_owned(), text: texts.join("; ") }]
 }
 
 fn storage(config: &Config) -> status::Storage {

@@ -1,10 +1,14 @@
-//! The homes lead to the volume: `~/.openclaw` to `/data/openclaw` and `~/.config` to
-//! `/data/.config`, for root and for the gateway's user, who is made if the image lacks one.
+//! The home of the gateway's user leads to the volume: `~/.openclaw` to `/data/openclaw` and
+//! `~/.config` to `/data/.config`. The user is made if the image lacks one.
+//!
+//! Root has `/root/.openclaw` alone: programs that an operator runs as root read settings below
+//! `~/.config`, and the agent writes `/data/.config`.
 //!
 //! Refuses to lose anything: what lay in a home moves to the volume or stays beside what is
 //! there, under a name that says so. Refuses to start over what cannot be linked, when it is the
 //! gateway's state. May import: `blueprint::{accounts, paths}`, `files`, `places`, `report`.
 
+mod dstack;
 mod merge;
 mod mounts;
 mod own;
@@ -25,6 +29,7 @@ const ROOT_HOME: &str = "/root";
 const ASIDE: &str = "before-openclaw-cvm";
 
 pub(crate) fn prepare(places: &Places, user: &str, report: &mut Report) -> Outcome<()> {
+    dstack::is_out_of_reach(places)?;
     let account = user::ensure(places, user, report)?;
     let owner = Owner { uid: account.uid, gid: account.gid };
     let mounts = Mounts::read(places);
@@ -32,24 +37,28 @@ pub(crate) fn prepare(places: &Places, user: &str, report: &mut Report) -> Outco
     for path in [paths::STATE, paths::CONFIG_HOME] {
         claim(places, path, owner, report)?;
     }
-    for home in homes(places, &account.home) {
-        for (name, target) in [(".openclaw", paths::STATE), (".config", paths::CONFIG_HOME)] {
-            let link = Link { path: home.join(name), target, owner };
-            let vital = home == places.at(&account.home) && target == paths::STATE;
-            lead(places, &link, &mounts, report).or_else(|obstacle| obstacle.judge(vital, report))?;
-        }
+    let (own, root) = (places.at(&account.home), places.at(ROOT_HOME));
+    let mut links = vec![(own.join(".openclaw"), paths::STATE), (own.join(".config"), paths::CONFIG_HOME)];
+    if own != root && root.is_dir() {
+        links.push((root.join(".openclaw"), paths::STATE));
+        undo(places, &root.join(".config"), paths::CONFIG_HOME, report)?;
+    }
+    for (path, target) in links {
+        let vital = path.starts_with(&own) && target == paths::STATE;
+        let link = Link { path, target, owner };
+        lead(places, &link, &mounts, report).or_else(|obstacle| obstacle.judge(vital, report))?;
     }
     Ok(())
 }
 
-/// Both homes, once each, those that exist.
-fn homes(places: &Places, own: &str) -> Vec<PathBuf> {
-    let mut homes = vec![places.at(own)];
-    let root = places.at(ROOT_HOME);
-    if !homes.contains(&root) && root.is_dir() {
-        homes.push(root);
+/// Removes a link that a version before made. What it led to stays where it is.
+fn undo(places: &Places, link: &Path, target: &str, report: &mut Report) -> Outcome<()> {
+    let is_link = std::fs::symlink_metadata(link).is_ok_and(|found| found.is_symlink());
+    if is_link && leads_to(link, target, &places.at(target)) {
+        std::fs::remove_file(link).map_err(crate::files::trouble("remove", link))?;
+        report.info(format!("{} does not lead to {target} any more: the agent writes there", shown(link)));
     }
-    homes
+    Ok(())
 }
 
 /// `/data` itself: there, and passable for the gateway's user.

@@ -32,9 +32,8 @@ fn said(report: &Report, words: &str) -> bool {
     report.notes.iter().any(|n| n.text.contains(words))
 }
 
-const LINKS: [(&str, &str); 4] = [
+const LINKS: [(&str, &str); 3] = [
     ("root/.openclaw", "/data/openclaw"),
-    ("root/.config", "/data/.config"),
     ("home/agent/.openclaw", "/data/openclaw"),
     ("home/agent/.config", "/data/.config"),
 ];
@@ -82,14 +81,38 @@ fn what_lay_in_both_homes_moves_in() {
 #[test]
 fn a_link_of_somebodys_is_kept_under_another_name() {
     let (temp, places) = image();
-    symlink("/mnt/elsewhere", temp.path().join("root/.openclaw")).unwrap();
-    fs::write(temp.path().join("root/.config"), "a file").unwrap();
+    symlink("/mnt/elsewhere", temp.path().join("home/agent/.openclaw")).unwrap();
+    fs::write(temp.path().join("home/agent/.config"), "a file").unwrap();
     let report = run(&places);
     assert_linked(temp.path());
-    let aside = |name: &str| temp.path().join("root").join(name);
+    let aside = |name: &str| temp.path().join("home/agent").join(name);
     assert_eq!(fs::read_link(aside(".openclaw.before-openclaw-cvm-1")).unwrap(), Path::new("/mnt/elsewhere"));
     assert_eq!(fs::read_to_string(aside(".config.before-openclaw-cvm-1")).unwrap(), "a file");
     assert!(said(&report, "a link to somewhere else") && said(&report, "was a file"));
+}
+
+#[test]
+fn roots_settings_are_not_the_agents() {
+    let (temp, places) = image();
+    let settings = temp.path().join("root/.config");
+    run(&places);
+    assert!(fs::symlink_metadata(&settings).is_err(), "nothing is made there");
+    // As versions before made it, on a container that is only restarted.
+    for words in ["/data/.config", "../data/.config"] {
+        fs::write(temp.path().join("data/.config/kept"), "1").unwrap();
+        symlink(words, &settings).unwrap();
+        assert!(said(&run(&places), "does not lead to /data/.config any more"), "{words}");
+        assert!(fs::symlink_metadata(&settings).is_err(), "{words}");
+        assert!(temp.path().join("data/.config/kept").exists());
+    }
+    // Root's own stay as they are.
+    fs::create_dir_all(settings.join("git")).unwrap();
+    run(&places);
+    assert!(settings.join("git").is_dir());
+    fs::remove_dir_all(&settings).unwrap();
+    symlink("/mnt/elsewhere", &settings).unwrap();
+    assert!(run(&places).notes.is_empty());
+    assert_eq!(fs::read_link(&settings).unwrap(), Path::new("/mnt/elsewhere"));
 }
 
 #[test]
@@ -105,11 +128,11 @@ fn a_link_that_comes_there_by_another_way_is_fine() {
 #[test]
 fn a_mount_in_a_home_stays_and_stops_the_boot_only_where_the_state_belongs() {
     let (temp, places) = image();
-    fs::create_dir_all(temp.path().join("root/.config/gcloud")).unwrap();
-    mounted(temp.path(), &["/data", "/root/.config/gcloud"]);
+    fs::create_dir_all(temp.path().join("home/agent/.config/gcloud")).unwrap();
+    mounted(temp.path(), &["/data", "/home/agent/.config/gcloud"]);
     let report = run(&places);
     assert!(said(&report, "stays as it is"));
-    assert!(temp.path().join("root/.config/gcloud").is_dir());
+    assert!(temp.path().join("home/agent/.config/gcloud").is_dir());
 
     fs::remove_file(temp.path().join("home/agent/.openclaw")).unwrap();
     fs::create_dir_all(temp.path().join("home/agent/.openclaw")).unwrap();
