@@ -56,6 +56,9 @@ pub enum Event {
     },
     /// SIGTERM or SIGINT. A second one shortens.
     Terminate,
+    /// The supervisor itself has failed. Everything is stopped, in order and with full budgets: the
+    /// first stop signal that comes later shortens nothing.
+    Defect,
     /// PID 1 has no children left.
     Childless,
     Tick,
@@ -196,6 +199,8 @@ pub struct Machine {
     steps: Vec<StepRecord>,
     services: Vec<ServiceRecord>,
     phase: Phase,
+    /// A stop signal has come.
+    asked: bool,
     hurried: bool,
     closing_since: Moment,
     storage: tree::Storage,
@@ -215,7 +220,7 @@ impl Machine {
             })
             .collect();
         let (phase, closing_since, storage) = (Phase::Up, Moment::default(), tree::Storage::default());
-        Self { steps, services, phase, hurried: false, closing_since, storage }
+        Self { steps, services, phase, asked: false, hurried: false, closing_since, storage }
     }
 
     pub fn phase(&self) -> Phase {
@@ -308,6 +313,7 @@ impl Machine {
             Event::Storage { id, run, report } => self.on_storage(id, run, report, now, &mut out),
             Event::Order { id, order } => self.on_order(id, order, now, &mut out),
             Event::Terminate => self.on_terminate(now, &mut out),
+            Event::Defect => self.on_defect(now, &mut out),
             Event::Childless => {
                 if matches!(self.phase, Phase::Sweeping { .. }) {
                     self.leave(false, now, &mut out);
@@ -511,27 +517,12 @@ impl Machine {
     }
 
     fn on_terminate(&mut self, now: Moment, out: &mut Vec<Action>) {
+        let again = std::mem::replace(&mut self.asked, true);
         match self.phase {
-            Phase::Up => {
-                self.closing_since = now;
-                out.push(Action::Say(
-                    Level::Info,
-                    format!("Stopping: services get up to {} in all", words(self.stop_budget())),
-                ));
-                for record in &mut self.steps {
-                    if record.state.is_alive() && record.step.work == Work::Run {
-                        let of = Try { step: record.step.name, number: record.tries };
-                        out.push(Action::KillStep { of, hard: false });
-                    }
-                }
-                let first = self.services.iter().map(|s| s.service.stop_order).min().unwrap_or(0);
-                self.phase = Phase::Closing { order: first };
-                // A service of a later group that dies meanwhile must not come back.
-                for record in &mut self.services {
-                    record.unit.refuse_starts();
-                }
-                self.close_waiting(now, out);
-                self.close_order(first, now, out);
+            Phase::Up => self.close(now, out),
+            // After a defect.
+            Phase::Closing { .. } | Phase::Sweeping { .. } if !again => {
+                out.push(Action::Say(Level::Info, "Stop signal: everything is being stopped already".into()));
             }
             Phase::Closing { .. } if !self.hurried => {
                 self.hurried = true;
@@ -544,6 +535,34 @@ impl Machine {
             Phase::Sweeping { hard: false, .. } => self.sweep(true, now, out),
             _ => {}
         }
+    }
+
+    fn on_defect(&mut self, now: Moment, out: &mut Vec<Action>) {
+        if self.phase == Phase::Up {
+            self.close(now, out);
+        }
+    }
+
+    fn close(&mut self, now: Moment, out: &mut Vec<Action>) {
+        self.closing_since = now;
+        out.push(Action::Say(
+            Level::Info,
+            format!("Stopping: services get up to {} in all", words(self.stop_budget())),
+        ));
+        for record in &mut self.steps {
+            if record.state.is_alive() && record.step.work == Work::Run {
+                let of = Try { step: record.step.name, number: record.tries };
+                out.push(Action::KillStep { of, hard: false });
+            }
+        }
+        let first = self.services.iter().map(|s| s.service.stop_order).min().unwrap_or(0);
+        self.phase = Phase::Closing { order: first };
+        // A service of a later group that dies meanwhile must not come back.
+        for record in &mut self.services {
+            record.unit.refuse_starts();
+        }
+        self.close_waiting(now, out);
+        self.close_order(first, now, out);
     }
 
     /// Nothing may start any more, so whatever is at rest is closed at once.

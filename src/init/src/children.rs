@@ -1,22 +1,27 @@
 //! The keepers: started here, listened to here, and gone from here when they are reaped.
 //!
-//! May import: `cvm-process`, `cvm-blueprint::{conduct, supervise, wire}`.
+//! May import: `last_net` (what it wants to know of them), `cvm-process`,
+//! `cvm-blueprint::{conduct, supervise, wire}`.
 
-use cvm_blueprint::conduct::{ServiceId, Try};
+use crate::last_net::Group;
+use cvm_blueprint::conduct::{ServiceId, ServiceRecord, Try};
 use cvm_blueprint::ending::End;
 use cvm_blueprint::mux::MuxReport;
 use cvm_blueprint::storage::StorageReport;
 use cvm_blueprint::supervise::Run;
 use cvm_blueprint::wire::{self, KeeperReport, KeeperSpec, REPORT_MAX, TaskReport};
 use cvm_process::descriptor;
-use cvm_process::spawn::{Program, Session, spawn};
+use cvm_process::kernel::Kernel;
+use cvm_process::spawn::{Program, Session};
 use nix::errno::Errno;
 use nix::unistd::Pid;
 use serde::Deserialize;
+use std::collections::BTreeSet;
 use std::ffi::CString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// Whom a child belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -102,6 +107,7 @@ impl Children {
     /// [`Input::Descriptor`]: cvm_blueprint::wire::Input::Descriptor
     pub(crate) fn keep(
         &mut self,
+        kernel: &mut impl Kernel,
         owner: Owner,
         spec: &KeeperSpec,
         handed: Option<BorrowedFd<'_>>,
@@ -113,7 +119,7 @@ impl Children {
         let (out, errors) = (std::io::stdout(), std::io::stderr());
         let mut descriptors = vec![input.as_fd(), out.as_fd(), errors.as_fd(), theirs.as_fd()];
         descriptors.extend(handed);
-        let pid = self.start(&["cvm-keeper", &spec.name], &descriptors).map_err(words)?;
+        let pid = self.start(kernel, &["cvm-keeper", &spec.name], &descriptors).map_err(words)?;
         self.all.push(Child {
             pid,
             owner,
@@ -126,19 +132,24 @@ impl Children {
     }
 
     /// Starts the process that writes our own log, and yields the pipe to write into.
-    pub(crate) fn keep_log(&mut self, file: &str) -> Result<OwnedFd, String> {
+    pub(crate) fn keep_log(&mut self, kernel: &mut impl Kernel, file: &str) -> Result<OwnedFd, String> {
         let words = |e: Errno| e.desc().to_owned();
         let (theirs, ours) = descriptor::pipe().map_err(words)?;
         descriptor::set_nonblocking(&ours).map_err(words)?;
         let (out, errors) = (std::io::stdout(), std::io::stderr());
         let descriptors = [theirs.as_fd(), out.as_fd(), errors.as_fd()];
-        let pid = self.start(&["cvm-keeper", "--log", file], &descriptors).map_err(words)?;
+        let pid = self.start(kernel, &["cvm-keeper", "--log", file], &descriptors).map_err(words)?;
         let owner = Owner::Logger;
         self.all.push(Child { pid, owner, reports: None, partial: Vec::new(), gone: None, task: None });
         Ok(ours)
     }
 
-    fn start(&self, words: &[&str], descriptors: &[BorrowedFd<'_>]) -> Result<Pid, Errno> {
+    fn start(
+        &self,
+        kernel: &mut impl Kernel,
+        words: &[&str],
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<Pid, Errno> {
         let path =
             CString::new(self.home.join("cvm-keeper").as_os_str().as_bytes()).map_err(|_| Errno::EINVAL)?;
         let argv: Vec<CString> = words.iter().filter_map(|w| CString::new(*w).ok()).collect();
@@ -153,7 +164,7 @@ impl Children {
             session: Session::Own,
             dies_with_parent: false,
         };
-        spawn(&program, |stage, errno| {
+        kernel.spawn(&program, |stage, errno| {
             // Standard error here is the container's: this is a broken installation.
             let end = End::NotStarted { stage, errno: errno as i32 };
             let line = wire::line(&KeeperReport::TreeGone { end, killed: 0 });
@@ -189,6 +200,31 @@ impl Children {
 
     pub(crate) fn find(&self, owner: Owner) -> Option<Pid> {
         self.all.iter().find(|c| c.owner == owner).map(|c| c.pid)
+    }
+
+    /// In the order in which they are to end: steps first, then services by their stop order.
+    pub(crate) fn groups(&self, services: &[ServiceRecord]) -> Vec<Group> {
+        let steps = self.all.iter().filter(|c| matches!(c.owner, Owner::Step(_))).map(|c| c.pid).collect();
+        let mut groups = vec![Group { keepers: steps, grace: Duration::ZERO }];
+        let orders: BTreeSet<u8> = services.iter().map(|s| s.service.stop_order).collect();
+        groups.extend(orders.into_iter().map(|order| {
+            let of_order = |id: ServiceId| services.get(id.0).filter(|s| s.service.stop_order == order);
+            let keepers = self.all.iter().filter_map(|child| match child.owner {
+                Owner::Service { id, .. } => Some((child.pid, of_order(id)?.service.grace)),
+                Owner::Step(_) | Owner::Logger => None,
+            });
+            let (keepers, graces): (Vec<Pid>, Vec<Duration>) = keepers.unzip();
+            Group { keepers, grace: graces.into_iter().max().unwrap_or_default() }
+        }));
+        groups
+    }
+
+    /// Reads what was said and forgets it, so that nobody waits for a reader.
+    pub(crate) fn discard(&self) {
+        let mut scrap = [0u8; 4096];
+        for pipe in self.all.iter().filter_map(|c| c.reports.as_ref()) {
+            while nix::unistd::read(pipe, &mut scrap).is_ok_and(|n| n > 0) {}
+        }
     }
 
     /// The keeper that is alive for a run, whichever part of it that is.

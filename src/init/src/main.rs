@@ -12,10 +12,12 @@
 
 mod children;
 mod control;
+mod defect;
 mod dstack;
 mod exit;
 mod handover;
 mod kit;
+mod last_net;
 mod plain;
 mod turn;
 mod voice;
@@ -27,7 +29,8 @@ use cvm_blueprint::keys::KeyRing;
 use cvm_blueprint::status::{self, About, Fingerprint};
 use cvm_blueprint::wire::Remark;
 use cvm_blueprint::{plan, service};
-use cvm_process::signals::{self, Signals};
+use cvm_process::kernel::Linux;
+use cvm_process::signals;
 use nix::poll::{PollFd, PollFlags, poll};
 use std::ffi::OsString;
 use std::fmt::Write as _;
@@ -118,7 +121,7 @@ fn supervise(began: Instant) -> u8 {
     };
     // Neither a core dump nor a process of the gateway's user may read this memory.
     let _ = nix::sys::prctl::set_dumpable(false);
-    let Ok(signals) = Signals::take(&turn::HANDLED) else {
+    let Ok(kernel) = Linux::taking(&turn::HANDLED) else {
         eprintln!("cvm-init: no descriptors left for signals");
         return exit::INTERNAL;
     };
@@ -127,7 +130,7 @@ fn supervise(began: Instant) -> u8 {
         Ok(parsed) => parsed,
         Err(problems) => return refuse(&problems),
     };
-    let world = prepare(config, &warnings, environment, signals, began);
+    let mut world = prepare(config, &warnings, environment, kernel, began);
     if let Err(why) = hidden {
         tracing::warn!("The environment stays visible in /proc/1/environ: {why}");
     }
@@ -143,9 +146,9 @@ fn prepare(
     config: Config,
     warnings: &[Warning],
     environment: Environment,
-    signals: Signals,
+    kernel: Linux,
     began: Instant,
-) -> turn::World {
+) -> turn::World<Linux> {
     let voice = voice::Voice::raise(config.log.level, config.log.format);
     tracing::info!("openclaw-cvm {} starting", env!("CARGO_PKG_VERSION"));
     tracing::info!("{}", environment.inventory());
@@ -175,7 +178,7 @@ fn prepare(
     let children = children::Children::new();
     let kit = kit::Kit::new(config, &environment, keys, children.home().to_owned());
     drop(environment);
-    let mut world = turn::World::new(machine, kit, children, signals, voice, about, began);
+    let mut world = turn::World::new(machine, kit, children, kernel, voice, about, began);
     world.start_logger();
     world
 }

@@ -5,12 +5,11 @@
 //! no control socket. May import: `cvm-process`.
 
 use cvm_blueprint::ending::{End, Stage};
-use cvm_process::signals::{self, Signals};
-use cvm_process::spawn::{Program, Session, spawn};
-use cvm_process::{reap, tree};
+use cvm_process::kernel::{Kernel, Linux};
+use cvm_process::reap::Reaped;
+use cvm_process::spawn::{Program, Session};
+use cvm_process::{signals, tree};
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use std::ffi::{CString, OsString};
 use std::os::fd::AsFd;
@@ -24,14 +23,14 @@ pub(crate) fn run(command: &[OsString]) -> u8 {
     };
     // As PID 1 orphans come to us anyway; elsewhere this makes them.
     let _ = tree::adopt_orphans();
-    let mut signals = match Signals::take(&signals::forwardable()) {
-        Ok(signals) => signals,
+    let mut kernel = match Linux::taking(&signals::forwardable()) {
+        Ok(kernel) => kernel,
         Err(error) => {
             eprintln!("cvm-init: taking signals: {error}");
             return crate::exit::INTERNAL;
         }
     };
-    let main = match start(command) {
+    let main = match start(&mut kernel, command) {
         Ok(pid) => pid,
         Err(why) => {
             eprintln!("cvm-init: {}: {why}", name.to_string_lossy());
@@ -40,17 +39,26 @@ pub(crate) fn run(command: &[OsString]) -> u8 {
     };
     // A working directory of ours would keep a volume from being unmounted.
     let _ = nix::unistd::chdir("/");
+    attend(&mut kernel, main)
+}
+
+/// Until nothing is left of what the command started. Yields the command's own status.
+fn attend(kernel: &mut impl Kernel, main: Pid) -> u8 {
     let mut end = None;
     loop {
-        match reap::next() {
-            reap::Reaped::One(pid, how) if pid == main => end = Some(how),
-            reap::Reaped::One(..) => {}
-            reap::Reaped::Childless => break,
-            reap::Reaped::Later => {
-                let mut fds = [PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
-                let _ = poll(&mut fds, PollTimeout::NONE);
-                for signal in signals.drain().into_iter().filter(|s| *s != libc::SIGCHLD) {
-                    forward(signal, main, end.is_some());
+        match kernel.reap() {
+            Reaped::One(pid, how) if pid == main => end = Some(how),
+            Reaped::One(..) => {}
+            Reaped::Childless => break,
+            Reaped::Later => {
+                kernel.wait(Vec::new(), None);
+                for signal in kernel.signals().into_iter().filter(|s| *s != libc::SIGCHLD) {
+                    // To the command while it lives, and then to whatever it left behind.
+                    if end.is_some() {
+                        kernel.signal_descendants(signal);
+                    } else {
+                        kernel.kill(main, signal);
+                    }
                 }
             }
         }
@@ -58,19 +66,7 @@ pub(crate) fn run(command: &[OsString]) -> u8 {
     end.unwrap_or(End::Unseen).shell_status()
 }
 
-/// To the command while it lives, and then to whatever it left behind.
-fn forward(signal: i32, main: Pid, main_ended: bool) {
-    // Job control stops the command but must not be sent to its group a second time.
-    if main_ended {
-        if let Ok(signal) = Signal::try_from(signal) {
-            tree::signal_descendants(signal);
-        }
-    } else {
-        signals::send(main, signal);
-    }
-}
-
-fn start(command: &[OsString]) -> Result<Pid, String> {
+fn start(kernel: &mut impl Kernel, command: &[OsString]) -> Result<Pid, String> {
     let paths = candidates(command.first().map(OsString::as_os_str).unwrap_or_default());
     let environment: Vec<CString> = std::env::vars_os()
         .filter_map(|(name, value)| {
@@ -102,7 +98,8 @@ fn start(command: &[OsString]) -> Result<Pid, String> {
         dies_with_parent: false,
     };
     let name = words.first().map(|w| w.to_string_lossy()).unwrap_or_default();
-    spawn(&program, |stage, errno| fail_as_a_shell_would(&name, stage, errno))
+    kernel
+        .spawn(&program, |stage, errno| fail_as_a_shell_would(&name, stage, errno))
         .map_err(|e| format!("creating the process: {}", e.desc()))
 }
 

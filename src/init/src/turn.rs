@@ -1,15 +1,18 @@
 //! The one loop of PID 1: events in, decisions by the blueprint, actions out.
 //!
 //! One wait point. Everything that can happen arrives as a readable descriptor or as the next
-//! deadline of the machine. A panic in a turn is caught, said, and answered with an ordered
-//! shutdown: the services that hold the user's data get their time whatever is wrong here.
+//! deadline of the machine. A panic in a turn is caught, said with its place, and answered with an
+//! ordered shutdown: the services that hold the user's data get their time whatever is wrong here.
+//! A panic in an answer to an operator is a refused request, and stops nothing.
 //!
 //! May import: all of this crate, `cvm-process`, `cvm-blueprint`.
 
 use crate::children::{Child, Children, Owner, Part, Said, Words};
 use crate::control::Control;
+use crate::defect::caught;
 use crate::exit;
 use crate::kit::Kit;
+use crate::last_net;
 use crate::voice::Voice;
 use cvm_blueprint::conduct::{self, Action, Event, Machine, Order, ServiceId, Try};
 use cvm_blueprint::ending::End;
@@ -19,12 +22,11 @@ use cvm_blueprint::status::{self, About};
 use cvm_blueprint::supervise::{self, Level, Refusal, Run};
 use cvm_blueprint::time::Moment;
 use cvm_blueprint::wire::{Body, Facts, KeeperReport, Note, Remark, Request, TaskReport, Verb};
-use cvm_process::signals::Signals;
-use cvm_process::{port, reap, tree};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::{Signal, kill};
+use cvm_process::kernel::{Kernel, readable, writable};
+use cvm_process::port;
+use cvm_process::reap::Reaped;
 use nix::unistd::Pid;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 /// Signals PID 1 acts on. The rest is ignored by the kernel, as PID 1's right.
@@ -34,83 +36,107 @@ const FAREWELL: Duration = Duration::from_secs(1);
 /// Between two looks for what a killed keeper left behind, and between two tries to open the
 /// control socket.
 const LOOK_AGAIN: Duration = Duration::from_secs(10);
-/// Children reaped in one turn before the rest of the world gets its own.
+/// Children reaped in one turn before everything else gets its turn.
 const REAPS_A_TURN: usize = 4096;
-/// A defect that strikes this often will not let the shutdown through either.
-const PANICS_MAX: u32 = 8;
+/// A defect that strikes this often lets no turn come to its end: see `last_net`.
+const DEFECTS_MAX: u32 = 8;
 
-pub(crate) struct World {
-    pub(crate) machine: Machine,
-    pub(crate) kit: Kit,
-    pub(crate) children: Children,
-    pub(crate) signals: Signals,
-    pub(crate) voice: Voice,
-    pub(crate) control: Option<Control>,
-    pub(crate) about: About,
-    pub(crate) began: Instant,
+pub(crate) struct World<K> {
+    machine: Machine,
+    kit: Kit,
+    children: Children,
+    kernel: K,
+    voice: Voice,
+    control: Option<Control>,
+    control_path: &'static str,
+    about: About,
+    began: Instant,
     /// Runs whose leftovers could not be found or ended, and when to look again.
     sweeps_due: Vec<(Instant, ServiceId, Run)>,
     /// When to try again to open the control socket.
     control_due: Option<Instant>,
+    /// What the machine has ordered and is not done yet. It outlives a panic in one of its actions.
+    orders: VecDeque<Action>,
+    /// There may be children that have ended and were not reaped, and no signal will tell.
+    unreaped: bool,
     leaving: Option<u8>,
-    panics: u32,
+    defects: u32,
 }
 
-impl World {
+impl<K: Kernel> World<K> {
     pub(crate) fn new(
         machine: Machine,
         kit: Kit,
         children: Children,
-        signals: Signals,
+        kernel: K,
         voice: Voice,
         about: About,
         began: Instant,
     ) -> Self {
-        let (control, leaving, panics) = (None, None, 0);
         let (sweeps_due, control_due) = (Vec::new(), Some(began));
         Self {
             machine,
             kit,
             children,
-            signals,
+            kernel,
             voice,
-            control,
+            control: None,
+            control_path: cvm_blueprint::paths::CONTROL_SOCKET,
             about,
             began,
             sweeps_due,
             control_due,
-            leaving,
-            panics,
+            orders: VecDeque::new(),
+            unreaped: false,
+            leaving: None,
+            defects: 0,
         }
     }
 
     /// Runs until the machine is down, and yields the status to leave with.
-    pub(crate) fn run(mut self) -> u8 {
+    pub(crate) fn run(&mut self) -> u8 {
         self.guarded(|world| world.feed(Event::Boot));
-        loop {
+        while self.leaving.is_none() && self.defects < DEFECTS_MAX {
             self.guarded(Self::turn);
-            if let Some(status) = self.leaving {
-                self.farewell();
-                return if self.panics > 0 { exit::INTERNAL } else { status };
-            }
-            if self.panics >= PANICS_MAX {
-                self.signal_all(true);
-                return exit::INTERNAL;
-            }
+        }
+        if self.leaving.is_none() {
+            self.fall_into_the_last_net();
+        }
+        let _ = caught(|| self.farewell());
+        match self.leaving {
+            Some(status) if self.defects == 0 => status,
+            _ => exit::INTERNAL,
         }
     }
 
-    fn guarded(&mut self, work: impl FnOnce(&mut Self)) {
-        if catch_unwind(AssertUnwindSafe(|| work(self))).is_err() {
-            self.panics += 1;
-            tracing::error!("A defect of the supervisor was caught; stopping everything in order");
-            let _ = catch_unwind(AssertUnwindSafe(|| self.feed(Event::Terminate)));
-        }
+    /// A panic in `work` stops everything in order.
+    fn guarded<T>(&mut self, work: impl FnOnce(&mut Self) -> T) -> Option<T> {
+        let place = match caught(|| work(self)) {
+            Ok(done) => return Some(done),
+            Err(place) => place,
+        };
+        self.defects += 1;
+        let _ = caught(|| tracing::error!("A defect of the supervisor was caught, at {place}"));
+        let _ = caught(|| self.feed(Event::Defect));
+        None
+    }
+
+    fn fall_into_the_last_net(&mut self) {
+        let _ =
+            caught(|| tracing::error!("The supervisor's defect does not pass; stopping without its machine"));
+        let groups = self.children.groups(self.machine.services());
+        let logger = self.children.find(Owner::Logger);
+        let (children, voice) = (&self.children, &self.voice);
+        let meanwhile = || {
+            children.discard();
+            let _ = caught(|| voice.flush());
+        };
+        last_net::stop_all(&mut self.kernel, groups, logger, meanwhile);
     }
 
     fn turn(&mut self) {
         self.wait();
-        let taken = self.signals.drain();
+        let taken = self.kernel.signals();
         self.reap();
         let said = self.children.listen();
         self.hear(said);
@@ -125,47 +151,39 @@ impl World {
         self.voice.flush();
     }
 
-    fn wait(&self) {
-        let until = self.next_deadline();
+    fn wait(&mut self) {
+        let until = if self.unreaped { Some(self.kernel.now()) } else { self.next_deadline() };
         self.voice.with_waiting(|writers| {
             self.children.with_reports(|reports| {
-                let reading = |fd| PollFd::new(fd, PollFlags::POLLIN);
-                let writing = |fd| PollFd::new(fd, PollFlags::POLLOUT);
-                let mut fds = vec![reading(std::os::fd::AsFd::as_fd(&self.signals))];
-                fds.extend(writers.iter().map(|fd| writing(*fd)));
-                fds.extend(reports.iter().map(|fd| reading(*fd)));
+                let mut fds: Vec<_> = writers.iter().map(|fd| writable(*fd)).collect();
+                fds.extend(reports.iter().map(|fd| readable(*fd)));
                 let control = self.control.iter().flat_map(Control::interests);
-                fds.extend(control.map(|(fd, writes)| if writes { writing(fd) } else { reading(fd) }));
-                // An interrupted or failed wait is a short one.
-                let _ = poll(&mut fds, until);
+                fds.extend(control.map(|(fd, writes)| if writes { writable(fd) } else { readable(fd) }));
+                self.kernel.wait(fds, until);
             });
         });
     }
 
-    fn next_deadline(&self) -> PollTimeout {
+    fn next_deadline(&self) -> Option<Instant> {
         let machine = self.machine.deadline().map(|m| self.began + Duration::from_millis(m.as_millis()));
         let control = self.control.as_ref().and_then(Control::deadline);
         let sweeps = self.sweeps_due.iter().map(|(at, ..)| *at);
         let own = self.control_due.into_iter().chain(sweeps);
-        let Some(due) = machine.into_iter().chain(control).chain(own).min() else { return PollTimeout::NONE };
-        let left = due.saturating_duration_since(Instant::now());
-        // Rounded up: a turn before its time would find nothing to do.
-        let wait = if left.is_zero() { left } else { left + Duration::from_millis(1) };
-        PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX)
+        machine.into_iter().chain(control).chain(own).min()
     }
 
     fn now(&self) -> Moment {
-        let ms = self.began.elapsed().as_millis();
+        let ms = self.kernel.now().saturating_duration_since(self.began).as_millis();
         Moment::from_millis(u64::try_from(ms).unwrap_or(u64::MAX))
     }
 
     fn feed(&mut self, event: Event) {
         let now = self.now();
-        let mut actions = std::collections::VecDeque::from(self.machine.step(event, now));
-        while let Some(action) = actions.pop_front() {
+        self.orders.extend(self.machine.step(event, now));
+        while let Some(action) = self.orders.pop_front() {
             // What could not be started is an event of its own.
             for event in self.act(action) {
-                actions.extend(self.machine.step(event, now));
+                self.orders.extend(self.machine.step(event, now));
             }
         }
     }
@@ -173,16 +191,20 @@ impl World {
     // === Ears ===
 
     fn reap(&mut self) {
+        self.unreaped = true;
         for _ in 0..REAPS_A_TURN {
-            match reap::next() {
-                reap::Reaped::One(pid, _) => {
+            match self.kernel.reap() {
+                Reaped::One(pid, _) => {
                     let mut said = Vec::new();
                     // An orphan of somebody's: buried, and nothing more.
                     let Some(child) = self.children.take(pid, &mut said) else { continue };
                     self.hear(said);
                     self.bury(child);
                 }
-                reap::Reaped::Later | reap::Reaped::Childless => break,
+                Reaped::Later | Reaped::Childless => {
+                    self.unreaped = false;
+                    return;
+                }
             }
         }
     }
@@ -192,7 +214,7 @@ impl World {
     fn look_for_the_last(&mut self) {
         if matches!(self.machine.phase(), conduct::Phase::Sweeping { .. }) {
             let logger = self.children.find(Owner::Logger);
-            if tree::children().iter().all(|pid| Some(*pid) == logger) {
+            if self.kernel.children().iter().all(|pid| Some(*pid) == logger) {
                 self.feed(Event::Childless);
             }
         }
@@ -247,7 +269,7 @@ impl World {
     /// A keeper is gone, and with it all that it kept.
     fn bury(&mut self, mut child: Child) {
         // Something has changed in this machine: a moment to look after what we own in it.
-        self.control_due.get_or_insert_with(Instant::now);
+        self.control_due.get_or_insert(self.kernel.now());
         let end = child.end();
         match child.owner {
             Owner::Logger => {
@@ -328,7 +350,7 @@ impl World {
             Action::RunStep(of) => {
                 let run = format!("step-{}/{}", of.step.as_str(), of.number);
                 let kept = match self.kit.step(of.step, &run) {
-                    Some(spec) => self.children.keep(Owner::Step(of), &spec, None),
+                    Some(spec) => self.children.keep(&mut self.kernel, Owner::Step(of), &spec, None),
                     None => Err("this version has no work for it".to_owned()),
                 };
                 if let Err(why) = kept {
@@ -351,9 +373,9 @@ impl World {
         Vec::new()
     }
 
-    fn kill_step(&self, of: Try, hard: bool) {
+    fn kill_step(&mut self, of: Try, hard: bool) {
         if let Some(pid) = self.children.find(Owner::Step(of)) {
-            signal(pid, if hard { Signal::SIGKILL } else { Signal::SIGQUIT });
+            self.kernel.kill(pid, if hard { libc::SIGKILL } else { libc::SIGQUIT });
         }
     }
 
@@ -364,9 +386,9 @@ impl World {
             Do::Prepare(run) => self.prepare(id, run),
             Do::Repair(run) => self.keep(id, run, Part::Repair),
             Do::Sweep(run) => self.sweep(id, run),
-            Do::Term(run) => self.signal_run(id, run, Signal::SIGTERM),
-            Do::KillTree(run) => self.signal_run(id, run, Signal::SIGQUIT),
-            Do::KillKeeper(run) => self.signal_run(id, run, Signal::SIGKILL),
+            Do::Term(run) => self.signal_run(id, run, libc::SIGTERM),
+            Do::KillTree(run) => self.signal_run(id, run, libc::SIGQUIT),
+            Do::KillKeeper(run) => self.signal_run(id, run, libc::SIGKILL),
             Do::Say(level, ref text) => {
                 say(level, text);
                 None
@@ -385,7 +407,8 @@ impl World {
             Part::Prepare => self.kit.prepare(service.prepare?, service.name, &name),
         };
         let handed = if part == Part::Main { self.kit.handed(service) } else { None };
-        let error = self.children.keep(Owner::Service { id, run, part }, &spec, handed).err()?;
+        let owner = Owner::Service { id, run, part };
+        let error = self.children.keep(&mut self.kernel, owner, &spec, handed).err()?;
         if part == Part::Sweep {
             self.look_again(id, run);
         }
@@ -415,11 +438,11 @@ impl World {
     }
 
     fn look_again(&mut self, id: ServiceId, run: Run) {
-        self.sweeps_due.push((Instant::now() + LOOK_AGAIN, id, run));
+        self.sweeps_due.push((self.kernel.now() + LOOK_AGAIN, id, run));
     }
 
     fn sweep_what_is_due(&mut self) {
-        let now = Instant::now();
+        let now = self.kernel.now();
         let due: Vec<_> = self.sweeps_due.extract_if(.., |(at, ..)| *at <= now).collect();
         for (_, id, run) in due {
             if let Some(event) = self.keep(id, run, Part::Sweep) {
@@ -428,9 +451,10 @@ impl World {
         }
     }
 
-    fn signal_run(&self, id: ServiceId, run: Run, what: Signal) -> Option<Event> {
+    fn signal_run(&mut self, id: ServiceId, run: Run, what: i32) -> Option<Event> {
         if let Some(pid) = self.children.of_run(id, run) {
-            signal(pid, what);
+            // A keeper that is gone already is about to be reaped.
+            self.kernel.kill(pid, what);
         }
         None
     }
@@ -438,16 +462,16 @@ impl World {
     /// To every process in the machine. SIGTERM spares the writer of our log, which blocks it.
     /// SIGKILL goes to all at once, by the kernel, so that no fork can outrun it; the log ends
     /// with it, and the last lines are on standard output.
-    fn signal_all(&self, hard: bool) {
+    fn signal_all(&mut self, hard: bool) {
         if hard {
             self.voice.write_also_to(None);
         }
-        cvm_process::signals::send(Pid::from_raw(-1), if hard { libc::SIGKILL } else { libc::SIGTERM });
+        self.kernel.kill(Pid::from_raw(-1), if hard { libc::SIGKILL } else { libc::SIGTERM });
     }
 
     pub(crate) fn start_logger(&mut self) {
         let file = format!("{}/supervisor.log", cvm_blueprint::paths::LOGS);
-        match self.children.keep_log(&file) {
+        match self.children.keep_log(&mut self.kernel, &file) {
             Ok(pipe) => self.voice.write_also_to(Some(pipe)),
             Err(why) => tracing::warn!("The supervisor's own log is not written to a file: {why}"),
         }
@@ -457,12 +481,11 @@ impl World {
     fn farewell(&mut self) {
         self.voice.flush();
         self.voice.write_also_to(None);
-        let until = Instant::now() + FAREWELL;
-        while self.children.find(Owner::Logger).is_some() && Instant::now() < until {
-            let mut fds = [PollFd::new(std::os::fd::AsFd::as_fd(&self.signals), PollFlags::POLLIN)];
-            let _ = poll(&mut fds, 50u16);
-            self.signals.drain();
-            while let reap::Reaped::One(pid, _) = reap::next() {
+        let until = self.kernel.now() + FAREWELL;
+        while self.children.find(Owner::Logger).is_some() && self.kernel.now() < until {
+            self.kernel.wait(Vec::new(), Some(until));
+            self.kernel.signals();
+            while let Reaped::One(pid, _) = self.kernel.reap() {
                 self.children.take(pid, &mut Vec::new());
             }
         }
@@ -473,26 +496,40 @@ impl World {
     /// Opens the control socket, and opens it anew when its path has been lost: `cvm` is how
     /// an operator finds out what is wrong, so a full /run must not cost it for good.
     fn keep_control_open(&mut self) {
-        if self.control_due.is_none_or(|at| Instant::now() < at) {
+        if self.control_due.is_none_or(|at| self.kernel.now() < at) {
             return;
         }
         self.control_due = None;
         if self.control.as_ref().is_some_and(Control::is_in_place) {
             return;
         }
-        match Control::open(cvm_blueprint::paths::CONTROL_SOCKET) {
+        match Control::open(self.control_path) {
             Ok(control) => self.control = Some(control),
             Err(why) => {
                 tracing::error!("`cvm` cannot find this supervisor: {why}; next try in 10 s");
-                self.control_due = Some(Instant::now() + LOOK_AGAIN);
+                self.control_due = Some(self.kernel.now() + LOOK_AGAIN);
             }
         }
     }
 
+    /// A panic here leaves a request without an answer and stops nothing: only an order changes the
+    /// machine, and that is guarded by itself. The socket, which goes with the panic, is opened anew.
     fn answer_operators(&mut self) {
         let Some(mut control) = self.control.take() else { return };
-        control.turn(Instant::now(), |request| self.answer(&request));
-        self.control = Some(control);
+        let now = self.kernel.now();
+        let answered = caught(|| {
+            control.turn(now, |request| self.answer(&request));
+            control
+        });
+        match answered {
+            Ok(control) => self.control = Some(control),
+            Err(place) => {
+                self.control_due = Some(now);
+                tracing::error!(
+                    "A request of `cvm` was not answered: a defect of the supervisor, at {place}"
+                );
+            }
+        }
     }
 
     fn answer(&mut self, request: &Request) -> Body {
@@ -523,8 +560,12 @@ impl World {
             Order::Restart => "restart",
         };
         tracing::info!("{name}: {word} requested by an operator");
-        self.feed(Event::Order { id, order });
-        Body::Taken
+        match self.guarded(|world| world.feed(Event::Order { id, order })) {
+            Some(()) => Body::Taken,
+            None => {
+                Body::Refused { why: "a defect of the supervisor; everything is being stopped".to_owned() }
+            }
+        }
     }
 
     fn name_of(&self, owner: Owner) -> &'static str {
@@ -553,11 +594,6 @@ fn not_kept(run: Run, part: Part, error: &str) -> Option<supervise::Event> {
     }
 }
 
-fn signal(pid: Pid, what: Signal) {
-    // A keeper that is gone already is about to be reaped.
-    let _ = kill(pid, what);
-}
-
 fn say_notes(notes: Vec<Note>) {
     for note in notes {
         say(note.level, &note.text);
@@ -572,3 +608,7 @@ fn say(level: Level, text: &str) {
         Level::Debug => tracing::debug!("{text}"),
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+mod tests;

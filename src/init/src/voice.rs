@@ -81,9 +81,7 @@ pub(crate) struct Voice(Arc<Mutex<Inner>>);
 impl Voice {
     /// Makes it the receiver of all tracing events at or above `level`.
     pub(crate) fn raise(level: LogLevel, format: LogFormat) -> Self {
-        let stdout = Sink::new(descriptor::own_nonblocking(1).ok());
-        let json = matches!(format, LogFormat::Json);
-        let voice = Self(Arc::new(Mutex::new(Inner { stdout, file: Sink::new(None), json })));
+        let voice = Self::into(descriptor::own_nonblocking(1).ok(), format);
         let max = match level {
             LogLevel::Error => Level::ERROR,
             LogLevel::Warn => Level::WARN,
@@ -92,8 +90,19 @@ impl Voice {
             LogLevel::Trace => Level::TRACE,
         };
         // It fails when one is set already, which only a second call could do.
-        let _ = tracing::subscriber::set_global_default(Ears { voice: voice.clone(), max });
+        let _ = tracing::subscriber::set_global_default(voice.ears(max));
         voice
+    }
+
+    /// One that says on `stdout` what it is told.
+    pub(crate) fn into(stdout: Option<OwnedFd>, format: LogFormat) -> Self {
+        let (stdout, file, json) = (Sink::new(stdout), Sink::new(None), matches!(format, LogFormat::Json));
+        Self(Arc::new(Mutex::new(Inner { stdout, file, json })))
+    }
+
+    /// What tells it of the program's events.
+    pub(crate) fn ears(&self, max: Level) -> impl Subscriber + use<> {
+        Ears { voice: self.clone(), max }
     }
 
     /// From now on lines also go into `pipe`, at whose other end they are written to a file.

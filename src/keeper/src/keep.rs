@@ -8,12 +8,11 @@ use cvm_blueprint::accounts::Account;
 use cvm_blueprint::ending::{End, Stage};
 use cvm_blueprint::service::Leftovers;
 use cvm_blueprint::wire::{Input, KeeperReport, KeeperSpec, Log, Stop};
-use cvm_process::signals::Signals;
-use cvm_process::spawn::{Identity, Program, Session, spawn};
-use cvm_process::{descriptor, reap, tree};
+use cvm_process::kernel::{Kernel, Linux, readable, writable};
+use cvm_process::reap::Reaped;
+use cvm_process::spawn::{Identity, Program, Session};
+use cvm_process::{descriptor, tree};
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::ffi::CString;
 use std::os::fd::{AsFd, OwnedFd};
@@ -33,10 +32,10 @@ enum Turn {
     Over,
 }
 
-struct Keeper {
+struct Keeper<K> {
     spec_leftovers: Leftovers,
     reporter: Reporter,
-    signals: Signals,
+    kernel: K,
     main: Pid,
     /// Closing it asks the main process to end; without one a signal does.
     lifeline: Lifeline,
@@ -76,23 +75,38 @@ pub(crate) fn keep(spec: KeeperSpec) -> Result<(), String> {
     if spec.leftovers == Leftovers::Kill {
         tree::adopt_orphans().map_err(|e| format!("becoming the one who adopts orphans: {e}"))?;
     }
-    let signals = Signals::take(&[libc::SIGCHLD, libc::SIGTERM, libc::SIGQUIT])
+    let kernel = Linux::taking(&[libc::SIGCHLD, libc::SIGTERM, libc::SIGQUIT])
         .map_err(|e| format!("taking signals: {e}"))?;
+    if let Some(mut keeper) = begin(kernel, &spec, &input, reporter) {
+        // The program has its copy of what the description held.
+        drop((spec, input));
+        while matches!(keeper.turn(), Turn::Go) {}
+    }
+    Ok(())
+}
+
+/// Starts the program.
+fn begin<K: Kernel>(
+    mut kernel: K,
+    spec: &KeeperSpec,
+    input: &OwnedFd,
+    reporter: Reporter,
+) -> Option<Keeper<K>> {
     let oom_kills = oom_kills();
-    let started = match start(&spec, &input, &reporter) {
+    let started = match start(&mut kernel, spec, input, &reporter) {
         Ok(started) => started,
         Err((stage, errno)) => {
             let end = End::NotStarted { stage, errno: errno as i32 };
             reporter.send(&KeeperReport::MainEnded { end: end.clone() });
             reporter.send(&KeeperReport::TreeGone { end, killed: 0 });
-            return Ok(());
+            return None;
         }
     };
-    let now = Instant::now();
+    let now = kernel.now();
     let prober = |probe: &Option<_>| probe.clone().map(|p| Prober::new(p, now));
-    let mut keeper = Keeper {
+    Some(Keeper {
         spec_leftovers: spec.leftovers,
-        signals,
+        kernel,
         main: started.pid,
         lifeline: started.lifeline,
         exec: Some(started.exec),
@@ -109,11 +123,7 @@ pub(crate) fn keep(spec: KeeperSpec) -> Result<(), String> {
         dropped_said: 0,
         dropped_at: None,
         reporter,
-    };
-    // The program has its copy of what the description held.
-    drop((spec, input));
-    while matches!(keeper.turn(), Turn::Go) {}
-    Ok(())
+    })
 }
 
 struct Started {
@@ -144,7 +154,12 @@ fn lifeline_of(stop: Stop) -> nix::Result<(Option<OwnedFd>, Lifeline)> {
     }
 }
 
-fn start(spec: &KeeperSpec, input: &OwnedFd, reporter: &Reporter) -> Result<Started, (Stage, Errno)> {
+fn start(
+    kernel: &mut impl Kernel,
+    spec: &KeeperSpec,
+    input: &OwnedFd,
+    reporter: &Reporter,
+) -> Result<Started, (Stage, Errno)> {
     let at_files = |errno: Errno| (Stage::Files, errno);
     let (output, output_theirs) = descriptor::pipe().map_err(at_files)?;
     let (exec, exec_theirs) = descriptor::pipe().map_err(at_files)?;
@@ -176,13 +191,14 @@ fn start(spec: &KeeperSpec, input: &OwnedFd, reporter: &Reporter) -> Result<Star
         session: Session::Own,
         dies_with_parent: true,
     };
-    let pid = spawn(&program, |stage, errno| {
-        let mut news = [stage.to_byte(), 0, 0, 0, 0];
-        news[1..].copy_from_slice(&(errno as i32).to_ne_bytes());
-        let _ = nix::unistd::write(&exec_theirs, &news);
-        127
-    })
-    .map_err(|errno| (Stage::Fork, errno))?;
+    let pid = kernel
+        .spawn(&program, |stage, errno| {
+            let mut news = [stage.to_byte(), 0, 0, 0, 0];
+            news[1..].copy_from_slice(&(errno as i32).to_ne_bytes());
+            let _ = nix::unistd::write(&exec_theirs, &news);
+            127
+        })
+        .map_err(|errno| (Stage::Fork, errno))?;
     Ok(Started { pid, exec, output, lifeline })
 }
 
@@ -201,10 +217,10 @@ fn c_strings(words: impl Iterator<Item = Vec<u8>>) -> Result<Vec<CString>, Errno
     words.map(|w| CString::new(w).map_err(|_| Errno::EINVAL)).collect()
 }
 
-impl Keeper {
+impl<K: Kernel> Keeper<K> {
     fn turn(&mut self) -> Turn {
         self.wait();
-        for signal in self.signals.drain() {
+        for signal in self.kernel.signals() {
             match signal {
                 libc::SIGTERM => self.end_main(),
                 libc::SIGQUIT => self.kill_tree(),
@@ -223,23 +239,17 @@ impl Keeper {
         Turn::Go
     }
 
-    fn wait(&self) {
-        let mut fds = vec![PollFd::new(self.signals.as_fd(), PollFlags::POLLIN)];
-        fds.extend(self.exec.iter().map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)));
-        fds.extend(self.output.iter().map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)));
+    fn wait(&mut self) {
+        let mut fds: Vec<_> = self.exec.iter().map(|fd| readable(fd.as_fd())).collect();
+        fds.extend(self.output.iter().map(|fd| readable(fd.as_fd())));
         let probing = self.end.is_none();
         let probers = || self.probers.iter().flatten().filter(|_| probing);
         fds.extend(probers().filter_map(|p| {
             let (fd, writes) = p.interest()?;
-            Some(PollFd::new(fd, if writes { PollFlags::POLLOUT } else { PollFlags::POLLIN }))
+            Some(if writes { writable(fd) } else { readable(fd) })
         }));
-        let timeout = probers().map(Prober::deadline).min().map_or(PollTimeout::NONE, |due| {
-            // A millisecond late rather than spinning until it is due.
-            let wait = due.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
-            PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX)
-        });
-        // An interrupted or failed wait is a short one.
-        let _ = poll(&mut fds, timeout);
+        let until = probers().map(Prober::deadline).min();
+        self.kernel.wait(fds, until);
     }
 
     fn end_main(&mut self) {
@@ -249,7 +259,7 @@ impl Keeper {
         match std::mem::replace(&mut self.lifeline, Lifeline::Closed) {
             Lifeline::None => {
                 self.lifeline = Lifeline::None;
-                let _ = kill(self.main, Signal::SIGTERM);
+                self.kernel.kill(self.main, libc::SIGTERM);
             }
             Lifeline::Held(end) => drop(end),
             Lifeline::Closed => {}
@@ -263,11 +273,11 @@ impl Keeper {
         if self.spec_leftovers == Leftovers::Leave {
             // The rest is somebody's work, also when the service itself does not listen.
             if self.end.is_none() {
-                let _ = kill(self.main, Signal::SIGKILL);
+                self.kernel.kill(self.main, libc::SIGKILL);
             }
             return;
         }
-        let killed = tree::kill_descendants();
+        let killed = self.kernel.kill_descendants();
         if self.end.is_some() {
             self.killed += killed;
         }
@@ -303,7 +313,8 @@ impl Keeper {
                 Err(_) => break,
             }
         }
-        if self.dropped_at.is_none_or(|at| at.elapsed() >= BETWEEN_DROPS) {
+        let now = self.kernel.now();
+        if self.dropped_at.is_none_or(|at| now.saturating_duration_since(at) >= BETWEEN_DROPS) {
             self.report_dropped();
         }
     }
@@ -313,7 +324,7 @@ impl Keeper {
         if dropped > self.dropped_said {
             self.reporter.send(&KeeperReport::Dropped { lines: dropped - self.dropped_said });
             self.dropped_said = dropped;
-            self.dropped_at = Some(Instant::now());
+            self.dropped_at = Some(self.kernel.now());
         }
     }
 
@@ -321,7 +332,7 @@ impl Keeper {
         if self.end.is_some() || self.exec.is_some() {
             return;
         }
-        let now = Instant::now();
+        let now = self.kernel.now();
         let [liveness, readiness] = &mut self.probers;
         if let Some(ok) = liveness.as_mut().and_then(|p| p.turn(now)) {
             self.reporter.send(&KeeperReport::Liveness { ok });
@@ -337,11 +348,11 @@ impl Keeper {
     /// Whether there are no children left.
     fn reap(&mut self) -> bool {
         let childless = loop {
-            match reap::next() {
-                reap::Reaped::One(pid, end) if pid == self.main => self.main_ended(end),
-                reap::Reaped::One(..) => {}
-                reap::Reaped::Later => break false,
-                reap::Reaped::Childless => break true,
+            match self.kernel.reap() {
+                Reaped::One(pid, end) if pid == self.main => self.main_ended(end),
+                Reaped::One(..) => {}
+                Reaped::Later => break false,
+                Reaped::Childless => break true,
             }
         };
         if !childless && self.end.is_some() && self.spec_leftovers == Leftovers::Kill {

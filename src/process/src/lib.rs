@@ -10,7 +10,10 @@
 pub mod acting;
 pub mod cached;
 pub mod descriptor;
+#[cfg(feature = "fake")]
+pub mod fake;
 pub mod handle;
+pub mod kernel;
 pub mod namespace;
 pub mod passing;
 pub mod port;

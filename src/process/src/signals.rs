@@ -90,9 +90,10 @@ pub fn forwardable() -> Vec<i32> {
         .collect()
 }
 
-/// Sends a signal of any number, real-time ones included, which have no name in `nix`.
+/// Sends a signal of any number, real-time ones included, which have no name in `nix`. Says whether
+/// there was somebody to send it to.
 #[allow(unsafe_code)]
-pub fn send(to: nix::unistd::Pid, signal: i32) {
-    // SAFETY: no memory is involved. A process that is gone is no failure.
-    let _ = unsafe { libc::kill(to.as_raw(), signal) };
+pub fn send(to: nix::unistd::Pid, signal: i32) -> bool {
+    // SAFETY: no memory is involved.
+    unsafe { libc::kill(to.as_raw(), signal) == 0 }
 }

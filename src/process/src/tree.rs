@@ -4,7 +4,7 @@
 //! descends from it, whatever session, group or environment a descendant gave itself. So
 //! killing children until there are none is the whole of ending a tree.
 
-use nix::sys::signal::{Signal, kill};
+use crate::signals;
 use nix::unistd::Pid;
 use std::fs;
 
@@ -37,8 +37,8 @@ pub fn descendants() -> Vec<Pid> {
 }
 
 /// Sends `signal` to every process below this one, and says to how many.
-pub fn signal_descendants(signal: Signal) -> u32 {
-    let reached = descendants().into_iter().filter(|pid| kill(*pid, signal).is_ok());
+pub fn signal_descendants(signal: i32) -> u32 {
+    let reached = descendants().into_iter().filter(|pid| signals::send(*pid, signal));
     u32::try_from(reached.count()).unwrap_or(u32::MAX)
 }
 
@@ -58,11 +58,11 @@ pub fn kill_descendants() -> u32 {
             break;
         }
         for pid in new {
-            let _ = kill(pid, Signal::SIGSTOP);
+            signals::send(pid, libc::SIGSTOP);
             stopped.insert(pid);
         }
     }
-    signal_descendants(Signal::SIGKILL)
+    signal_descendants(libc::SIGKILL)
 }
 
 /// All processes with their parents.

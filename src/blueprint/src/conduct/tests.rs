@@ -830,6 +830,53 @@ fn a_stop_signal_during_a_backoff_wait_does_not_wait_for_it() {
     assert_eq!(boot.deeds(&done), ["TERM all"]);
 }
 
+/// What each group is told, one after the other, when each service ends in its own time.
+fn stop_of(boot: &mut Boot, first: Vec<Action>) -> Vec<String> {
+    let mut done = first;
+    for name in ["gateway", "dockerd", "sshd"] {
+        done.extend(boot.pass(s(1)));
+        done.extend(boot.ends(name, End::Code(0)));
+    }
+    done.extend(boot.send(Event::Childless));
+    boot.deeds(&done)
+}
+
+#[test]
+fn a_defect_stops_everything_as_a_stop_signal_does_and_only_once() {
+    let mut signalled = Boot::up();
+    let first = signalled.send(Event::Terminate);
+    let expected = stop_of(&mut signalled, first);
+    let mut boot = Boot::up();
+    let mut first = boot.send(Event::Defect);
+    first.extend(boot.send(Event::Defect));
+    assert_eq!(stop_of(&mut boot, first), expected);
+    assert_eq!(boot.send(Event::Defect), [], "nothing is left to stop");
+}
+
+#[test]
+fn the_stop_signal_after_a_defect_is_the_first_one() {
+    let mut boot = Boot::up();
+    boot.send(Event::Defect);
+    let done = boot.send(Event::Terminate);
+    assert_eq!(said(&done), [(Level::Info, "Stop signal: everything is being stopped already")]);
+    assert_eq!(boot.deeds(&done), [""; 0], "nobody is hurried");
+    let done = boot.send(Event::Terminate);
+    assert_eq!(said(&done)[0], (Level::Warn, "Second stop signal: not waiting any longer"));
+    let mut swept = Boot::of(Machine::new(vec![], vec![]));
+    swept.send(Event::Defect);
+    let done = swept.send(Event::Terminate);
+    assert_eq!(swept.deeds(&done), [""; 0]);
+    let done = swept.send(Event::Terminate);
+    assert_eq!(swept.deeds(&done), ["KILL all"]);
+}
+
+#[test]
+fn a_defect_during_a_stop_changes_nothing() {
+    let mut boot = Boot::up();
+    boot.send(Event::Terminate);
+    assert_eq!(boot.send(Event::Defect), []);
+}
+
 // === Plans made by hand ===
 
 fn step(name: StepName, after: &'static [StepName], needs: &'static [StepName]) -> Step {
@@ -1048,7 +1095,7 @@ struct World {
 impl World {
     fn feed(&mut self, event: Event) {
         let tick = event == Event::Tick;
-        self.stopping |= event == Event::Terminate;
+        self.stopping |= matches!(event, Event::Terminate | Event::Defect);
         let actions = self.boot.send(event);
         if tick {
             let due = self.boot.machine.deadline();
@@ -1148,14 +1195,15 @@ impl World {
 }
 
 proptest! {
-    /// In every phase of a boot and a life a stop signal leads out, once, within the budget that
+    /// In every phase of a boot and a life a stop signal or a defect leads out, once, within the budget that
     /// was announced, also when nothing ever answers again; and after it nothing is started.
     #[test]
-    fn a_stop_signal_in_any_phase_leads_out_once_and_within_the_budget(
+    fn a_stop_in_any_phase_leads_out_once_and_within_the_budget(
         booted in prop::bool::weighted(0.95),
         with_bucket in any::<bool>(),
         life in moves(120),
         end in moves(40),
+        by_defect in any::<bool>(),
         second_after in proptest::option::of(0usize..40),
     ) {
         let boot = if with_bucket { Boot::of(machine_of(&config(&S3))) } else { Boot::local() };
@@ -1167,12 +1215,12 @@ proptest! {
             }
         }
         let (began, budget) = (world.boot.now, world.boot.machine.stop_budget());
-        world.feed(Event::Terminate);
+        world.feed(if by_defect { Event::Defect } else { Event::Terminate });
         let mut hurried = None;
         for (index, what) in end.iter().enumerate() {
             if second_after == Some(index) && world.exits == 0 {
                 world.feed(Event::Terminate);
-                hurried = Some(world.boot.now);
+                hurried = (!by_defect).then_some(world.boot.now);
             }
             if world.exits == 0 {
                 world.happens(what);
