@@ -3,7 +3,7 @@
 
 use cvm_harness::cloud::{Cloud, HEALTHY, flush, independent, restore_by_hand, storage};
 use cvm_harness::evidence::contains;
-use cvm_harness::machine::{MASTER_KEY, PATIENCE, repository};
+use cvm_harness::machine::{MASTER_KEY, PATIENCE, binary, repository};
 use cvm_harness::tools::Rclone;
 use cvm_harness::{Builder, Fault, Garage, Machine, Network, Proxy, Rule, before, digest, until};
 use std::collections::BTreeMap;
@@ -1311,6 +1311,46 @@ fn a_server_that_is_overrun_for_a_moment_fails_no_flush() {
     flush(&machine);
     let told = cloud.proxy.log().iter().filter(|entry| entry.fault.is_some()).count();
     assert!(told >= 3, "only {told} were told so");
+}
+
+/// Uploads in parts from 5 MiB on, with a provider whose parts rclone would compare by `ETag`.
+fn in_parts(builder: Builder) -> Builder {
+    let worker = "/usr/local/lib/openclaw-cvm/cvm-storage";
+    let script = "#!/bin/sh\nexport RCLONE_S3_UPLOAD_CUTOFF=5M RCLONE_S3_CHUNK_SIZE=5M\nexec /opt/cvm-storage \"$@\"\n";
+    let builder = builder.unbind(worker).bind(&binary("cvm-storage"), "/opt/cvm-storage");
+    builder.file(worker, script, 0o755).environment("S3_PROVIDER", "Minio")
+}
+
+/// As with SSE-KMS. Neither an object nor its earlier version is lost by it, and it costs no request more.
+#[test]
+fn nothing_is_lost_where_the_tags_of_objects_are_no_md5() {
+    let cloud = Cloud::new();
+    let machine = started(in_parts(cloud.machine()));
+    flush(&machine);
+    let raw = Raw::new(&cloud.garage);
+    let (small, large) = ("openclaw/workspace/small", "openclaw/workspace/large");
+    let keys = raw.keys([small, large]);
+    // A server need not say why.
+    for (version, says_so) in [("first", true), ("second", true), ("third", false)] {
+        cloud.proxy.foreign_etags(says_so);
+        cloud.proxy.clear_log();
+        write(&machine, &[small], version);
+        let content: Vec<u8> = version.bytes().cycle().take(12 << 20).collect();
+        std::fs::write(machine.path(&format!("/data/{large}")), content).expect("a file");
+        let flushed = machine.exec(&["cvm", "storage", "flush"]);
+        for key in &keys {
+            assert!(cloud.garage.get_raw(key).is_some(), "{key} is gone after the {version} version");
+        }
+        assert!(flushed.status.success(), "the {version} version: {flushed:?}");
+        // Sent, and not asked for again; and the store can tell what arrives by the head.
+        let log = cloud.proxy.log();
+        let about = |key: &str| log.iter().filter(|e| e.path.contains(key)).collect::<Vec<_>>();
+        let [one, parts] = keys.each_ref().map(|key| about(key));
+        assert!(one.iter().all(|e| e.method == "PUT" && e.has_md5), "{one:?}");
+        assert!(parts.iter().all(|e| e.method == "POST" || e.method == "PUT" && e.has_md5), "{parts:?}");
+        assert!(parts.iter().any(|e| e.method == "POST"), "it was not sent in parts: {parts:?}");
+    }
+    machine.ok(&["cvm", "storage", "verify", "--deep"]);
 }
 
 #[test]

@@ -42,7 +42,7 @@ pub fn repository() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ lies in the repository").to_owned()
 }
 
-fn binary(name: &str) -> PathBuf {
+pub fn binary(name: &str) -> PathBuf {
     let path = binaries().join(name);
     assert!(path.exists(), "{} is missing: run `make build` first", path.display());
     path

@@ -129,6 +129,8 @@ pub struct Entry {
     pub path: String,
     /// Of temporary credentials, in the query or in a header.
     pub session_token: Option<String>,
+    /// Whether the store can tell by the head that the body did not arrive as it was sent.
+    pub has_md5: bool,
     /// None as long as there is no answer, and when none came.
     pub status: Option<u16>,
     /// What happened to it, besides latency.
@@ -141,6 +143,8 @@ pub struct Entry {
 #[derive(Default)]
 struct State {
     rules: Vec<Rule>,
+    /// See [`Proxy::foreign_etags`].
+    foreign_etags: Option<bool>,
     /// Goes up when the rules change.
     edition: u64,
     /// Nothing new is begun.
@@ -300,6 +304,12 @@ impl Proxy {
         lock(&self.shared.state).entries.clear();
     }
 
+    /// From now on no `ETag` of an object that the store tells is an MD5, as with SSE-KMS: with that
+    /// headers, if `says_so`, or without a word about it.
+    pub fn foreign_etags(&self, says_so: bool) {
+        lock(&self.shared.state).foreign_etags = Some(says_so);
+    }
+
     /// How many requests of the log have this method.
     pub fn requests(&self, method: &str) -> usize {
         self.log().iter().filter(|e| e.method == method).count()
@@ -381,7 +391,8 @@ impl Shared {
         let id = state.arrived;
         let (method, path) = (method.to_owned(), path.to_owned());
         let session_token = session_token(head);
-        let entry = Entry { method, path, session_token, status: None, fault, up: 0, down: 0 };
+        let has_md5 = head.header("content-md5").is_some();
+        let entry = Entry { method, path, session_token, has_md5, status: None, fault, up: 0, down: 0 };
         state.entries.insert(id, entry);
         (id, wait, fault)
     }
@@ -506,7 +517,7 @@ fn exchange(
     }
     let up = head.request_body().relay(from, &mut to)?;
     shared.note(id, |e| e.up = up);
-    let kept = respond(shared, id, method, fault, &upstream, client)?;
+    let kept = respond(shared, id, head, fault, &upstream, client)?;
     Ok(kept && may_follow)
 }
 
@@ -539,13 +550,14 @@ fn late(
 fn respond(
     shared: &Shared,
     id: u64,
-    method: &str,
+    request: &Head,
     fault: Option<Fault>,
     upstream: &TcpStream,
     client: &mut TcpStream,
 ) -> Result<bool> {
+    let method = request.word(0);
     let mut from = BufReader::new(upstream);
-    let answer = loop {
+    let mut answer = loop {
         let head = Head::read(&mut from)?.ok_or(ErrorKind::UnexpectedEof)?;
         // The proxy has said 100 itself.
         if head.status()? >= 200 {
@@ -565,11 +577,46 @@ fn respond(
         }
         return Ok(false);
     }
-    client.write_all(&answer.raw)?;
-    let down = body.relay(&mut from, client)?;
     let status = answer.status()?;
+    // The parts of an upload keep theirs, which the store wants to see again.
+    let foreign = lock(&shared.state).foreign_etags.filter(|_| !request.word(1).contains("partNumber="));
+    let down = if let Some(says_so) = foreign {
+        answer.raw = with_foreign_etag(&answer.raw, says_so);
+        client.write_all(&answer.raw)?;
+        // What completes an upload has it in the body too.
+        let mut whole = Vec::new();
+        let down = body.relay(&mut from, &mut whole)?;
+        client.write_all(&if method == "POST" { with_foreign_etag(&whole, false) } else { whole })?;
+        down
+    } else {
+        client.write_all(&answer.raw)?;
+        body.relay(&mut from, client)?
+    };
     shared.note(id, |e| (e.status, e.down) = (Some(status), down));
     Ok(body != Body::UntilClose && !answer.says("connection", "close"))
+}
+
+/// The same head, or XML, of the same length, with another `ETag` of the same form.
+fn with_foreign_etag(bytes: &[u8], says_so: bool) -> Vec<u8> {
+    let text = String::from_utf8_lossy(bytes);
+    let lower = text.to_ascii_lowercase();
+    let Some(begins) = ["\netag:", "<etag>"].iter().find_map(|name| Some(lower.find(name)? + name.len()))
+    else {
+        return bytes.to_vec();
+    };
+    let mut changed = text.into_owned().into_bytes();
+    let digits = changed.iter_mut().skip(begins).skip_while(|b| !b.is_ascii_hexdigit());
+    for digit in digits.take_while(|b| b.is_ascii_hexdigit()) {
+        let value = char::from(*digit).to_digit(16).unwrap_or(0);
+        *digit = char::from_digit(15 - value, 16).map_or(b'0', |c| c as u8);
+    }
+    if says_so {
+        let headers = b"x-amz-server-side-encryption: aws:kms\r\n\
+            x-amz-server-side-encryption-aws-kms-key-id: arn:aws:kms:us-east-1:1:key/1\r\n";
+        let end = changed.len().saturating_sub(2);
+        changed.splice(end..end, headers.iter().copied());
+    }
+    changed
 }
 
 /// Half of what is to come. Of chunks nobody knows how many there are: half of the first.

@@ -117,7 +117,10 @@ impl Rclone {
             &json!({ "srcFs": directory, "srcRemote": name, "dstFs": self.remote.made(), "dstRemote": object,
                 // Ours is the newer one, whatever rclone would make of sizes and times.
                 // And once: a second try of rclone's own is not asked whether the bucket is still ours.
-                "_config": { "IgnoreTimes": true, "NoCheckDest": true, "LowLevelRetries": 1 }, "_filter": no_filter() }),
+                // The server compares what arrives with the MD5 in the request. An `ETag` need not be one
+                // (with SSE-KMS it never is), and rclone removes an object whose `ETag` is another.
+                "_config": { "IgnoreTimes": true, "NoCheckDest": true, "LowLevelRetries": 1, "IgnoreChecksum": true },
+                "_filter": no_filter() }),
         )
         .map(drop)
     }
@@ -358,11 +361,13 @@ fn connection_string(spec: &StorageSpec, passwords: &Passwords) -> Result<Zeroiz
         add("session_token", &text(token)?);
     }
     // The bucket is there or it is not; rclone never makes one. And one request for each upload
-    // and download is enough: sizes and checksums come with it.
+    // and download is enough: sizes and checksums go with it.
     for option in ["no_check_bucket", "no_head", "force_path_style"] {
         add(option, "true");
     }
-    add("env_auth", "false");
+    for option in ["env_auth", "use_multipart_etag"] {
+        add(option, "false");
+    }
     let root = Zeroizing::new(format!("{}:{}/{}", *s3, spec.bucket, spec.prefix));
     let random = |_| Fault::other("the kernel gives no random numbers");
     let password = crypt::obscure(&passwords.password).map_err(random)?;
