@@ -95,10 +95,18 @@ impl Path {
 
 const QUOTE: char = '\u{201b}';
 
+/// For people, and so that no two paths look the same: an operator gives one back to name it.
 impl fmt::Display for Path {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for c in String::from_utf8_lossy(&self.0).chars() {
-            if c.is_control() { write!(f, "{}", c.escape_default())? } else { write!(f, "{c}")? }
+        for chunk in self.0.utf8_chunks() {
+            for c in chunk.valid().chars() {
+                if c.is_control() || c == '\\' {
+                    write!(f, "{}", c.escape_default())?;
+                } else {
+                    write!(f, "{c}")?;
+                }
+            }
+            chunk.invalid().iter().try_for_each(|byte| write!(f, "\\x{byte:02x}"))?;
         }
         Ok(())
     }
@@ -190,6 +198,15 @@ mod tests {
         assert_eq!(Path::new(b"a\xff\xfe/b").unwrap().object(), "a\u{201b}FF\u{201b}FE/b");
         assert_eq!(Path::new("x\u{201b}y".as_bytes()).unwrap().object(), "x\u{201b}\u{201b}y");
         assert_eq!(Path::new("größe".as_bytes()).unwrap().object(), "größe");
+    }
+
+    #[test]
+    fn no_two_paths_look_the_same() {
+        let all = [&b"a\xff"[..], b"a\xfe", b"a\\xff", "a\u{fffd}".as_bytes(), b"a\n", b"a\\n", b"a\\\\n"];
+        let shown: std::collections::BTreeSet<String> =
+            all.iter().map(|bytes| Path::new(bytes).unwrap().to_string()).collect();
+        assert_eq!(shown.len(), all.len(), "{shown:?}");
+        assert_eq!(Path::new("größe\u{9b}".as_bytes()).unwrap().to_string(), "größe\\u{9b}");
     }
 
     #[test]
