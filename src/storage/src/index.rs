@@ -159,6 +159,16 @@ impl Index {
         Ok(())
     }
 
+    /// The volume is nobody's that has ever owned the bucket.
+    pub(crate) fn becomes_another_instance(&self, name: &str) -> Result<(), Fault> {
+        let mut db = self.db();
+        let transaction = db.transaction()?;
+        transaction.execute("DELETE FROM meta WHERE name IN ('epoch', 'met', 'tried')", [])?;
+        transaction.execute("INSERT OR REPLACE INTO meta VALUES ('instance', ?)", [name])?;
+        transaction.commit()?;
+        Ok(())
+    }
+
     /// Lines of the manifest that are now true of the bucket, all or none.
     pub(crate) fn apply(&self, lines: &[Line], head: Option<Head>) -> Result<(), Fault> {
         let mut db = self.db();
@@ -683,6 +693,20 @@ mod tests {
         index.told(&[line("adopted", Word::Is(file(5)))]).unwrap();
         index.learn(&[line("adopted", Word::Is(file(5)))]).unwrap();
         assert!(untold().is_empty());
+    }
+
+    #[test]
+    fn a_volume_that_parts_from_its_copy_is_one_that_has_never_owned_the_bucket() {
+        let (_dir, index) = index();
+        for (name, value) in
+            [("instance", "one"), ("epoch", "7"), ("met", "7"), ("tried", "a b"), ("kept", "1")]
+        {
+            index.set_meta(name, value).unwrap();
+        }
+        index.becomes_another_instance("other").unwrap();
+        assert_eq!(index.meta("instance").unwrap().as_deref(), Some("other"));
+        assert_eq!((index.own_epoch().unwrap(), index.number("met").unwrap()), (None, 0));
+        assert_eq!((index.meta("tried").unwrap(), index.number("kept").unwrap()), (None, 1));
     }
 
     #[test]

@@ -27,7 +27,9 @@ use crate::scan::{Fetched, Found, Scanner};
 use crate::volume::Volume;
 use crate::{hydrate, rules};
 use cvm_blueprint::storage::{Mode, StorageSpec};
-use ownership::{Tried, is_behind, past, put_aside, still_there, wait_for_it, without_manifest};
+use ownership::{
+    Tried, is_behind, part_from_the_copy, past, put_aside, still_there, wait_for_it, without_manifest,
+};
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::os::unix::ffi::OsStrExt as _;
@@ -168,7 +170,7 @@ pub(crate) fn open(
         while uptime() < until {
             pause(until.saturating_sub(uptime()))?;
         }
-        lease.look(&bucket)?;
+        lease.look(&bucket).or_else(|fault| lost(desk, &held.index, &lease, fault))?;
     }
     desk.identity(&held.me.instance, lease.epoch());
     desk.did("ownership");
@@ -242,7 +244,7 @@ fn tree(
         made.stand(adopted, word.accepted)?
     };
     desk.did("tree");
-    settle(&lease, &bucket, &index, taken)?;
+    settle(desk, &lease, &bucket, &index, taken)?;
     if !alive {
         keep_promises(&mut chain, &bucket, &index, &lease, &intents)?;
         tell_digests(desk, &mut chain, &bucket, &index, &lease)?;
@@ -403,8 +405,16 @@ fn tell_digests(
     Ok(())
 }
 
-fn settle(lease: &Lease, bucket: &Bucket, index: &Index, taken: Duration) -> Result<(), Fault> {
-    lease.settle(bucket, taken)?;
+/// What a fault of the lease's means for this volume.
+pub(crate) fn lost<T>(desk: &Desk, index: &Index, lease: &Lease, fault: Fault) -> Result<T, Fault> {
+    if lease.was_lost_to_a_copy() {
+        part_from_the_copy(desk, index)?;
+    }
+    Err(fault)
+}
+
+fn settle(desk: &Desk, lease: &Lease, bucket: &Bucket, index: &Index, taken: Duration) -> Result<(), Fault> {
+    lease.settle(bucket, taken).or_else(|fault| lost(desk, index, lease, fault))?;
     index.set_meta("epoch", &lease.epoch().to_string())
 }
 
@@ -432,7 +442,7 @@ fn adopt(
         "The bucket has no manifest: {} objects of an older version are adopted as they are. What they were before cannot be checked",
         listed.len()
     ));
-    settle(lease, bucket, index, taken)?;
+    settle(desk, lease, bucket, index, taken)?;
     let mut lines: Vec<Line> = Vec::new();
     let mut directories = std::collections::BTreeSet::new();
     for object in listed {

@@ -6,7 +6,12 @@
 //! held                                             -> wait
 //! absent, and yet others have written              -> as if it were held: they may still be there
 //! ours, and somebody else's now                    -> we are fenced: write nothing more
+//! ours, and written by a copy of this machine      -> the same, and we are another instance from now on
 //! ```
+//!
+//! Two machines that were resumed from one snapshot have the same names, the same epoch and the same
+//! time since boot. What they do not have in common is when they write: each record carries a mark that
+//! no copy makes again, and one with a mark of ours that we have not written is a copy's.
 //!
 //! A server that writes on condition decides atomically. One that does not (the condition is tried
 //! on our own record, where it cannot hurt) gets a second look after a pause: of two that wrote at
@@ -20,11 +25,14 @@
 //! Refuses to write a record that is not authenticated, and to believe one.
 //! May import: `bucket`, `fault`, `manifest`, `s3`.
 
-use crate::bucket::Bucket;
+use crate::bucket::{Bucket, Found};
 use crate::fault::Fault;
-use crate::manifest::Digest;
+use crate::manifest::{Digest, ManifestKey};
 use crate::s3::When;
+use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+use std::collections::VecDeque;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -35,6 +43,34 @@ const STALE_BEATS: u32 = 3;
 const SETTLE: Duration = Duration::from_millis(600);
 /// For how long the bucket's last word that it is ours is believed, if beats are not even shorter.
 const FRESH: Duration = Duration::from_secs(5);
+/// The same before the manifest is written to: a copy of this machine, resumed later, believes what this
+/// one was told, and has written nothing else by then.
+const JUST_NOW: Duration = Duration::from_millis(500);
+/// By how much two clocks may drift apart while an answer is believed.
+const DRIFT: Duration = Duration::from_secs(1);
+/// Renewals whose answer was lost may still arrive: so many marks are known again.
+const MARKS: usize = 64;
+
+/// Where the record is kept.
+pub(crate) trait Store {
+    fn read(&self, name: &str) -> Result<Option<Found>, Fault>;
+    fn write(&self, name: &str, bytes: &[u8], when: &When) -> Result<Option<String>, Fault>;
+    fn key(&self) -> &ManifestKey;
+}
+
+impl Store for Bucket {
+    fn read(&self, name: &str) -> Result<Option<Found>, Fault> {
+        self.read(name)
+    }
+
+    fn write(&self, name: &str, bytes: &[u8], when: &When) -> Result<Option<String>, Fault> {
+        self.write(name, bytes, when)
+    }
+
+    fn key(&self) -> &ManifestKey {
+        &self.key
+    }
+}
 
 /// Who we are, for as long as this worker lives.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -63,6 +99,9 @@ pub(crate) struct Record {
     /// How far its owner had come with the manifest: whoever finds less lacks the end of it.
     #[serde(default, skip_serializing_if = "is_nothing")]
     pub(crate) generation: u64,
+    /// No other record has it: not even one that a copy of this machine writes.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    mark: String,
 }
 
 #[allow(clippy::trivially_copy_pass_by_ref)] // as serde wants it
@@ -110,11 +149,37 @@ pub(crate) fn judge(
 
 /// Time that also passes while the machine sleeps.
 pub(crate) fn uptime() -> Duration {
-    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME);
-    now.map_or(Duration::ZERO, Duration::from)
+    time(ClockId::CLOCK_BOOTTIME)
 }
 
-pub(crate) fn read(bucket: &Bucket) -> Result<Option<(Record, Option<String>)>, Fault> {
+fn time(clock: ClockId) -> Duration {
+    clock_gettime(clock).map_or(Duration::ZERO, Duration::from)
+}
+
+/// A moment by all clocks: what stops this machine or sets it back need not be seen by each of them.
+#[derive(Debug, Clone, Copy)]
+struct Moment {
+    uptime: Duration,
+    awake: Duration,
+    wall: Duration,
+}
+
+impl Moment {
+    fn now() -> Self {
+        let [uptime, awake, wall] =
+            [ClockId::CLOCK_BOOTTIME, ClockId::CLOCK_MONOTONIC, ClockId::CLOCK_REALTIME].map(time);
+        Self { uptime, awake, wall }
+    }
+
+    /// Whether `now` is so soon after it, and no clock says that this machine stood still meanwhile.
+    fn is_followed_by(self, now: Self, within: Duration) -> bool {
+        let passed = now.uptime.saturating_sub(self.uptime);
+        let agrees = |before: Duration, after: Duration| after.abs_diff(before + passed) < DRIFT;
+        passed < within && agrees(self.awake, now.awake) && agrees(self.wall, now.wall)
+    }
+}
+
+pub(crate) fn read(bucket: &dyn Store) -> Result<Option<(Record, Option<String>)>, Fault> {
     let Some((bytes, etag)) = bucket.read(NAME)? else { return Ok(None) };
     let suspicious = || {
         Fault::Suspicious(
@@ -128,11 +193,11 @@ pub(crate) fn read(bucket: &Bucket) -> Result<Option<(Record, Option<String>)>, 
     Ok(Some((signed.record, etag)))
 }
 
-fn tag(bucket: &Bucket, record: &Record) -> Digest {
-    bucket.key.tag("owner", &[&serde_json::to_vec(record).unwrap_or_default()])
+fn tag(bucket: &dyn Store, record: &Record) -> Digest {
+    bucket.key().tag("owner", &[&serde_json::to_vec(record).unwrap_or_default()])
 }
 
-fn write(bucket: &Bucket, record: &Record, when: &When) -> Result<Option<String>, Fault> {
+fn write(bucket: &dyn Store, record: &Record, when: &When) -> Result<Option<String>, Fault> {
     let signed = Signed { record: record.clone(), tag: tag(bucket, record) };
     bucket.write(NAME, &serde_json::to_vec(&signed).unwrap_or_default(), when)
 }
@@ -150,17 +215,47 @@ struct State {
     conditional: bool,
     /// When the question was asked to which the bucket last said that it is ours: a machine may
     /// stand still for any time between its answer and our reading it.
-    confirmed: Duration,
+    confirmed: Moment,
+    /// Of the records that we have tried to write.
+    marks: VecDeque<String>,
     /// A renewal writes at every second beat and looks at the others.
     looked: bool,
     settled: bool,
-    lost: Option<String>,
+    lost: Option<Lost>,
+}
+
+#[derive(Clone)]
+struct Lost {
+    why: String,
+    /// To a copy of this machine.
+    to_a_copy: bool,
+}
+
+impl State {
+    fn is_held(&self) -> Result<(), Fault> {
+        self.lost.as_ref().map_or(Ok(()), |lost| Err(Fault::Fenced(lost.why.clone())))
+    }
+
+    fn lose(&mut self, why: String, to_a_copy: bool) -> Fault {
+        self.lost = Some(Lost { why: why.clone(), to_a_copy });
+        Fault::Fenced(why)
+    }
+
+    /// The next record of ours, under a mark that is known from here on.
+    fn next(&mut self) -> Result<Record, Fault> {
+        let mark = random_name()?;
+        self.marks.push_back(mark.clone());
+        if self.marks.len() > MARKS {
+            self.marks.pop_front();
+        }
+        Ok(Record { beat: self.record.beat + 1, mark, ..self.record.clone() })
+    }
 }
 
 impl Lease {
     /// Takes the record that was read, if nobody else does in the same moment.
     pub(crate) fn take(
-        bucket: &Bucket,
+        bucket: &dyn Store,
         me: &Me,
         when: &When,
         epoch: u64,
@@ -176,8 +271,9 @@ impl Lease {
             beat_s: beat.as_secs(),
             released: false,
             generation,
+            mark: random_name()?,
         };
-        let asked = uptime();
+        let asked = Moment::now();
         let etag = match write(bucket, &record, when) {
             Err(Fault::NotImplemented) => write(bucket, &record, &When::Always)?,
             other => other?,
@@ -190,6 +286,7 @@ impl Lease {
             Err(fault) => return Err(fault),
         };
         let state = State {
+            marks: VecDeque::from([record.mark.clone()]),
             record,
             etag,
             conditional,
@@ -223,7 +320,7 @@ impl Lease {
 
     /// Waits out the moment in which another instance may have written over our record. Nothing
     /// is written, and no gateway started, before this has said yes.
-    pub(crate) fn settle(&self, bucket: &Bucket, taken: Duration) -> Result<(), Fault> {
+    pub(crate) fn settle(&self, bucket: &dyn Store, taken: Duration) -> Result<(), Fault> {
         if self.state().settled {
             return Ok(());
         }
@@ -233,41 +330,49 @@ impl Lease {
         Ok(())
     }
 
-    /// Whether we may write: known from a moment ago, or asked now.
-    pub(crate) fn confirm(&self, bucket: &Bucket) -> Result<(), Fault> {
-        let fresh = {
+    /// Whether we may write: known from some moments ago, or asked now.
+    pub(crate) fn confirm(&self, bucket: &dyn Store) -> Result<(), Fault> {
+        self.confirm_within(bucket, fresh(self.beat))
+    }
+
+    /// The same before the manifest is written to.
+    pub(crate) fn confirm_just_now(&self, bucket: &dyn Store) -> Result<(), Fault> {
+        self.confirm_within(bucket, JUST_NOW)
+    }
+
+    fn confirm_within(&self, bucket: &dyn Store, within: Duration) -> Result<(), Fault> {
+        let known = {
             let state = self.state();
-            if let Some(why) = &state.lost {
-                return Err(Fault::Fenced(why.clone()));
-            }
-            uptime().saturating_sub(state.confirmed) < fresh(self.beat)
+            state.is_held()?;
+            state.confirmed.is_followed_by(Moment::now(), within)
         };
-        if fresh { Ok(()) } else { self.look(bucket) }
+        if known { Ok(()) } else { self.look(bucket) }
+    }
+
+    /// Whether it was lost to a copy of this machine, which has all of its names.
+    pub(crate) fn was_lost_to_a_copy(&self) -> bool {
+        self.state().lost.as_ref().is_some_and(|lost| lost.to_a_copy)
     }
 
     /// One beat: keeps the record fresh for others, and sees whether it is still ours.
-    pub(crate) fn renew(&self, bucket: &Bucket) -> Result<(), Fault> {
+    pub(crate) fn renew(&self, bucket: &dyn Store) -> Result<(), Fault> {
         let (record, when) = {
             let mut state = self.state();
-            if let Some(why) = &state.lost {
-                return Err(Fault::Fenced(why.clone()));
-            }
-            let late = uptime().saturating_sub(state.confirmed) > self.beat * 3 / 2;
+            state.is_held()?;
+            let late = !state.confirmed.is_followed_by(Moment::now(), self.beat * 3 / 2);
             if !state.conditional && (late || !state.looked) {
                 state.looked = true;
                 drop(state);
                 return self.look(bucket);
             }
             state.looked = false;
-            let mut record = state.record.clone();
-            record.beat += 1;
             let when = match (&state.etag, state.conditional) {
                 (Some(etag), true) => When::Unchanged(etag.clone()),
                 _ => When::Always,
             };
-            (record, when)
+            (state.next()?, when)
         };
-        let asked = uptime();
+        let asked = Moment::now();
         match write(bucket, &record, &when) {
             Ok(etag) => {
                 let mut state = self.state();
@@ -281,34 +386,33 @@ impl Lease {
     }
 
     /// Reads the record, and gives up for ever if it is somebody else's.
-    pub(crate) fn look(&self, bucket: &Bucket) -> Result<(), Fault> {
-        let asked = uptime();
+    pub(crate) fn look(&self, bucket: &dyn Store) -> Result<(), Fault> {
+        let asked = Moment::now();
         let found = read(bucket)?;
         let mut state = self.state();
         let Some((record, etag)) = found else {
-            let why = "the ownership record has vanished from the bucket".to_owned();
-            state.lost = Some(why.clone());
-            return Err(Fault::Fenced(why));
+            return Err(state.lose("the ownership record has vanished from the bucket".to_owned(), false));
         };
-        if record.session == self.me.session && record.epoch == state.record.epoch {
-            (state.etag, state.confirmed) = (etag, asked);
-            state.record.beat = state.record.beat.max(record.beat);
-            return Ok(());
+        if record.session != self.me.session || record.epoch != state.record.epoch {
+            let who = short(&record.instance);
+            let why = format!("instance {who} owns the bucket now (epoch {})", record.epoch);
+            return Err(state.lose(why, false));
         }
-        let why =
-            format!("instance {} owns the bucket now (epoch {})", short(&record.instance), record.epoch);
-        state.lost = Some(why.clone());
-        Err(Fault::Fenced(why))
+        if !state.marks.contains(&record.mark) {
+            let why = "a copy of this machine owns the bucket: both were resumed from one snapshot";
+            return Err(state.lose(why.to_owned(), true));
+        }
+        (state.etag, state.confirmed) = (etag, asked);
+        state.record.beat = state.record.beat.max(record.beat);
+        Ok(())
     }
 
     /// Gives the bucket to whoever comes next.
-    pub(crate) fn release(&self, bucket: &Bucket) -> Result<(), Fault> {
+    pub(crate) fn release(&self, bucket: &dyn Store) -> Result<(), Fault> {
         self.look(bucket)?;
         let (record, when) = {
-            let state = self.state();
-            let mut record = state.record.clone();
-            record.released = true;
-            record.beat += 1;
+            let mut state = self.state();
+            let record = Record { released: true, ..state.next()? };
             let when = state.etag.clone().filter(|_| state.conditional).map_or(When::Always, When::Unchanged);
             (record, when)
         };
@@ -320,11 +424,17 @@ fn fresh(beat: Duration) -> Duration {
     FRESH.min(beat * 3 / 2)
 }
 
-/// One that nobody else has.
+/// One that nobody else has. Two kernels that were resumed from one snapshot may give the same random
+/// numbers; they do not come here at the same nanosecond.
 pub(crate) fn random_name() -> Result<String, Fault> {
-    let mut bytes = [0u8; 16];
+    let mut bytes = [0u8; 32];
     getrandom::fill(&mut bytes).map_err(|_| Fault::other("the kernel gives no random numbers"))?;
-    Ok(u128::from_le_bytes(bytes)).map(|number| format!("{number:032x}"))
+    let Moment { uptime, wall, .. } = Moment::now();
+    let times = [uptime, wall].map(|time| time.as_nanos().to_le_bytes());
+    let digest = Sha256::new().chain_update(bytes).chain_update(times.as_flattened()).finalize();
+    let mut name = Digest(digest.into()).to_string();
+    name.truncate(32);
+    Ok(name)
 }
 
 /// Enough of a random name for people.
@@ -335,6 +445,7 @@ pub(crate) fn short(name: &str) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
     const BEAT: Duration = Duration::from_secs(60);
 
@@ -352,7 +463,179 @@ mod tests {
             beat_s: 0,
             released,
             generation: 0,
+            mark: String::new(),
         }
+    }
+
+    /// One object, on a server that knows conditions or does not.
+    struct Fake {
+        key: ManifestKey,
+        conditional: bool,
+        object: Mutex<Option<(Vec<u8>, u64)>>,
+        reads: AtomicUsize,
+    }
+
+    impl Fake {
+        fn new(conditional: bool) -> Self {
+            let key = ManifestKey::new(zeroize::Zeroizing::new(vec![7; 32]));
+            Self { key, conditional, object: Mutex::default(), reads: AtomicUsize::new(0) }
+        }
+
+        fn reads(&self) -> usize {
+            self.reads.swap(0, Ordering::Relaxed)
+        }
+    }
+
+    impl Store for Fake {
+        fn read(&self, _: &str) -> Result<Option<Found>, Fault> {
+            self.reads.fetch_add(1, Ordering::Relaxed);
+            let object = self.object.lock().unwrap().clone();
+            Ok(object.map(|(bytes, number)| (bytes, Some(number.to_string()))))
+        }
+
+        fn write(&self, _: &str, bytes: &[u8], when: &When) -> Result<Option<String>, Fault> {
+            let mut object = self.object.lock().unwrap();
+            let number = object.as_ref().map_or(0, |(_, number)| *number);
+            let holds = match when {
+                When::Always => true,
+                When::Absent => object.is_none(),
+                When::Unchanged(etag) => *etag == number.to_string(),
+            };
+            if self.conditional && !holds {
+                return Err(Fault::Conflict);
+            }
+            *object = Some((bytes.to_vec(), number + 1));
+            Ok(Some((number + 1).to_string()))
+        }
+
+        fn key(&self) -> &ManifestKey {
+            &self.key
+        }
+    }
+
+    impl Lease {
+        fn of(fake: &Fake) -> Self {
+            Self::take(fake, &me(), &When::Always, 1, 0, BEAT).unwrap()
+        }
+
+        /// As two machines have it that were resumed from one snapshot.
+        fn copied(&self) -> Self {
+            let state = self.state();
+            let (record, etag, marks) = (state.record.clone(), state.etag.clone(), state.marks.clone());
+            let State { conditional, confirmed, looked, settled, .. } = *state;
+            let lost = state.lost.clone();
+            let state = State { record, etag, conditional, confirmed, marks, looked, settled, lost };
+            Self { me: self.me.clone(), beat: self.beat, state: Mutex::new(state) }
+        }
+
+        /// The bucket's last word is older than any that is believed.
+        fn ages(&self) {
+            self.ages_by(FRESH);
+        }
+
+        fn ages_by(&self, by: Duration) {
+            let mut state = self.state();
+            let Moment { uptime, awake, wall } = &mut state.confirmed;
+            for clock in [uptime, awake, wall] {
+                *clock = clock.saturating_sub(by);
+            }
+        }
+
+        /// Until a beat has written, which every second one does.
+        fn beats(&self, fake: &Fake) -> Result<(), Fault> {
+            self.renew(fake).and_then(|()| self.renew(fake))
+        }
+    }
+
+    #[test]
+    fn of_two_machines_that_were_resumed_from_one_snapshot_one_writes() {
+        for conditional in [true, false] {
+            let fake = Fake::new(conditional);
+            let one = Lease::of(&fake);
+            one.beats(&fake).unwrap();
+            let other = one.copied();
+            one.beats(&fake).unwrap();
+            // It beats before it writes, or writes before it beats.
+            let also = other.copied();
+            other.ages();
+            for said in [other.confirm(&fake), also.beats(&fake)] {
+                assert!(matches!(said, Err(Fault::Fenced(_))), "{said:?}, conditional: {conditional}");
+            }
+            assert!(other.was_lost_to_a_copy() && also.was_lost_to_a_copy());
+            assert!(matches!(other.confirm_just_now(&fake), Err(Fault::Fenced(_))), "for ever");
+            // And the first one does not notice.
+            one.ages();
+            one.confirm(&fake).unwrap();
+            one.beats(&fake).unwrap();
+            assert!(!one.was_lost_to_a_copy());
+        }
+    }
+
+    #[test]
+    fn of_two_copies_that_have_beaten_as_often_one_writes() {
+        let fake = Fake::new(false);
+        let one = Lease::of(&fake);
+        let other = one.copied();
+        // Neither looks: both write the same beat of the same session.
+        for lease in [&one, &other] {
+            lease.state().looked = true;
+            lease.renew(&fake).unwrap();
+        }
+        for lease in [&one, &other] {
+            lease.ages();
+        }
+        other.confirm(&fake).unwrap();
+        assert!(matches!(one.confirm(&fake), Err(Fault::Fenced(_))) && one.was_lost_to_a_copy());
+    }
+
+    #[test]
+    fn an_answer_that_got_lost_makes_nobody_a_copy() {
+        for conditional in [true, false] {
+            let fake = Fake::new(conditional);
+            let lease = Lease::of(&fake);
+            let lost = lease.state().next().unwrap();
+            write(&fake, &lost, &When::Always).unwrap();
+            lease.ages();
+            lease.confirm(&fake).unwrap();
+            lease.beats(&fake).unwrap();
+            // It is carried out once more, after others.
+            write(&fake, &lost, &When::Always).unwrap();
+            lease.ages();
+            lease.confirm(&fake).unwrap();
+            lease.release(&fake).unwrap();
+            assert!(read(&fake).unwrap().is_some_and(|(record, _)| record.released));
+        }
+    }
+
+    #[test]
+    fn the_manifest_is_written_on_a_word_of_this_moment_and_objects_on_one_of_some_moments_ago() {
+        let fake = Fake::new(false);
+        let lease = Lease::of(&fake);
+        lease.look(&fake).unwrap();
+        fake.reads();
+        lease.confirm(&fake).unwrap();
+        lease.confirm_just_now(&fake).unwrap();
+        assert_eq!(fake.reads(), 0);
+        lease.ages_by(JUST_NOW);
+        lease.confirm(&fake).unwrap();
+        assert_eq!(fake.reads(), 0);
+        lease.confirm_just_now(&fake).unwrap();
+        assert_eq!(fake.reads(), 1);
+    }
+
+    #[test]
+    fn a_word_is_not_believed_when_a_clock_says_that_the_machine_stood_still() {
+        let at = |uptime, awake, wall| {
+            let [uptime, awake, wall] = [uptime, awake, wall].map(Duration::from_secs);
+            Moment { uptime, awake, wall }
+        };
+        let told = at(100, 90, 5000);
+        let within = |now| told.is_followed_by(now, FRESH);
+        assert!(within(at(104, 94, 5004)));
+        assert!(!within(at(105, 95, 5005)), "too long ago");
+        assert!(!within(at(104, 91, 5004)), "it slept");
+        assert!(!within(at(101, 91, 9000)), "it was resumed, and somebody has set its clock");
+        assert!(!within(at(101, 91, 4000)), "or set it back");
     }
 
     #[test]

@@ -567,7 +567,7 @@ impl Pusher<'_> {
     }
 
     fn merge(&mut self) -> Result<(), Fault> {
-        self.lease.confirm(self.bucket)?;
+        self.lease.confirm_just_now(self.bucket)?;
         self.chain.merge(self.bucket, self.index, self.lease.epoch())
     }
 
@@ -576,7 +576,7 @@ impl Pusher<'_> {
         if lines.is_empty() {
             return Ok(());
         }
-        self.lease.confirm(self.bucket)?;
+        self.lease.confirm_just_now(self.bucket)?;
         self.chain.append(self.bucket, self.index, self.lease.epoch(), lines)
     }
 }

@@ -136,8 +136,10 @@ impl Worker {
         match tree.serve() {
             End::Stop => Ok(tree.drain()),
             End::Again(fault) => {
+                let (open, lease) = (tree.open(), Arc::clone(&tree.ready.lease));
+                let outcome = opening::lost(&tree.worker.desk, &open.index, &lease, fault);
                 tree.leave();
-                Err(fault)
+                outcome
             }
         }
     }

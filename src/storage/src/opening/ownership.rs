@@ -175,6 +175,17 @@ pub(super) fn past(
     Ok(Held { volume, ..held })
 }
 
+/// A copy of this machine owns the bucket under this one's names: from now on this is another instance,
+/// and the tree on its volume has another past than whatever the bucket will hold.
+pub(super) fn part_from_the_copy(desk: &Desk, index: &Index) -> Result<(), Fault> {
+    let name = owner::random_name()?;
+    desk.warn(format!(
+        "A copy of this machine owns the bucket: both were resumed from one snapshot. This one is instance {} from now on, and what is on its volume is not pushed",
+        owner::short(&name)
+    ));
+    index.becomes_another_instance(&name)
+}
+
 /// A tree that is not to be merged with the bucket's. Yields the volume without it.
 pub(super) fn put_aside(desk: &Desk, index: &Index) -> Result<Volume, Fault> {
     // Whoever stands on it hears of it first.

@@ -293,7 +293,7 @@ impl Tree<'_> {
     pub(super) fn look_around(&mut self, round: &mut Round, first: &HashSet<&Path>) -> Result<Looked, Fault> {
         if self.ready.chain.is_unsure() {
             let open = self.open();
-            self.ready.lease.confirm(&open.bucket)?;
+            self.ready.lease.confirm_just_now(&open.bucket)?;
             // Before the look: what it says is true of the index from here on.
             self.ready.chain.settle(&open.bucket, &open.index)?;
         }
