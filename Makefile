@@ -22,11 +22,13 @@ demo: ## install what is missing, build, and run the real gateway under the supe
 	@tests/demo $(if $(S3),s3)
 
 test: ## install what is missing and run every test
-	@tests/setup test
-	@$(MAKE) --no-print-directory lint build
+	@rm -f target/phases
+	@tests/timed setup tests/setup test
+	@tests/timed lints $(MAKE) --no-print-directory lint
+	@tests/timed build $(MAKE) --no-print-directory build
+	@tests/timed 'fuzz targets' $(MAKE) --no-print-directory fuzz-smoke
 	@echo "== Tests"
 	@tests/run
-	@$(MAKE) --no-print-directory fuzz-smoke
 
 soak: ## the same tests with more rounds
 	@tests/setup test
@@ -61,5 +63,5 @@ fuzz-smoke: ## each fuzz target for a short while
 	@echo "== Fuzz targets, a short run of each"
 	@tests/fuzz/run 10
 
-clean: ## remove what was built and installed below target/
+clean: ## remove what was built and installed below target/; what ~/.cache/openclaw-cvm keeps for other clones stays
 	rm -rf target

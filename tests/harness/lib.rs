@@ -13,6 +13,7 @@
 //! * [`mux`], [`chat`]: a mux-server, and a model or what takes the gateway's place.
 //! * [`digest`]: whether two trees are the same.
 //! * [`sqlite`]: what a database holds that the test programs write to.
+//! * [`pins`]: the list of the least safe versions of what we ship.
 //! * [`tools`]: programs that know nothing of the product and judge what it stores.
 //! * [`versioned`]: files that say which version of themselves they are.
 //! * [`wait`]: waiting for something to become true, with words for when it does not.
@@ -28,6 +29,7 @@ mod http;
 pub mod machine;
 pub mod mux;
 pub mod network;
+pub mod pins;
 pub mod proxy;
 pub mod s3;
 pub mod sandbox;
@@ -45,5 +47,6 @@ pub use garage::Garage;
 pub use machine::{Builder, Machine, Process};
 pub use mux::Mux;
 pub use network::Network;
+pub use pins::least_safe;
 pub use proxy::{Fault, Proxy, Rule};
 pub use wait::{before, until};

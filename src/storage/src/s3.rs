@@ -11,6 +11,7 @@ use cvm_blueprint::storage::StorageSpec;
 use rusty_s3::actions::ListObjectsV2;
 use rusty_s3::{Bucket, Credentials, S3Action, UrlStyle};
 use std::io::Read as _;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use ureq::tls::{RootCerts, TlsConfig};
@@ -78,7 +79,10 @@ impl S3 {
             Some(token) => Credentials::new_with_token(key.as_str(), secret.as_str(), text(token)?.as_str()),
             None => Credentials::new(key.as_str(), secret.as_str()),
         };
-        let tls = TlsConfig::builder().root_certs(RootCerts::PlatformVerifier).build();
+        let tls = TlsConfig::builder()
+            .root_certs(RootCerts::PlatformVerifier)
+            .unversioned_rustls_crypto_provider(Arc::new(rustls::crypto::ring::default_provider()))
+            .build();
         let agent = ureq::Agent::config_builder()
             .tls_config(tls)
             .http_status_as_error(false)
@@ -228,5 +232,49 @@ fn io_words(error: &std::io::Error) -> String {
             || "the connection failed".to_owned(),
             |code| nix::errno::Errno::from_raw(code).desc().to_owned(),
         ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use cvm_blueprint::storage::CryptSpec;
+    use cvm_blueprint::wire::PackedBytes;
+    use std::io::{Read as _, Write as _};
+
+    #[test]
+    fn what_does_not_speak_tls_is_no_s3_server() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        let endpoint = format!("https://{}", listener.local_addr().expect("an address"));
+        let server = std::thread::spawn(move || {
+            let (mut client, _) = listener.accept().expect("a client");
+            let mut hello = [0; 6];
+            client.read_exact(&mut hello).expect("its first words");
+            client.write_all(b"HTTP/1.1 200 OK\r\n\r\n").expect("the client reads");
+            hello
+        });
+        let key = || PackedBytes::pack(b"key");
+        let spec = StorageSpec {
+            bucket: "claws".into(),
+            prefix: String::new(),
+            region: "us-east-1".into(),
+            provider: "Other".into(),
+            endpoint: Some(endpoint),
+            access_key_id: key(),
+            secret_access_key: key(),
+            session_token: None,
+            crypt: CryptSpec::Clear { password: key(), salt: key() },
+            manifest_key: key(),
+            user: "openclaw".into(),
+            anchor: None,
+            heartbeat_s: 60,
+            drain_s: 60,
+            drill_s: 0,
+        };
+        let s3 = S3::new(&spec).unwrap_or_else(|_| panic!("a client"));
+        assert!(matches!(s3.get("object"), Err(Fault::Tls(_) | Fault::Unreachable(_))));
+        // A handshake, and in it a hello.
+        let hello = server.join().expect("the server does not panic");
+        assert_eq!((hello[0], hello[5]), (22, 1));
     }
 }
