@@ -381,7 +381,7 @@ fn a_volume_keeps_everything_through_kills_restarts_and_a_new_container() {
     assert!(String::from_utf8_lossy(&touched.stderr).contains("Read-only file system"));
 
     assert_eq!(engine.inspect(CVM, ".HostConfig.Privileged"), "false");
-    assert_eq!(engine.inspect(CVM, ".Config.StopTimeout"), "620");
+    assert_eq!(engine.inspect(CVM, ".Config.StopTimeout"), "90");
 
     for words in [&["openclaw", "--version"][..], &["openclaw", "channels", "status", "--probe"]] {
         let command = words.join(" ");

@@ -1,6 +1,6 @@
 //! What the documents and the compose file say, held against the code.
 
-use cvm_blueprint::conduct::{ENGINE_WAITS, Machine};
+use cvm_blueprint::conduct::{ENGINE_WAITS, Machine, STOP_AT_MOST};
 use cvm_blueprint::config::Config;
 use cvm_blueprint::env::{Environment, VARIABLES};
 use cvm_blueprint::{plan, service};
@@ -45,7 +45,7 @@ fn longest(more: &[(&str, &str)]) -> Machine {
 }
 
 #[test]
-fn compose_waits_longer_than_the_longest_ordered_stop() {
+fn a_stop_by_the_defaults_fits_what_dstack_and_the_compose_file_give_it() {
     let machine = longest(&[]);
     let compose = read("docker-compose.yml");
     let default = compose.lines().find_map(|l| {
@@ -54,7 +54,9 @@ fn compose_waits_longer_than_the_longest_ordered_stop() {
     });
     assert_eq!(default, Some(ENGINE_WAITS));
     let budget = machine.stop_budget();
-    assert!(ENGINE_WAITS > budget, "{ENGINE_WAITS:?} against a budget of {budget:?}");
+    assert_eq!(ENGINE_WAITS, Duration::from_secs(90), "as systemd gives a unit without TimeoutStopSec");
+    assert!(budget <= STOP_AT_MOST && STOP_AT_MOST < ENGINE_WAITS, "a budget of {budget:?}");
+    assert!(read("README.md").contains(&format!("a stop ends within {} seconds", budget.as_secs())));
     assert!(read("README.md").contains(&format!("--stop-timeout {}", ENGINE_WAITS.as_secs())));
 }
 

@@ -228,6 +228,26 @@ fn a_stop_after_which_the_bucket_lacks_something_is_status_75_and_the_last_line_
 }
 
 #[test]
+fn the_worker_goes_on_while_a_busy_gateway_drains_and_is_told_to_end_after_it() {
+    let beats = format!(
+        "chmod 777 $W; say '{READY}'; (while [ ! -e /data/worker/over ]; do echo >> /data/worker/beats; sleep 0.05; done) &"
+    );
+    let last = format!("echo storage >> /data/worker/order; touch /data/worker/over; {DRAINED}");
+    // It does not end before the worker has worked on.
+    let gateway = "#!/bin/sh\ncvm-victim http 18789 & V=$!\n\
+        drain() { n=$(wc -c < /data/worker/beats)\n\
+        until [ $(wc -c < /data/worker/beats) -gt $((n + 3)) ]; do sleep 0.05; done\n\
+        echo gateway >> /data/worker/order; kill $V; exit 0; }\n\
+        trap drain TERM; while :; do sleep 0.05; done\n";
+    let mut machine = bucket(&worker(&beats, &last), gateway).start();
+    machine.service_in("gateway", &["ready"]);
+    let data = machine.data();
+    assert_eq!(machine.stop(), 0, "{}", machine.output());
+    let order = std::fs::read_to_string(data.join("worker/order")).unwrap();
+    assert_eq!(order, "gateway\nstorage\n", "{}", machine.output());
+}
+
+#[test]
 fn a_second_sigterm_does_not_wait_for_the_bucket() {
     let never = "while :; do sleep 1; done";
     let mut machine = bucket(&worker(&format!("say '{READY}'"), never), HEALTHY)

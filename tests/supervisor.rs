@@ -249,6 +249,22 @@ fn a_gateway_that_ignores_sigterm_is_killed_at_the_end_of_its_budget_and_the_sto
 }
 
 #[test]
+fn a_gateway_that_works_may_take_longer_than_its_start_timeout() {
+    let script = "#!/bin/sh\nuntil [ -e /data/openclaw/enough ]; do\n\
+        i=0; while [ $i -lt 20000 ]; do i=$((i + 1)); done; sleep 0.1; done\nexec cvm-victim http 18789\n";
+    // Two looks at its work fall into each of these spans.
+    let mut machine = product(script).environment("OPENCLAW_GATEWAY_START_TIMEOUT", "11").start();
+    let pid = pid_of(&machine, "gateway");
+    until("it has run for longer than that", PATIENCE, || {
+        (machine.service("gateway")["up_ms"].as_u64() > Some(23_000)).then_some(())
+    });
+    assert_eq!(pid_of(&machine, "gateway"), pid, "{}", machine.output());
+    machine.ok(&["touch", "/data/openclaw/enough"]);
+    machine.service_in("gateway", &["ready"]);
+    assert_eq!(machine.stop(), 0, "{}", machine.output());
+}
+
+#[test]
 fn a_second_sigterm_does_not_wait_any_longer() {
     let script = "#!/bin/sh\nexec cvm-victim stubborn\n";
     let mut machine = product(script).environment("OPENCLAW_GATEWAY_STOP_TIMEOUT", "3600").start();

@@ -2,6 +2,9 @@
 //!
 //! ```text
 //! Up ── SIGTERM ──> Closing(order 1, 5, 9 …) ── all at rest ──> Sweeping(TERM → KILL) ── nobody left ──> Over
+//!
+//! Each group has its grace, and all groups share [`OVERHEAD`] for trees that are slow to die. A group that
+//! has used both up is left behind for the sweep, so the whole stop ends within [`Machine::stop_budget`].
 //! ```
 //!
 //! A pure state machine over the machines of the single services. It owns which step may
@@ -101,15 +104,18 @@ pub enum Action {
 
 /// Between SIGTERM and SIGKILL for whoever is left when the services are down: login
 /// sessions and daemons of theirs.
-const SWEEP_TERM: Duration = Duration::from_secs(3);
+const SWEEP_TERM: Duration = Duration::from_secs(2);
 /// Between SIGKILL and giving up on processes that the kernel holds.
-const SWEEP_KILL: Duration = Duration::from_secs(5);
+const SWEEP_KILL: Duration = Duration::from_secs(3);
 /// Between the end of a step's deadline and the end of its keeper.
 const STEP_KILL: Duration = Duration::from_secs(3);
-/// What the compose file has the engine wait after a stop, unless `STOP_GRACE_PERIOD` says otherwise.
-pub const ENGINE_WAITS: Duration = Duration::from_secs(620);
-/// What the steps of ending one service may add to its grace: see `supervise`.
-const ENDING_OVERHEAD: Duration = Duration::from_secs(15);
+/// What the compose file has the engine wait after a stop, unless `STOP_GRACE_PERIOD` says otherwise. dstack
+/// stops a VM's containers in a unit that systemd ends after this time, whatever the compose file says.
+pub const ENGINE_WAITS: Duration = Duration::from_secs(90);
+/// A stop by the defaults ends within this. The rest of [`ENGINE_WAITS`] is for the engine's own work.
+pub const STOP_AT_MOST: Duration = Duration::from_secs(80);
+/// What all groups together may take beyond their graces, for trees that do not die at once of SIGKILL.
+const OVERHEAD: Duration = Duration::from_secs(5);
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StepState {
@@ -189,8 +195,15 @@ pub struct ServiceRecord {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
     Up,
-    Closing { order: u8 },
-    Sweeping { hard: bool, until: Moment },
+    /// The group of services with this order is being stopped, and its longest grace ends at `until`.
+    Closing {
+        order: u8,
+        until: Moment,
+    },
+    Sweeping {
+        hard: bool,
+        until: Moment,
+    },
     Over,
 }
 
@@ -203,6 +216,8 @@ pub struct Machine {
     asked: bool,
     hurried: bool,
     closing_since: Moment,
+    /// What is left of [`OVERHEAD`].
+    overhead: Duration,
     storage: tree::Storage,
 }
 
@@ -220,7 +235,16 @@ impl Machine {
             })
             .collect();
         let (phase, closing_since, storage) = (Phase::Up, Moment::default(), tree::Storage::default());
-        Self { steps, services, phase, asked: false, hurried: false, closing_since, storage }
+        Self {
+            steps,
+            services,
+            phase,
+            asked: false,
+            hurried: false,
+            closing_since,
+            overhead: OVERHEAD,
+            storage,
+        }
     }
 
     pub fn phase(&self) -> Phase {
@@ -246,13 +270,15 @@ impl Machine {
     /// What to say at boot when a stop may take longer than the engine waits by default.
     pub fn warning_of_a_long_stop(&self) -> Option<String> {
         let budget = self.stop_budget();
-        (budget >= ENGINE_WAITS).then(|| {
+        (budget > STOP_AT_MOST).then(|| {
             format!(
                 "A stop may take up to {}, and the compose file has the engine kill everything after {}: set \
-                 STOP_GRACE_PERIOD={}s for it, or `--stop-timeout` where there is no compose file",
+                 STOP_GRACE_PERIOD={}s for it, or `--stop-timeout` where there is no compose file. dstack gives a \
+                 machine that is shut down {}, whatever is set",
                 words(budget),
                 words(ENGINE_WAITS),
-                budget.as_secs() + 10
+                budget.as_secs() + 10,
+                words(ENGINE_WAITS)
             )
         })
     }
@@ -262,11 +288,14 @@ impl Machine {
         let mut orders: Vec<u8> = self.services.iter().map(|s| s.service.stop_order).collect();
         orders.sort_unstable();
         orders.dedup();
-        let of_order = |order: u8| {
-            let graces = self.services.iter().filter(|s| s.service.stop_order == order);
-            graces.map(|s| s.service.grace + ENDING_OVERHEAD).max().unwrap_or_default()
-        };
-        orders.into_iter().map(of_order).sum::<Duration>() + SWEEP_TERM + SWEEP_KILL
+        let graces = orders.into_iter().map(|order| self.grace_of(order));
+        graces.sum::<Duration>() + OVERHEAD + SWEEP_TERM + SWEEP_KILL
+    }
+
+    /// The longest grace in the group of services with this order.
+    fn grace_of(&self, order: u8) -> Duration {
+        let graces = self.services.iter().filter(|s| s.service.stop_order == order).map(|s| s.service.grace);
+        graces.max().unwrap_or_default()
     }
 
     /// Steps that `service` still waits for, with what is known of them.
@@ -298,7 +327,8 @@ impl Machine {
         let units = self.services.iter().filter_map(|s| s.unit.deadline());
         let phase = match self.phase {
             Phase::Sweeping { until, .. } => Some(until),
-            _ => None,
+            Phase::Closing { until, .. } => Some(until + self.overhead),
+            Phase::Up | Phase::Over => None,
         };
         steps.chain(units).chain(phase).min()
     }
@@ -556,7 +586,6 @@ impl Machine {
             }
         }
         let first = self.services.iter().map(|s| s.service.stop_order).min().unwrap_or(0);
-        self.phase = Phase::Closing { order: first };
         // A service of a later group that dies meanwhile must not come back.
         for record in &mut self.services {
             record.unit.refuse_starts();
@@ -575,6 +604,7 @@ impl Machine {
     }
 
     fn close_order(&mut self, order: u8, now: Moment, out: &mut Vec<Action>) {
+        self.phase = Phase::Closing { order, until: now + self.grace_of(order) };
         for index in 0..self.services.len() {
             if self.services.get(index).is_some_and(|s| s.service.stop_order == order) {
                 self.tell_unit(ServiceId(index), supervise::Event::Close, now, out);
@@ -582,15 +612,22 @@ impl Machine {
         }
     }
 
-    /// On the way down: the next group, once the one before is at rest.
+    /// On the way down: the next group, once the one before is at rest or out of time.
     fn progress(&mut self, now: Moment, out: &mut Vec<Action>) {
-        while let Phase::Closing { order } = self.phase {
-            if self.services.iter().any(|s| s.service.stop_order == order && !s.unit.is_finished()) {
-                return;
+        while let Phase::Closing { order, until } = self.phase {
+            let group = || self.services.iter().filter(move |s| s.service.stop_order == order);
+            let alive: Vec<&str> =
+                group().filter(|s| !s.unit.is_finished()).map(|s| s.service.name).collect();
+            if !alive.is_empty() {
+                if now < until + self.overhead {
+                    return;
+                }
+                let text = format!("{} did not end in time; the stop goes on without", alive.join(", "));
+                out.push(Action::Say(Level::Error, text));
             }
+            self.overhead = self.overhead.saturating_sub(now.since(until));
             let later = self.services.iter().map(|s| s.service.stop_order).filter(|o| *o > order).min();
             if let Some(next) = later {
-                self.phase = Phase::Closing { order: next };
                 self.close_order(next, now, out);
             } else {
                 let hard = self.hurried;

@@ -83,7 +83,7 @@ pub const VARIABLES: &[Variable] = &[
     ),
     plain(
         "S3_DRAIN_TIMEOUT",
-        Some("120"),
+        Some("20"),
         Storage,
         "how long a stop may spend on pushing what the bucket lacks, in seconds",
     ),
@@ -115,13 +115,13 @@ pub const VARIABLES: &[Variable] = &[
         Supervisor,
         "how long a run must last for the wait to fall back to the first, in seconds",
     ),
-    // Ready takes about 10 s on two idle cores; a noisy host and a first boot that migrates
-    // a large state take minutes.
+    // Ready takes about 10 s on two idle cores. Hundreds of agents, or a migration, take many minutes, in which
+    // the gateway works.
     plain(
         "OPENCLAW_GATEWAY_START_TIMEOUT",
         Some("300"),
         Supervisor,
-        "how long the gateway may take until its first answer, in seconds",
+        "how long a starting gateway may show no sign of work, in seconds",
     ),
     // Long enough for a synchronous SQLite migration or a host that stalls, short enough that
     // a user notices a restart before a dead gateway.
@@ -131,10 +131,11 @@ pub const VARIABLES: &[Variable] = &[
         Supervisor,
         "how long a running gateway may leave /healthz unanswered before it is restarted, in seconds",
     ),
-    // The gateway drains for up to 315 s, stops hard at 325 s, and asks for 330 s.
+    // The gateway itself would drain for up to 315 s, but dstack gives a whole machine 90 s. What the gateway was
+    // doing is interrupted then, and taken up at the next start.
     plain(
         "OPENCLAW_GATEWAY_STOP_TIMEOUT",
-        Some("330"),
+        Some("30"),
         Supervisor,
         "how long the gateway may drain on stop before it is killed, in seconds",
     ),

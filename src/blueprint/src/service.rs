@@ -37,6 +37,8 @@ pub struct Service {
     pub grace: Duration,
     pub leftovers: Leftovers,
     pub liveness: Option<(Liveness, Probe)>,
+    /// Says yes once the start is over.
+    pub startup: Option<Probe>,
     pub readiness: Option<Probe>,
     /// Higher is killed earlier when memory runs out. PID 1 and sshd stay at 0.
     pub oom_score_adj: i16,
@@ -111,9 +113,12 @@ pub enum Probe {
 
 /// Repairing a configuration may migrate databases.
 const REPAIR_DEADLINE: Duration = Duration::from_mins(5);
-/// What a stop of the storage worker takes besides its push: last snapshots, the manifest, the
-/// release of the bucket.
-const DRAIN_MARGIN: Duration = Duration::from_secs(15);
+/// What a stop of the storage worker may take beyond `S3_DRAIN_TIMEOUT`, at whose end the worker itself
+/// says what is missing and ends.
+const DRAIN_MARGIN: Duration = Duration::from_secs(5);
+/// Starts of 17 minutes were seen, with hundreds of agents or a migration. One that still gives no answer
+/// after this long is in a loop.
+const GATEWAY_START: Duration = Duration::from_hours(1);
 /// It opens one small database. A disk that is slower than this is not one that messages are safe on.
 const MUX_START: Duration = Duration::from_mins(1);
 const MUX_SILENCE: Duration = Duration::from_mins(1);
@@ -129,6 +134,7 @@ impl Service {
             prepare: self.prepare.map(|_| PREPARE_DEADLINE),
             repair: self.repair.as_ref().map(|_| REPAIR_DEADLINE),
             liveness: self.liveness.as_ref().map(|(limits, _)| *limits),
+            has_startup: self.startup.is_some(),
             has_readiness: self.readiness.is_some(),
         }
     }
@@ -167,9 +173,10 @@ fn sshd() -> Service {
         backoff: Backoff::seconds(1, 30, 60),
         // Last: whoever watches a shutdown watches it through this.
         stop_order: 9,
-        grace: Duration::from_secs(5),
+        grace: Duration::from_secs(2),
         leftovers: Leftovers::Leave,
         liveness: None,
+        startup: None,
         readiness: None,
         oom_score_adj: 0,
         says_started: Some("SSH daemon started."),
@@ -193,10 +200,12 @@ fn dockerd() -> Service {
         repair: None,
         backoff: Backoff::seconds(5, 300, 600),
         stop_order: 5,
-        // dockerd gives its containers 10 s and itself 15.
-        grace: Duration::from_secs(30),
+        // As long as dockerd gives its containers. It would take 5 s more for itself, which it does not need:
+        // its stale files are removed before each start.
+        grace: Duration::from_secs(10),
         leftovers: Leftovers::Kill,
         liveness: None,
+        startup: None,
         readiness: Some(Probe::UnixHttp { socket: paths::DOCKER_SOCKET.into(), path: "/_ping".into() }),
         oom_score_adj: 100,
         says_started: None,
@@ -220,9 +229,10 @@ fn standin() -> Service {
         backoff: Backoff::seconds(1, 30, 60),
         // Outlives the server that it stands in for.
         stop_order: 8,
-        grace: Duration::from_secs(5),
+        grace: Duration::from_secs(2),
         leftovers: Leftovers::Kill,
         liveness: None,
+        startup: None,
         readiness: None,
         oom_score_adj: 0,
         says_started: None,
@@ -247,10 +257,11 @@ fn storage(s3: &S3) -> Service {
         backoff: Backoff::seconds(1, 30, 60),
         // After all that write into the tree.
         stop_order: 7,
-        // It ends its own push in time; the rest is for what comes before and after.
+        // It ends its own push in time.
         grace: Duration::from_secs(u64::from(s3.drain_s.get())) + DRAIN_MARGIN,
         leftovers: Leftovers::Kill,
         liveness: None,
+        startup: None,
         readiness: None,
         oom_score_adj: 0,
         says_started: None,
@@ -291,10 +302,12 @@ fn gateway(config: &Config) -> Service {
         liveness: Some((
             Liveness {
                 start: seconds(settings.start_timeout_s),
+                start_at_most: GATEWAY_START.max(seconds(settings.start_timeout_s)),
                 silence: seconds(settings.liveness_timeout_s),
             },
             http("/healthz"),
         )),
+        startup: Some(http("/startupz")),
         readiness: Some(http("/readyz")),
         // The largest process by far, and the one that comes back without loss.
         oom_score_adj: 300,
@@ -328,7 +341,11 @@ fn mux(config: &Config) -> Service {
         stop_order: 1,
         grace: Duration::from_secs(u64::from(settings.stop_timeout_s.get())),
         leftovers: Leftovers::Kill,
-        liveness: Some((Liveness { start: MUX_START, silence: MUX_SILENCE }, health.clone())),
+        liveness: Some((
+            Liveness { start: MUX_START, start_at_most: MUX_START, silence: MUX_SILENCE },
+            health.clone(),
+        )),
+        startup: None,
         readiness: Some(health),
         // Small, and what it was doing is done again.
         oom_score_adj: 100,

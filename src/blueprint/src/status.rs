@@ -7,7 +7,7 @@
 use crate::conduct::{self, Machine, Next, ServiceRecord, StepRecord, StepState};
 use crate::mux::MuxStatus;
 use crate::plan::Weight;
-use crate::supervise::State;
+use crate::supervise::{Life, State};
 use crate::time::{Moment, words};
 use crate::wire::Remark;
 use serde::{Deserialize, Serialize};
@@ -277,10 +277,10 @@ fn service(machine: &Machine, record: &ServiceRecord, dropped_lines: u64, now: M
         State::Idle => blocked(machine, record, &mut shown),
         State::Preparing { .. } => ("preparing", "starts when its preparation is done".to_owned()),
         State::Starting { .. } => ("starting", NOTHING.to_owned()),
-        State::Running { pid, since, ready, heard, .. } => {
+        State::Running { pid, since, ready, life, .. } => {
             shown.pid = Some(*pid);
             shown.up_ms = Some(millis(now.since(*since)));
-            running(record, *ready, *since, *heard)
+            running(record, *ready, *since, *life)
         }
         State::Repairing { .. } => {
             ("repairing", "starts once more when its repair command is done".to_owned())
@@ -342,13 +342,8 @@ fn blocked(machine: &Machine, record: &ServiceRecord, shown: &mut Service) -> (&
     }
 }
 
-fn running(
-    record: &ServiceRecord,
-    ready: bool,
-    since: Moment,
-    heard: Option<Moment>,
-) -> (&'static str, String) {
-    let Some((limits, _)) = &record.service.liveness else {
+fn running(record: &ServiceRecord, ready: bool, since: Moment, life: Life) -> (&'static str, String) {
+    let Some(limit) = record.unit.silence_limit(since, life) else {
         let next = if ready { NOTHING } else { "becomes ready" };
         return if ready && record.service.readiness.is_some() {
             ("ready", next.into())
@@ -359,7 +354,6 @@ fn running(
     if ready {
         return ("ready", NOTHING.to_owned());
     }
-    let limit = heard.map_or(since + limits.start, |h| h + limits.silence);
     let at = words(Duration::from_millis(limit.as_millis()));
     ("up", format!("becomes ready; ended if it stays silent until uptime {at}"))
 }

@@ -322,7 +322,7 @@ mod tests {
         let read: StorageSpec = serde_json::from_slice(&line).unwrap();
         assert_eq!((read.bucket.as_str(), read.prefix.as_str()), ("claws", "openclaw-data"));
         assert_eq!(read.secret_access_key.unpack().unwrap().as_slice(), b"not-a-secret");
-        assert_eq!((read.heartbeat_s, read.drain_s, read.drill_s), (7, 120, 86_400));
+        assert_eq!((read.heartbeat_s, read.drain_s, read.drill_s), (7, 20, 86_400));
         assert_eq!(read.manifest_key.unpack().unwrap().len(), 32);
         let CryptSpec::Clear { password, .. } = &read.crypt else { panic!("nothing was overridden") };
         assert_eq!(password.unpack().unwrap().as_slice(), b"fWxyhzuLSQizHmoLLNCIFuPKNGAgWm3D5LziNPZ2UdM=");

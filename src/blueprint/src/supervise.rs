@@ -42,6 +42,8 @@ pub struct Rules {
     /// Whether exit code 78 has a repair command, and how long that may take.
     pub repair: Option<Duration>,
     pub liveness: Option<Liveness>,
+    /// Without a startup probe its start is over with the first answer to the liveness probe.
+    pub has_startup: bool,
     /// Without a readiness probe a service is ready when it runs.
     pub has_readiness: bool,
 }
@@ -49,9 +51,11 @@ pub struct Rules {
 /// When a process that runs counts as hung.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Liveness {
-    /// Silence allowed from exec to the first answer.
+    /// How long it may show no sign of work until its start is over.
     pub start: Duration,
-    /// Silence allowed afterwards.
+    /// How long its first answer may take, however hard it works.
+    pub start_at_most: Duration,
+    /// Silence allowed once its start is over.
     pub silence: Duration,
 }
 
@@ -91,8 +95,7 @@ pub enum State {
         pid: i32,
         since: Moment,
         ready: bool,
-        /// The last answer to the liveness probe.
-        heard: Option<Moment>,
+        life: Life,
     },
     Repairing {
         run: Run,
@@ -116,6 +119,23 @@ pub enum State {
     },
     /// Stopped on purpose.
     Down,
+}
+
+/// What a running service has shown of itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Life {
+    /// Its start is not over. A start is judged by progress and not by a clock: a gateway with hundreds of
+    /// agents, or one that migrates its databases, works for many minutes before it answers.
+    Starting {
+        /// The last sign of work: processor time, bytes to or from a disk, an answer.
+        progress: Moment,
+        /// Whether it has answered its liveness probe.
+        answered: bool,
+    },
+    Started {
+        /// The last answer to the liveness probe.
+        answered: Moment,
+    },
 }
 
 /// How hard a run is being ended; only ever grows.
@@ -182,6 +202,14 @@ pub enum Event {
         run: Run,
     },
     Alive {
+        run: Run,
+    },
+    /// It works, whether or not it answers.
+    Works {
+        run: Run,
+    },
+    /// Its start is over.
+    StartOver {
         run: Run,
     },
     Readiness {
@@ -339,7 +367,7 @@ impl Unit {
             State::Preparing { since, .. } => self.rules.prepare.map(|d| *since + d),
             State::Starting { since, .. } => Some(*since + EXEC_DEADLINE),
             State::Repairing { since, .. } => self.rules.repair.map(|d| *since + d),
-            State::Running { since, heard, .. } => self.silence_limit(*since, *heard),
+            State::Running { since, life, .. } => self.silence_limit(*since, *life),
             State::Ending { phase: Phase::Stuck, .. } => None,
             State::Waiting { .. } if self.held => None,
             State::Ending { until, .. } | State::Waiting { until } => Some(*until),
@@ -347,9 +375,16 @@ impl Unit {
         }
     }
 
-    fn silence_limit(&self, since: Moment, heard: Option<Moment>) -> Option<Moment> {
-        let live = self.rules.liveness?;
-        Some(heard.map_or(since + live.start, |h| h + live.silence))
+    /// When a service that shows nothing more of itself counts as hung.
+    pub fn silence_limit(&self, since: Moment, life: Life) -> Option<Moment> {
+        let limits = self.rules.liveness?;
+        Some(match life {
+            Life::Starting { progress, answered: false } => {
+                (progress + limits.start).min(since + limits.start_at_most)
+            }
+            Life::Starting { progress, answered: true } => progress + limits.start,
+            Life::Started { answered } => answered + limits.silence,
+        })
     }
 
     /// The one entrance: an event changes the state and yields what is to be done.
@@ -371,6 +406,8 @@ impl Unit {
             Event::Gone { run, end } => self.on_gone(run, end, now, &mut out),
             Event::Swept { run } => self.on_swept(run, now, &mut out),
             Event::Alive { run } => self.on_alive(run, now),
+            Event::Works { run } => self.on_work(run, now),
+            Event::StartOver { run } => self.on_start_over(run, now),
             Event::Readiness { run, ready } => self.on_readiness(run, ready, now, &mut out),
             Event::Tick => self.on_tick(now, &mut out),
         }
@@ -455,7 +492,8 @@ impl Unit {
         match &mut self.state {
             State::Starting { run, .. } if *run == of => {
                 let ready = !self.rules.has_readiness;
-                self.state = State::Running { run: of, pid, since: now, ready, heard: None };
+                let life = Life::Starting { progress: now, answered: false };
+                self.state = State::Running { run: of, pid, since: now, ready, life };
             }
             State::Ending { run, pid: known, .. } if *run == of => *known = Some(pid),
             _ => {}
@@ -519,10 +557,29 @@ impl Unit {
     }
 
     fn on_alive(&mut self, of: Run, now: Moment) {
-        if let State::Running { run, heard, .. } = &mut self.state
+        let waits_for_more = self.rules.has_startup;
+        self.shows(of, |life| match life {
+            Life::Starting { .. } if waits_for_more => Life::Starting { progress: now, answered: true },
+            Life::Starting { .. } | Life::Started { .. } => Life::Started { answered: now },
+        });
+    }
+
+    fn on_work(&mut self, of: Run, now: Moment) {
+        self.shows(of, |life| match life {
+            Life::Starting { answered, .. } => Life::Starting { progress: now, answered },
+            Life::Started { .. } => life,
+        });
+    }
+
+    fn on_start_over(&mut self, of: Run, now: Moment) {
+        self.shows(of, |_| Life::Started { answered: now });
+    }
+
+    fn shows(&mut self, of: Run, change: impl FnOnce(Life) -> Life) {
+        if let State::Running { run, life, .. } = &mut self.state
             && *run == of
         {
-            *heard = Some(now);
+            *life = change(*life);
         }
     }
 
@@ -561,20 +618,36 @@ impl Unit {
                 out.push(Action::Say(Level::Warn, text));
                 self.kill_tree(Then::AfterRepair, now, out);
             }
-            State::Running { since, heard, .. } => {
-                let why = match heard {
-                    Some(heard) => {
-                        format!("no answer to its liveness probe for {}", words(now.since(*heard)))
-                    }
-                    None => {
-                        format!("no first answer to its liveness probe within {}", words(now.since(*since)))
-                    }
-                };
+            State::Running { since, life, .. } => {
+                let why = self.what_hangs(*since, *life, now);
                 out.push(Action::Say(Level::Error, format!("{why}; ending it")));
                 self.end_main(Then::Fail(why), HUNG_GRACE.min(self.rules.grace), now, out);
             }
             State::Ending { .. } => self.press(now, out),
             State::Idle | State::Parked { .. } | State::Down => {}
+        }
+    }
+
+    fn what_hangs(&self, since: Moment, life: Life, now: Moment) -> String {
+        match life {
+            Life::Started { answered } => {
+                format!("no answer to its liveness probe for {}", words(now.since(answered)))
+            }
+            Life::Starting { progress, answered: false } => {
+                let (after, idle) = (words(now.since(since)), now.since(progress));
+                if self.rules.liveness.is_some_and(|limits| idle < limits.start) {
+                    format!("no first answer to its liveness probe within {after}, although it works")
+                } else {
+                    let idle = words(idle);
+                    format!(
+                        "no first answer to its liveness probe after {after}, and no sign of work for {idle}"
+                    )
+                }
+            }
+            Life::Starting { progress, answered: true } => {
+                let idle = words(now.since(progress));
+                format!("its start is not over, and it has shown no sign of work for {idle}")
+            }
         }
     }
 

@@ -48,6 +48,7 @@ pub struct KeeperSpec {
     pub stop: Stop,
     pub log: Log,
     pub liveness: Option<ProbeSpec>,
+    pub startup: Option<ProbeSpec>,
     pub readiness: Option<ProbeSpec>,
 }
 
@@ -117,6 +118,10 @@ pub enum KeeperReport {
     Liveness {
         ok: bool,
     },
+    /// During the start: it uses the processor or a disk.
+    Works,
+    /// The startup probe said yes; said once.
+    StartOver,
     Readiness {
         ok: bool,
     },

@@ -95,7 +95,7 @@ Exit codes: 0 it runs and is ready, 1 it is not (and why), 3 no supervisor, 4 re
     /// It stays stopped until `cvm start`. Stopping sshd needs --force: it is the way in.
     #[command(after_help = "\
 Examples:
-  cvm stop gateway                 lets it drain: up to 330 s
+  cvm stop gateway                 lets it drain: up to OPENCLAW_GATEWAY_STOP_TIMEOUT
   cvm stop dockerd --no-wait")]
     Stop(StopArgs),
 

@@ -50,7 +50,7 @@ impl Order {
     fn patience(self) -> Duration {
         Duration::from_secs(match self {
             Self::Start => 60,
-            // The gateway drains for up to 330 s.
+            // The gateway itself drains for up to 315 s, if OPENCLAW_GATEWAY_STOP_TIMEOUT lets it.
             Self::Stop => 340,
             Self::Restart => 400,
         })

@@ -108,6 +108,7 @@ impl Kit {
             stop: if service.ties == Ties::Storage { Stop::Lifeline } else { Stop::Signal },
             log: self.log(service.name),
             liveness,
+            startup: service.startup.as_ref().map(|p| spec_of(p, PROBE_EAGER, PROBE_CALM)),
             readiness: service.readiness.as_ref().map(|p| spec_of(p, PROBE_EAGER, PROBE_CALM)),
         }
     }
@@ -133,7 +134,7 @@ impl Kit {
     /// The same surroundings as the service, for its repair command.
     pub(crate) fn repair(&self, service: &Service, run: &str) -> KeeperSpec {
         let argv = service.repair.clone().unwrap_or_default();
-        KeeperSpec { argv, liveness: None, readiness: None, ..self.service(service, run) }
+        KeeperSpec { argv, liveness: None, startup: None, readiness: None, ..self.service(service, run) }
     }
 
     /// None for a step that no process carries out.
@@ -192,6 +193,7 @@ impl Kit {
             // A step's own words go into one file for all of them.
             log: Log { copy_to_stdout: false, ..self.log("steps") },
             liveness: None,
+            startup: None,
             readiness: None,
         }
     }

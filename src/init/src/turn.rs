@@ -238,6 +238,8 @@ impl<K: Kernel> World<K> {
                 KeeperReport::Started { pid } => supervise::Event::Exec { run, pid },
                 KeeperReport::MainEnded { end } => supervise::Event::MainEnded { run, end },
                 KeeperReport::Liveness { ok: true } => supervise::Event::Alive { run },
+                KeeperReport::Works => supervise::Event::Works { run },
+                KeeperReport::StartOver => supervise::Event::StartOver { run },
                 KeeperReport::Readiness { ok } => supervise::Event::Readiness { run, ready: ok },
                 KeeperReport::Dropped { lines } => {
                     self.count_dropped(id, lines);

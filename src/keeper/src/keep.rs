@@ -3,6 +3,7 @@
 use crate::lines::Lines;
 use crate::logbook::Logbook;
 use crate::probe::Prober;
+use crate::progress::Progress;
 use crate::report::Reporter;
 use cvm_blueprint::accounts::Account;
 use cvm_blueprint::ending::{End, Stage};
@@ -47,7 +48,10 @@ struct Keeper<K> {
     output: Option<OwnedFd>,
     lines: Lines,
     log: Logbook,
-    probers: [Option<Prober>; 2],
+    /// Liveness, startup and readiness. The second goes when it has said yes.
+    probers: [Option<Prober>; 3],
+    /// Looked at until the start is over.
+    progress: Option<Progress>,
     /// What readiness was last reported as.
     ready: bool,
     /// SIGKILLs that were ours do not count as the kernel's.
@@ -115,7 +119,8 @@ fn begin<K: Kernel>(
         output: Some(started.output),
         lines: Lines::default(),
         log: Logbook::open(&spec.name, &spec.log, false),
-        probers: [prober(&spec.liveness), prober(&spec.readiness)],
+        probers: [prober(&spec.liveness), prober(&spec.startup), prober(&spec.readiness)],
+        progress: spec.liveness.is_some().then(|| Progress::new(now)),
         ready: false,
         killed_by_us: false,
         killed: 0,
@@ -248,7 +253,8 @@ impl<K: Kernel> Keeper<K> {
             let (fd, writes) = p.interest()?;
             Some(if writes { writable(fd) } else { readable(fd) })
         }));
-        let until = probers().map(Prober::deadline).min();
+        let progress = self.progress.iter().filter(|_| probing).map(Progress::deadline);
+        let until = probers().map(Prober::deadline).chain(progress).min();
         self.kernel.wait(fds, until);
     }
 
@@ -333,9 +339,19 @@ impl<K: Kernel> Keeper<K> {
             return;
         }
         let now = self.kernel.now();
-        let [liveness, readiness] = &mut self.probers;
+        let [liveness, startup, readiness] = &mut self.probers;
         if let Some(ok) = liveness.as_mut().and_then(|p| p.turn(now)) {
             self.reporter.send(&KeeperReport::Liveness { ok });
+            if ok && startup.is_none() {
+                self.progress = None;
+            }
+        }
+        if startup.as_mut().and_then(|p| p.turn(now)) == Some(true) {
+            self.reporter.send(&KeeperReport::StartOver);
+            (*startup, self.progress) = (None, None);
+        }
+        if self.progress.as_mut().is_some_and(|p| p.turn(now)) {
+            self.reporter.send(&KeeperReport::Works);
         }
         if let Some(ok) = readiness.as_mut().and_then(|p| p.turn(now))
             && ok != self.ready

@@ -21,6 +21,7 @@ mod keep;
 mod lines;
 mod logbook;
 mod probe;
+mod progress;
 mod report;
 
 use cvm_blueprint::wire::KeeperSpec;

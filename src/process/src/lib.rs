@@ -21,4 +21,5 @@ pub mod reap;
 pub mod signals;
 pub mod spawn;
 pub mod tree;
+pub mod work;
 pub mod xattr;

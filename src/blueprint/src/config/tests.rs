@@ -86,7 +86,7 @@ fn nothing_set_is_a_local_instance_with_the_documented_defaults() {
     assert_eq!(config.gateway.restart, Restart { delay_s: 5, max_delay_s: 60, reset_after_s: 600 });
     assert_eq!(config.gateway.start_timeout_s.get(), 300);
     assert_eq!(config.gateway.liveness_timeout_s.get(), 120);
-    assert_eq!(config.gateway.stop_timeout_s.get(), 330);
+    assert_eq!(config.gateway.stop_timeout_s.get(), 30);
     assert!(!config.gateway.redpill);
     assert_eq!((config.ssh.port.get(), config.ssh.authorized_keys.len()), (22, 0));
     assert_eq!(config.log, Log { format: LogFormat::Text, level: LogLevel::Info, services: false });
@@ -136,7 +136,7 @@ fn aws_needs_no_endpoint() {
 #[test]
 fn the_spans_of_the_bucket_have_defaults_and_limits() {
     let spans = |s3: Box<S3Settings>| [s3.heartbeat_s, s3.drain_s, s3.drill_s].map(Seconds::get);
-    assert_eq!(spans(s3(&S3)), [60, 120, 86_400]);
+    assert_eq!(spans(s3(&S3)), [60, 20, 86_400]);
     let given = [("S3_HEARTBEAT", "3600"), ("S3_DRAIN_TIMEOUT", "1"), ("S3_DRILL_INTERVAL", "0")];
     assert_eq!(spans(s3(&with(&S3, &given))), [3600, 1, 0]);
     for (name, text) in [

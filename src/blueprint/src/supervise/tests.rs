@@ -17,7 +17,8 @@ fn gateway() -> Rules {
         grace: s(330),
         prepare: Some(s(60)),
         repair: Some(s(300)),
-        liveness: Some(Liveness { start: s(300), silence: s(120) }),
+        liveness: Some(Liveness { start: s(300), start_at_most: s(3600), silence: s(120) }),
+        has_startup: false,
         has_readiness: true,
     }
 }
@@ -90,7 +91,13 @@ fn samples() -> Vec<State> {
         State::Idle,
         State::Preparing { run: RUN, since },
         State::Starting { run: RUN, since },
-        State::Running { run: RUN, pid: PID, since, ready: false, heard: None },
+        State::Running {
+            run: RUN,
+            pid: PID,
+            since,
+            ready: false,
+            life: Life::Starting { progress: since, answered: false },
+        },
         State::Repairing { run: RUN, since },
         ending(Phase::Term),
         ending(Phase::Tree),
@@ -103,7 +110,7 @@ fn samples() -> Vec<State> {
     ]
 }
 
-const EVENTS: [&str; 14] = [
+const EVENTS: [&str; 16] = [
     "start",
     "stop",
     "restart",
@@ -116,6 +123,8 @@ const EVENTS: [&str; 14] = [
     "gone",
     "swept",
     "alive",
+    "works",
+    "start-over",
     "ready",
     "tick",
 ];
@@ -135,8 +144,10 @@ fn event_index(event: &Event) -> usize {
         Event::Gone { .. } => 9,
         Event::Swept { .. } => 10,
         Event::Alive { .. } => 11,
-        Event::Readiness { .. } => 12,
-        Event::Tick => 13,
+        Event::Works { .. } => 12,
+        Event::StartOver { .. } => 13,
+        Event::Readiness { .. } => 14,
+        Event::Tick => 15,
     }
 }
 
@@ -153,6 +164,8 @@ fn events_of(run: Run) -> Vec<(&'static str, Event)> {
         ("gone-unseen", Event::Gone { run, end: End::Unseen }),
         ("swept", Event::Swept { run }),
         ("alive", Event::Alive { run }),
+        ("works", Event::Works { run }),
+        ("start-over", Event::StartOver { run }),
         ("ready", Event::Readiness { run, ready: true }),
     ]
 }
@@ -248,6 +261,8 @@ const AT_REST: &str = "
     gone-unseen       .                  .                  .                  .
     swept             .                  .                  .                  .
     alive             .                  .                  .                  .
+    works             .                  .                  .                  .
+    start-over        .                  .                  .                  .
     ready             .                  .                  .                  .
     tick-early        .                  .                  .                  .
     tick-due          .                  preparing+prepare  .                  .
@@ -270,6 +285,8 @@ const ALIVE: &str = "
     gone-unseen       .                orphans+sweep    orphans+sweep    orphans+sweep
     swept             .                .                .                .
     alive             .                .                running          .
+    works             .                .                running          .
+    start-over        .                .                running          .
     ready             .                .                running+info     .
     tick-early        .                .                .                .
     tick-due          tree+TREE        tree+TREE        term+error+TERM  tree+warn+TREE
@@ -293,6 +310,8 @@ const ENDING: &str = "
     gone-unseen       orphans+sweep   orphans+sweep  orphans+sweep  .              .
     swept             .               .              .              waiting+error  waiting+error
     alive             .               .              .              .              .
+    works             .               .              .              .              .
+    start-over        .               .              .              .              .
     ready             .               .              .              .              .
     tick-early        .               .              .              .              .
     tick-due          tree+warn+TREE  keeper+KEEPER  orphans+sweep  stuck+error    .
@@ -802,7 +821,64 @@ fn a_gateway_that_never_answers_is_ended_after_exactly_the_start_limit() {
     assert_eq!(story.pass(Duration::from_millis(299_999)), []);
     let done = story.pass(Duration::from_millis(1));
     assert_eq!(words_of(&done), ["error", "TERM"]);
-    assert_eq!(said(&done), "no first answer to its liveness probe within 5 min; ending it");
+    assert_eq!(
+        said(&done),
+        "no first answer to its liveness probe after 5 min, and no sign of work for 5 min; ending it"
+    );
+}
+
+/// A gateway that says by itself when its start is over.
+fn with_startup() -> Rules {
+    Rules { has_startup: true, ..gateway() }
+}
+
+#[test]
+fn a_start_that_works_is_not_ended_before_its_stated_end_and_an_idle_one_is() {
+    let mut story = Story::running(with_startup());
+    let run = story.run();
+    for _ in 0..11 {
+        assert_eq!(story.pass(s(299)), []);
+        assert_eq!(story.send(Event::Works { run }), [], "17 minutes were seen, and more");
+    }
+    let done = story.pass(s(300));
+    assert_eq!(words_of(&done), ["error", "TERM"]);
+    assert_eq!(
+        said(&done),
+        "no first answer to its liveness probe after 59 min 49 s, and no sign of work for 5 min; ending it"
+    );
+    let mut story = Story::running(with_startup());
+    let run = story.run();
+    for _ in 0..14 {
+        story.pass(s(250));
+        story.send(Event::Works { run });
+    }
+    let done = story.pass(s(100));
+    assert_eq!(
+        said(&done),
+        "no first answer to its liveness probe within 1 h 0 min, although it works; ending it"
+    );
+}
+
+#[test]
+fn a_gateway_that_answers_may_take_as_long_as_it_likes_until_its_start_is_over() {
+    let mut story = Story::running(with_startup());
+    let run = story.run();
+    for _ in 0..100 {
+        assert_eq!(story.send(Event::Alive { run }), []);
+        assert_eq!(story.pass(s(299)), [], "longer than the silence allowed later");
+    }
+    let done = story.pass(s(1));
+    assert_eq!(said(&done), "its start is not over, and it has shown no sign of work for 5 min; ending it");
+}
+
+#[test]
+fn once_its_start_is_over_work_is_no_answer() {
+    let mut story = Story::running(with_startup());
+    let run = story.run();
+    story.send(Event::StartOver { run });
+    story.pass(s(119));
+    assert_eq!(story.send(Event::Works { run }), []);
+    assert_eq!(said(&story.pass(s(1))), "no answer to its liveness probe for 2 min; ending it");
 }
 
 #[test]
@@ -835,9 +911,15 @@ fn a_hung_process_gets_ten_seconds_and_its_silence_is_the_reason_that_is_kept() 
     assert_eq!(story.pass(Duration::from_millis(9_999)), []);
     assert_eq!(words_of(&story.pass(Duration::from_millis(1))), ["warn", "TREE"]);
     let done = story.ends(End::Signal(9));
-    assert_eq!(said(&done), "no first answer to its liveness probe within 5 min; next start in 5 s");
+    assert_eq!(
+        said(&done),
+        "no first answer to its liveness probe after 5 min, and no sign of work for 5 min; next start in 5 s"
+    );
     let past = story.unit.last().unwrap();
-    assert_eq!(past.why.as_deref(), Some("no first answer to its liveness probe within 5 min"));
+    assert_eq!(
+        past.why.as_deref(),
+        Some("no first answer to its liveness probe after 5 min, and no sign of work for 5 min")
+    );
     assert_eq!((past.end.as_ref(), past.ran), (Some(&End::Signal(9)), s(310)));
 }
 
@@ -1352,13 +1434,19 @@ fn rules() -> impl Strategy<Value = Rules> {
     let optional = |most: u64| proptest::option::of((1..most).prop_map(s));
     let liveness = proptest::option::of((1u64..400, 1u64..200));
     let waits = (0u64..20, 0u64..100, 0u64..700);
-    (waits, 1u64..400, optional(100), optional(400), liveness, any::<bool>()).prop_map(
-        |((first, more, reset), grace, prepare, repair, liveness, has_readiness)| Rules {
+    let probes = (liveness, any::<bool>(), any::<bool>());
+    (waits, 1u64..400, optional(100), optional(400), probes).prop_map(
+        |((first, more, reset), grace, prepare, repair, (liveness, has_startup, has_readiness))| Rules {
             backoff: Backoff::seconds(first, first + more, reset),
             grace: s(grace),
             prepare,
             repair,
-            liveness: liveness.map(|(start, silence)| Liveness { start: s(start), silence: s(silence) }),
+            liveness: liveness.map(|(start, silence)| Liveness {
+                start: s(start),
+                start_at_most: s(2 * start),
+                silence: s(silence),
+            }),
+            has_startup,
             has_readiness,
         },
     )

@@ -34,6 +34,7 @@ fn service(name: &'static str, stop_order: u8, grace: Duration) -> Service {
         grace,
         leftovers: Leftovers::Kill,
         liveness: None,
+        startup: None,
         readiness: None,
         oom_score_adj: 0,
         says_started: None,

@@ -337,7 +337,7 @@ fn when_the_worker_dies_and_the_tree_with_it_the_next_one_waits_until_nobody_sta
         assert_eq!(boot.deeds(&done), ["TERM gateway"], "and no worker");
         assert!(said(&done).iter().any(|(_, text)| text.contains(ENDED)), "{done:?}");
         // The gateway takes its time.
-        let done = boot.pass(s(300));
+        let done = boot.pass(s(29));
         assert!(!boot.deeds(&done).contains(&"launch storage".to_owned()));
         assert_eq!(boot.shown("storage").state, "waiting");
         let done = boot.ends("gateway", End::Code(0));
@@ -356,7 +356,7 @@ fn a_worker_whose_keeper_died_is_no_different() {
     let done = boot.answers("storage", Happens::Gone { run, end: End::Unseen });
     assert_eq!(boot.deeds(&done), ["TERM gateway", "sweep storage"]);
     boot.answers("storage", Happens::Swept { run });
-    let done = boot.pass(s(100));
+    let done = boot.pass(s(29));
     assert_eq!(boot.deeds(&done), [""; 0]);
     let done = boot.ends("gateway", End::Code(0));
     assert_eq!(boot.deeds(&done), ["kill tree of gateway", "launch storage"]);
@@ -504,5 +504,5 @@ fn a_tree_lost_on_the_way_down_changes_no_order() {
 #[test]
 fn a_stop_has_time_for_the_drain() {
     let budget = |more: &[(&str, &str)]| Boot::s3(more).machine.stop_budget();
-    assert_eq!(budget(&[("S3_DRAIN_TIMEOUT", "220")]), budget(&[]) + s(100));
+    assert_eq!(budget(&[("S3_DRAIN_TIMEOUT", "120")]), budget(&[]) + s(100));
 }
