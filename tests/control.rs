@@ -11,8 +11,7 @@ use std::os::unix::net::UnixStream;
 fn machine() -> Machine {
     let machine = Builder::product()
         .fake_gateway("#!/bin/sh\nexec cvm-victim http 18789\n")
-        .environment("MASTER_KEY", "correct horse battery staple")
-        .environment("ENABLE_DOCKER", "0")
+        .environment("MASTER_KEY", cvm_harness::machine::MASTER_KEY)
         .start();
     machine.service_in("gateway", &["ready"]);
     machine

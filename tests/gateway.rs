@@ -15,9 +15,9 @@ use std::process::{Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-const MASTER: &str = "correct horse battery staple";
-const TOKEN: &str = "xb60JGSYzqa9njB6VObVhc1aY1DUfuC1";
-const DEVICE: &str = "4d9fd866b5e943ef62a3786d7fcad1498779b2cf17597cb4cc85e693330b790f";
+const MASTER: &str = cvm_harness::machine::MASTER_KEY;
+const TOKEN: &str = "zAFTUuSdbC5aQssqJbETwS5oEdhBGc5O";
+const DEVICE: &str = "b82578d246fd5ff53bb0eb91da774cb27faa3612290a5966f36e4c2b61af1ea3";
 /// Somebody who may log in, or `cvm doctor` has something to say.
 const KEY: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIF2IEYeE/uIsINsUkH2mMuP5KUdr4bDd5mRqBOnvyJlo";
 /// On a machine that does much else besides.
@@ -33,7 +33,6 @@ fn product() -> Builder {
         .real_gateway()
         .environment("MASTER_KEY", MASTER)
         .environment("SSH_AUTHORIZED_KEYS", KEY)
-        .environment("ENABLE_DOCKER", "0")
 }
 
 /// Waits until the gateway is in one of `states`; says what it wrote when that never comes.
@@ -158,7 +157,7 @@ fn a_first_boot_ends_in_a_gateway_that_programs_and_operators_can_use() {
     assert!(!fs::read_to_string(config(&machine)).expect("it is text").contains(TOKEN));
 
     assert_eq!(http(&machine, "/v1/models", None), "401");
-    assert_eq!(http(&machine, "/v1/models", Some("xb60JGSYzqa9njB6VObVhc1aY1DUfuC2")), "401");
+    assert_eq!(http(&machine, "/v1/models", Some("zAFTUuSdbC5aQssqJbETwS5oEdhBGc5P")), "401");
     assert_eq!(http(&machine, "/v1/models", Some(TOKEN)), "200");
     assert_eq!(device(&machine), DEVICE);
     assert!(!machine.data().join("openclaw/identity/device.json").exists());

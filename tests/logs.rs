@@ -5,10 +5,7 @@ use cvm_harness::machine::PATIENCE;
 use cvm_harness::{Builder, until};
 
 fn product(gateway: &str) -> Builder {
-    Builder::product()
-        .fake_gateway(gateway)
-        .environment("MASTER_KEY", "correct horse battery staple")
-        .environment("ENABLE_DOCKER", "0")
+    Builder::product().fake_gateway(gateway).environment("MASTER_KEY", cvm_harness::machine::MASTER_KEY)
 }
 
 const SAYS: &str = "#!/bin/sh\necho 'words of the gateway'\nexec cvm-victim http 18789\n";

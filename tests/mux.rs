@@ -87,7 +87,6 @@ impl World {
         let builder = Builder::product()
             .fake_gateway(RELAY)
             .environment("MASTER_KEY", MASTER_KEY)
-            .environment("ENABLE_DOCKER", "0")
             .environment("OPENCLAW_GATEWAY_RESTART_DELAY", "0")
             .environment("OPENCLAW_GATEWAY_RESTART_MAX_DELAY", "0")
             .mux(&network, &mux);
@@ -565,7 +564,6 @@ fn the_runtime_token_is_shown_to_the_mux_server_alone() {
     let machine = Builder::product()
         .fake_gateway(RELAY)
         .environment("MASTER_KEY", MASTER_KEY)
-        .environment("ENABLE_DOCKER", "0")
         .mux(&network, &mux)
         .start();
     let mut world = World { machine, chat, mux, next: 1 };
@@ -1641,7 +1639,6 @@ fn the_real_gateway_answers_remembers_its_sessions_apart_and_survives_its_own_de
     let machine = Builder::product()
         .real_gateway()
         .environment("MASTER_KEY", MASTER_KEY)
-        .environment("ENABLE_DOCKER", "0")
         .environment("OPENCLAW_GATEWAY_RESTART_DELAY", "0")
         .environment("OPENCLAW_CONFIG_B64", &local_model())
         .mux(&network, &mux)

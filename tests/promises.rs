@@ -2,7 +2,7 @@
 
 use cvm_blueprint::conduct::{ENGINE_WAITS, Machine, STOP_AT_MOST};
 use cvm_blueprint::config::Config;
-use cvm_blueprint::env::{Environment, VARIABLES};
+use cvm_blueprint::env::{Environment, SSH_TRUST_HOST_KEYS, VARIABLES};
 use cvm_blueprint::{plan, service};
 use cvm_harness::machine::repository;
 use std::fs;
@@ -20,14 +20,27 @@ fn every_variable_is_in_the_readme_and_in_the_compose_file() {
     for variable in VARIABLES {
         assert!(readme.contains(&format!("`{}`", variable.name)), "README.md lacks {}", variable.name);
         let line = format!("{0}: ${{{0}:-}}", variable.name);
-        assert!(compose.contains(&line), "docker-compose.yml lacks `{line}`");
+        let literal = variable.name == SSH_TRUST_HOST_KEYS;
+        assert_eq!(compose.contains(&line), !literal, "docker-compose.yml: `{line}`");
+    }
+}
+
+/// What is written into the compose file cannot be forged on dstack, what is interpolated can.
+#[test]
+fn the_hosts_keys_are_trusted_by_the_override_file_alone_and_literally() {
+    let (compose, dev) = (read("docker-compose.yml"), read("docker-compose.dev.yml"));
+    for word in [SSH_TRUST_HOST_KEYS, "/root/.ssh"] {
+        assert!(!compose.contains(word), "docker-compose.yml names {word}");
+    }
+    for line in ["      - /home/root/.ssh:/root/.ssh:ro", "      SSH_TRUST_HOST_KEYS: \"1\""] {
+        assert!(dev.lines().any(|l| l == line), "docker-compose.dev.yml lacks `{line}`");
     }
 }
 
 /// The longest plan there is, with a bucket and a mux-server, and this besides.
 fn longest(more: &[(&str, &str)]) -> Machine {
     let given = [
-        ("MASTER_KEY", "correct horse battery staple"),
+        ("MASTER_KEY", cvm_harness::machine::MASTER_KEY),
         ("S3_BUCKET", "claws"),
         ("S3_ENDPOINT", "https://s3.example.org"),
         ("AWS_ACCESS_KEY_ID", "id"),
@@ -35,6 +48,7 @@ fn longest(more: &[(&str, &str)]) -> Machine {
         ("MUX_BASE_URL", "https://mux.example.org"),
         ("MUX_REGISTER_KEY", "key"),
         ("MUX_INBOUND_URL", "https://claw.example.org/v1/mux/inbound"),
+        ("ENABLE_DOCKER", "1"),
     ];
     let given = given.iter().chain(more).map(|(n, v)| (n.as_bytes().to_vec(), v.as_bytes().to_vec()));
     let (config, _) =
@@ -95,7 +109,6 @@ fn compose_grants_single_rights_each_with_its_reason() {
         "      - \"18790:18790\"",
         "      - data:/data",
         "      - docker:/var/lib/docker",
-        "      - /home/root/.ssh:/root/.ssh:ro",
         "      - /var/run/dstack.sock:/run/cvm-dstack/dstack.sock",
         "      test: [\"CMD\", \"cvm\", \"health\"]",
     ] {
@@ -256,10 +269,13 @@ fn the_top_level_holds_what_it_should_and_nothing_else() {
         "CHANGELOG.md",
         "Cargo.lock",
         "Cargo.toml",
+        "LICENSE",
         "Makefile",
         "README.md",
         "S3_STORAGE.md",
+        "SECURITY.md",
         "clippy.toml",
+        "docker-compose.dev.yml",
         "docker-compose.yml",
         "image",
         "rustfmt.toml",

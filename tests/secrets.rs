@@ -5,7 +5,7 @@ use cvm_harness::evidence::{assert_process_1_has_forgotten, contains, files};
 use cvm_harness::machine::PATIENCE;
 use cvm_harness::{Builder, Machine, until};
 
-const MASTER: &str = "master-canary-5d1b0c8e77a94d52";
+const MASTER: &str = cvm_harness::machine::MASTER_KEY;
 const AWS: &str = "aws-canary-93f0d2c4b7e1";
 const REGISTER: &str = "register-canary-17c9e0aa42";
 const REDPILL: &str = "redpill-canary-6e20f1b3";
@@ -22,7 +22,6 @@ fn machine() -> Machine {
         .environment("MUX_REGISTER_KEY", REGISTER)
         .environment("REDPILL_API_KEY", REDPILL)
         .environment("OPENCLAW_CONFIG_B64", &base64(config.as_bytes()))
-        .environment("ENABLE_DOCKER", "0")
         .environment("LOG_LEVEL", "trace")
         .environment("LOG_SERVICES", "1")
         .start();
@@ -132,13 +131,12 @@ fn a_wrong_configuration_is_reported_without_its_values() {
 fn secrets_may_come_in_files() {
     let machine = Builder::product()
         .fake_gateway("#!/bin/sh\nprintf %s \"$OPENCLAW_GATEWAY_TOKEN\" > /data/openclaw/seen\nexec cvm-victim http 18789\n")
-        .file("/run/secrets/master", "correct horse battery staple\n", 0o400)
+        .file("/run/secrets/master", "0K9uLzQl7R8HwPAIEkdJI6NTMJt+D+GRInyU+Bbsl+M=\n", 0o400)
         .environment("MASTER_KEY_FILE", "/run/secrets/master")
-        .environment("ENABLE_DOCKER", "0")
         .start();
     machine.service_in("gateway", &["ready"]);
     let seen = until("the gateway has written its token", PATIENCE, || {
         Some(machine.read("/data/openclaw/seen")).filter(|s| !s.is_empty())
     });
-    assert_eq!(seen, "xb60JGSYzqa9njB6VObVhc1aY1DUfuC1");
+    assert_eq!(seen, "zAFTUuSdbC5aQssqJbETwS5oEdhBGc5O");
 }

@@ -9,8 +9,8 @@ use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 
-const MASTER: &str = "correct horse battery staple";
-const TOKEN: &str = "xb60JGSYzqa9njB6VObVhc1aY1DUfuC1";
+const MASTER: &str = cvm_harness::machine::MASTER_KEY;
+const TOKEN: &str = "zAFTUuSdbC5aQssqJbETwS5oEdhBGc5O";
 const REDPILL: &str = "redpill-canary-6e20f1b3";
 const HEALTHY: &str = "#!/bin/sh\nexec cvm-victim http 18789\n";
 
@@ -64,7 +64,6 @@ impl Laptop {
             .environment("MASTER_KEY", MASTER)
             .environment("REDPILL_API_KEY", REDPILL)
             .environment("SSH_AUTHORIZED_KEYS", &self.public("environment"))
-            .environment("ENABLE_DOCKER", "0")
     }
 }
 
@@ -121,25 +120,23 @@ fn new_listener(machine: &Machine, old: i64) -> i64 {
 }
 
 #[test]
-fn the_derived_host_key_and_the_owners_keys_open_a_useful_and_clean_session() {
+fn the_derived_host_key_and_the_owners_key_open_a_useful_and_clean_session() {
     let laptop = Laptop::new();
-    let machine = laptop.machine(HEALTHY).bind(&laptop.mounted(), "/root/.ssh:ro").start();
+    let machine = laptop.machine(HEALTHY).start();
     up(&machine);
-    for key in ["environment", "mounted"] {
-        assert_eq!(says(&machine, key, "id -u").trim(), "0", "the key of {key}");
-    }
+    assert_eq!(says(&machine, "environment", "id -u").trim(), "0");
 
     machine.service_in("gateway", &["ready"]);
-    assert!(says(&machine, "mounted", "cvm status").contains("gateway"));
-    assert_eq!(says(&machine, "mounted", "command -v openclaw").trim(), "/usr/local/bin/openclaw");
-    let environment = says(&machine, "mounted", "env");
+    assert!(says(&machine, "environment", "cvm status").contains("gateway"));
+    assert_eq!(says(&machine, "environment", "command -v openclaw").trim(), "/usr/local/bin/openclaw");
+    let environment = says(&machine, "environment", "env");
     assert!(environment.contains("SSH_CONNECTION="), "{environment}");
     for secret in [MASTER, TOKEN, REDPILL] {
         assert!(!environment.contains(secret), "{secret} is in the session's environment");
     }
 
     let without_key =
-        ssh(&machine, "mounted", &["PubkeyAuthentication=no"], "true").output().expect("nsenter runs");
+        ssh(&machine, "environment", &["PubkeyAuthentication=no"], "true").output().expect("nsenter runs");
     assert!(text(&without_key).contains("Permission denied (publickey)."), "{}", text(&without_key));
     let stranger = machine.ok(&["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", "/laptop/stranger"]);
     assert_eq!(stranger, "");
@@ -148,7 +145,33 @@ fn the_derived_host_key_and_the_owners_keys_open_a_useful_and_clean_session() {
     // The known_hosts file stays, so this succeeds with the same host key only.
     let machine = machine.again(|b| b);
     up(&machine);
-    assert_eq!(says(&machine, "mounted", "echo $HOME").trim(), "/root");
+    assert_eq!(says(&machine, "environment", "echo $HOME").trim(), "/root");
+}
+
+/// Whoever runs the CVM's host writes what is mounted at /root/.ssh.
+#[test]
+fn the_hosts_keys_open_no_shell_unless_the_compose_file_trusts_them() {
+    let laptop = Laptop::new();
+    let mounted = laptop.mounted();
+    // What programs that an operator runs as root obey.
+    fs::write(mounted.join("config"), "ProxyCommand false\n").expect("the directory is writable");
+    let machine = laptop.machine(HEALTHY).bind(&mounted, "/root/.ssh:ro").start();
+    up(&machine);
+    let tried = ssh(&machine, "mounted", &[], "true").output().expect("nsenter runs");
+    assert!(text(&tried).contains("Permission denied (publickey)."), "{}", text(&tried));
+    assert_eq!(says(&machine, "environment", "grep -c ProxyCommand /root/.ssh/config || true").trim(), "");
+    machine.line("(1), and they open no shell any more");
+    let status = says(&machine, "environment", "cvm status");
+    assert!(status.contains("ssh keys") && status.contains("SSH_AUTHORIZED_KEYS"), "{status}");
+    assert!(!status.contains("OPEN DOORS"), "{status}");
+
+    // The control: with the wall taken away the same key gets in.
+    let machine = machine.again(|b| b.environment("SSH_TRUST_HOST_KEYS", "1"));
+    up(&machine);
+    assert_eq!(says(&machine, "mounted", "grep -c ProxyCommand /root/.ssh/config").trim(), "1");
+    machine.line("Open door: SSH_TRUST_HOST_KEYS=1");
+    let status = says(&machine, "mounted", "cvm status");
+    assert!(status.contains("OPEN DOORS") && status.contains("SSH_TRUST_HOST_KEYS=1"), "{status}");
 }
 
 #[test]

@@ -5,9 +5,9 @@ use cvm_harness::evidence::{assert_process_1_has_forgotten, contains};
 use cvm_harness::machine::PATIENCE;
 use cvm_harness::{Builder, Machine, until};
 
-const KEY: &str = "correct horse battery staple";
+const KEY: &str = cvm_harness::machine::MASTER_KEY;
 /// What `KEY` derives: see tests/vectors/keys.json.
-const CRYPT_PASSWORD: &str = "fWxyhzuLSQizHmoLLNCIFuPKNGAgWm3D5LziNPZ2UdM=";
+const CRYPT_PASSWORD: &str = "jrq/5kUcKRy6NqQbM7C5bnpMnrR6+7d/aALQruAzhwk=";
 const ACCESS: &str = "access-canary-0a91c7";
 const SECRET: &str = "secret-canary-93f0d2c4b7e1";
 
@@ -48,7 +48,6 @@ fn bucket(worker: &str, gateway: &str) -> Builder {
         .file(&format!("{LIB}/cvm-storage"), worker, 0o755)
         .file(&format!("{LIB}/cvm-standin"), "#!/bin/sh\nexec sleep 100000\n", 0o755)
         .environment("MASTER_KEY", KEY)
-        .environment("ENABLE_DOCKER", "0")
         .environment("OPENCLAW_GATEWAY_RESTART_DELAY", "0")
         .environment("S3_BUCKET", "bucket-of-mine")
         .environment("S3_ENDPOINT", "https://s3.example.org")

@@ -1042,8 +1042,8 @@ fn what_a_volume_has_no_room_for_is_said_and_not_read_until_there_is_room() {
 // === In the eyes of others ===
 
 /// What HKDF makes of the harness's `MASTER_KEY`, by another program's reckoning.
-const PASSWORD: &str = "fWxyhzuLSQizHmoLLNCIFuPKNGAgWm3D5LziNPZ2UdM=";
-const SALT: &str = "H4BgUUYEIHkdwOCdLFt/MPbFWIl/8cxJmZmD5D/fVwU=";
+const PASSWORD: &str = "jrq/5kUcKRy6NqQbM7C5bnpMnrR6+7d/aALQruAzhwk=";
+const SALT: &str = "2kBa0tfg6UdY4fDnCeiDgqjrmnPuS/z8j0BDoG0BGvA=";
 const PREFIX: &str = "openclaw-data";
 
 fn stock_rclone(cloud: &Cloud) -> Rclone {

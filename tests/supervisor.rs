@@ -4,9 +4,11 @@
 use cvm_harness::machine::PATIENCE;
 use cvm_harness::{Builder, Machine, until};
 use nix::sys::signal::Signal;
+use std::fs;
 use std::io::Write as _;
+use std::path::{Path, PathBuf};
 
-const KEY: &str = "correct horse battery staple";
+const KEY: &str = cvm_harness::machine::MASTER_KEY;
 
 /// Answers on the gateway's port until it is told to stop.
 const HEALTHY: &str = "#!/bin/sh\nexec cvm-victim http 18789\n";
@@ -15,7 +17,6 @@ fn product(gateway: &str) -> Builder {
     Builder::product()
         .fake_gateway(gateway)
         .environment("MASTER_KEY", KEY)
-        .environment("ENABLE_DOCKER", "0")
         .environment("OPENCLAW_GATEWAY_RESTART_DELAY", "0")
 }
 
@@ -134,7 +135,6 @@ fn signals_out_of_memory_and_codes_are_told_apart() {
     machine.line("gateway: killed by SIGSEGV");
     let absent = Builder::product()
         .environment("MASTER_KEY", KEY)
-        .environment("ENABLE_DOCKER", "0")
         .file(cvm_blueprint::paths::NODE, "not a program", 0o644)
         .start();
     absent.line("gateway: could not start: executing the program: Permission denied");
@@ -217,7 +217,10 @@ fn kill_again_and_again(machine: &Machine, service: &str, rounds: usize, backoff
 fn each_service_comes_back_from_kill_9_again_and_again() {
     let machine = product(HEALTHY).environment("OPENCLAW_GATEWAY_RESTART_MAX_DELAY", "0").start();
     kill_again_and_again(&machine, "gateway", soak(100, 1000), Backoff::Waits);
-    assert_eq!(machine.processes().iter().filter(|p| p.arguments.contains("cvm-victim http")).count(), 1);
+    let gateways = || machine.processes().iter().filter(|p| p.arguments.contains("cvm-victim http")).count();
+    // The last shell may not have executed it yet.
+    until("a gateway runs", PATIENCE, || (gateways() > 0).then_some(()));
+    assert_eq!(gateways(), 1);
     assert_no_zombies(&machine);
     kill_again_and_again(&machine, "sshd", soak(100, 1000), Backoff::IsSkipped);
     assert_no_zombies(&machine);
@@ -306,7 +309,7 @@ fn a_stdout_whose_reader_is_gone_costs_no_time() {
     let mut machine = product(HEALTHY).broken_stdout().start();
     machine.service_in("gateway", &["ready"]);
     let ticks = |m: &Machine| -> u64 {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", m.pid())).expect("process 1 has a stat");
+        let stat = fs::read_to_string(format!("/proc/{}/stat", m.pid())).expect("process 1 has a stat");
         let fields = stat.rsplit_once(')').expect("a name in brackets").1;
         fields.split_ascii_whitespace().skip(11).take(2).filter_map(|n| n.parse::<u64>().ok()).sum()
     };
@@ -520,26 +523,47 @@ fn a_flood_of_output_is_counted_and_does_not_flood_the_supervisors_log() {
 
 #[test]
 fn a_gateway_killed_for_want_of_memory_is_said_to_be() {
-    // A memory cgroup of its own, version 1 or 2, that the gateway enters before it takes too much.
-    let script = "#!/bin/sh\n\
-        g=/sys/fs/cgroup/memory; limit=memory.limit_in_bytes\n\
-        [ -d $g ] || { g=/sys/fs/cgroup; limit=memory.max; }\n\
-        mkdir $g/cvm-test-oom && echo 67108864 > $g/cvm-test-oom/$limit && echo $$ > $g/cvm-test-oom/cgroup.procs \\\n\
-            || { echo none > /data/openclaw/no-cgroup; exec cvm-victim http 18789; }\n\
-        exec cvm-victim hog 500\n";
+    // It waits until it has been put into a memory cgroup, and then takes more than that has.
+    let script = "#!/bin/sh\nuntil [ -e /data/openclaw/go ]; do sleep 0.1; done\nexec cvm-victim hog 500\n";
     let machine = product(script)
-        .environment("OPENCLAW_GATEWAY_USER", "root")
         .environment("OPENCLAW_GATEWAY_RESTART_DELAY", "600")
         .environment("OPENCLAW_GATEWAY_RESTART_MAX_DELAY", "600")
         .start();
-    let gateway = machine.service_in("gateway", &["waiting", "ready"]);
-    machine.exec(&["rmdir", "/sys/fs/cgroup/memory/cvm-test-oom"]);
-    machine.exec(&["rmdir", "/sys/fs/cgroup/cvm-test-oom"]);
-    if machine.path("/data/openclaw/no-cgroup").exists() {
+    let pid = machine.service_in("gateway", &["up"])["pid"].as_i64().expect("it runs");
+    let Some(group) = MemoryGroup::of(machine.outside(pid).as_raw(), 64 << 20) else {
         // Not by a macro: those are swallowed when a test passes.
         let _ =
             std::io::stderr().write_all(b"NOT TESTED HERE: no memory cgroup can be made on this machine\n");
         return;
-    }
+    };
+    machine.ok(&["touch", "/data/openclaw/go"]);
+    let gateway = machine.service_in("gateway", &["waiting"]);
+    drop(group);
     assert!(gateway["last_end"].as_str().is_some_and(|w| w.contains("out of memory")), "{gateway:#}");
+}
+
+/// A memory cgroup, version 1 or 2, of this test alone; gone when dropped, if nothing is in it.
+struct MemoryGroup(PathBuf);
+
+impl MemoryGroup {
+    /// With this process in it. None where none can be made.
+    fn of(pid: i32, limit: u64) -> Option<Self> {
+        let of_version_1 = Path::new("/sys/fs/cgroup/memory");
+        let (root, file) = if of_version_1.is_dir() {
+            (of_version_1, "memory.limit_in_bytes")
+        } else {
+            (Path::new("/sys/fs/cgroup"), "memory.max")
+        };
+        let group = Self(root.join(format!("cvm-test-oom-{}", std::process::id())));
+        fs::create_dir(&group.0).ok()?;
+        fs::write(group.0.join(file), limit.to_string()).ok()?;
+        fs::write(group.0.join("cgroup.procs"), pid.to_string()).ok()?;
+        Some(group)
+    }
+}
+
+impl Drop for MemoryGroup {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir(&self.0);
+    }
 }

@@ -43,7 +43,9 @@ pub(crate) fn product() -> Builder {
     with_user(Builder::product())
         .copy(&binaries().join("cvm-victim"), cvm_blueprint::paths::NODE)
         .file(cvm_blueprint::paths::OPENCLAW, "", 0o644)
-        .environment("MASTER_KEY", "correct horse battery staple")
+        .environment("MASTER_KEY", cvm_harness::machine::MASTER_KEY)
+        // The script has it too.
+        .environment("ENABLE_DOCKER", "1")
         .environment("OPENCLAW_GATEWAY_RESTART_DELAY", "0")
         .environment("OPENCLAW_GATEWAY_RESTART_MAX_DELAY", "0")
         .command(&["/usr/local/bin/cvm-victim", "stamp", "/tmp/began", "/usr/local/sbin/cvm-init"])
@@ -63,7 +65,7 @@ pub(crate) fn script() -> Builder {
         .copy(&binaries().join("cvm-victim"), cvm_blueprint::paths::NODE)
         .bind(&repository().join("target/openclaw"), "/opt/real")
         .copy(&repository().join("tests/bench/boot.sh"), "/boot.sh")
-        .environment("MASTER_KEY", "correct horse battery staple")
+        .environment("MASTER_KEY", cvm_harness::machine::MASTER_KEY)
         .command(&["/usr/local/bin/cvm-victim", "stamp", "/tmp/began", "/bin/sh", "/boot.sh"])
 }
 

@@ -27,7 +27,8 @@ const GRANTED: &[&str] = &[
     "--sysctl=net.ipv4.ip_forward=1",
     "--tmpfs=/run:exec,mode=755",
     "--hostname=openclaw",
-    "--env=MASTER_KEY=correct horse battery staple",
+    "--env=ENABLE_DOCKER=1",
+    "--env=MASTER_KEY=0K9uLzQl7R8HwPAIEkdJI6NTMJt+D+GRInyU+Bbsl+M=",
 ];
 const OURS: &[&str] = &[IMAGE];
 const SCRIPT: &[&str] =

@@ -34,7 +34,6 @@ pub(crate) fn deliveries() -> Vec<Figure> {
     let machine = with_user(Builder::product())
         .fake_gateway(RELAY)
         .environment("MASTER_KEY", MASTER_KEY)
-        .environment("ENABLE_DOCKER", "0")
         .mux(&network, &mux)
         .start();
     machine.service_in("gateway", &["ready"]);

@@ -4,11 +4,23 @@
 //! switch; `getpwnam` would fail or worse. The two files are the whole truth inside a container.
 //!
 //! Refuses to read the files itself, and to guess: a line that is not whole is no account.
-//! Imports nothing.
+//! Imports nothing of ours.
+
+use std::ops::RangeInclusive;
 
 /// User and group number of an account that is made here: the same in every container, so that a
 /// volume's files have the same owner in the next. Also what they will be before it is made.
 pub const GATEWAY_ID: u32 = 990;
+
+/// As whom the mux client runs once it has opened what only root may. Not the gateway's user,
+/// which is the agent's, and must not reach the register key.
+pub const MUX_UID: u32 = 18_790;
+
+/// Numbers of accounts that are made here, where [`GATEWAY_ID`] is taken.
+pub const MADE_IDS: RangeInclusive<u32> = 1000..=1999;
+
+/// Below are a system's own accounts, and above too (Debian's policy, 9.2.2).
+const PEOPLE: RangeInclusive<u32> = 1000..=59_999;
 
 /// Who a process can be.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,6 +44,19 @@ impl Account {
             }
         }
         Some(Self { uid, gid, groups, home })
+    }
+
+    /// Why the agent must not be this account, as the rest of a sentence; none if it may be.
+    pub fn unfit_for_the_agent(&self) -> Option<&'static str> {
+        match self.uid {
+            0 => Some("has the number of root"),
+            MUX_UID => Some("is the mux client's, which holds the key of the mux-server"),
+            uid if uid != GATEWAY_ID && !PEOPLE.contains(&uid) => {
+                Some("is a system's own: what belongs to that service would be the agent's")
+            }
+            _ if self.groups.contains(&0) => Some("is in the group root"),
+            _ => None,
+        }
     }
 }
 
@@ -88,6 +113,22 @@ mod tests {
     #[test]
     fn root_has_no_more_groups_than_its_own() {
         assert_eq!(Account::find(PASSWD, GROUP, "root").unwrap().groups, [0]);
+    }
+
+    #[test]
+    fn the_agent_is_neither_root_nor_a_system_account_nor_one_of_ours() {
+        let unfit = |uid, groups: &[u32]| {
+            let account = Account { uid, gid: groups[0], groups: groups.into(), home: "/".into() };
+            account.unfit_for_the_agent()
+        };
+        for uid in [GATEWAY_ID, 1000, 59_999] {
+            assert_eq!(unfit(uid, &[uid, 998]), None, "{uid}");
+        }
+        for uid in [0, 1, 33, 102, 989, 991, 999, MUX_UID, 60_000, 65_534, 200_001] {
+            assert!(unfit(uid, &[uid]).is_some(), "{uid}");
+        }
+        assert!(unfit(1000, &[0]).is_some() && unfit(1000, &[1000, 0]).is_some());
+        assert!(MADE_IDS.clone().all(|id| PEOPLE.contains(&id)) && !MADE_IDS.contains(&MUX_UID));
     }
 
     #[test]

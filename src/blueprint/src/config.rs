@@ -6,7 +6,7 @@
 //! Refuses: to guess (a half-given S3 bucket is a mistake, not a local volume), to say a value
 //! of a secret, to touch the machine: whether a user or a file exists is not known here.
 //!
-//! May import: `env`, `secret`, and its own rooms `values`, `initial`, `authorized`.
+//! May import: `accounts`, `doors`, `env`, `secret`, and its own rooms `values`, `initial`, `authorized`.
 
 mod authorized;
 mod initial;
@@ -26,16 +26,14 @@ pub use values::{
     Region, Seconds, UserName,
 };
 
-use crate::env::{Environment, Given, SET_BY_SUPERVISOR, file_twin, variable};
+use crate::accounts;
+use crate::doors::Door;
+use crate::env::{Environment, Given, SET_BY_SUPERVISOR, SSH_TRUST_HOST_KEYS, file_twin, variable};
 pub use crate::env::{Problem, Warning};
 use crate::secret::Secret;
 
 /// Where the mux client listens for the mux-server.
 pub const MUX_INBOUND_PORT: u16 = 18790;
-
-/// Below this a `MASTER_KEY` can be guessed by trying: keys, names and the SSH host key, which
-/// everyone can see, all follow from it.
-const MASTER_KEY_BYTES_ADVISED: usize = 16;
 
 /// Three missed heartbeats are what a replacement waits for: longer would keep it from starting.
 const HEARTBEAT_S_MAX: u32 = 3600;
@@ -58,8 +56,10 @@ pub struct Config {
     pub gateway: Gateway,
     pub mux: Option<Mux>,
     pub ssh: Ssh,
-    pub docker: bool,
+    pub docker: Docker,
     pub log: Log,
+    /// What this configuration opens that is shut by default.
+    pub doors: Vec<Door>,
 }
 
 /// The one secret: the bytes exactly as given, neither decoded nor trimmed, because a bucket
@@ -156,6 +156,17 @@ pub struct Mux {
 pub struct Ssh {
     pub port: Port,
     pub authorized_keys: Vec<AuthorizedKey>,
+    /// Whether the keys that the host mounts at `/root/.ssh` count as well.
+    pub trust_host_keys: bool,
+}
+
+/// Whether dockerd runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Docker {
+    On,
+    Off,
+    /// `ENABLE_DOCKER` is not set. Earlier versions ran dockerd then.
+    OffByDefault,
 }
 
 /// What is written to the container's log.
@@ -169,12 +180,43 @@ pub struct Log {
 impl Config {
     /// All of it, or all that is wrong with it.
     pub fn parse(env: &Environment) -> Result<(Self, Vec<Warning>), Vec<Problem>> {
-        let mut reader = Reader { env, problems: env.problems(), warnings: env.warnings().to_vec() };
+        Self::read(env, false)
+    }
+
+    /// The same on a machine that opens what exists and starts nothing, such as a laptop. There
+    /// a weak `MASTER_KEY` is worth a warning; to refuse it would protect nothing.
+    pub fn parse_elsewhere(env: &Environment) -> Result<(Self, Vec<Warning>), Vec<Problem>> {
+        Self::read(env, true)
+    }
+
+    fn read(env: &Environment, elsewhere: bool) -> Result<(Self, Vec<Warning>), Vec<Problem>> {
+        let mut reader = Reader {
+            env,
+            elsewhere,
+            problems: env.problems(),
+            warnings: env.warnings().to_vec(),
+            doors: Vec::new(),
+            unencrypted: Vec::new(),
+        };
         let config = reader.config();
         match config {
-            Some(config) if reader.problems.is_empty() => Ok((config, reader.warnings)),
+            Some(config) if reader.problems.is_empty() => {
+                Ok((Self { doors: reader.doors, ..config }, reader.warnings))
+            }
             _ => Err(reader.problems),
         }
+    }
+
+    /// Whether the gateway's user may be the gateway's, by the text of `/etc/passwd` and
+    /// `/etc/group`. An account that is not there yet will be made, and is always good.
+    pub fn check_account(&self, passwd: &str, group: &str) -> Option<Problem> {
+        let account = accounts::Account::find(passwd, group, self.gateway.user.as_str())?;
+        let rule = account.unfit_for_the_agent()?;
+        Some(Problem::new(
+            "OPENCLAW_GATEWAY_USER",
+            format!("names an account that {rule}"),
+            "unset it, or name a user with a number from 1000 on, or one that does not exist and is made",
+        ))
     }
 }
 
@@ -182,8 +224,13 @@ impl Config {
 /// the value is absent or a problem has been noted.
 struct Reader<'e> {
     env: &'e Environment,
+    /// Not on the machine that this configures.
+    elsewhere: bool,
     problems: Vec<Problem>,
     warnings: Vec<Warning>,
+    doors: Vec<Door>,
+    /// Variables whose URL is http and leaves this machine.
+    unencrypted: Vec<&'static str>,
 }
 
 impl<'e> Reader<'e> {
@@ -195,8 +242,9 @@ impl<'e> Reader<'e> {
         let gateway = self.gateway();
         let mux = self.mux();
         let ssh = self.ssh();
-        let docker = self.with_default("ENABLE_DOCKER", values::switch);
+        let docker = self.docker();
         let log = self.log();
+        self.check_http();
         self.check_ports();
         self.check_supervisors_own();
         Some(Config {
@@ -208,6 +256,7 @@ impl<'e> Reader<'e> {
             ssh: ssh?,
             docker: docker?,
             log: log?,
+            doors: Vec::new(),
         })
     }
 
@@ -225,6 +274,7 @@ impl<'e> Reader<'e> {
         let provider = self.with_default("S3_PROVIDER", Provider::parse);
         let endpoint =
             self.text("S3_ENDPOINT").and_then(|text| self.check("S3_ENDPOINT", Endpoint::parse(text)));
+        self.note_url("S3_ENDPOINT", endpoint.as_ref().map(Endpoint::url));
         if provider.as_ref().is_some_and(|provider| !provider.is_aws()) {
             let hint = "set the URL of the S3 service, or S3_PROVIDER=AWS";
             self.require("S3_ENDPOINT", "is needed unless S3_PROVIDER is AWS", hint);
@@ -308,6 +358,9 @@ impl<'e> Reader<'e> {
 
     fn master_key(&mut self) -> Option<MasterKey> {
         if !self.env.is_given("MASTER_KEY") {
+            if self.env.is_given("ALLOW_WEAK_MASTER_KEY") {
+                self.warn("ALLOW_WEAK_MASTER_KEY", "has no effect without MASTER_KEY");
+            }
             if !self.env.is_given("S3_BUCKET") {
                 let says = "is not set: token, device identity and SSH host key are random, and live and die with \
                             the volume";
@@ -316,20 +369,48 @@ impl<'e> Reader<'e> {
             return None;
         }
         let key = self.bytes("MASTER_KEY")?;
-        // Warnings only: an old bucket may hang on exactly this key.
-        if key.len() < MASTER_KEY_BYTES_ADVISED {
-            let says = format!(
-                "is shorter than {MASTER_KEY_BYTES_ADVISED} bytes and can be guessed; for a new instance take: \
-                 openssl rand -base64 32"
-            );
-            self.warn("MASTER_KEY", &says);
-        }
+        self.check_strength(key);
         let bytes = key.expose();
         let is_blank = |byte: Option<&u8>| byte.is_some_and(u8::is_ascii_whitespace);
         if is_blank(bytes.first()) || is_blank(bytes.last()) {
             self.warn("MASTER_KEY", "begins or ends with white space, which counts as part of the key");
         }
         MasterKey::new(key.duplicate())
+    }
+
+    /// The SSH host key, which everybody can see, follows from `MASTER_KEY` alone, so guesses can be checked
+    /// against it, as fast as a machine can hash. An instance that has state cannot get another key.
+    fn check_strength(&mut self, key: &Secret) {
+        const NAME: &str = "ALLOW_WEAK_MASTER_KEY";
+        let is_strong = is_strong(key.expose());
+        if self.elsewhere {
+            if !is_strong {
+                self.warn("MASTER_KEY", "can be guessed, and who has guessed it has everything");
+            }
+            return;
+        }
+        match (self.with_default(NAME, values::switch), is_strong) {
+            (Some(true), true) => self.warn(NAME, "is 1 and MASTER_KEY is not weak; unset it"),
+            (Some(true), false) => {
+                let risk = "MASTER_KEY is a weak one: everybody who sees the SSH host key can guess it offline, and has then \
+                            everything";
+                let remedy =
+                    "move the state to a new instance with a MASTER_KEY from: openssl rand -base64 32";
+                self.open("ALLOW_WEAK_MASTER_KEY=1", risk, remedy);
+            }
+            (Some(false), false) => {
+                let hint = format!(
+                    "for a new instance, {MAKE_STRONG}. One that has state needs the key that it has: set {NAME}=1 until \
+                     you have moved"
+                );
+                self.problems.push(Problem::new(
+                    "MASTER_KEY",
+                    format!("{STRONG}, or it can be guessed"),
+                    hint,
+                ));
+            }
+            (Some(false), true) | (None, _) => {}
+        }
     }
 
     fn first_boot(&mut self) -> FirstBoot {
@@ -392,14 +473,16 @@ impl<'e> Reader<'e> {
             self.text("MUX_BASE_URL").and_then(|text| self.check("MUX_BASE_URL", HttpUrl::parse(text)));
         let register_key = self.word("MUX_REGISTER_KEY");
         let wanted = names.iter().all(|name| self.env.is_given(name));
+        self.note_url("MUX_BASE_URL", base_url.as_ref());
         let inbound_url = match self.text("MUX_INBOUND_URL") {
             Some(text) => self.check("MUX_INBOUND_URL", InboundUrl::parse(text)),
             None if wanted && !self.env.is_given("MUX_INBOUND_URL") => self.dstack_inbound_url(),
             None => None,
         };
+        self.note_url("MUX_INBOUND_URL", inbound_url.as_ref().map(InboundUrl::url));
         let ack_wait =
             self.with_default("MUX_ACK_REPLICATION_WAIT", |t| Seconds::within(t, 0, ACK_WAIT_S_MAX));
-        for name in ["MUX_INBOUND_URL", "MUX_ACK_REPLICATION_WAIT"] {
+        for name in ["MUX_INBOUND_URL", "MUX_GATEWAY_DOMAIN", "MUX_ACK_REPLICATION_WAIT"] {
             if self.env.is_given(name) && !names.iter().any(|name| self.env.is_given(name)) {
                 self.warn(name, "has no effect without MUX_BASE_URL and MUX_REGISTER_KEY");
             }
@@ -417,13 +500,19 @@ impl<'e> Reader<'e> {
         })
     }
 
-    /// The address that dstack's gateway gives to a port of an app.
+    /// The address that dstack's gateway gives to a port of an app. `DSTACK_GATEWAY_DOMAIN`
+    /// would say the same, but the host writes it, and could have every chat sent to itself.
     fn dstack_inbound_url(&mut self) -> Option<InboundUrl> {
-        let (id, domain) = (self.text("DSTACK_APP_ID"), self.text("DSTACK_GATEWAY_DOMAIN"));
+        let (id, domain) = (self.text("DSTACK_APP_ID"), self.text("MUX_GATEWAY_DOMAIN"));
         let (Some(id), Some(domain)) = (id, domain) else {
-            let rule =
-                "is needed for the mux client where DSTACK_APP_ID and DSTACK_GATEWAY_DOMAIN are not both set";
-            let hint = "set the public URL of port 18790, ending in /v1/mux/inbound";
+            let mut rule = String::from(
+                "is needed for the mux client where DSTACK_APP_ID and MUX_GATEWAY_DOMAIN are not both set",
+            );
+            if self.env.is_given("DSTACK_GATEWAY_DOMAIN") {
+                rule += "; DSTACK_GATEWAY_DOMAIN is ignored, because the CVM's host writes it";
+            }
+            let hint = "set MUX_GATEWAY_DOMAIN to the domain of your app's public address, without the app's id and \
+                        port, or set this to the public URL of port 18790, ending in /v1/mux/inbound";
             self.problems.push(Problem::new("MUX_INBOUND_URL", rule, hint));
             return None;
         };
@@ -431,16 +520,67 @@ impl<'e> Reader<'e> {
         // A slash in either part would move the host; only the parser's view of it counts.
         if id.contains('/') || domain.contains('/') {
             let rule =
-                "cannot be built from DSTACK_APP_ID and DSTACK_GATEWAY_DOMAIN, which are no parts of a host";
+                "cannot be built from DSTACK_APP_ID and MUX_GATEWAY_DOMAIN, which are no parts of a host";
             self.problems.push(Problem::new("MUX_INBOUND_URL", rule, "set it, or correct those two"));
             return None;
         }
         self.check("MUX_INBOUND_URL", InboundUrl::parse(&url))
     }
 
+    fn note_url(&mut self, name: &'static str, url: Option<&HttpUrl>) {
+        if url.is_some_and(HttpUrl::is_exposed) {
+            self.unencrypted.push(name);
+        }
+    }
+
+    /// Over http, whoever is on the way reads the register key and presigned URLs, and answers
+    /// in the other side's name.
+    fn check_http(&mut self) {
+        const NAME: &str = "ALLOW_HTTP";
+        match (self.with_default(NAME, values::switch), self.unencrypted.is_empty()) {
+            (Some(true), true) => self.warn(NAME, "is 1 and no URL needs it; unset it"),
+            (Some(true), false) => {
+                let risk = format!(
+                    "{} is not encrypted: the host and everybody on the way reads and changes what is sent",
+                    self.unencrypted.join(", ")
+                );
+                self.open("ALLOW_HTTP=1", risk, "give https:// URLs and unset ALLOW_HTTP");
+            }
+            (Some(false), _) => {
+                for name in std::mem::take(&mut self.unencrypted) {
+                    let rule = "must be https, unless it is an address of this machine's loopback: over http \
+                                everybody on the way reads and changes what is sent";
+                    let hint = "give https://HOST; where there is no other way, set ALLOW_HTTP=1";
+                    self.problems.push(Problem::new(name, rule, hint));
+                }
+            }
+            (None, _) => {}
+        }
+    }
+
+    fn docker(&mut self) -> Option<Docker> {
+        if !self.env.is_given("ENABLE_DOCKER") {
+            return Some(Docker::OffByDefault);
+        }
+        if !self.with_default("ENABLE_DOCKER", values::switch)? {
+            return Some(Docker::Off);
+        }
+        let risk = "the agent may use docker, and who may use docker is root in this container: it can read the keys, \
+                    and change or stop everything here";
+        self.open("ENABLE_DOCKER=1", risk, "set ENABLE_DOCKER=0 if the agent needs no containers");
+        Some(Docker::On)
+    }
+
     fn ssh(&mut self) -> Option<Ssh> {
         let authorized_keys = self.authorized_keys();
-        Some(Ssh { port: self.with_default("SSH_PORT", Port::parse)?, authorized_keys })
+        let trust_host_keys = self.with_default(SSH_TRUST_HOST_KEYS, values::switch);
+        if trust_host_keys == Some(true) {
+            let risk = "the keys mounted at /root/.ssh open a root shell here, and whoever runs the CVM's host writes them";
+            let remedy = "set SSH_AUTHORIZED_KEYS to your public keys and take SSH_TRUST_HOST_KEYS out of the compose file";
+            self.open("SSH_TRUST_HOST_KEYS=1", risk, remedy);
+        }
+        let port = self.with_default("SSH_PORT", Port::parse);
+        Some(Ssh { port: port?, authorized_keys, trust_host_keys: trust_host_keys? })
     }
 
     fn authorized_keys(&mut self) -> Vec<AuthorizedKey> {
@@ -462,6 +602,11 @@ impl<'e> Reader<'e> {
         let format = self.with_default("LOG_FORMAT", LogFormat::parse);
         let level = self.with_default("LOG_LEVEL", LogLevel::parse);
         let services = self.with_default("LOG_SERVICES", values::switch);
+        if services == Some(true) {
+            let risk = "what the services print, chats among it, goes to the container's log, which is public on dstack \
+                        unless you say otherwise";
+            self.open("LOG_SERVICES=1", risk, "set LOG_SERVICES=0; `cvm logs` shows it over SSH");
+        }
         Some(Log { format: format?, level: level?, services: services? })
     }
 
@@ -563,6 +708,10 @@ impl<'e> Reader<'e> {
             let rule = format!("is needed together with {}", given.join(", "));
             self.problems.push(Problem::new(name, rule, hint));
         }
+    }
+
+    fn open(&mut self, name: &str, risk: impl Into<String>, remedy: &str) {
+        self.doors.push(Door::new(name, risk, remedy));
     }
 
     fn warn(&mut self, name: &str, says: &str) {

@@ -4,8 +4,8 @@
 //! pass-through are made from it. Values are held wiped-on-drop, all of them, because a
 //! variable that is no secret of ours may well be one of the user's.
 //!
-//! Refuses: to judge a value (`config` does), to read a file (the caller does), to say more of
-//! a value than its length.
+//! Refuses: to judge a value (`config` does), to read a file (the caller does), to say anything of
+//! a value, its length included.
 //!
 //! May import: `secret`.
 
@@ -63,6 +63,12 @@ use Audience::{Gateway, Mux, Storage, Supervisor};
 /// Every variable of the product, in the order of the documentation.
 pub const VARIABLES: &[Variable] = &[
     secret("MASTER_KEY", Supervisor, "the one secret; everything else is derived from it"),
+    plain(
+        "ALLOW_WEAK_MASTER_KEY",
+        Some("0"),
+        Supervisor,
+        "1 accepts a MASTER_KEY that can be guessed, such as a phrase",
+    ),
     plain("S3_BUCKET", None, Storage, "the bucket; its presence turns S3 mode on"),
     plain("S3_ENDPOINT", None, Storage, "URL of the S3 service; needed unless S3_PROVIDER is AWS"),
     plain("S3_REGION", Some("us-east-1"), Storage, "region of the bucket"),
@@ -101,7 +107,12 @@ pub const VARIABLES: &[Variable] = &[
     ),
     // The gateway's own command line tools look for it under this name, so it passes through.
     plain("OPENCLAW_GATEWAY_PORT", Some("18789"), Gateway, "port of the gateway"),
-    plain("OPENCLAW_GATEWAY_USER", Some("openclaw"), Supervisor, "user the gateway runs as; root is allowed"),
+    plain(
+        "OPENCLAW_GATEWAY_USER",
+        Some("openclaw"),
+        Supervisor,
+        "user the gateway runs as; never root or a system's own",
+    ),
     plain("OPENCLAW_GATEWAY_RESTART_DELAY", Some("5"), Supervisor, "first wait before a restart, in seconds"),
     plain(
         "OPENCLAW_GATEWAY_RESTART_MAX_DELAY",
@@ -156,19 +167,30 @@ pub const VARIABLES: &[Variable] = &[
         "with a bucket: seconds an acknowledgement waits for the bucket at most; 0 is not at all",
     ),
     plain("DSTACK_APP_ID", None, Gateway, "set by dstack; part of the default MUX_INBOUND_URL"),
-    plain("DSTACK_GATEWAY_DOMAIN", None, Gateway, "set by dstack; part of the default MUX_INBOUND_URL"),
     plain(
-        "SSH_AUTHORIZED_KEYS",
+        "MUX_GATEWAY_DOMAIN",
         None,
         Supervisor,
-        "public keys, one a line, besides those mounted at /root/.ssh",
+        "domain of dstack's gateway; part of the default MUX_INBOUND_URL",
+    ),
+    plain("ALLOW_HTTP", Some("0"), Supervisor, "1 accepts http:// URLs that leave this machine"),
+    plain("SSH_AUTHORIZED_KEYS", None, Supervisor, "public keys that may log in, one a line"),
+    plain(
+        SSH_TRUST_HOST_KEYS,
+        Some("0"),
+        Supervisor,
+        "1 also lets the keys in that are mounted at /root/.ssh: the host's",
     ),
     plain("SSH_PORT", Some("22"), Supervisor, "port of sshd inside the container"),
-    plain("ENABLE_DOCKER", Some("1"), Supervisor, "0 leaves dockerd out"),
+    // The agent is in dockerd's group, and a rootful dockerd makes it root.
+    plain("ENABLE_DOCKER", Some("0"), Supervisor, "1 runs dockerd, which makes the agent root here"),
     plain("LOG_FORMAT", Some("text"), Supervisor, "text, or json for one object a line"),
     plain("LOG_LEVEL", Some("info"), Supervisor, "error, warn, info, debug or trace"),
     plain("LOG_SERVICES", Some("0"), Supervisor, "1 also copies the services' output to stdout"),
 ];
+
+/// Stands in the compose file itself or nowhere: a value from the environment could be forged.
+pub const SSH_TRUST_HOST_KEYS: &str = "SSH_TRUST_HOST_KEYS";
 
 /// What the supervisor sets for the gateway itself; a value from outside does not get through.
 pub const SET_BY_SUPERVISOR: &[&str] = &[
@@ -193,6 +215,9 @@ const FILE_SUFFIX: &str = "_FILE";
 /// Names longer than this may differ in two letters from a name of the table to count as a
 /// slip; in a short one, two letters make another word.
 const SHORT_NAME_LEN_MAX: usize = 8;
+
+/// How many names of variables that are not ours one line of the boot log lists.
+const NAMES_SHOWN_MAX: usize = 64;
 
 /// How much of a foreign text a message shows.
 const SHOWN_CHARS_MAX: usize = 40;
@@ -385,20 +410,31 @@ impl Environment {
         self.values.iter().filter(|(name, _)| passes(name)).map(|(name, value)| (name.as_slice(), value))
     }
 
-    /// One line for the boot log: names and lengths, never values.
+    /// One line for the boot log: the names of all variables that are set, and nothing of their
+    /// values. Standard output may be public, and a length is a part of a secret.
     pub fn inventory(&self) -> String {
-        let set: Vec<String> = VARIABLES
-            .iter()
-            .filter_map(|variable| match self.given(variable.name) {
-                Given::Not => None,
-                Given::As(value) => Some(format!("{} ({})", variable.name, value.len())),
-                Given::Unusable => Some(format!("{} (unusable)", variable.name)),
-            })
-            .collect();
-        let known = if set.is_empty() { String::from("none") } else { set.join(", ") };
-        let others = self.values.keys().filter(|name| lookup(name).is_none() && passes(name)).count();
+        let known = VARIABLES.iter().filter_map(|variable| match self.given(variable.name) {
+            Given::Not => None,
+            Given::As(_) => Some(variable.name.to_owned()),
+            Given::Unusable => Some(format!("{} (unusable)", variable.name)),
+        });
+        let mut others = Vec::new();
+        let mut more = 0;
+        for name in self.values.keys().filter(|name| lookup(name).is_none() && passes(name)) {
+            if others.len() < NAMES_SHOWN_MAX {
+                others.push(shown(&String::from_utf8_lossy(name)));
+            } else {
+                more += 1;
+            }
+        }
+        let listed = |names: Vec<String>| {
+            if names.is_empty() { String::from("none") } else { names.join(", ") }
+        };
+        let more = if more > 0 { format!(" and {more} more") } else { String::new() };
         format!(
-            "Variables set, with their lengths in bytes: {known}; passed on to the gateway besides: {others}."
+            "Variables set: {}; passed on to the gateway besides: {}{more}.",
+            listed(known.collect()),
+            listed(others)
         )
     }
 

@@ -14,6 +14,7 @@ pub mod backoff;
 pub mod bootstrap;
 pub mod conduct;
 pub mod config;
+pub mod doors;
 pub mod ending;
 pub mod env;
 pub mod keys;

@@ -11,6 +11,7 @@
 //! Refuses to hold a secret that is not wiped when dropped, and to put one into anything but a
 //! specification. May import: `config`, `keys`, `packed`, `paths`, `supervise`.
 
+pub use crate::accounts::MUX_UID;
 use crate::config::{Gateway, MUX_INBOUND_PORT, Mux};
 use crate::keys::KeyRing;
 use crate::packed::PackedBytes;
@@ -20,9 +21,6 @@ use serde::{Deserialize, Serialize};
 
 /// The name of the service.
 pub const MUX_CLIENT: &str = "mux";
-/// As whom the client runs once it has opened what only root may: nobody's number. Not the
-/// gateway's user, which is the agent's, and must not reach the register key.
-pub const MUX_UID: u32 = 18_790;
 
 /// All that the mux client needs to know.
 #[derive(Serialize, Deserialize)]
@@ -135,7 +133,7 @@ mod tests {
     #[test]
     fn the_specification_carries_what_the_client_needs_and_reads_back() {
         let given = [
-            ("MASTER_KEY", "correct horse battery staple"),
+            ("MASTER_KEY", "0K9uLzQl7R8HwPAIEkdJI6NTMJt+D+GRInyU+Bbsl+M="),
             ("MUX_BASE_URL", "https://mux.example.org/"),
             ("MUX_REGISTER_KEY", "register"),
             ("MUX_INBOUND_URL", "https://me.example.org/v1/mux/inbound"),

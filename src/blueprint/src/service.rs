@@ -5,7 +5,7 @@
 //! May import: `config`, `plan`, `backoff`, `supervise`, `paths`.
 
 use crate::backoff::Backoff;
-use crate::config::{Config, MUX_INBOUND_PORT, S3, Seconds, Storage};
+use crate::config::{Config, Docker, MUX_INBOUND_PORT, S3, Seconds, Storage};
 use crate::mux::MUX_CLIENT;
 use crate::paths;
 use crate::plan::{STORAGE_WORKER, StepName};
@@ -143,7 +143,7 @@ impl Service {
 /// All services of this configuration, in the order in which `status` shows them.
 pub fn services(config: &Config) -> Vec<Service> {
     let mut all = vec![sshd()];
-    if config.docker {
+    if config.docker == Docker::On {
         all.push(dockerd());
     }
     if let Storage::S3(s3) = &config.storage {

@@ -55,6 +55,7 @@ AllowAgentForwarding no
 X11Forwarding no
 PermitTunnel no
 PermitUserEnvironment no
+PermitUserRC no
 AcceptEnv LANG LC_*
 PrintMotd no
 Subsystem sftp internal-sftp
@@ -150,6 +151,8 @@ mod tests {
             "PasswordAuthentication no",
             "KbdInteractiveAuthentication no",
             "PermitRootLogin prohibit-password",
+            // Of what lies in a home, nothing runs before the operator's shell.
+            "PermitUserRC no",
             "UsePAM no",
         ] {
             assert!(text.lines().any(|found| found == line), "{line} is missing");

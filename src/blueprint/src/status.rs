@@ -5,6 +5,7 @@
 //! May import: `conduct` and everything before it.
 
 use crate::conduct::{self, Machine, Next, ServiceRecord, StepRecord, StepState};
+use crate::doors::Door;
 use crate::mux::MuxStatus;
 use crate::plan::Weight;
 use crate::supervise::{Life, State};
@@ -22,6 +23,9 @@ pub struct Status {
     pub uptime_ms: u64,
     pub storage: Storage,
     pub keys: Vec<Fingerprint>,
+    /// What the configuration opens that is shut by default.
+    #[serde(default)]
+    pub doors: Vec<Door>,
     /// What an operator should know as long as it is true.
     pub remarks: Vec<Remark>,
     pub boot: Vec<Step>,
@@ -130,6 +134,7 @@ pub struct About {
     pub version: String,
     pub storage: Storage,
     pub keys: Vec<Fingerprint>,
+    pub doors: Vec<Door>,
     pub remarks: Vec<Remark>,
     /// Log lines dropped, for each service.
     pub dropped_lines: Vec<u64>,
@@ -150,6 +155,7 @@ pub fn snapshot(machine: &Machine, about: &About, now: Moment) -> Status {
         uptime_ms: now.as_millis(),
         storage: about.storage.with_tree(machine.tree()),
         keys: about.keys.clone(),
+        doors: about.doors.clone(),
         remarks: about.remarks.clone(),
         boot,
         services,

@@ -304,7 +304,7 @@ mod tests {
 
     fn spec(more: &[(&str, &str)]) -> StorageSpec {
         let given = [
-            ("MASTER_KEY", "correct horse battery staple"),
+            ("MASTER_KEY", "0K9uLzQl7R8HwPAIEkdJI6NTMJt+D+GRInyU+Bbsl+M="),
             ("S3_BUCKET", "claws"),
             ("S3_ENDPOINT", "https://s3.example.org"),
             ("AWS_ACCESS_KEY_ID", "AKIDEXAMPLE"),
@@ -325,7 +325,7 @@ mod tests {
         assert_eq!((read.heartbeat_s, read.drain_s, read.drill_s), (7, 20, 86_400));
         assert_eq!(read.manifest_key.unpack().unwrap().len(), 32);
         let CryptSpec::Clear { password, .. } = &read.crypt else { panic!("nothing was overridden") };
-        assert_eq!(password.unpack().unwrap().as_slice(), b"fWxyhzuLSQizHmoLLNCIFuPKNGAgWm3D5LziNPZ2UdM=");
+        assert_eq!(password.unpack().unwrap().as_slice(), b"jrq/5kUcKRy6NqQbM7C5bnpMnrR6+7d/aALQruAzhwk=");
     }
 
     #[test]

@@ -140,9 +140,12 @@ pub enum Task {
         /// None: keep a random one on the volume.
         seed: Option<PackedBytes>,
         extra_keys: String,
+        /// Whether the keys mounted at `/root/.ssh` count too.
+        trust_host_keys: bool,
     },
     Home {
         user: String,
+        docker: DockerUse,
     },
     State(StateTask),
     DockerPrepare,
@@ -153,6 +156,17 @@ pub enum Task {
     Sweep {
         run: String,
     },
+}
+
+/// What the gateway's user has to do with docker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DockerUse {
+    /// It may use it: it is in the group.
+    Allowed,
+    None,
+    /// As `None`, but because the default has changed: who has containers is told.
+    NoneByDefault,
 }
 
 #[derive(Serialize, Deserialize)]

@@ -84,7 +84,7 @@ const RCLONE_CONFIG: &str = "derive rclone-config";
 
 fn rclone_config(source: &KeySource) -> Result<Exit, Trouble> {
     let environment = with_key(source)?;
-    let (config, warnings) = Config::parse(&environment)
+    let (config, warnings) = Config::parse_elsewhere(&environment)
         .map_err(|problems| mistakes(RCLONE_CONFIG, &problems, "nothing was derived"))?;
     for warning in warnings {
         warn(&warning.to_string());
@@ -201,7 +201,7 @@ fn from_input(content: Vec<u8>) -> Result<MasterKey, Trouble> {
 /// The supervisor's judgement. `rule` replaces its words where those speak of a file.
 fn checked(environment: &Environment, rule: Option<&str>) -> Result<MasterKey, Trouble> {
     let no_key = || Trouble::new(Exit::Usage, "derive", "there is no MASTER_KEY");
-    match Config::parse(environment) {
+    match Config::parse_elsewhere(environment) {
         Ok((config, warnings)) => {
             for warning in warnings {
                 warn(&warning.to_string());
@@ -303,7 +303,7 @@ mod tests {
     fn an_rclone_conf_has_the_bucket_and_what_opens_it() {
         let conf = |more: &[(&str, &str)]| {
             let given = [
-                ("MASTER_KEY", "correct horse battery staple"),
+                ("MASTER_KEY", "0K9uLzQl7R8HwPAIEkdJI6NTMJt+D+GRInyU+Bbsl+M="),
                 ("S3_BUCKET", "claws"),
                 ("S3_ENDPOINT", "https://s3.example.org"),
                 ("AWS_ACCESS_KEY_ID", "AKIDEXAMPLE"),

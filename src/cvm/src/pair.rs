@@ -85,6 +85,10 @@ fn specification(args: &PairArgs) -> Result<PairSpec, Trouble> {
         let cause = "the address of the mux-server is not an http or https URL";
         Trouble::new(Exit::Usage, WHAT, cause).hint("give https://HOST, without a user name or a query")
     })?;
+    // What the mux client here uses has passed the same rule.
+    let known = here.as_ref().is_some_and(|mux| mux.base_url == base_url.as_str());
+    let allowed = matches!(given("ALLOW_HTTP").as_deref(), Some("1" | "true"));
+    check_encrypted(&base_url, known || allowed)?;
     let (device_id, inbound_url) = device(args, &environment, here)?;
     Ok(PairSpec {
         base_url: base_url.as_str().to_owned(),
@@ -96,6 +100,15 @@ fn specification(args: &PairArgs) -> Result<PairSpec, Trouble> {
         session_key: args.session.clone(),
         ttl_s: args.ttl,
     })
+}
+
+/// Over http, whoever is on the way gets the admin token.
+fn check_encrypted(base_url: &HttpUrl, http_allowed: bool) -> Result<(), Trouble> {
+    if http_allowed || !base_url.is_exposed() {
+        return Ok(());
+    }
+    let cause = "the address of the mux-server is http: everybody on the way reads the admin token";
+    Err(Trouble::new(Exit::Usage, WHAT, cause).hint("give https://HOST, or set ALLOW_HTTP=1"))
 }
 
 /// The device, and where it is reached if it is this one.
@@ -217,6 +230,17 @@ mod tests {
             assert!(text.contains(part), "{part} in {text}");
         }
         assert!(!text.contains('\u{1b}') && !text.contains('█'));
+    }
+
+    #[test]
+    fn the_admin_token_does_not_leave_unencrypted_unasked() {
+        let url = |text| HttpUrl::parse(text).ok().unwrap();
+        let refused = check_encrypted(&url("http://mux.example.org"), false).unwrap_err();
+        assert!(refused.hint.is_some_and(|hint| hint.contains("ALLOW_HTTP=1")));
+        assert!(check_encrypted(&url("http://mux.example.org"), true).is_ok());
+        for text in ["https://mux.example.org", "http://127.0.0.1:9300"] {
+            assert!(check_encrypted(&url(text), false).is_ok(), "{text}");
+        }
     }
 
     #[test]

@@ -7,7 +7,8 @@
 //! May import: `cvm-blueprint`, `cvm-process` (for that file).
 
 use cvm_blueprint::config::{
-    AuthorizedKey, Config, FirstBoot, Gateway, Log as LogSettings, LogFormat, Ssh, Storage, WorkspaceFiles,
+    AuthorizedKey, Config, Docker, FirstBoot, Gateway, Log as LogSettings, LogFormat, Ssh, Storage,
+    WorkspaceFiles,
 };
 use cvm_blueprint::env::Environment;
 use cvm_blueprint::keys::{DeviceSeed, GatewayToken, HostKeySeed, KeyRing};
@@ -18,7 +19,7 @@ use cvm_blueprint::secret::Secret;
 use cvm_blueprint::service::{self, Leftovers, Prepare, Probe, Service, Ties};
 use cvm_blueprint::storage::StorageSpec;
 use cvm_blueprint::wire::{
-    Input, KeeperSpec, Log, PackedBytes, PackedEnvironment, ProbeSpec, StateTask, Stop, Task, line,
+    DockerUse, Input, KeeperSpec, Log, PackedBytes, PackedEnvironment, ProbeSpec, StateTask, Stop, Task, line,
 };
 use cvm_process::descriptor;
 use std::collections::BTreeMap;
@@ -39,6 +40,7 @@ pub(crate) struct Kit {
     gateway: Gateway,
     first_boot: FirstBoot,
     ssh: Ssh,
+    docker: Docker,
     log: LogSettings,
     passthrough: Vec<(Vec<u8>, Secret)>,
     token: Option<GatewayToken>,
@@ -67,11 +69,12 @@ impl Kit {
             None => (None, None, None),
         };
         // By name: the master key and the bucket's credentials end here.
-        let Config { gateway, first_boot, ssh, log, .. } = config;
+        let Config { gateway, first_boot, ssh, docker, log, .. } = config;
         Self {
             gateway,
             first_boot,
             ssh,
+            docker,
             log,
             passthrough,
             token,
@@ -162,9 +165,17 @@ impl Kit {
                 port: self.ssh.port.get(),
                 seed: self.host_key_seed.as_ref().map(|s| PackedBytes::pack(s.expose())),
                 extra_keys: lines(self.ssh.authorized_keys.iter().map(AuthorizedKey::line)),
+                trust_host_keys: self.ssh.trust_host_keys,
             },
             StepName::Storage => return None,
-            StepName::Home => Task::Home { user: self.gateway.user.as_str().into() },
+            StepName::Home => Task::Home {
+                user: self.gateway.user.as_str().into(),
+                docker: match self.docker {
+                    Docker::On => DockerUse::Allowed,
+                    Docker::Off => DockerUse::None,
+                    Docker::OffByDefault => DockerUse::NoneByDefault,
+                },
+            },
             StepName::State => Task::State(StateTask {
                 user: self.gateway.user.as_str().into(),
                 port: self.gateway.port.get(),

@@ -84,15 +84,29 @@ fn main() -> ExitCode {
 fn check() -> u8 {
     let mut environment = handover::current();
     handover::read_files(&mut environment);
-    match Config::parse(&environment) {
-        Ok((_, warnings)) => {
+    match configuration(&environment) {
+        Ok((config, warnings)) => {
             for warning in warnings {
                 utter(&format!("warning: {warning}\n"));
+            }
+            for door in config.doors {
+                utter(&format!("warning: {door}\n"));
             }
             utter("The configuration is complete and correct.\n");
             exit::CLEAN
         }
         Err(problems) => refuse(&problems),
+    }
+}
+
+/// The configuration, held against the accounts of this image as well.
+fn configuration(environment: &Environment) -> Result<(Config, Vec<Warning>), Vec<Problem>> {
+    let (config, warnings) = Config::parse(environment)?;
+    let [passwd, group] = ["/etc/passwd", "/etc/group"].map(|path| std::fs::read(path).unwrap_or_default());
+    let (passwd, group) = (String::from_utf8_lossy(&passwd), String::from_utf8_lossy(&group));
+    match config.check_account(&passwd, &group) {
+        None => Ok((config, warnings)),
+        Some(problem) => Err(vec![problem]),
     }
 }
 
@@ -126,7 +140,7 @@ fn supervise(began: Instant) -> u8 {
         return exit::INTERNAL;
     };
     handover::read_files(&mut environment);
-    let (config, warnings) = match Config::parse(&environment) {
+    let (config, warnings) = match configuration(&environment) {
         Ok(parsed) => parsed,
         Err(problems) => return refuse(&problems),
     };
@@ -155,6 +169,9 @@ fn prepare(
     for warning in warnings {
         tracing::warn!("{warning}");
     }
+    for door in &config.doors {
+        tracing::warn!("{door}");
+    }
     let remarks = remarks_on_dstack();
     let keys = config.master_key.as_ref().map(|master| {
         tracing::info!("Deriving keys from MASTER_KEY...");
@@ -167,7 +184,13 @@ fn prepare(
         version: env!("CARGO_PKG_VERSION").to_owned(),
         storage: storage(&config),
         keys: keys.as_ref().map(fingerprints).unwrap_or_default(),
-        remarks,
+        doors: config.doors.clone(),
+        // The log's first lines are soon out of sight; what is odd about the configuration stays so.
+        remarks: warnings
+            .iter()
+            .map(|w| Remark { topic: w.variable.clone(), text: w.says.clone() })
+            .chain(remarks)
+            .collect(),
         dropped_lines: vec![0; services.len()],
         mux: None,
     };

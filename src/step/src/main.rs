@@ -28,6 +28,7 @@ use cvm_blueprint::wire::{self, Task};
 use cvm_process::descriptor;
 use places::Places;
 use report::{Failure, Outcome, Report};
+use ssh::Keys;
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
@@ -88,10 +89,11 @@ fn task_input() -> std::io::Result<OwnedFd> {
 fn carry_out(task: Task, report: &mut Report) -> Outcome<()> {
     let places = Places::default();
     match task {
-        Task::Ssh { port, seed, extra_keys } => {
-            ssh::prepare(&places, port, seed.as_ref(), &extra_keys, report)
+        Task::Ssh { port, seed, extra_keys, trust_host_keys } => {
+            let keys = Keys { given: &extra_keys, trust_host_keys };
+            ssh::prepare(&places, port, seed.as_ref(), keys, report)
         }
-        Task::Home { user } => home::prepare(&places, &user, report),
+        Task::Home { user, docker } => home::prepare(&places, &user, docker, report),
         Task::State(task) => state::prepare(&places, &task, report),
         Task::DockerPrepare => docker::prepare(&places, report),
         Task::FreePort { port } => port::free(&places, port, report),

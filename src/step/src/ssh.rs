@@ -8,8 +8,9 @@
 //! what sshd does when it starts, whose words are in its log. What it could find is looked up here
 //! (program, account, directory) or is ours alone and tested (configuration, key).
 //!
-//! Refuses to take `*.pub` files for permission: a public key that lies in `~/.ssh` is the other
-//! half of a key of this machine's, not somebody who may come in. May import:
+//! Refuses to take keys that the CVM's host has mounted, unless it is told to: the host would get a
+//! root shell. Refuses to take `*.pub` files for permission: a public key that lies in `~/.ssh` is
+//! the other half of a key of this machine's, not somebody who may come in. May import:
 //! `blueprint::{accounts, config, keys, paths, ssh}`, `files`, `places`, `programs`, `report`.
 
 use crate::files::{self, Dir, Kind};
@@ -22,6 +23,8 @@ use cvm_blueprint::keys::HostKeySeed;
 use cvm_blueprint::paths;
 use cvm_blueprint::ssh::{SshdSettings, merge_authorized_keys, sshd_config};
 use cvm_blueprint::wire::PackedBytes;
+use nix::errno::Errno;
+use nix::mount::{MntFlags, umount2};
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
@@ -34,8 +37,10 @@ const SSHD_USER: &str = "sshd";
 const SSHD_DIRECTORY: &str = "/run/sshd";
 /// As sshd's own table of options has it, from 9.8 on.
 const SOURCE_PENALTIES: &[u8] = b"persourcepenalties";
-/// Where the machine's keys are mounted, read-only and with any owner.
+/// Where the keys of the CVM's host are mounted, read-only and with any owner.
 const MOUNTED: &str = "/root/.ssh";
+/// What remarks about them stand under.
+const TOPIC: &str = "ssh keys";
 const MOUNTED_NAMES: [&str; 2] = ["authorized_keys", "authorized_keys2"];
 const KEYS_MAX: usize = 1024 * 1024;
 /// On the volume, or in /run for this boot.
@@ -47,11 +52,19 @@ const PATIENCE: Duration = Duration::from_secs(3);
 
 type Seed = Zeroizing<[u8; 32]>;
 
+/// Who may log in.
+#[derive(Clone, Copy)]
+pub(crate) struct Keys<'a> {
+    /// The lines of `SSH_AUTHORIZED_KEYS`.
+    pub(crate) given: &'a str,
+    pub(crate) trust_host_keys: bool,
+}
+
 pub(crate) fn prepare(
     places: &Places,
     port: u16,
     seed: Option<&PackedBytes>,
-    extra_keys: &str,
+    keys: Keys<'_>,
     report: &mut Report,
 ) -> Outcome<()> {
     check_sshd(places)?;
@@ -65,18 +78,18 @@ pub(crate) fn prepare(
     let key = HostKeySeed::from_bytes(&seed);
     run.write(name_of(paths::SSH_HOST_KEY), key.private_key_file().expose(), Kind::OF_THIS_BOOT)?;
     report.facts.host_key = Some(key.ssh_fingerprint());
-    authorized_keys(places, &run, extra_keys, report)?;
+    authorized_keys(places, &run, keys, report)?;
     let text = |path: &str| places.at(path).to_string_lossy().into_owned();
+    let mounted = text(&format!("{MOUNTED}/{}", MOUNTED_NAMES[0]));
+    let copied = text(paths::AUTHORIZED_KEYS);
+    // The second, so that a key that is added while we run counts too, if sshd likes its owner.
+    let both = [copied.as_str(), mounted.as_str()];
     let config = sshd_config(&SshdSettings {
         port,
         listen_address: None,
         host_key_path: &text(paths::SSH_HOST_KEY),
         knows_source_penalties: programs::mentions(&places.at(SSHD), SOURCE_PENALTIES),
-        // The second, so that a key that is added while we run counts too, if sshd likes its owner.
-        authorized_keys_paths: &[
-            &text(paths::AUTHORIZED_KEYS),
-            &text(&format!("{MOUNTED}/{}", MOUNTED_NAMES[0])),
-        ],
+        authorized_keys_paths: if keys.trust_host_keys { &both } else { &both[..1] },
     });
     run.write(name_of(paths::SSHD_CONFIG), config.as_bytes(), Kind::OF_THIS_BOOT)?;
     Ok(())
@@ -167,24 +180,63 @@ fn on_volume(own_state: &Path, proposed: &Seed) -> Result<(Seed, Option<String>)
     Ok((proposed.clone(), warning))
 }
 
-fn authorized_keys(places: &Places, run: &Dir, extra: &str, report: &mut Report) -> Outcome<()> {
+fn authorized_keys(places: &Places, run: &Dir, keys: Keys<'_>, report: &mut Report) -> Outcome<()> {
     let mounted = places.at(MOUNTED);
     let (texts, complaints) = within(PATIENCE, move || mounted_keys(&mounted))
         .unwrap_or_else(|| (Vec::new(), vec![format!("{MOUNTED} does not answer")]));
-    for complaint in complaints {
-        report.warn(format!("keys that are mounted are not taken: {complaint}"));
-    }
     let mut sources: Vec<&str> = texts.iter().map(String::as_str).collect();
-    sources.push(extra);
+    if keys.trust_host_keys {
+        for complaint in complaints {
+            report.warn(format!("keys that are mounted are not taken: {complaint}"));
+        }
+        sources.push(keys.given);
+    } else {
+        forget_the_hosts(places, &sources, keys.given, report);
+        sources = vec![keys.given];
+    }
     let merged = merge_authorized_keys(&sources, &[]);
     run.write(name_of(paths::AUTHORIZED_KEYS), merged.as_bytes(), Kind::OF_THIS_BOOT)?;
-    if !merged.lines().any(|line| AuthorizedKey::parse(line).is_ok()) {
-        report.warn(format!(
-            "nobody can log in over SSH: neither {MOUNTED}/authorized_keys nor SSH_AUTHORIZED_KEYS holds a key; set \
-             SSH_AUTHORIZED_KEYS to your public key"
-        ));
+    if count(&merged) == 0 {
+        report.remark(
+            "ssh login",
+            "nobody can log in over SSH: there is no key; set SSH_AUTHORIZED_KEYS to your public key",
+        );
     }
     Ok(())
+}
+
+/// What the host has mounted counts for nothing: neither its keys, nor its `config` and `rc`, which programs
+/// that an operator runs as root would obey. Whoever relied on it is told.
+fn forget_the_hosts(places: &Places, mounted: &[&str], given: &str, report: &mut Report) {
+    // Of the keys that are given as well, nothing is lost.
+    let all = merge_authorized_keys(&[&[given], mounted].concat(), &[]);
+    let lost = count(&all).saturating_sub(count(&merge_authorized_keys(&[given], &[])));
+    if lost > 0 {
+        report.remark(
+            TOPIC,
+            &format!(
+                "the CVM's host has mounted keys at {MOUNTED} ({lost}), and they open no shell any more: whoever runs the host can write them. Put the \
+                 same lines into SSH_AUTHORIZED_KEYS and take the mount of {MOUNTED} out of the compose file. On a machine \
+                 whose host you trust, docker-compose.dev.yml brings the old way back"
+            ),
+        );
+    }
+    let place = places.at(MOUNTED);
+    let flags = MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW;
+    match within(PATIENCE, move || umount2(&place, flags)) {
+        // Where nothing is mounted there is nothing of the host's.
+        Some(Ok(()) | Err(Errno::EINVAL | Errno::ENOENT)) => {}
+        _ if lost == 0 => {}
+        _ => report.warn(format!(
+            "{MOUNTED} stays mounted, because this container may not unmount it (SYS_ADMIN): as root, do not use ssh \
+             or git over ssh here; the host can write their settings"
+        )),
+    }
+}
+
+/// Lines that sshd would take.
+fn count(keys: &str) -> usize {
+    keys.lines().filter(|line| AuthorizedKey::parse(line).is_ok()).count()
 }
 
 /// What is mounted, whoever it belongs to: root may read it, and it is sshd that would mind.
@@ -228,12 +280,18 @@ mod tests {
         (temp, places)
     }
 
-    fn run(places: &Places, seed: Option<[u8; 32]>, extra: &str) -> Report {
+    fn run(places: &Places, seed: Option<[u8; 32]>, given: &str) -> Report {
+        run_with(places, seed, Keys { given, trust_host_keys: false })
+    }
+
+    fn run_with(places: &Places, seed: Option<[u8; 32]>, keys: Keys<'_>) -> Report {
         let mut report = Report::default();
         let seed = seed.map(|s| PackedBytes::pack(&s));
-        prepare(places, 2222, seed.as_ref(), extra, &mut report).unwrap();
+        prepare(places, 2222, seed.as_ref(), keys, &mut report).unwrap();
         report
     }
+
+    const NOBODY: Keys<'_> = Keys { given: "", trust_host_keys: false };
 
     fn read(root: &Path, name: &str) -> String {
         fs::read_to_string(root.join("run/openclaw-cvm").join(name)).unwrap()
@@ -308,17 +366,55 @@ mod tests {
         assert_eq!(fs::read(temp.path().join("data/.cvm/ssh-host-key-seed.damaged-1")).unwrap(), b"short");
     }
 
-    #[test]
-    fn mounted_keys_count_whatever_their_mode_and_public_halves_do_not() {
-        let (temp, places) = image();
-        let ssh = temp.path().join("root/.ssh");
-        fs::write(ssh.join("authorized_keys"), format!("{KEY} mounted\r\n")).unwrap();
+    /// A host that has mounted this text.
+    fn host_keys(root: &Path, text: &str) {
+        let ssh = root.join("root/.ssh");
+        fs::write(ssh.join("authorized_keys"), text).unwrap();
         fs::set_permissions(ssh.join("authorized_keys"), fs::Permissions::from_mode(0o666)).unwrap();
         fs::write(ssh.join("id_ed25519.pub"), format!("{KEY}x outbound\n")).unwrap();
+    }
+
+    #[test]
+    fn the_hosts_keys_open_nothing_unless_they_are_trusted() {
+        let (temp, places) = image();
+        host_keys(temp.path(), &format!("{KEY} mounted\r\n"));
         let other = KEY.replace("IF2I", "IF2J");
-        let report = run(&places, Some([1; 32]), &other);
-        assert!(report.notes.is_empty());
+        let files = |config: &str| {
+            let line = config.lines().find_map(|l| l.strip_prefix("AuthorizedKeysFile ")).unwrap();
+            line.replace(&temp.path().display().to_string(), "")
+        };
+        run(&places, Some([1; 32]), &other);
+        assert_eq!(read(temp.path(), "authorized_keys"), format!("{other}\n"));
+        assert_eq!(files(&read(temp.path(), "sshd_config")), "/run/openclaw-cvm/authorized_keys");
+
+        let report = run_with(&places, Some([1; 32]), Keys { given: &other, trust_host_keys: true });
+        assert!(report.notes.is_empty(), "{:?}", report.notes);
         assert_eq!(read(temp.path(), "authorized_keys"), format!("{KEY} mounted\n{other}\n"));
+        assert_eq!(
+            files(&read(temp.path(), "sshd_config")),
+            "/run/openclaw-cvm/authorized_keys /root/.ssh/authorized_keys"
+        );
+    }
+
+    #[test]
+    fn who_relied_on_the_hosts_keys_is_told_what_to_do() {
+        let (temp, places) = image();
+        let topics = |report: &Report| -> Vec<String> {
+            report.facts.remarks.iter().map(|remark| remark.topic.clone()).collect()
+        };
+        host_keys(temp.path(), &format!("{KEY} mounted\n# a comment\n"));
+        let report = run(&places, Some([1; 32]), "");
+        assert_eq!(topics(&report), [TOPIC, "ssh login"]);
+        let text = &report.facts.remarks[0].text;
+        assert!(
+            text.contains("(1), and they open no shell any more") && text.contains("SSH_AUTHORIZED_KEYS"),
+            "{text}"
+        );
+        assert!(text.contains("docker-compose.dev.yml") && !text.contains("AAAA"), "{text}");
+        // Of what is given as well, nothing is lost.
+        assert_eq!(topics(&run(&places, Some([1; 32]), &format!("{KEY} mine"))), [""; 0]);
+        host_keys(temp.path(), "");
+        assert_eq!(topics(&run(&places, Some([1; 32]), "")), ["ssh login"]);
     }
 
     #[test]
@@ -335,10 +431,10 @@ mod tests {
     fn an_image_without_sshd_or_its_user_says_what_to_add() {
         let (temp, places) = image();
         fs::write(temp.path().join("etc/passwd"), "").unwrap();
-        let no_user = prepare(&places, 22, None, "", &mut Report::default()).unwrap_err();
+        let no_user = prepare(&places, 22, None, NOBODY, &mut Report::default()).unwrap_err();
         assert!(!no_user.retry && no_user.why.contains("useradd"));
         fs::remove_file(temp.path().join("usr/sbin/sshd")).unwrap();
-        let no_sshd = prepare(&places, 22, None, "", &mut Report::default()).unwrap_err();
+        let no_sshd = prepare(&places, 22, None, NOBODY, &mut Report::default()).unwrap_err();
         assert!(!no_sshd.retry && no_sshd.why.contains("openssh-server"));
     }
 

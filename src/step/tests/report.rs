@@ -1,7 +1,7 @@
 //! The program from outside: what it reads, what it reports, how it exits, and what it does not
 //! say. Only tasks that leave the machine alone are run here.
 
-use cvm_blueprint::wire::{PackedBytes, StateTask, Task, TaskReport, line};
+use cvm_blueprint::wire::{DockerUse, PackedBytes, StateTask, Task, TaskReport, line};
 use std::process::{Command, Output, Stdio};
 
 struct Run {
@@ -96,14 +96,14 @@ fn without_anybody_to_report_to_nothing_is_done() {
 
 #[test]
 fn a_user_that_breaks_the_format_of_the_accounts_is_refused_before_anything_is_touched() {
-    let (why, retry) = run(&line(&Task::Home { user: "a:b".into() })).failure();
+    let (why, retry) = run(&line(&Task::Home { user: "a:b".into(), docker: DockerUse::None })).failure();
     assert!(!retry && why.contains("must have a name"), "{why}");
 }
 
 #[test]
 fn a_seed_of_the_wrong_size_is_a_bug_and_not_a_panic() {
     let seed = Some(PackedBytes::pack(b"short"));
-    let run = run(&line(&Task::Ssh { port: 22, seed, extra_keys: String::new() }));
+    let run = run(&line(&Task::Ssh { port: 22, seed, extra_keys: String::new(), trust_host_keys: false }));
     // On a machine without sshd that is said first.
     assert_eq!(run.exit_code(), Some(1));
     assert!(!run.log().contains("bug, at"));

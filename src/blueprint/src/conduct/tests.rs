@@ -37,12 +37,14 @@ fn machine_of(config: &Config) -> Machine {
 
 /// Everything that a bucket needs.
 const S3: [(&str, &str); 5] = [
-    ("MASTER_KEY", "correct horse battery staple"),
+    ("MASTER_KEY", "0K9uLzQl7R8HwPAIEkdJI6NTMJt+D+GRInyU+Bbsl+M="),
     ("S3_BUCKET", "claws"),
     ("S3_ENDPOINT", "https://s3.example.org"),
     ("AWS_ACCESS_KEY_ID", "AKIDEXAMPLE"),
     ("AWS_SECRET_ACCESS_KEY", "not-a-secret"),
 ];
+
+const DOCKER: (&str, &str) = ("ENABLE_DOCKER", "1");
 
 /// A machine, and the loop around it.
 struct Boot {
@@ -57,12 +59,12 @@ impl Boot {
 
     /// The plan of a local volume, with all services.
     fn local() -> Self {
-        Self::of(machine_of(&config(&[])))
+        Self::of(machine_of(&config(&[DOCKER])))
     }
 
     /// A plan without dockerd as far as SSH is up, and with the next step running.
     fn with_ssh() -> Self {
-        let mut boot = Self::of(machine_of(&config(&[("ENABLE_DOCKER", "0")])));
+        let mut boot = Self::of(machine_of(&config(&[])));
         boot.send(Event::Boot);
         boot.done(StepName::Ssh);
         boot.runs("sshd");
@@ -168,6 +170,7 @@ impl Boot {
             version: "0".into(),
             storage,
             keys: vec![],
+            doors: vec![],
             remarks: vec![],
             dropped_lines: vec![],
             mux: None,
@@ -1006,7 +1009,7 @@ fn a_hung_service_is_shown_with_what_will_be_done_about_it() {
 /// `missing_for` follows needs, and the loop that starts steps ends: both rely on this.
 #[test]
 fn the_real_plans_need_only_what_comes_before_and_services_need_only_what_is_there() {
-    for pairs in [&S3[..], &[], &[("ENABLE_DOCKER", "0")]] {
+    for pairs in [&S3[..], &[], &[DOCKER]] {
         let machine = machine_of(&config(pairs));
         let names: Vec<StepName> = machine.steps().iter().map(|r| r.step.name).collect();
         assert_eq!(names[0], StepName::Ssh);
@@ -1019,7 +1022,7 @@ fn the_real_plans_need_only_what_comes_before_and_services_need_only_what_is_the
         }
         let services: Vec<&str> = machine.services().iter().map(|r| r.service.name).collect();
         assert!(services.contains(&"sshd") && services.contains(&"gateway"));
-        assert_eq!(services.contains(&"dockerd"), !pairs.contains(&("ENABLE_DOCKER", "0")));
+        assert_eq!(services.contains(&"dockerd"), pairs.contains(&DOCKER));
     }
 }
 
@@ -1215,7 +1218,7 @@ proptest! {
         by_defect in any::<bool>(),
         second_after in proptest::option::of(0usize..40),
     ) {
-        let boot = if with_bucket { Boot::of(machine_of(&config(&S3))) } else { Boot::local() };
+        let boot = if with_bucket { Boot::of(machine_of(&config(&[&S3[..], &[DOCKER]].concat()))) } else { Boot::local() };
         let mut world = World { boot, stopping: false, exits: 0 };
         if booted {
             world.feed(Event::Boot);
@@ -1259,7 +1262,7 @@ proptest! {
         life in moves(120),
         with_bucket in any::<bool>(),
     ) {
-        let boot = if with_bucket { Boot::of(machine_of(&config(&S3))) } else { Boot::local() };
+        let boot = if with_bucket { Boot::of(machine_of(&config(&[&S3[..], &[DOCKER]].concat()))) } else { Boot::local() };
         let mut world = World { boot, stopping: false, exits: 0 };
         let count = world.boot.machine.services().len();
         world.feed(Event::Boot);

@@ -6,7 +6,7 @@ use super::*;
 use crate::env::VARIABLES;
 
 const ED25519: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIF2IEYeE/uIsINsUkH2mMuP5KUdr4bDd5mRqBOnvyJlo";
-const KEY: (&str, &str) = ("MASTER_KEY", "correct horse battery staple");
+const KEY: (&str, &str) = ("MASTER_KEY", "0K9uLzQl7R8HwPAIEkdJI6NTMJt+D+GRInyU+Bbsl+M=");
 
 const S3: [(&str, &str); 5] = [
     KEY,
@@ -80,7 +80,9 @@ fn with<'p>(base: &[(&'p str, &'p str)], more: &[(&'p str, &'p str)]) -> Vec<(&'
 fn nothing_set_is_a_local_instance_with_the_documented_defaults() {
     let (config, warnings) = parse(&[]).unwrap_or_else(|problems| panic!("{problems:?}"));
     assert!(matches!(config.storage, Storage::Local));
-    assert!(config.master_key.is_none() && config.mux.is_none() && config.docker);
+    assert!(config.master_key.is_none() && config.mux.is_none());
+    assert_eq!((config.docker, config.ssh.trust_host_keys), (Docker::OffByDefault, false));
+    assert_eq!(config.doors, [], "every door is shut by default");
     assert!(config.first_boot.config.is_none() && config.first_boot.workspace.is_none());
     assert_eq!((config.gateway.port.get(), config.gateway.user.as_str()), (18789, "openclaw"));
     assert_eq!(config.gateway.restart, Restart { delay_s: 5, max_delay_s: 60, reset_after_s: 600 });
@@ -201,7 +203,7 @@ fn half_a_bucket_is_a_mistake_and_not_a_local_volume() {
 fn endpoints_are_urls_or_hosts_and_nothing_else() {
     for (text, expected) in [
         ("https://s3.example.org/", "https://s3.example.org"),
-        ("HTTP://minio:9000", "http://minio:9000"),
+        ("HTTP://localhost:9000", "http://localhost:9000"),
         ("minio_1:9000", "https://minio_1:9000"),
         ("10.0.0.1", "https://10.0.0.1"),
         ("http://[::1]:3900", "http://[::1]:3900"),
@@ -306,11 +308,37 @@ fn the_ca_bundle_that_rclone_chokes_on_is_pointed_out() {
 #[test]
 fn the_master_key_is_taken_byte_for_byte() {
     let key = b" k\xffy ".to_vec();
-    let env = Environment::new([(b"MASTER_KEY".to_vec(), key.clone())]);
+    let allowed = (b"ALLOW_WEAK_MASTER_KEY".to_vec(), b"1".to_vec());
+    let env = Environment::new([(b"MASTER_KEY".to_vec(), key.clone()), allowed]);
     let (config, warnings) = Config::parse(&env).unwrap_or_else(|problems| panic!("{problems:?}"));
     assert_eq!(config.master_key.unwrap().expose(), key);
-    assert_eq!(warnings.len(), 2, "short, and white space at its ends: {warnings:?}");
-    assert!(parse(&[("MASTER_KEY", "0123456789abcdef")]).is_ok_and(|(_, warnings)| warnings.is_empty()));
+    assert_eq!(warnings.len(), 1, "white space at its ends: {warnings:?}");
+}
+
+#[test]
+fn a_master_key_that_can_be_guessed_is_refused_unless_that_is_allowed() {
+    const PHRASE: (&str, &str) = ("MASTER_KEY", "correct horse battery staple");
+    let refused = problem(&[], &[PHRASE]);
+    assert!(refused.starts_with("MASTER_KEY: must be base64 of at least 32 random bytes"), "{refused}");
+    assert!(refused.contains("set ALLOW_WEAK_MASTER_KEY=1") && !refused.contains("horse"), "{refused}");
+    // Neither the key nor how long it is.
+    assert_eq!(refused, problem(&[], &[("MASTER_KEY", "short")]));
+
+    let allowed = ("ALLOW_WEAK_MASTER_KEY", "1");
+    let config = right(&[PHRASE, allowed]);
+    assert_eq!(config.master_key.unwrap().expose(), PHRASE.1.as_bytes());
+    assert_eq!((config.doors.len(), config.doors[0].name.as_str()), (1, "ALLOW_WEAK_MASTER_KEY=1"));
+    let (elsewhere, warned) = Config::parse_elsewhere(&environment(&[PHRASE])).ok().unwrap();
+    assert!(elsewhere.doors.is_empty() && warned.len() == 1 && warned[0].says.starts_with("can be guessed"));
+    assert_eq!(right(&[KEY, allowed]).doors, []);
+    assert_eq!(
+        warnings(&[KEY, allowed]),
+        ["ALLOW_WEAK_MASTER_KEY is 1 and MASTER_KEY is not weak; unset it"]
+    );
+    assert_eq!(
+        parse(&[KEY]).ok().map(|(config, warnings)| (config.doors.len(), warnings.len())),
+        Some((0, 0))
+    );
 }
 
 #[test]
@@ -456,7 +484,7 @@ fn the_mux_client_runs_when_both_of_its_variables_are_set() {
 
 #[test]
 fn the_inbound_url_follows_from_dstack_when_it_is_not_given() {
-    let dstack = [("DSTACK_APP_ID", "abc123"), ("DSTACK_GATEWAY_DOMAIN", "dstack.example.org:12004")];
+    let dstack = [("DSTACK_APP_ID", "abc123"), ("MUX_GATEWAY_DOMAIN", "dstack.example.org:12004")];
     let pairs = with(&with(&[KEY], &MUX[..2]), &dstack);
     let mux = right(&pairs).mux.unwrap();
     assert_eq!(mux.inbound_url.as_str(), "https://abc123-18790.dstack.example.org:12004/v1/mux/inbound");
@@ -465,9 +493,82 @@ fn the_inbound_url_follows_from_dstack_when_it_is_not_given() {
         assert!(problem.starts_with("MUX_INBOUND_URL: is needed"), "{problem}");
     }
     for (id, domain) in [("a/b", "x"), ("a", "x/y"), ("a@b", "x"), ("a", "x?y")] {
-        let pairs = [("DSTACK_APP_ID", id), ("DSTACK_GATEWAY_DOMAIN", domain)];
+        let pairs = [("DSTACK_APP_ID", id), ("MUX_GATEWAY_DOMAIN", domain)];
         assert!(problem(&with(&[KEY], &MUX[..2]), &pairs).starts_with("MUX_INBOUND_URL: "));
     }
+    assert!(warnings(&[KEY, dstack[1]])[0].starts_with("MUX_GATEWAY_DOMAIN has no effect"));
+}
+
+#[test]
+fn the_host_does_not_choose_where_chats_are_sent() {
+    let of_the_host = [("DSTACK_APP_ID", "abc123"), ("DSTACK_GATEWAY_DOMAIN", "evil.example.org")];
+    let problem = problem(&with(&[KEY], &MUX[..2]), &of_the_host);
+    assert!(problem.starts_with("MUX_INBOUND_URL: is needed"), "{problem}");
+    assert!(
+        problem.contains("DSTACK_GATEWAY_DOMAIN is ignored, because the CVM's host writes it"),
+        "{problem}"
+    );
+    assert!(problem.contains("set MUX_GATEWAY_DOMAIN"), "{problem}");
+    for own in [("MUX_GATEWAY_DOMAIN", "mine.example.org"), MUX[2]] {
+        let pairs = with(&with(&with(&[KEY], &MUX[..2]), &of_the_host), &[own]);
+        let url = right(&pairs).mux.unwrap().inbound_url;
+        assert!(!url.as_str().contains("evil"), "{}", url.as_str());
+    }
+}
+
+#[test]
+fn what_is_sent_over_http_stays_on_this_machine_unless_that_is_allowed() {
+    let inbound = |host: &str| format!("http://{host}/v1/mux/inbound");
+    for host in ["127.0.0.1:9000", "127.8.9.10", "[::1]:9000", "localhost", "LOCALHOST:1"] {
+        let (url, inbound) = (format!("http://{host}"), inbound(host));
+        let pairs = with(
+            &with(&S3, &MUX),
+            &[("S3_ENDPOINT", &url), ("MUX_BASE_URL", &url), ("MUX_INBOUND_URL", &inbound)],
+        );
+        assert_eq!(right(&pairs).doors, [], "{host}");
+    }
+    for host in [
+        "s3.example.org",
+        "10.0.0.1:9000",
+        "[fd00::1]",
+        "[::ffff:127.0.0.1]",
+        "127.0.0.1.example.org",
+        "127.1",
+        "localhost.x",
+        "0.0.0.0",
+    ] {
+        let (url, inbound) = (format!("http://{host}"), inbound(host));
+        let given = [("S3_ENDPOINT", url.as_str()), ("MUX_BASE_URL", &url), ("MUX_INBOUND_URL", &inbound)];
+        let base = with(&S3, &MUX);
+        let problems = wrong(&with(&base, &given));
+        assert_eq!(problems.len(), 3, "{host}: {problems:?}");
+        for ((name, _), problem) in given.iter().zip(&problems) {
+            assert!(problem.starts_with(&format!("{name}: must be https")), "{problem}");
+            assert!(problem.contains("ALLOW_HTTP=1") && !problem.contains(host), "{problem}");
+        }
+        let doors = right(&with(&with(&base, &given), &[("ALLOW_HTTP", "1")])).doors;
+        assert_eq!(doors.len(), 1);
+        assert!(doors[0].risk.starts_with("S3_ENDPOINT, MUX_BASE_URL, MUX_INBOUND_URL is"), "{}", doors[0]);
+    }
+    let idle = warnings(&[KEY, ("ALLOW_HTTP", "1")]);
+    assert_eq!(idle, ["ALLOW_HTTP is 1 and no URL needs it; unset it"]);
+}
+
+#[test]
+fn each_open_door_says_who_can_do_what_and_how_to_shut_it() {
+    for (name, names) in [
+        ("ENABLE_DOCKER", ["root in this container", "ENABLE_DOCKER=0"]),
+        ("SSH_TRUST_HOST_KEYS", ["host", "SSH_AUTHORIZED_KEYS"]),
+        ("LOG_SERVICES", ["public", "cvm logs"]),
+    ] {
+        let doors = right(&[KEY, (name, "1")]).doors;
+        assert_eq!(doors.len(), 1);
+        assert_eq!(doors[0].name, format!("{name}=1"));
+        assert!(doors[0].risk.contains(names[0]) && doors[0].remedy.contains(names[1]), "{}", doors[0]);
+        assert_eq!(right(&[KEY, (name, "0")]).doors, []);
+    }
+    assert_eq!(right(&[KEY, ("ENABLE_DOCKER", "1")]).docker, Docker::On);
+    assert!(right(&[KEY, ("SSH_TRUST_HOST_KEYS", "1")]).ssh.trust_host_keys);
 }
 
 #[test]
@@ -546,11 +647,13 @@ fn switches_and_choices_take_the_documented_words_only() {
         ("LOG_FORMAT", "json"),
         ("LOG_LEVEL", "trace"),
     ]);
-    assert!(!config.docker);
+    assert_eq!(config.docker, Docker::Off);
     assert_eq!(config.log, Log { format: LogFormat::Json, level: LogLevel::Trace, services: true });
     assert_eq!(config.log.level.as_str(), "trace");
     for (name, rule) in [
         ("ENABLE_DOCKER", "must be 0, 1, true or false"),
+        ("ALLOW_HTTP", "must be 0, 1, true or false"),
+        ("SSH_TRUST_HOST_KEYS", "must be 0, 1, true or false"),
         ("LOG_SERVICES", "must be 0, 1, true or false"),
         ("LOG_FORMAT", "must be text or json"),
         ("LOG_LEVEL", "must be error, warn, info, debug or trace"),
@@ -593,14 +696,32 @@ fn no_two_listeners_share_a_port() {
 
 #[test]
 fn user_names_are_those_of_useradd() {
-    for name in ["root", "_x", "a-b_9", &"a".repeat(32)] {
-        let user = right(&[KEY, ("OPENCLAW_GATEWAY_USER", name)]).gateway.user;
-        assert_eq!((user.as_str(), user.is_root()), (name, name == "root"));
+    for name in ["_x", "a-b_9", &"a".repeat(32)] {
+        assert_eq!(right(&[KEY, ("OPENCLAW_GATEWAY_USER", name)]).gateway.user.as_str(), name);
     }
+    assert!(
+        problem(&[KEY], &[("OPENCLAW_GATEWAY_USER", "root")])
+            .starts_with("OPENCLAW_GATEWAY_USER: must not be root")
+    );
     for name in ["Root", "9a", "-a", "a b", "a:b", "a/b", "é", &"a".repeat(33)] {
         assert!(
             problem(&[KEY], &[("OPENCLAW_GATEWAY_USER", name)]).starts_with("OPENCLAW_GATEWAY_USER: must be")
         );
+    }
+}
+
+#[test]
+fn an_account_that_has_more_than_the_agent_should_is_refused_before_anything_starts() {
+    let passwd = "root:x:0:0::/root:/bin/sh\ntoor:x:0:0::/root:/bin/sh\nwww-data:x:33:33::/:/bin/sh\n\
+                  openclaw:x:990:990::/:/bin/sh\nnode:x:1000:1000::/:/bin/sh\nopenclaw-mux:x:18790:18790::/:/bin/sh\n";
+    let check = |name| right(&[KEY, ("OPENCLAW_GATEWAY_USER", name)]).check_account(passwd, "root:x:0:\n");
+    for name in ["toor", "www-data", "openclaw-mux"] {
+        let problem = check(name).unwrap();
+        assert_eq!(problem.variable, "OPENCLAW_GATEWAY_USER");
+        assert!(problem.rule.starts_with("names an account that "), "{problem}");
+    }
+    for name in ["openclaw", "node", "absent"] {
+        assert_eq!(check(name), None, "{name}");
     }
 }
 
@@ -677,6 +798,7 @@ fn any_pair() -> impl Strategy<Value = (String, Vec<u8>)> {
         "bucket",
         "https://x",
         "https://x/v1/mux/inbound",
+        "http://x",
         "x/../y",
         "{}",
         "e30=",

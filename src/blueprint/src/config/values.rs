@@ -160,6 +160,20 @@ impl HttpUrl {
     fn has_path(&self) -> bool {
         self.0.splitn(4, '/').count() == 4
     }
+
+    /// Whether what is sent there leaves this machine unencrypted.
+    pub fn is_exposed(&self) -> bool {
+        let Some(rest) = self.0.strip_prefix("http://") else { return false };
+        let authority = rest.split('/').next().unwrap_or(rest);
+        let host = match authority.strip_prefix('[') {
+            Some(rest) => rest.split(']').next().unwrap_or(rest),
+            None => authority.split(':').next().unwrap_or(authority),
+        };
+        // A name such as 127.1 may mean the loopback to some resolver; only what cannot mean
+        // anything else counts.
+        let is_loopback = host.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback());
+        !is_loopback && !host.eq_ignore_ascii_case("localhost")
+    }
 }
 
 /// Host name, IPv4 or bracketed IPv6 address, and perhaps a port.
@@ -210,6 +224,10 @@ impl Endpoint {
     /// With scheme, without a slash at the end.
     pub fn as_str(&self) -> &str {
         self.0.as_str()
+    }
+
+    pub fn url(&self) -> &HttpUrl {
+        &self.0
     }
 }
 
@@ -270,6 +288,10 @@ impl InboundUrl {
     pub fn as_str(&self) -> &str {
         self.0.as_str()
     }
+
+    pub fn url(&self) -> &HttpUrl {
+        &self.0
+    }
 }
 
 /// A TCP port from 1 to 65535.
@@ -328,19 +350,20 @@ impl UserName {
     pub fn parse(text: &str) -> Result<Self, Fault> {
         let first = |c: char| c.is_ascii_lowercase() || c == '_';
         let rest = |c: char| first(c) || c.is_ascii_digit() || c == '-';
+        if text == "root" {
+            let rule =
+                "must not be root: the agent would have every key and everything else in this container";
+            return Err(Fault::new(rule, "unset it; openclaw is made for this"));
+        }
         if text.len() <= 32 && text.starts_with(first) && text.chars().all(rest) {
             return Ok(Self(text.to_owned()));
         }
         let rule = "must be a user name: a-z, 0-9, _ and -, 32 at most, not beginning with a digit or -";
-        Err(Fault::with_value(rule, text, "for example openclaw or root"))
+        Err(Fault::with_value(rule, text, "for example openclaw"))
     }
 
     pub fn as_str(&self) -> &str {
         &self.0
-    }
-
-    pub fn is_root(&self) -> bool {
-        self.0 == "root"
     }
 }
 

@@ -147,7 +147,6 @@ fn the_gateway_gets_what_is_not_ours_and_what_is_meant_for_it() {
             "ANTHROPIC_API_KEY",
             "AWS_CA_BUNDLE",
             "DSTACK_APP_ID",
-            "DSTACK_GATEWAY_DOMAIN",
             "OPENCLAW_GATEWAY_PORT",
             "OPENCLAW_LOG_LEVEL",
             "REDPILL_API_KEY",
@@ -245,23 +244,32 @@ fn distance_counts_the_four_slips_of_a_typist() {
 }
 
 #[test]
-fn the_inventory_names_lengths_and_no_values() {
-    let env = environment(&[
-        ("MASTER_KEY", "canary-1"),
-        ("S3_BUCKET", "canary-22"),
-        ("MUX_REGISTER_KEY_FILE", "/canary"),
-        ("SOMETHING_ELSE", "canary"),
-        ("PATH", "canary"),
-    ]);
+fn the_inventory_lists_names_and_neither_values_nor_lengths() {
+    let of = |master: &str| {
+        environment(&[
+            ("MASTER_KEY", master),
+            ("S3_BUCKET", "canary-22"),
+            ("MUX_REGISTER_KEY_FILE", "/canary"),
+            ("SOMETHING_ELSE", "canary"),
+            ("A\u{1b}[31m", "canary"),
+            ("PATH", "canary"),
+        ])
+        .inventory()
+    };
     assert_eq!(
-        env.inventory(),
-        "Variables set, with their lengths in bytes: MASTER_KEY (8), S3_BUCKET (9), MUX_REGISTER_KEY (unusable); \
-         passed on to the gateway besides: 1."
+        of("canary-1"),
+        "Variables set: MASTER_KEY, S3_BUCKET, MUX_REGISTER_KEY (unusable); passed on to the gateway besides: \
+         A\\u{1b}[31m, SOMETHING_ELSE."
     );
     assert_eq!(
-        environment(&[]).inventory(),
-        "Variables set, with their lengths in bytes: none; passed on to the gateway besides: 0."
+        of("canary-1"),
+        of(&"a longer canary".repeat(20)),
+        "the line depends on the length of a secret"
     );
+    assert_eq!(environment(&[]).inventory(), "Variables set: none; passed on to the gateway besides: none.");
+    let many: Vec<String> = (0..70).map(|n| format!("VARIABLE_{n}")).collect();
+    let many: Vec<(&str, &str)> = many.iter().map(|name| (name.as_str(), "x")).collect();
+    assert!(environment(&many).inventory().ends_with(" and 6 more."));
 }
 
 #[test]

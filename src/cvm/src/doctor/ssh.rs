@@ -50,7 +50,7 @@ fn keys(sshd: &Sshd) -> Outcome {
     let number: usize =
         sshd.authorized_keys.iter().filter_map(|name| facts::read(&path(name))).map(|t| count(&t)).sum();
     if number == 0 {
-        let remedy = "set SSH_AUTHORIZED_KEYS to your public key, or mount /root/.ssh with authorized_keys, and restart";
+        let remedy = "set SSH_AUTHORIZED_KEYS to your public key, and restart";
         return fail("none: nobody can log in", remedy);
     }
     ok(number.to_string())

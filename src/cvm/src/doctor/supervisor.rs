@@ -28,6 +28,9 @@ fn findings(status: &Status, notebook: &mut Notebook<'_>) {
     for service in &status.services {
         notebook.check(&format!("service {}", service.name), || of_service(service));
     }
+    for door in &status.doors {
+        notebook.note(&format!("open door: {}", door.name), warn(&door.risk, &door.remedy));
+    }
     for remark in &status.remarks {
         notebook.note(
             &format!("remark: {}", remark.topic),
@@ -96,6 +99,7 @@ mod tests {
         assert_eq!(of("service gateway"), Verdict::Warn);
         assert_eq!(of("service tunnel"), Verdict::Fail);
         assert_eq!(of("service mux"), Verdict::Fail);
+        assert_eq!(of("open door: ENABLE_DOCKER=1"), Verdict::Warn);
         assert_eq!(of("remark: docker"), Verdict::Warn);
         assert!(all.iter().all(|f| f.verdict == Verdict::Ok || f.remedy.is_some()));
     }

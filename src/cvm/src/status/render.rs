@@ -27,6 +27,7 @@ pub(crate) fn page(status: &Status, glance: Option<&Glance>, now_ms: u64, look: 
         services(&status.services, look),
         status.mux.as_ref().map(|mux| self::mux(mux, now_ms, look)).unwrap_or_default(),
         boot(status, look),
+        doors(status, look),
         remarks(status, look),
         keys(status, look),
     ];
@@ -249,6 +250,19 @@ fn start_row(service: &Service) -> Option<Row> {
         Cell::plain(NONE),
     ];
     Some(Row { cells, below: Vec::new() })
+}
+
+/// What the configuration opens, with how to shut it.
+fn doors(status: &Status, look: Look) -> String {
+    if status.doors.is_empty() {
+        return String::new();
+    }
+    let mut text = look.paint("OPEN DOORS", Tone::Strong) + "\n";
+    for door in &status.doors {
+        let words = format!("{}. To shut it: {}", door.risk, door.remedy);
+        text += &labelled(&clean(&door.name), &words, Tone::Caution, 2, look);
+    }
+    text
 }
 
 fn remarks(status: &Status, look: Look) -> String {

@@ -1,5 +1,6 @@
 //! Snapshots for tests, written by hand.
 
+use cvm_blueprint::doors::Door;
 use cvm_blueprint::mux::MuxStatus;
 use cvm_blueprint::status::{Fingerprint, Phase, Service, Status, Step, Storage};
 use cvm_blueprint::wire::Remark;
@@ -92,6 +93,7 @@ pub(crate) fn healthy() -> Status {
                 fingerprint: "SHA256:47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU".into(),
             },
         ],
+        doors: Vec::new(),
         remarks: Vec::new(),
         boot: vec![
             step("ssh", "done", Some(12), Some(35)),
@@ -124,6 +126,11 @@ pub(crate) fn troubled() -> Status {
         phase: Phase::Degraded,
         uptime_ms: 65_000,
         keys: Vec::new(),
+        doors: vec![Door::new(
+            "ENABLE_DOCKER=1",
+            "the agent may use docker, and who may use docker is root in this container",
+            "set ENABLE_DOCKER=0 if the agent needs no containers",
+        )],
         remarks: vec![Remark {
             topic: "docker".into(),
             text: "no storage driver but vfs works here: every layer is a whole copy".into(),

@@ -53,8 +53,8 @@ fn check_empty(directory: &Path) -> Result<(), Trouble> {
 
 /// What the worker has to know, from variables as the VM is given them.
 fn specification(environment: &Environment) -> Result<StorageSpec, Trouble> {
-    let (config, warnings) =
-        Config::parse(environment).map_err(|problems| mistakes(WHAT, &problems, "nothing was started"))?;
+    let (config, warnings) = Config::parse_elsewhere(environment)
+        .map_err(|problems| mistakes(WHAT, &problems, "nothing was started"))?;
     for warning in warnings {
         warn(&warning.to_string());
     }

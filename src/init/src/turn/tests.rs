@@ -52,6 +52,7 @@ fn world_of(services: Vec<Service>) -> World<Fake> {
         version: String::new(),
         storage: status::Storage::new("local", ""),
         keys: Vec::new(),
+        doors: Vec::new(),
         remarks: Vec::new(),
         dropped_lines: vec![0; services.len()],
         mux: None,

@@ -18,6 +18,7 @@ use crate::files::{Dir, Owner, is_kind};
 use crate::places::Places;
 use crate::report::{self, Failure, Outcome, Report, shown};
 use cvm_blueprint::paths;
+use cvm_blueprint::wire::DockerUse;
 use mounts::Mounts;
 use nix::sys::stat::SFlag;
 use std::ffi::OsStr;
@@ -28,9 +29,17 @@ const ROOT_HOME: &str = "/root";
 /// Suffix of what had to make room; a number follows.
 const ASIDE: &str = "before-openclaw-cvm";
 
-pub(crate) fn prepare(places: &Places, user: &str, report: &mut Report) -> Outcome<()> {
+pub(crate) fn prepare(places: &Places, user: &str, docker: DockerUse, report: &mut Report) -> Outcome<()> {
     dstack::is_out_of_reach(places)?;
-    let account = user::ensure(places, user, report)?;
+    let account = user::ensure(places, user, docker == DockerUse::Allowed, report)?;
+    if docker == DockerUse::NoneByDefault && has_containers(places) {
+        report.remark(
+            "docker",
+            "dockerd does not run: since this version ENABLE_DOCKER is 0 unless you set it, because who may use docker is \
+             root in this container. /var/lib/docker holds containers or images of an earlier version; they stay as they \
+             are. Set ENABLE_DOCKER=1 to have them back, or ENABLE_DOCKER=0 to leave it so",
+        );
+    }
     let owner = Owner { uid: account.uid, gid: account.gid };
     let mounts = Mounts::read(places);
     volume(places, &mounts, report)?;
@@ -49,6 +58,15 @@ pub(crate) fn prepare(places: &Places, user: &str, report: &mut Report) -> Outco
         lead(places, &link, &mounts, report).or_else(|obstacle| obstacle.judge(vital, report))?;
     }
     Ok(())
+}
+
+/// Whether dockerd was used here: it makes its directories even if it never is.
+fn has_containers(places: &Places) -> bool {
+    let root = places.at("/var/lib/docker");
+    let has_entries = |dir: PathBuf| std::fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_some());
+    let drivers = std::fs::read_dir(root.join("image")).into_iter().flatten().flatten();
+    has_entries(root.join("containers"))
+        || drivers.map(|driver| driver.path().join("imagedb/content/sha256")).any(has_entries)
 }
 
 /// Removes a link that a version before made. What it led to stays where it is.

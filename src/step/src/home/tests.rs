@@ -2,13 +2,21 @@ use super::*;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
+/// A user whose files these tests can make: root makes anybody's, and is not fit to be the agent.
+fn agent() -> (u32, u32) {
+    match nix::unistd::geteuid() {
+        root if root.is_root() => (1000, 1000),
+        user => (user.as_raw(), nix::unistd::getegid().as_raw()),
+    }
+}
+
 /// An image with root's home, a user of our own number, and a volume.
 fn image() -> (tempfile::TempDir, Places) {
     let temp = tempfile::tempdir().unwrap();
     for dir in ["etc", "root", "home/agent", "data", "proc/self"] {
         fs::create_dir_all(temp.path().join(dir)).unwrap();
     }
-    let (uid, gid) = (nix::unistd::geteuid(), nix::unistd::getegid());
+    let (uid, gid) = agent();
     fs::write(temp.path().join("etc/passwd"), format!("agent:x:{uid}:{gid}::/home/agent:/bin/sh\n")).unwrap();
     fs::write(temp.path().join("etc/group"), format!("agent:x:{gid}:\n")).unwrap();
     mounted(temp.path(), &["/data"]);
@@ -24,7 +32,7 @@ fn mounted(root: &Path, points: &[&str]) {
 
 fn run(places: &Places) -> Report {
     let mut report = Report::default();
-    prepare(places, "agent", &mut report).unwrap();
+    prepare(places, "agent", DockerUse::None, &mut report).unwrap();
     report
 }
 
@@ -137,7 +145,7 @@ fn a_mount_in_a_home_stays_and_stops_the_boot_only_where_the_state_belongs() {
     fs::remove_file(temp.path().join("home/agent/.openclaw")).unwrap();
     fs::create_dir_all(temp.path().join("home/agent/.openclaw")).unwrap();
     mounted(temp.path(), &["/data", "/home/agent/.openclaw"]);
-    let failure = prepare(&places, "agent", &mut Report::default()).unwrap_err();
+    let failure = prepare(&places, "agent", DockerUse::None, &mut Report::default()).unwrap_err();
     assert!(!failure.retry && failure.why.contains("mount it at /data/openclaw"), "{}", failure.why);
 }
 
@@ -192,7 +200,7 @@ fn a_volume_that_only_root_may_enter_is_opened_for_passing() {
 #[test]
 fn a_home_on_the_volume_does_not_lead_to_itself() {
     let (temp, places) = image();
-    let (uid, gid) = (nix::unistd::geteuid(), nix::unistd::getegid());
+    let (uid, gid) = agent();
     fs::write(temp.path().join("etc/passwd"), format!("agent:x:{uid}:{gid}::/data:/bin/sh\n")).unwrap();
     run(&places);
     run(&places);
@@ -204,6 +212,30 @@ fn a_home_on_the_volume_does_not_lead_to_itself() {
 fn a_state_directory_that_is_a_file_is_named() {
     let (temp, places) = image();
     fs::write(temp.path().join("data/openclaw"), "x").unwrap();
-    let failure = prepare(&places, "agent", &mut Report::default()).unwrap_err();
+    let failure = prepare(&places, "agent", DockerUse::None, &mut Report::default()).unwrap_err();
     assert!(!failure.retry && failure.why.contains("/data/openclaw is not a directory"));
+}
+
+#[test]
+fn who_had_containers_is_told_that_dockerd_is_off_by_default() {
+    let (temp, places) = image();
+    let remarks = |docker| {
+        let mut report = Report::default();
+        prepare(&places, "agent", docker, &mut report).unwrap();
+        report.facts.remarks
+    };
+    // What dockerd makes for itself is no sign of use.
+    let docker = temp.path().join("var/lib/docker");
+    let images = docker.join("image/overlay2/imagedb/content/sha256");
+    for dir in [&docker.join("containers"), &images] {
+        fs::create_dir_all(dir).unwrap();
+        assert_eq!(remarks(DockerUse::NoneByDefault), []);
+    }
+    for used in [docker.join("containers/0123"), images.join("4567")] {
+        fs::create_dir(&used).unwrap();
+        let said = remarks(DockerUse::NoneByDefault);
+        assert!(said.len() == 1 && said[0].text.contains("ENABLE_DOCKER=1"), "{said:?}");
+        assert_eq!([remarks(DockerUse::None), remarks(DockerUse::Allowed)], [[], []]);
+        fs::remove_dir(&used).unwrap();
+    }
 }

@@ -1,17 +1,18 @@
-//! The gateway's user: found, or made as a system account; and in the group `docker`.
+//! The gateway's user: found, or made; and in the group `docker`, if the agent may use docker.
 //!
 //! The files are edited here rather than by `useradd`: that takes a hundred times as long, does
 //! more (mail spool, skeleton, its own log), and is not in every image. The lock is the one that
 //! `useradd`, `passwd` and the C library take (lckpwdf(3)), so nobody edits at the same time.
 //!
-//! Refuses to change an account that exists, and names that would break the files' format.
+//! Refuses to change an account that exists, names that would break the files' format, and accounts
+//! that the agent must not be: root, a system's own, the mux client's.
 //! May import: `blueprint::accounts`, `files`, `places`, `report`.
 
 use crate::files::{Dir, Kind, Owner, read_following};
 use crate::places::Places;
 use crate::programs;
 use crate::report::{Failure, Outcome, Report};
-use cvm_blueprint::accounts::{Account, GATEWAY_ID, group_id};
+use cvm_blueprint::accounts::{Account, GATEWAY_ID, MADE_IDS, group_id};
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 use std::collections::BTreeSet;
@@ -22,22 +23,24 @@ use std::time::{Duration, Instant};
 
 const ETC: &str = "/etc";
 const DOCKER: &str = "docker";
-/// Numbers of system accounts (`SYS_UID_MIN` and `SYS_UID_MAX` of login.defs).
-const SYSTEM_IDS: std::ops::RangeInclusive<u32> = 100..=999;
 const FILE_MAX: usize = 16 * 1024 * 1024;
 /// As long as lckpwdf(3) waits.
 const LOCK_WAIT: Duration = Duration::from_secs(15);
 
-pub(crate) fn ensure(places: &Places, name: &str, report: &mut Report) -> Outcome<Account> {
+pub(crate) fn ensure(places: &Places, name: &str, docker: bool, report: &mut Report) -> Outcome<Account> {
     check_name(name)?;
     let files = Files::read(places)?;
     let account = match files.account(name) {
         Some(account) => account,
-        // An image without a passwd file still has root.
-        None if name == "root" => Account { uid: 0, gid: 0, groups: vec![0], home: "/root".into() },
         None => create(places, name, report)?,
     };
-    if account.uid != 0 {
+    if let Some(why) = account.unfit_for_the_agent() {
+        return Err(Failure::for_good(format!(
+            "the gateway does not run as {name}, because that account {why}; unset OPENCLAW_GATEWAY_USER, or name a user \
+             with a number from 1000 on, or one that does not exist and is made"
+        )));
+    }
+    if docker {
         join_docker(places, &files, name, &account)?;
     }
     let home = places.at(&account.home);
@@ -85,7 +88,7 @@ impl Files {
             text.lines().filter_map(|line| line.split(':').nth(2)?.parse().ok()).collect()
         };
         let taken: BTreeSet<u32> = column(&self.passwd).into_iter().chain(column(&self.group)).collect();
-        [GATEWAY_ID].into_iter().chain(SYSTEM_IDS.rev()).find(|id| !taken.contains(id))
+        [GATEWAY_ID].into_iter().chain(MADE_IDS).find(|id| !taken.contains(id))
     }
 }
 
@@ -98,7 +101,7 @@ fn create(places: &Places, name: &str, report: &mut Report) -> Outcome<Account> 
         return Ok(account);
     }
     let Some(uid) = files.free_id() else {
-        return Err(Failure::for_good(format!("no number from 100 to 999 is left for the user {name}")));
+        return Err(Failure::for_good(format!("no number from 1000 to 1999 is left for the user {name}")));
     };
     let gid = group_id(&String::from_utf8_lossy(&files.group), name);
     if gid.is_none() {
@@ -251,9 +254,9 @@ mod tests {
             ("gshadow", "docker:!::\n"),
         ];
         let (temp, places) = etc(&files);
-        let account = ensure(&places, "openclaw", &mut Report::default()).unwrap();
+        let account = ensure(&places, "openclaw", true, &mut Report::default()).unwrap();
         assert_eq!((account.uid, account.gid, account.home.as_str()), (990, 990, "/home/openclaw"));
-        assert_eq!(ensure(&places, "openclaw", &mut Report::default()).unwrap().groups, [990, 998]);
+        assert_eq!(ensure(&places, "openclaw", true, &mut Report::default()).unwrap().groups, [990, 998]);
         assert_eq!(
             text(temp.path(), "passwd"),
             format!("{PASSWD}\nopenclaw:x:990:990:OpenClaw gateway:/home/openclaw:/bin/sh\n")
@@ -271,7 +274,7 @@ mod tests {
         }
         let files = [("passwd", PASSWD), ("group", "openclaw:x:700:\n"), ("shadow", "openclaw:!:::::::\n")];
         let (temp, places) = etc(&files);
-        let account = ensure(&places, "openclaw", &mut Report::default()).unwrap();
+        let account = ensure(&places, "openclaw", true, &mut Report::default()).unwrap();
         assert_eq!((account.uid, account.gid), (990, 700));
         assert_eq!(text(temp.path(), "shadow"), "openclaw:!:::::::\n");
     }
@@ -280,9 +283,31 @@ mod tests {
     fn a_taken_number_is_not_given_twice() {
         let files = |passwd: &str, group: &str| Files { passwd: passwd.into(), group: group.into() };
         assert_eq!(files("", "").free_id(), Some(990));
-        assert_eq!(files("a:x:990:1::/:/", "b:x:999:").free_id(), Some(998));
-        let all: Vec<String> = SYSTEM_IDS.map(|id| format!("u{id}:x:{id}:1::/:/")).collect();
-        assert_eq!(files(&all.join("\n"), "").free_id(), None);
+        assert_eq!(files("a:x:990:1::/:/", "b:x:1000:").free_id(), Some(1001));
+        let all: Vec<String> = MADE_IDS.map(|id| format!("u{id}:x:{id}:1::/:/")).collect();
+        assert_eq!(files(&format!("a:x:990:1::/:/\n{}", all.join("\n")), "").free_id(), None);
+    }
+
+    #[test]
+    fn the_agent_is_not_made_of_an_account_that_has_more_than_it_should() {
+        let passwd =
+            format!("{PASSWD}\nwww-data:x:33:33::/var/www:/bin/sh\nopenclaw-mux:x:18790:18790::/:/bin/sh");
+        let (_temp, places) = etc(&[("passwd", &passwd), ("group", GROUP)]);
+        for name in ["root", "www-data", "openclaw-mux"] {
+            let failure = ensure(&places, name, true, &mut Report::default()).unwrap_err();
+            assert!(!failure.retry && failure.why.contains("OPENCLAW_GATEWAY_USER"), "{}", failure.why);
+        }
+    }
+
+    #[test]
+    fn who_may_not_use_docker_is_not_in_its_group() {
+        let passwd = format!("{PASSWD}\nnode:x:1000:1000::/tmp:/bin/zsh\n");
+        let (temp, places) = etc(&[("passwd", &passwd), ("group", GROUP)]);
+        fs::create_dir(temp.path().join("tmp")).unwrap();
+        ensure(&places, "node", false, &mut Report::default()).unwrap();
+        assert_eq!(text(temp.path(), "group"), GROUP);
+        ensure(&places, "node", true, &mut Report::default()).unwrap();
+        assert!(text(temp.path(), "group").contains("docker:x:998:alice,node"));
     }
 
     #[test]
@@ -290,7 +315,7 @@ mod tests {
         let passwd = format!("{PASSWD}\nnode:x:1000:1000::/tmp:/bin/zsh\n");
         let (temp, places) = etc(&[("passwd", &passwd), ("group", "node:x:1000:\n")]);
         fs::create_dir(temp.path().join("tmp")).unwrap();
-        assert_eq!(ensure(&places, "node", &mut Report::default()).unwrap().uid, 1000);
+        assert_eq!(ensure(&places, "node", false, &mut Report::default()).unwrap().uid, 1000);
         assert_eq!(text(temp.path(), "passwd"), passwd);
         assert!(!temp.path().join("etc/.pwd.lock").exists());
     }

@@ -17,7 +17,7 @@ fn not_ready(why: &str, retry: bool) -> StorageReport {
 
 impl Boot {
     fn s3(more: &[(&str, &str)]) -> Self {
-        Self::of(machine_of(&config(&[&S3[..], &[("ENABLE_DOCKER", "0")], more].concat())))
+        Self::of(machine_of(&config(&[&S3[..], more].concat())))
     }
 
     /// As far as the worker runs and has said nothing.
