@@ -2,8 +2,10 @@
 //! process 1.
 
 use cvm_harness::evidence::{assert_process_1_has_forgotten, contains, files};
-use cvm_harness::machine::PATIENCE;
-use cvm_harness::{Builder, Machine, until};
+use cvm_harness::machine::GATEWAY_TOKEN;
+use cvm_harness::{Builder, Machine};
+use std::fs::Permissions;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
 
 const MASTER: &str = cvm_harness::machine::MASTER_KEY;
 const AWS: &str = "aws-canary-93f0d2c4b7e1";
@@ -127,16 +129,70 @@ fn a_wrong_configuration_is_reported_without_its_values() {
     }
 }
 
+/// Leaves what the agent can read of these files, and the token that was derived.
+const READER: &str = "#!/bin/sh\ncd /data/openclaw\ncat /run/secrets/master >of-master\ncat /run/secrets/other >of-other\n\
+                      printf %s \"$OPENCLAW_GATEWAY_TOKEN\" >token\nexec cvm-victim http 18789\n";
+
+#[track_caller]
+fn token_of(machine: &Machine) -> String {
+    machine.service_in("gateway", &["ready"]);
+    machine.read("/data/openclaw/token")
+}
+
 #[test]
 fn secrets_may_come_in_files() {
     let machine = Builder::product()
-        .fake_gateway("#!/bin/sh\nprintf %s \"$OPENCLAW_GATEWAY_TOKEN\" > /data/openclaw/seen\nexec cvm-victim http 18789\n")
-        .file("/run/secrets/master", "0K9uLzQl7R8HwPAIEkdJI6NTMJt+D+GRInyU+Bbsl+M=\n", 0o400)
+        .fake_gateway(READER)
+        .file("/run/secrets/master", &format!("{MASTER}\n"), 0o400)
         .environment("MASTER_KEY_FILE", "/run/secrets/master")
         .start();
-    machine.service_in("gateway", &["ready"]);
-    let seen = until("the gateway has written its token", PATIENCE, || {
-        Some(machine.read("/data/openclaw/seen")).filter(|s| !s.is_empty())
-    });
-    assert_eq!(seen, "zAFTUuSdbC5aQssqJbETwS5oEdhBGc5O");
+    assert_eq!(token_of(&machine), GATEWAY_TOKEN);
+    assert!(!machine.output().contains("MASTER_KEY_FILE:"), "{}", machine.output());
+}
+
+/// A secret of docker compose is a file of the host, with the owner and mode that it has there.
+#[test]
+fn a_secret_that_everybody_may_read_is_hidden_from_the_agent() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    for name in ["master", "other"] {
+        let file = dir.path().join(name);
+        std::fs::write(&file, format!("{MASTER}\n")).expect("the directory is writable");
+        std::fs::set_permissions(&file, Permissions::from_mode(0o444)).expect("it is ours");
+        chown(&file, Some(1000), Some(1000)).expect("tests run as root");
+    }
+    let machine = Builder::product()
+        .fake_gateway(READER)
+        .bind(&dir.path().join("master"), "/run/secrets/master:ro")
+        // The control: the same file, which no variable names.
+        .bind(&dir.path().join("other"), "/run/secrets/other:ro")
+        .environment("MASTER_KEY_FILE", "/run/secrets/master")
+        .start();
+    assert_eq!(token_of(&machine), GATEWAY_TOKEN);
+    assert_eq!(machine.read("/data/openclaw/of-master"), "");
+    assert_eq!(machine.read("/data/openclaw/of-other"), format!("{MASTER}\n"));
+    machine.line("INFO  MASTER_KEY_FILE: others than root can read the file itself");
+    // What root runs there finds what it expects; the copy has no other name; the host's file is as it was.
+    assert_eq!(machine.ok(&["stat", "-c", "%a %u", "/run/secrets/master"]).trim(), "400 0");
+    assert_eq!(machine.ok(&["cat", "/run/secrets/master"]), format!("{MASTER}\n"));
+    assert!(!machine.path("/run/openclaw-cvm/secret").exists());
+    let meta = std::fs::metadata(dir.path().join("master")).expect("it is there");
+    assert_eq!((meta.uid(), meta.mode() & 0o7777), (1000, 0o444));
+    assert_eq!(machine.exec(&["cvm-init", "--check"]).status.code(), Some(0));
+}
+
+#[test]
+fn a_secret_that_cannot_be_hidden_is_refused_with_the_remedy() {
+    let without_rights = ["/usr/bin/setpriv", "--bounding-set=-sys_admin"];
+    let init = "/usr/local/sbin/cvm-init";
+    for (last, status) in [(&[init][..], 78), (&[init, "--check"], 78)] {
+        let mut machine = Builder::product()
+            .file("/run/secrets/master", &format!("{MASTER}\n"), 0o444)
+            .environment("MASTER_KEY_FILE", "/run/secrets/master")
+            .command(&[&without_rights[..], last].concat())
+            .start();
+        assert_eq!(machine.wait(), status);
+        let output = machine.output();
+        assert!(output.contains("MASTER_KEY_FILE: names a file that others than root can read"), "{output}");
+        assert!(output.contains("mode 0400") && !output.contains(MASTER), "{output}");
+    }
 }

@@ -375,6 +375,17 @@ impl Environment {
         }
     }
 
+    /// Says of the file of secret `name` that the agent could read it, and why it cannot be hidden.
+    pub fn with_exposed_file(&mut self, name: &str, cause: &str) {
+        let Some(name) = self.awaited.take(name) else { return };
+        let rule = format!(
+            "names a file that others than root can read, and it cannot be hidden from them ({})",
+            shown(cause)
+        );
+        let hint = "make the file root's, with mode 0400, or give the container SYS_ADMIN as docker-compose.yml does";
+        self.refuse(name, &file_twin(name), rule, hint);
+    }
+
     /// A variable of the table.
     pub fn given(&self, name: &str) -> Given<'_> {
         if self.unusable.contains(name) || self.awaited.contains(name) {

@@ -12,15 +12,12 @@ use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
 use zeroize::Zeroizing;
 
 /// Names the descriptor in the second life's environment; nothing else is in there.
 const HANDOVER: &str = "CVM_HANDOVER_FD";
 /// The kernel's own limit for arguments and environment together lies below this.
 const ENVIRONMENT_MAX: usize = 16 * 1024 * 1024;
-/// A file with a secret, a configuration or workspace files.
-const FILE_MAX: u64 = 16 * 1024 * 1024;
 
 /// Which life this is.
 pub(crate) enum Life {
@@ -79,31 +76,4 @@ pub(crate) fn receive(fd: OwnedFd) -> std::io::Result<Environment> {
 /// The environment as it is, for a check that changes nothing.
 pub(crate) fn current() -> Environment {
     Environment::new(std::env::vars_os().map(|(n, v)| (n.as_bytes().to_vec(), v.as_bytes().to_vec())))
-}
-
-/// Reads what the `NAME_FILE` variables point at.
-pub(crate) fn read_files(environment: &mut Environment) {
-    for (name, path) in environment.wanted_files() {
-        environment.with_file(name, read_file(&path));
-    }
-}
-
-/// A regular file of bearable size. Opened without waiting, so that a pipe somebody put in
-/// its place cannot hold up the boot.
-fn read_file(path: &Path) -> Result<Vec<u8>, String> {
-    use nix::fcntl::{OFlag, open};
-    use nix::sys::stat::Mode;
-    let flags = OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC | OFlag::O_NOCTTY;
-    let fd = open(path, flags, Mode::empty()).map_err(|e| e.desc().to_owned())?;
-    let about = std::fs::File::from(fd);
-    let meta = about.metadata().map_err(|e| e.to_string())?;
-    if !meta.is_file() {
-        return Err("it is not a regular file".to_owned());
-    }
-    if meta.len() > FILE_MAX {
-        return Err(format!("it is larger than {} MiB", FILE_MAX / 1024 / 1024));
-    }
-    let limit = usize::try_from(FILE_MAX).unwrap_or(usize::MAX);
-    let bytes = descriptor::read_all(about.into(), limit).map_err(|e| e.to_string())?;
-    Ok(bytes.to_vec())
 }

@@ -19,6 +19,7 @@ mod handover;
 mod kit;
 mod last_net;
 mod plain;
+mod secret_files;
 mod turn;
 mod voice;
 
@@ -32,6 +33,7 @@ use cvm_blueprint::{plan, service};
 use cvm_process::kernel::Linux;
 use cvm_process::signals;
 use nix::poll::{PollFd, PollFlags, poll};
+use secret_files::Exposed;
 use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::os::fd::AsFd;
@@ -83,9 +85,12 @@ fn main() -> ExitCode {
 
 fn check() -> u8 {
     let mut environment = handover::current();
-    handover::read_files(&mut environment);
+    let covered = secret_files::read(&mut environment, Exposed::OnlyJudge);
     match configuration(&environment) {
         Ok((config, warnings)) => {
+            for line in covered {
+                utter(&format!("note: {line}\n"));
+            }
             for warning in warnings {
                 utter(&format!("warning: {warning}\n"));
             }
@@ -139,12 +144,15 @@ fn supervise(began: Instant) -> u8 {
         eprintln!("cvm-init: no descriptors left for signals");
         return exit::INTERNAL;
     };
-    handover::read_files(&mut environment);
+    let covered = secret_files::read(&mut environment, Exposed::Cover);
     let (config, warnings) = match configuration(&environment) {
         Ok(parsed) => parsed,
         Err(problems) => return refuse(&problems),
     };
     let mut world = prepare(config, &warnings, environment, kernel, began);
+    for line in covered {
+        tracing::info!("{line}");
+    }
     if let Err(why) = hidden {
         tracing::warn!("The environment stays visible in /proc/1/environ: {why}");
     }

@@ -107,6 +107,17 @@ fn a_file_that_gives_no_secret_is_a_mistake_and_not_the_same_as_unset() {
 }
 
 #[test]
+fn a_file_that_the_agent_could_read_is_a_mistake_and_not_the_same_as_unset() {
+    let mut env = environment(&[("MASTER_KEY_FILE", "the-key-itself-by-mistake")]);
+    env.with_exposed_file("MASTER_KEY", "mounting: Operation not permitted");
+    env.with_exposed_file("PATH", "nothing of it was wanted");
+    let said = problems(&env);
+    assert!(said.len() == 1 && said[0].starts_with("MASTER_KEY_FILE: names a file that others"), "{said:?}");
+    assert!(said[0].contains("mode 0400") && !said[0].contains("by-mistake"), "{said:?}");
+    assert!(matches!(env.given("MASTER_KEY"), Given::Unusable));
+}
+
+#[test]
 fn a_file_that_nobody_read_is_not_the_same_as_unset() {
     let env = environment(&[("MASTER_KEY_FILE", "/x")]);
     assert!(matches!(env.given("MASTER_KEY"), Given::Unusable));
