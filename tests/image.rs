@@ -6,7 +6,7 @@
 
 use cvm_harness::engine::{Engine, IMAGE, SECRET_MARK};
 use cvm_harness::machine::{MASTER_KEY, PATIENCE, binaries, repository};
-use cvm_harness::{Builder, Garage, Network, Proxy, difference, digest, until};
+use cvm_harness::{Builder, Garage, Network, Proxy, difference, digest, least_safe, until};
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::fs;
@@ -311,8 +311,11 @@ fn the_image_is_small_and_says_what_it_is_and_holds_no_leftovers() {
     assert_eq!(run(&["id -u openclaw; id -g openclaw; id -u openclaw-mux"]), "990\n990\n18790");
     assert_eq!(run(&["ls /usr/local/lib/openclaw-cvm"]), run_names());
 
-    let bill = fs::read(repository().join("target/image/sbom.spdx.json")).expect("image/build wrote it");
-    let bill: Value = serde_json::from_slice(&bill).expect("JSON");
+    // A control is found, and nothing else.
+    let privileged = "touch /tmp/control && chmod 6755 /tmp/control && find / -xdev -perm /6000";
+    assert_eq!(run(&[privileged]), "/tmp/control");
+
+    let bill = bill();
     assert_eq!(bill["spdxVersion"], "SPDX-2.3");
     let locators: BTreeSet<&str> = bill["packages"]
         .as_array()
@@ -336,6 +339,84 @@ fn the_image_is_small_and_says_what_it_is_and_holds_no_leftovers() {
     let id = id.trim_start_matches("sha256:");
     assert!(bill["documentNamespace"].as_str().is_some_and(|name| name.ends_with(id)));
     assert_eq!(bill["packages"][0]["checksums"][0]["checksumValue"], id);
+}
+
+fn bill() -> Value {
+    let bill = fs::read(repository().join("target/image/sbom.spdx.json")).expect("image/build wrote it");
+    serde_json::from_slice(&bill).expect("JSON")
+}
+
+/// Both trust stores of the image, Debian's for all and Node's own. What looks at them finds a root that
+/// is put beside them.
+#[test]
+fn no_trust_store_of_the_image_has_a_key_that_has_become_public() {
+    let Some(_turn) = turn() else { return };
+    let engine = Engine::runner(&Network::new(), |host| host);
+    let judge = fs::read_to_string(repository().join("image/distrusted")).expect("a script");
+    let debian = "cat /etc/ssl/certs/ca-certificates.crt";
+    let node = "node -p 'tls.rootCertificates.join(`\n`)'";
+    let found = |store: &str| {
+        let script = "eval \"$STORE\" | sh -c \"$JUDGE\"";
+        let (store, judge) = (format!("STORE={store}"), format!("JUDGE={judge}"));
+        let options = ["run", "--rm", "--network", "none", "--env", &store, "--env", &judge];
+        let output =
+            engine.try_docker(&[&options[..], &["--entrypoint", "sh", IMAGE, "-c", script]].concat());
+        assert!(output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    for store in [debian, node] {
+        assert_eq!(found(store), "", "{store}");
+        let control = format!("{{ {store}; echo '{EMSIGN_G3}'; }}");
+        assert_eq!(found(&control), "emSign ECC Root CA - G3\n", "{store}");
+    }
+    // Ours have no list of their own: they trust the system's.
+    let ours = "grep -rl 'emSign' /usr/local/lib/openclaw-cvm; true";
+    let lists = engine.docker(&["run", "--rm", "--network", "none", "--entrypoint", "sh", IMAGE, "-c", ours]);
+    assert_eq!(lists, "");
+}
+
+/// As it was trusted until October 2026.
+const EMSIGN_G3: &str = "-----BEGIN CERTIFICATE-----
+MIICTjCCAdOgAwIBAgIKPPYHqWhwDtqLhDAKBggqhkjOPQQDAzBrMQswCQYDVQQG
+EwJJTjETMBEGA1UECxMKZW1TaWduIFBLSTElMCMGA1UEChMcZU11ZGhyYSBUZWNo
+bm9sb2dpZXMgTGltaXRlZDEgMB4GA1UEAxMXZW1TaWduIEVDQyBSb290IENBIC0g
+RzMwHhcNMTgwMjE4MTgzMDAwWhcNNDMwMjE4MTgzMDAwWjBrMQswCQYDVQQGEwJJ
+TjETMBEGA1UECxMKZW1TaWduIFBLSTElMCMGA1UEChMcZU11ZGhyYSBUZWNobm9s
+b2dpZXMgTGltaXRlZDEgMB4GA1UEAxMXZW1TaWduIEVDQyBSb290IENBIC0gRzMw
+djAQBgcqhkjOPQIBBgUrgQQAIgNiAAQjpQy4LRL1KPOxst3iAhKAnjlfSU2fySU0
+WXTsuwYc58Byr+iuL+FBVIcUqEqy6HyC5ltqtdyzdc6LBtCGI79G1Y4PPwT01xyS
+fvalY8L1X44uT6EYGQIrMgqCZH0Wk9GjQjBAMB0GA1UdDgQWBBR8XQKEE9TMipuB
+zhccLikenEhjQjAOBgNVHQ8BAf8EBAMCAQYwDwYDVR0TAQH/BAUwAwEB/zAKBggq
+hkjOPQQDAwNpADBmAjEAvvNhzwIQHWSVB7gYboiFBS+DCBeQyh+KTOgNG3qxrdWB
+CUfvO6wIBHxcmbHtRwfSAjEAnbpV/KlK6O3t5nYBQnvI+GDZjVGLVTv7jHvrZQnD
++JbNR6iC8hZVdyR+EhCVBCyj
+-----END CERTIFICATE-----";
+
+/// Of Debian's packages, as the list of the least safe versions has them; `promises.rs` looks at the rest.
+#[test]
+fn no_package_of_the_image_is_older_than_the_least_safe_version() {
+    let Some(_turn) = turn() else { return };
+    let engine = Engine::runner(&Network::new(), |host| host);
+    let bill = bill();
+    let packages = bill["packages"].as_array().expect("a list");
+    let locator =
+        |package: &Value| package["externalRefs"][0]["referenceLocator"].as_str().map(str::to_owned);
+    for line in least_safe().iter().filter(|line| line.ecosystem == "deb") {
+        let prefix = format!("pkg:deb/debian/{}@", line.name);
+        let here = packages.iter().find(|p| locator(p).is_some_and(|l| l.starts_with(&prefix)));
+        let here = here.unwrap_or_else(|| panic!("{} is not in the image", line.name));
+        let version = here["versionInfo"].as_str().expect("a version");
+        let options =
+            ["run", "--rm", "--network", "none", "--entrypoint", "dpkg", IMAGE, "--compare-versions"];
+        let compared = engine.try_docker(&[&options[..], &[version, "ge", &line.version]].concat());
+        assert!(
+            compared.status.success(),
+            "{} {version}: before {} it {}",
+            line.name,
+            line.version,
+            line.why
+        );
+    }
 }
 
 /// What git says of this repository, where it is one.
