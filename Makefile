@@ -36,10 +36,10 @@ soak: ## the same tests with more rounds
 	@CVM_SOAK=1 PROPTEST_CASES=20000 tests/run
 	@tests/fuzz/run 600
 
-bench: ## measure, beside the peers; writes target/bench/*.json
+bench: ## measure, beside the peers and, with BESIDE=COMMIT, beside what that commit did; PART=core: a part; writes target/bench/*.json
 	@tests/setup bench
 	@$(MAKE) --no-print-directory build
-	@$(CARGO) run --release --config 'profile.release.package.cvm-tests.opt-level=3' --quiet --package cvm-tests --bin cvm-bench
+	@beside=$(if $(BESIDE),$$(tests/bench/build $(BESIDE))); CVM_BESIDE=$$beside $(CARGO) run --release --config 'profile.release.package.cvm-tests.opt-level=3' --quiet --package cvm-tests --bin cvm-bench $(PART)
 
 # A header that the build of rclone writes last is newer than what cargo compares it with: rclone would
 # be built anew by each call of cargo.

@@ -1,17 +1,56 @@
 //! The peers: other inits and supervisors, each started as process 1 of a machine like ours.
 
-use cvm_harness::machine::{binaries, repository};
+use cvm_harness::machine::{binaries, product as binary_of_product, product_from, repository};
 use cvm_harness::{Builder, Machine};
 use std::fmt::Write as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 
 /// Services that do nothing, for those that keep services.
 pub(crate) const SERVICES: usize = 5;
 
+/// The product of one commit.
+pub(crate) struct Build {
+    /// The commit's, of the one that this one is measured beside.
+    pub(crate) name: Option<String>,
+    dir: PathBuf,
+}
+
+impl Build {
+    /// Machines that `work` starts are of this build.
+    pub(crate) fn chosen<T>(&self, work: impl FnOnce() -> T) -> T {
+        product_from(&self.dir, work)
+    }
+}
+
+/// This commit's, and then what `make bench BESIDE=COMMIT` has built, if that was asked for.
+pub(crate) fn builds() -> &'static [Build] {
+    static BUILDS: LazyLock<Vec<Build>> = LazyLock::new(|| {
+        let mut builds = vec![Build { name: None, dir: binaries() }];
+        let beside = std::env::var_os("CVM_BESIDE").filter(|dir| !dir.is_empty()).map(PathBuf::from);
+        builds.extend(beside.map(|dir| {
+            // .../COMMIT/bin
+            let commit = dir.parent().and_then(Path::file_name).unwrap_or_default();
+            let name = commit.to_string_lossy().chars().take(7).collect();
+            Build { name: Some(name), dir }
+        }));
+        builds
+    });
+    &BUILDS
+}
+
 /// Something that can be process 1.
 pub(crate) struct Contestant {
     pub(crate) name: &'static str,
-    pub(crate) start: fn() -> Option<Machine>,
+    /// Which of [`builds`] it is of; the peers are of the first.
+    pub(crate) build: usize,
+    start: fn() -> Option<Machine>,
+}
+
+impl Contestant {
+    pub(crate) fn start(&self) -> Option<Machine> {
+        builds()[self.build].chosen(self.start)
+    }
 }
 
 /// Small inits that run one command.
@@ -29,10 +68,9 @@ pub(crate) fn small_inits() -> Vec<(&'static str, Vec<String>)> {
 
 /// A machine with only the init and the victim in it.
 pub(crate) fn bare(command: &[&str]) -> Builder {
-    let bin = binaries();
     Builder::new()
-        .copy(&bin.join("cvm-init"), "/usr/local/sbin/cvm-init")
-        .copy(&bin.join("cvm-victim"), "/usr/local/bin/cvm-victim")
+        .copy(&binary_of_product("cvm-init"), "/usr/local/sbin/cvm-init")
+        .copy(&binaries().join("cvm-victim"), "/usr/local/bin/cvm-victim")
         .environment("PATH", "/usr/local/bin:/usr/bin:/bin")
         .command(command)
 }
@@ -71,13 +109,15 @@ pub(crate) fn script() -> Builder {
 
 /// Supervisors with idle services.
 pub(crate) fn supervisors() -> Vec<Contestant> {
-    vec![
-        Contestant { name: "cvm-init", start: || Some(product().start()) },
-        Contestant { name: "tini", start: tini },
-        Contestant { name: "s6-svscan", start: s6 },
-        Contestant { name: "runsvdir", start: runit },
-        Contestant { name: "supervisord", start: supervisord },
-    ]
+    let ours = (0..builds().len()).map(|build| Contestant {
+        name: "cvm-init",
+        build,
+        start: || Some(product().start()),
+    });
+    let peers: [(&str, fn() -> Option<Machine>); 4] =
+        [("tini", tini), ("s6-svscan", s6), ("runsvdir", runit), ("supervisord", supervisord)];
+    let peers = peers.into_iter().map(|(name, start)| Contestant { name, build: 0, start });
+    ours.chain(peers).collect()
 }
 
 fn installed(program: &str) -> Option<()> {

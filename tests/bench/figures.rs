@@ -1,7 +1,7 @@
 //! The figures, and the table they go into.
 
 use crate::ROUNDS;
-use crate::contestants::{self, product, script, supervisors};
+use crate::contestants::{self, builds, product, script, supervisors};
 use cvm_harness::machine::PATIENCE;
 use cvm_harness::{Machine, until};
 use std::fs;
@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 
 /// Idle time over which wake-ups are counted, for all contestants at once.
 const WINDOW: Duration = Duration::from_secs(4);
+/// How [`contestants::small_inits`] calls ours.
+const OUR_SMALL_INIT: &str = "cvm-init --";
 /// What the 10,000 orphans are.
 const ORPHANS: &str = "10000";
 
@@ -19,7 +21,52 @@ pub(crate) struct Figure {
     pub(crate) who: String,
     pub(crate) unit: &'static str,
     pub(crate) values: Vec<f64>,
+    /// The same of the commit that this one is measured beside.
+    pub(crate) beside: Vec<f64>,
     pub(crate) target: &'static str,
+}
+
+impl Figure {
+    pub(crate) fn new(
+        what: &'static str,
+        who: impl Into<String>,
+        unit: &'static str,
+        values: Vec<f64>,
+        target: &'static str,
+    ) -> Self {
+        Self { what, who: who.into(), unit, values, beside: Vec::new(), target }
+    }
+
+    /// Ours: values of each of [`builds`].
+    fn ours(
+        what: &'static str,
+        who: &'static str,
+        unit: &'static str,
+        values: Vec<Vec<f64>>,
+        target: &'static str,
+    ) -> Self {
+        let mut values = values.into_iter();
+        let this = values.next().unwrap_or_default();
+        Self { beside: values.next().unwrap_or_default(), ..Self::new(what, who, unit, this, target) }
+    }
+}
+
+/// What `measure` finds of each of [`builds`], one after the other, beside each other.
+pub(crate) fn of_each_build(measure: impl Fn() -> Vec<Figure>) -> Vec<Figure> {
+    let mut found = builds().iter().map(|build| {
+        if let Some(name) = &build.name {
+            eprintln!("   the same at {name}");
+        }
+        build.chosen(&measure)
+    });
+    let mut figures = found.next().unwrap_or_default();
+    for other in found.flatten() {
+        let same = figures.iter_mut().find(|f| f.what == other.what && f.who == other.who);
+        if let Some(figure) = same {
+            figure.beside = other.values;
+        }
+    }
+    figures
 }
 
 #[derive(Default)]
@@ -35,9 +82,18 @@ fn median(values: &[f64]) -> f64 {
 
 impl Table {
     pub(crate) fn print(&self) {
+        let beside = builds().iter().find_map(|build| build.name.as_ref());
+        let beside = beside.map(|name| format!("at {name}"));
         println!(
-            "\n{:<34} {:<14} {:>10} {:>10} {:>10}  {:<6} {:>3}  target",
-            "figure", "who", "median", "least", "most", "unit", "n"
+            "\n{:<34} {:<14} {:>10} {:>10} {:>10}  {:<6} {:>3} {:>10}  target",
+            "figure",
+            "who",
+            "median",
+            "least",
+            "most",
+            "unit",
+            "n",
+            beside.as_deref().unwrap_or_default()
         );
         let mut last = "";
         for f in &self.figures {
@@ -45,12 +101,14 @@ impl Table {
             last = f.what;
             let lowest = f.values.iter().copied().fold(f64::INFINITY, f64::min);
             let most = f.values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let beside = (!f.beside.is_empty()).then(|| format!("{:.2}", median(&f.beside)));
             println!(
-                "{what:<34} {:<14} {:>10.2} {lowest:>10.2} {most:>10.2}  {:<6} {:>3}  {}",
+                "{what:<34} {:<14} {:>10.2} {lowest:>10.2} {most:>10.2}  {:<6} {:>3} {:>10}  {}",
                 f.who,
                 median(&f.values),
                 f.unit,
                 f.values.len(),
+                beside.unwrap_or_default(),
                 f.target
             );
         }
@@ -64,11 +122,17 @@ impl Table {
         let before = fs::read(path).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
         let mut rows: Vec<serde_json::Value> = before.unwrap_or_default();
         rows.retain(|row| !is_new(row));
+        let commit = builds().iter().find_map(|build| build.name.as_ref());
         let fresh = self.figures.iter().map(|f| {
-            serde_json::json!({
+            let mut row = serde_json::json!({
                 "figure": f.what, "who": f.who, "unit": f.unit, "median": median(&f.values),
                 "rounds": f.values.len(), "values": f.values, "target": f.target,
-            })
+            });
+            if !f.beside.is_empty() {
+                row["beside"] =
+                    serde_json::json!({ "commit": commit, "median": median(&f.beside), "values": f.beside });
+            }
+            row
         });
         rows.extend(fresh);
         fs::create_dir_all(path.parent().unwrap_or(Path::new(".")))?;
@@ -99,35 +163,40 @@ pub(crate) fn boot() -> Vec<Figure> {
         let began = nth_stamp(machine, "/tmp/began", 0);
         (nth_stamp(machine, "/data/openclaw/executed", 0) - began) / 1000.0
     };
-    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    let (mut ours, mut theirs) = (vec![Vec::new(); builds().len()], Vec::new());
     for round in 0..ROUNDS {
         eprint!("\r   round {}/{ROUNDS}", round + 1);
-        let machine = product().start();
-        ours.push(boot_of(&machine));
-        drop(machine);
+        for (build, ours) in builds().iter().zip(&mut ours) {
+            let machine = build.chosen(|| product().start());
+            ours.push(boot_of(&machine));
+        }
         let machine = script().start();
         theirs.push(boot_of(&machine));
     }
     eprintln!();
     let what = "boot to exec of the gateway";
     vec![
-        Figure { what, who: "cvm-init".into(), unit: "ms", values: ours, target: "<= 30" },
-        Figure { what, who: "shell script".into(), unit: "ms", values: theirs, target: "" },
+        Figure::ours(what, "cvm-init", "ms", ours, "<= 30"),
+        Figure::new(what, "shell script", "ms", theirs, ""),
     ]
 }
 
 pub(crate) fn orphans() -> Vec<Figure> {
     let inits = contestants::small_inits();
-    let mut values: Vec<Vec<f64>> = vec![Vec::new(); inits.len()];
+    let mut values = vec![vec![Vec::new(); builds().len()]; inits.len()];
     for round in 0..ROUNDS {
         eprint!("\r   round {}/{ROUNDS}", round + 1);
-        for ((_, words), values) in inits.iter().zip(&mut values) {
+        for ((name, words), values) in inits.iter().zip(&mut values) {
             let mut command: Vec<&str> = words.iter().map(String::as_str).collect();
             command.extend(["cvm-victim", "orphans", ORPHANS]);
-            let mut machine = contestants::bare(&command).start();
-            let began = Instant::now();
-            machine.wait();
-            values.push(began.elapsed().as_secs_f64() * 1e3);
+            // The peers are no better for another commit of ours.
+            let count = if *name == OUR_SMALL_INIT { builds().len() } else { 1 };
+            for (build, values) in builds().iter().zip(values).take(count) {
+                let mut machine = build.chosen(|| contestants::bare(&command).start());
+                let began = Instant::now();
+                machine.wait();
+                values.push(began.elapsed().as_secs_f64() * 1e3);
+            }
         }
     }
     eprintln!();
@@ -135,8 +204,8 @@ pub(crate) fn orphans() -> Vec<Figure> {
         .iter()
         .zip(values)
         .map(|((name, _), values)| {
-            let target = if *name == "cvm-init --" { "<= tini" } else { "" };
-            Figure { what: "10,000 orphans", who: (*name).into(), unit: "ms", values, target }
+            let target = if *name == OUR_SMALL_INIT { "<= tini" } else { "" };
+            Figure::ours("10,000 orphans", name, "ms", values, target)
         })
         .collect()
 }
@@ -144,20 +213,26 @@ pub(crate) fn orphans() -> Vec<Figure> {
 /// From SIGKILL of the gateway's stub to the first instruction of the next one, beside a bare
 /// fork and exec of the same program.
 pub(crate) fn restart() -> Vec<Figure> {
-    let machine = product().environment("ENABLE_DOCKER", "0").start();
+    let start = || product().environment("ENABLE_DOCKER", "0").start();
+    let machines: Vec<Machine> = builds().iter().map(|build| build.chosen(start)).collect();
     let stub = cvm_harness::machine::binaries().join("cvm-victim");
     let scratch = tempfile::tempdir().expect("a temporary directory");
     let file = scratch.path().join("stamp");
-    let (mut ours, mut bare) = (Vec::new(), Vec::new());
-    nth_stamp(&machine, "/data/openclaw/executed", 0);
+    let (mut ours, mut bare) = (vec![Vec::new(); machines.len()], Vec::new());
+    for machine in &machines {
+        nth_stamp(machine, "/data/openclaw/executed", 0);
+    }
     for round in 0..2 * ROUNDS {
-        let victim = until("the gateway's stub runs", PATIENCE, || {
-            machine.processes().into_iter().find(|p| p.arguments.starts_with(cvm_blueprint::paths::NODE))
-        });
-        let outside = machine.outside(victim.pid.into());
-        let began = now_us();
-        let _ = nix::sys::signal::kill(outside, nix::sys::signal::Signal::SIGKILL);
-        ours.push((nth_stamp(&machine, "/data/openclaw/executed", round + 1) - began) / 1000.0);
+        for (machine, ours) in machines.iter().zip(&mut ours) {
+            let victim = until("the gateway's stub runs", PATIENCE, || {
+                let is_stub = |arguments: &str| arguments.starts_with(cvm_blueprint::paths::NODE);
+                machine.processes().into_iter().find(|p| is_stub(&p.arguments))
+            });
+            let outside = machine.outside(victim.pid.into());
+            let began = now_us();
+            let _ = nix::sys::signal::kill(outside, nix::sys::signal::Signal::SIGKILL);
+            ours.push((nth_stamp(machine, "/data/openclaw/executed", round + 1) - began) / 1000.0);
+        }
         let began = now_us();
         let status = std::process::Command::new(&stub).arg("stamp").arg(&file).status();
         assert!(status.is_ok_and(|s| s.success()));
@@ -167,16 +242,16 @@ pub(crate) fn restart() -> Vec<Figure> {
     }
     let what = "death of a service to its new exec";
     vec![
-        Figure { what, who: "cvm-init".into(), unit: "ms", values: ours, target: "<= bare + 5" },
-        Figure { what, who: "bare fork+exec".into(), unit: "ms", values: bare, target: "" },
+        Figure::ours(what, "cvm-init", "ms", ours, "<= bare + 5"),
+        Figure::new(what, "bare fork+exec", "ms", bare, ""),
     ]
 }
 
 /// Memory and wake-ups of all contestants, idle beside each other.
 pub(crate) fn idle() -> Vec<Figure> {
     let all: Vec<(&str, Machine)> =
-        supervisors().into_iter().filter_map(|c| Some((c.name, (c.start)()?))).collect();
-    if let Some((_, ours)) = all.first() {
+        supervisors().into_iter().filter_map(|c| Some((c.name, c.start()?))).collect();
+    for (_, ours) in all.iter().filter(|(name, _)| *name == "cvm-init") {
         ours.service_in("gateway", &["ready"]);
         ours.service_in("dockerd", &["ready"]);
     }
@@ -207,10 +282,11 @@ pub(crate) fn idle() -> Vec<Figure> {
         ("wake-ups of process 1, idle", "1/s", "< 1", wakes),
     ];
     for (what, unit, ours, columns) in rows {
-        for ((who, _), values) in all.iter().zip(columns) {
-            let target = if *who == "cvm-init" { ours } else { "" };
-            figures.push(Figure { what, who: (*who).into(), unit, values, target });
-        }
+        let mut columns = columns.into_iter();
+        let of_builds: Vec<Vec<f64>> = columns.by_ref().take(builds().len()).collect();
+        figures.push(Figure::ours(what, "cvm-init", unit, of_builds, ours));
+        let peers = all.iter().skip(builds().len()).zip(columns);
+        figures.extend(peers.map(|((who, _), values)| Figure::new(what, *who, unit, values, "")));
     }
     figures
 }

@@ -58,7 +58,7 @@ pub(crate) fn boot() -> Vec<Figure> {
     }
     eprintln!();
     let [[our_exec, our_ready], [their_exec, their_ready]] = measured;
-    let figure = |what, who: &str, values| Figure { what, who: who.into(), unit: "ms", values, target: "" };
+    let figure = |what, who: &str, values| Figure::new(what, who, "ms", values, "");
     let (exec, ready) = ("docker run to exec of the gateway", "docker run to gateway ready");
     vec![
         figure(exec, "cvm-init", our_exec),

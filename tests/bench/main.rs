@@ -4,6 +4,9 @@
 //! interleaved, so that a noisy host is noisy for everybody. A table for people, `target/bench/core.json`, `mux.json`,
 //! `image.json` and `storage.json` for machines. Nothing here fails because of a number.
 //! `cvm-bench core|mux|image|lag|commits|files|restore|many` measures a part.
+//!
+//! With `make bench BESIDE=COMMIT`, figures of the supervisor and the storage stand beside what that
+//! commit's binaries did in the same run, rounds of both in turn where a figure has rounds.
 
 mod contestants;
 mod figures;
@@ -11,7 +14,7 @@ mod image;
 mod mux;
 mod storage;
 
-use figures::{Figure, Table};
+use figures::{Figure, Table, of_each_build};
 use std::path::Path;
 
 /// Rounds of each figure; the median of fewer would be luck.
@@ -50,17 +53,17 @@ fn main() {
         step(&mut table, "lag: from a commit to the bucket", storage::lag);
     }
     if wants("commits") {
-        step(&mut table, "commits on /data and elsewhere", storage::transactions);
+        step(&mut table, "commits on /data and elsewhere", || of_each_build(storage::transactions));
     }
     if wants("files") {
-        step(&mut table, "10,000 files: push, start, idle", storage::of_ten_thousand_files);
+        step(&mut table, "10,000 files: push, start, idle", || of_each_build(storage::of_ten_thousand_files));
     }
     if wants("restore") {
-        step(&mut table, "10,000 files: restore", storage::restore);
+        step(&mut table, "10,000 files: restore", || of_each_build(storage::restore));
     }
     if wants("many") {
         let name = "100,000 files: push, start, idle (half an hour)";
-        step(&mut table, name, storage::of_a_hundred_thousand_files);
+        step(&mut table, name, || of_each_build(storage::of_a_hundred_thousand_files));
     }
     if !table.figures.is_empty() {
         finish(&table, "storage");
@@ -76,7 +79,7 @@ fn finish(table: &Table, name: &str) {
     }
 }
 
-fn step(table: &mut Table, name: &str, measure: fn() -> Vec<Figure>) {
+fn step(table: &mut Table, name: &str, measure: impl Fn() -> Vec<Figure>) {
     eprintln!("== {name}");
     table.figures.extend(measure());
 }

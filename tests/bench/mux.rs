@@ -67,7 +67,7 @@ pub(crate) fn deliveries() -> Vec<Figure> {
     let mut figures: Vec<Figure> = ours.into_iter().zip(disk).flat_map(|(ours, disk)| [ours, disk]).collect();
     let mut one = |what, unit, value: f64| {
         let target = if what == "peak RSS" { "<= 30720" } else { "" };
-        figures.push(Figure { what, who: "cvm-mux".into(), unit, values: vec![value], target });
+        figures.push(Figure::new(what, "cvm-mux", unit, vec![value], target));
     };
     one("all answered, after the last one", "s", behind);
     one("processor, of one core", "%", share);
@@ -157,7 +157,7 @@ fn quantiles(who: &str, mut took: Vec<f64>) -> [Figure; 3] {
     let row = |what, per_mille: usize| {
         let value = took[(took.len() - 1) * per_mille / 1000];
         let target = if who == "cvm-mux" && per_mille == 990 { "<= 50" } else { "" };
-        Figure { what, who: who.into(), unit: "ms", values: vec![value], target }
+        Figure::new(what, who, "ms", vec![value], target)
     };
     [row("due to 2xx, p50", 500), row("due to 2xx, p99", 990), row("due to 2xx, most", 1000)]
 }

@@ -1,7 +1,7 @@
 //! What the storage costs and how far behind the bucket is, with Garage as the server and with
 //! 0 and 20 ms of added latency; each figure beside its peer in the same run.
 
-use crate::figures::Figure;
+use crate::figures::{Figure, of_each_build};
 use cvm_harness::tools::Rclone;
 use cvm_harness::{Builder, Cloud, Machine, Proxy, storage, until};
 use rusqlite::Connection;
@@ -78,7 +78,7 @@ fn figure(
 ) -> Figure {
     // A part takes long, and what it has found so far is worth something if it ends early.
     eprintln!("   {what}, {who}: {values:.2?} {unit}");
-    Figure { what, who: who.to_owned(), unit, values, target }
+    Figure::new(what, who, unit, values, target)
 }
 
 /// A tree of `files` files, a gibibyte in all, with databases among them.
@@ -320,17 +320,18 @@ fn hydrated(bed: &Bed) -> Machine {
 
 /// From a commit, or a write, to what can be had from the bucket.
 pub(crate) fn lag() -> Vec<Figure> {
-    let mut figures = Vec::new();
-    for latency in [Duration::ZERO, LATENCY] {
+    let at = |latency: Duration| {
         let bed = Bed::new();
         let machine = hydrated(&bed);
         bed.latency(latency);
         bed.cloud.proxy.clear_log();
         let who = if latency.is_zero() { "0 ms" } else { "20 ms" };
-        figures.push(figure("commit to restorable, p99", who, "s", vec![p99(database_lag(&machine))], "2"));
-        figures.push(figure("small file to bucket, p99", who, "s", vec![p99(file_lag(&machine))], "2"));
-    }
-    figures
+        vec![
+            figure("commit to restorable, p99", who, "s", vec![p99(database_lag(&machine))], "2"),
+            figure("small file to bucket, p99", who, "s", vec![p99(file_lag(&machine))], "2"),
+        ]
+    };
+    [Duration::ZERO, LATENCY].into_iter().flat_map(|latency| of_each_build(|| at(latency))).collect()
 }
 
 /// All but one in a hundred are below it.

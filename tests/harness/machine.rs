@@ -5,6 +5,7 @@ use crate::sandbox::{FileInside, write_files};
 use crate::wait::{before, until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use std::cell::RefCell;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -40,6 +41,24 @@ pub fn binaries() -> PathBuf {
 /// The root of the repository.
 pub fn repository() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ lies in the repository").to_owned()
+}
+
+thread_local! {
+    /// Where [`product_from`] has it.
+    static PRODUCT: RefCell<Option<PathBuf>> = const { RefCell::new(None) };
+}
+
+/// Puts machines together of the product in `dir`, as long as `work` runs on this thread.
+pub fn product_from<T>(dir: &Path, work: impl FnOnce() -> T) -> T {
+    PRODUCT.set(Some(dir.to_owned()));
+    let done = work();
+    PRODUCT.set(None);
+    done
+}
+
+/// One of the product's binaries.
+pub fn product(name: &str) -> PathBuf {
+    PRODUCT.with_borrow(Clone::clone).map_or_else(|| binary(name), |dir| dir.join(name))
 }
 
 pub fn binary(name: &str) -> PathBuf {
@@ -93,10 +112,10 @@ impl Builder {
         let lib = "/usr/local/lib/openclaw-cvm";
         let mut builder = Self::new();
         for name in ["cvm-init", "cvm-keeper", "cvm-step", "cvm"] {
-            builder = builder.copy(&binary(name), &format!("{lib}/{name}"));
+            builder = builder.copy(&product(name), &format!("{lib}/{name}"));
         }
         builder
-            .bind(&binary("cvm-mux"), &format!("{lib}/cvm-mux"))
+            .bind(&product("cvm-mux"), &format!("{lib}/cvm-mux"))
             .symlink(&format!("{lib}/cvm"), "/usr/local/bin/cvm")
             .symlink(&format!("{lib}/cvm"), "/usr/local/bin/openclaw")
             .symlink(&format!("{lib}/cvm-init"), "/usr/local/sbin/cvm-init")
@@ -114,7 +133,7 @@ impl Builder {
         let lib = "/usr/local/lib/openclaw-cvm";
         // Large, and the same for all: not copied.
         for name in ["cvm-storage", "cvm-standin"] {
-            self = self.bind(&binary(name), &format!("{lib}/{name}"));
+            self = self.bind(&product(name), &format!("{lib}/{name}"));
         }
         self.network(network)
             .environment("S3_ENDPOINT", endpoint)
