@@ -12,6 +12,7 @@
 //! * [`evidence`]: where a secret may have been left.
 //! * [`mux`], [`chat`]: a mux-server, and a model or what takes the gateway's place.
 //! * [`digest`]: whether two trees are the same.
+//! * [`disk`]: a disk whose power can be cut.
 //! * [`sqlite`]: what a database holds that the test programs write to.
 //! * [`pins`]: the list of the least safe versions of what we ship.
 //! * [`tools`]: programs that know nothing of the product and judge what it stores.
@@ -22,6 +23,7 @@ pub mod chat;
 pub mod cloud;
 pub mod dice;
 pub mod digest;
+pub mod disk;
 pub mod engine;
 pub mod evidence;
 pub mod garage;
@@ -42,6 +44,7 @@ pub mod wait;
 pub use chat::{Chat, Said};
 pub use cloud::{Cloud, flush, independent, restore_by_hand, storage};
 pub use digest::{difference, digest};
+pub use disk::Disk;
 pub use engine::Engine;
 pub use garage::Garage;
 pub use machine::{Builder, Machine, Process};

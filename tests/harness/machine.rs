@@ -554,6 +554,21 @@ impl Machine {
         self.wait()
     }
 
+    /// Stops everything in it where it is.
+    pub fn freeze(&self) {
+        let ours = fs::read_link(format!("/proc/{}/ns/pid", self.pid)).ok();
+        // What was started while others were stopped is met by the second look.
+        for _ in 0..2 {
+            for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+                let name = entry.file_name();
+                let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else { continue };
+                if fs::read_link(entry.path().join("ns/pid")).ok() == ours {
+                    let _ = kill(Pid::from_raw(pid), Signal::SIGSTOP);
+                }
+            }
+        }
+    }
+
     /// Loses the machine: everything in it is killed at once.
     pub fn destroy(&mut self) {
         // 0 would be this process and its whole group: the machine never came to be.

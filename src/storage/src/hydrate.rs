@@ -358,7 +358,9 @@ fn copy_up(open: &Open, path: &Path, row: &Row) -> Result<Lifted, Fault> {
     let upper = path.below(&open.volume.upper);
     Ok(match bring_up(open, path, row)? {
         CameUp::Gone | CameUp::Untold => Lifted::Up(path.clone(), None),
-        CameUp::AsItShould(stat) => Lifted::Up(path.clone(), Some(scan::known_by(&upper, &stat, false))),
+        CameUp::AsItShould(stat) => {
+            Lifted::Up(path.clone(), Some(stage::known_now(&open.volume, &upper, &stat, false)))
+        }
         CameUp::Unlike(why) => Lifted::Bad(path.clone(), why, row.clone()),
         // Whoever pushes it, or the next pass, looks at what is below.
         CameUp::Written => Lifted::Skipped,

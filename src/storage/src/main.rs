@@ -28,6 +28,7 @@ mod copying;
 mod crypt;
 mod database;
 mod desk;
+mod disk;
 mod ending;
 mod entry;
 mod fault;

@@ -1,7 +1,7 @@
 //! One round of pushing: from what a scan found to a bucket that has it.
 //!
 //! ```text
-//! for each batch:  copies and hashes -> intents into the manifest -> objects -> entries into the manifest
+//! for each batch:  copies and hashes -> on the disk -> intents into the manifest -> objects -> entries into the manifest
 //! then             the same for what takes the place of something else, whose removal is in the same segment
 //! at the end:      removals into the manifest, with what comes instead -> objects deleted
 //! ```
@@ -14,8 +14,8 @@
 //! A round that is long is made in slices: between two of them the worker reads its orders, and what
 //! databases have committed meanwhile goes up before the rest.
 //!
-//! Refuses to write when the lease does not confirm it. May import: `below`, `bucket`, `chain`, `entry`,
-//! `fault`, `index`, `manifest`, `order`, `owner`, `parallel`, `rules`, `scan`, `stage`, `volume`, `way`.
+//! Refuses to write when the lease does not confirm it. May import: `below`, `bucket`, `chain`, `disk`,
+//! `entry`, `fault`, `index`, `manifest`, `order`, `owner`, `parallel`, `rules`, `scan`, `stage`, `volume`, `way`.
 
 mod exchange;
 mod work;
@@ -23,6 +23,7 @@ mod work;
 use crate::below::{self, Verdict};
 use crate::bucket::Bucket;
 use crate::chain::{Chain, LINES};
+use crate::disk;
 use crate::entry::{Entry, Kind, Path};
 use crate::fault::Fault;
 use crate::index::{Index, Known, Row};
@@ -31,7 +32,7 @@ use crate::order::{self, Passed, ToRead, Unread};
 use crate::owner::{Lease, uptime};
 use crate::parallel;
 use crate::stage::{self, Before, Outcome, Staged};
-use crate::volume::{self, Room, Volume};
+use crate::volume::{Room, Volume};
 use crate::way::Way;
 use cvm_process::handle::{Fate, Handle};
 use exchange::{Exchange, Living};
@@ -50,8 +51,6 @@ const BATCH_BYTES: u64 = 128 << 20;
 const STAGERS: usize = 2;
 /// Uploads at once: the latency's business.
 const UPLOADERS: usize = 16;
-/// So many files are made durable one by one; more of them with the whole volume.
-const SYNCED_ALONE: usize = 16;
 /// Between tries of an upload that the server had no time for just then, as it says under load.
 const SLOWER: [Duration; 2] = [Duration::from_millis(200), Duration::from_millis(800)];
 /// What a file may have been before it was written to, and be checked in the loop.
@@ -173,6 +172,7 @@ impl Pusher<'_> {
             }
         }
         for lines in lines.chunks(LINES) {
+            disk::settle(self.volume, self.index, lines)?;
             self.write(lines)?;
             rest.removals = rest.removals.saturating_sub(removals_in(lines));
         }
@@ -269,13 +269,20 @@ impl Pusher<'_> {
             };
             numbered.push((number, read, was));
         }
+        let looked = stage::now_ns();
+        let is_written_out = numbered.len() > disk::ONE_BY_ONE;
+        if is_written_out {
+            disk::write_out_everything(volume)?;
+        }
+        let since = is_written_out.then_some(looked);
         let staged = parallel::each_apart(numbered, STAGERS, |(number, read, was)| {
             let name = format!("push-{number}");
             let is_lower = read.was.as_ref().is_some_and(|row| row.lower || row.bad.is_some());
             let built_on = is_lower && below::is_built_on(volume, &read.path);
-            let outcome = stage::stage(volume, &read.path, read.database, &was, room, name);
+            let outcome = stage::stage(volume, &read.path, read.database, &was, room, since, name);
             (read, outcome, built_on)
         });
+        self.settle_copied(&staged)?;
         let mut unchecked = self.check_below(&staged);
         let top = File::open(&volume.upper)?;
         let (mut to_send, mut lines) = (Vec::new(), Vec::new());
@@ -333,9 +340,12 @@ impl Pusher<'_> {
             known.push((path.clone(), sign));
             lines.push(Line { path, word: Word::Is(entry) });
         }
-        self.settle_on_disk(&lines)?;
         let removals = match exchange {
-            Some(exchange) => exchange.with_what_goes(&mut lines, &mut known, self.index, rest)?,
+            Some(exchange) => {
+                let removals = exchange.with_what_goes(&mut lines, &mut known, self.index, rest)?;
+                disk::settle(self.volume, self.index, &lines)?;
+                removals
+            }
             None => 0,
         };
         self.write(&lines)?;
@@ -398,19 +408,17 @@ impl Pusher<'_> {
         order::lives_on(&read.path, self.volume, self.index, &self.bucket.prefix)
     }
 
-    /// The volume must not be behind the bucket: after a loss of power what it lacks would be taken
-    /// for removed, and go from the bucket too.
-    fn settle_on_disk(&self, lines: &[Line]) -> Result<(), Fault> {
-        if lines.len() > SYNCED_ALONE {
-            return Ok(nix::unistd::syncfs(File::open(&self.volume.upper)?)?);
-        }
-        for line in lines {
-            // What is gone or replaced meanwhile is the next scan's.
-            if let Ok(file) = volume::open_below(&self.volume.upper, &line.path) {
-                file.sync_all()?;
+    /// The volume must not be behind the bucket: what is about to be told of these copies, or is known of
+    /// them from now on, is on the disk first.
+    fn settle_copied(&self, staged: &[(ToRead, Result<Outcome, Fault>, bool)]) -> Result<(), Fault> {
+        let of = |(_, outcome, _): &(ToRead, Result<Outcome, Fault>, bool)| match outcome {
+            Ok(Outcome::Ready(now)) => {
+                Some(Line { path: now.path.clone(), word: Word::Is(now.entry.clone()) })
             }
-        }
-        Ok(())
+            _ => None,
+        };
+        let lines: Vec<Line> = staged.iter().filter_map(of).collect();
+        disk::settle(self.volume, self.index, &lines)
     }
 
     /// It could not be had or sent. What has failed before does not hold up what is not it.
@@ -510,7 +518,10 @@ impl Pusher<'_> {
     }
 
     fn metas(&mut self, metas: &[Line]) -> Result<(), Fault> {
-        metas.chunks(LINES).try_for_each(|lines| self.write(lines))
+        metas.chunks(LINES).try_for_each(|lines| {
+            disk::settle(self.volume, self.index, lines)?;
+            self.write(lines)
+        })
     }
 
     fn may_go(&self, mut gone: Vec<Path>, so_far: &SoFar) -> Result<Vec<Path>, Fault> {

@@ -1,11 +1,12 @@
 //! A private copy of one file at one moment, with its hash: what is sent is what was hashed.
 //!
 //! Refuses to call a copy good that was torn by a writer while it was made, as long as trying
-//! again can help. May import: `copying`, `database`, `entry`, `fault`, `lifting`,
+//! again can help. May import: `copying`, `database`, `disk`, `entry`, `fault`, `lifting`,
 //! `manifest`, `rules`, `scan`, `volume`.
 
 use crate::copying;
 use crate::database::{self, NoCopy};
+use crate::disk;
 use crate::entry::{Entry, Kind, Path};
 use crate::fault::Fault;
 use crate::index::{Known, Sign};
@@ -25,8 +26,6 @@ use std::path::{Path as FsPath, PathBuf};
 /// Copies of a file that changes under our hands before the last one is taken as it is: a log that
 /// is always written to is never still, and its beginning is as good as any.
 const TRIES: u32 = 3;
-/// The longest tick of a kernel's clock, twice.
-const TICK_NS: u64 = 20_000_000;
 const PIECE: usize = 256 * 1024;
 /// How long a database that is made anew may be empty.
 const NEW_NS: u64 = 5_000_000_000;
@@ -97,20 +96,27 @@ enum Source {
 }
 
 /// `database` is what the scan saw, and `was` what the bucket has. The copy may have so much
-/// `room`: what fills the volume stops those who write to it.
+/// `room`: what fills the volume stops those who write to it. `since` is when all of the volume began to
+/// be written out, if it was; otherwise the file is.
 pub(crate) fn stage(
     volume: &Volume,
     path: &Path,
     mut database: bool,
     was: &Before,
     room: u64,
+    since: Option<i64>,
     name: String,
 ) -> Result<Outcome, Fault> {
     let at = path.below(&volume.upper);
     let private = Private::new(volume, name);
     let to = &private.at;
     for attempt in 1..=TRIES {
-        let looked = now_ns();
+        let looked = since.filter(|_| attempt == 1).unwrap_or_else(now_ns);
+        if since.is_none() || attempt > 1 {
+            // A store to a page that is written out shows in the file's times, as none does to one that
+            // waits for that; so from here on nothing is missed.
+            disk::write_out(volume, path)?;
+        }
         let before = match volume.lifting.look(path, &at)? {
             Seen::Is(Some(stat)) => stat,
             Seen::Is(None) => return Ok(Outcome::Vanished),
@@ -177,7 +183,7 @@ pub(crate) fn stage(
             // It goes up with the object, for those who read the bucket with stock rclone.
             volume::set_mtime(to, entry.mtime_ns)?;
             // A file that changed meanwhile is not known by any sign, and so looked at again.
-            let young = !still || is_young(&at, &before, database, looked);
+            let young = !still || is_young(volume, &at, &before, database, [looked, now_ns()]);
             let sign = if young { Sign { change: 0, ..sign } } else { sign };
             let known = Known { sign, handle };
             return Ok(Outcome::Ready(Staged { path: path.clone(), entry, known, young, copy: private }));
@@ -193,19 +199,30 @@ fn takes(at: &FsPath, stat: &FileStat, database: bool) -> u64 {
     blocks(stat).saturating_add(log.map_or(0, |log| blocks(&log)))
 }
 
-/// Whether the next change may carry the same time: kernels before 6.13 stamp files by the tick.
-/// Such a file is read once more. Of a log it is the time of its content that counts: each copy
-/// that is taken as root gives the log to the database's owner, and is itself no change. A time far in
-/// the future, which anybody can give a log, is no time that the next change will carry.
-/// `looked` is when it was looked at: what changed after that, in the same tick, may have been missed
-/// by a copy that began then, however long it took.
-fn is_young(at: &FsPath, stat: &FileStat, database: bool, looked: i64) -> bool {
-    let log = if database { scan::log_of(at) } else { None };
-    let mut changed = log.iter().map(volume::mtime_ns).chain([volume::ctime_ns(stat)]);
-    changed.any(|changed| looked.abs_diff(changed) < TICK_NS)
+/// By what a file is known that has just been put in place or brought up. By nothing for now, where the
+/// next change may carry the same time.
+pub(crate) fn known_now(volume: &Volume, at: &FsPath, stat: &FileStat, database: bool) -> Known {
+    let mut known = scan::known_by(at, stat, database);
+    if volume.is_coarse() && is_young(volume, at, stat, database, [now_ns(); 2]) {
+        known.sign.change = 0;
+    }
+    known
 }
 
-fn now_ns() -> i64 {
+/// Whether the next change may carry the same time. Such a file is read once more. Of a log it is the time of its content that counts: each copy
+/// that is taken as root gives the log to the database's owner, and is itself no change. A time far in
+/// the future, which anybody can give a log, is no time that the next change will carry.
+/// `looked` is when the look began, and when it ended: what changed after that, in the same tick, may have
+/// been missed by a copy that began then, however long it took.
+fn is_young(volume: &Volume, at: &FsPath, stat: &FileStat, database: bool, looked: [i64; 2]) -> bool {
+    let log = if database { scan::log_of(at) } else { None };
+    let mut changed = log.iter().map(volume::mtime_ns).chain([volume::ctime_ns(stat)]);
+    let [from, to] = looked;
+    let tick = volume.tick_ns;
+    changed.any(|changed| changed > from.saturating_sub(tick) && changed < to.saturating_add(tick))
+}
+
+pub(crate) fn now_ns() -> i64 {
     nix::time::clock_gettime(nix::time::ClockId::CLOCK_REALTIME)
         .map_or(0, |now| now.tv_sec().saturating_mul(1_000_000_000).saturating_add(now.tv_nsec()))
 }
@@ -275,7 +292,7 @@ mod tests {
     fn staged(volume: &Volume, name: &str, database: bool, was_database: bool) -> Outcome {
         let path = Path::new(name.as_bytes()).unwrap();
         let was = if was_database { Before::Database(None) } else { Before::AnyFile };
-        stage(volume, &path, database, &was, u64::MAX, "copy".to_owned()).unwrap()
+        stage(volume, &path, database, &was, u64::MAX, None, "copy".to_owned()).unwrap()
     }
 
     fn lie_there(volume: &Volume) -> usize {
@@ -310,7 +327,7 @@ mod tests {
         File::create(dir.path().join("sparse")).unwrap().set_len(3 << 20).unwrap();
         let stage = |name: &str| {
             let path = Path::new(name.as_bytes()).unwrap();
-            stage(&volume, &path, false, &Before::AnyFile, 1 << 20, "copy".to_owned()).unwrap()
+            stage(&volume, &path, false, &Before::AnyFile, 1 << 20, None, "copy".to_owned()).unwrap()
         };
         assert!(matches!(stage("file"), Outcome::Later(why) if why.contains("no room")));
         assert_eq!(lie_there(&volume), 0);
@@ -352,7 +369,7 @@ mod tests {
         assert!(handle.is_some(), "this test needs a file system with handles");
         let stage = |handle: Option<Handle>| {
             let was = Before::Database(handle);
-            stage(&volume, &path, false, &was, u64::MAX, "copy".to_owned()).unwrap()
+            stage(&volume, &path, false, &was, u64::MAX, None, "copy".to_owned()).unwrap()
         };
         // The same file with another first page.
         fs::write(&at, content).unwrap();
@@ -406,6 +423,122 @@ mod tests {
         }
     }
 
+    /// A mapping that is written to as other programs do, in whose page a store may not show.
+    struct Mapping(*mut u8);
+
+    #[allow(unsafe_code)]
+    impl Mapping {
+        fn of(at: &FsPath) -> Self {
+            let file = OpenOptions::new().read(true).write(true).open(at).unwrap();
+            let (rights, fd) = (libc::PROT_READ | libc::PROT_WRITE, std::os::fd::AsRawFd::as_raw_fd(&file));
+            // SAFETY: a new mapping of one page of a file that has so many bytes.
+            let page = unsafe { libc::mmap(std::ptr::null_mut(), 4096, rights, libc::MAP_SHARED, fd, 0) };
+            assert!(page != libc::MAP_FAILED);
+            Self(page.cast())
+        }
+
+        fn store(&self, byte: u8) {
+            // SAFETY: the page is mapped until this is dropped.
+            unsafe { self.0.write_volatile(byte) };
+        }
+    }
+
+    #[allow(unsafe_code)]
+    impl Drop for Mapping {
+        fn drop(&mut self) {
+            // SAFETY: nobody else has it.
+            unsafe { libc::munmap(self.0.cast(), 4096) };
+        }
+    }
+
+    /// Copies it until it is known by its looks.
+    fn known(volume: &Volume, name: &str) -> Sign {
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        loop {
+            let Outcome::Ready(copy) = staged(volume, name, false, false) else { panic!("there is a file") };
+            if !copy.young {
+                return copy.known.sign;
+            }
+            assert!(std::time::Instant::now() < deadline, "{name} is copied again and again");
+        }
+    }
+
+    fn sign(at: &FsPath) -> Sign {
+        scan::sign_of(at, &volume::look(at).unwrap().unwrap(), false)
+    }
+
+    #[test]
+    fn a_store_through_a_mapping_that_comes_after_the_copy_is_seen() {
+        let dir = tempfile::tempdir().unwrap();
+        let volume = Volume::plain(dir.path()).unwrap();
+        let at = dir.path().join("mapped");
+        fs::write(&at, [1; 4096]).unwrap();
+        let mapping = Mapping::of(&at);
+        mapping.store(2);
+        // Nothing but the store has dirtied it since it was written out.
+        let copied = known(&volume, "mapped");
+        assert_eq!(sign(&at), copied, "this test needs a file system on a disk");
+        mapping.store(3);
+        assert_ne!(sign(&at), copied);
+    }
+
+    /// ext4 that keeps whole seconds.
+    struct Coarse(tempfile::TempDir);
+
+    impl Coarse {
+        fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let (image, at) = (dir.path().join("image"), dir.path().join("mount"));
+            File::create(&image).unwrap().set_len(16 << 20).unwrap();
+            fs::create_dir(&at).unwrap();
+            let run = |program: &str, words: &[&str], last: &FsPath| {
+                let done = std::process::Command::new(program).args(words).arg(&image).arg(last).output();
+                let done = done.unwrap();
+                assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+            };
+            run("mkfs.ext4", &["-qF", "-I", "128"], FsPath::new("16m"));
+            run("mount", &["-o", "loop"], &at);
+            Self(dir)
+        }
+
+        fn at(&self) -> PathBuf {
+            self.0.path().join("mount")
+        }
+    }
+
+    impl Drop for Coarse {
+        fn drop(&mut self) {
+            let _ = nix::mount::umount2(&self.at(), nix::mount::MntFlags::MNT_DETACH);
+        }
+    }
+
+    #[test]
+    fn a_second_change_of_the_same_size_is_seen_where_files_have_whole_seconds() {
+        let disk = Coarse::new();
+        let volume = Volume::plain(&disk.at()).unwrap();
+        assert!(volume.is_coarse() && volume.tick_ns >= 1_000_000_000, "{}", volume.tick_ns);
+        let at = disk.at().join("file");
+        // Until both changes fall into one second.
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        loop {
+            assert!(std::time::Instant::now() < deadline, "no two changes in one second");
+            fs::write(&at, "1").unwrap();
+            std::thread::sleep(std::time::Duration::from_millis(100));
+            let (before, was) = (sign(&at), volume::look(&at).unwrap().unwrap());
+            let Outcome::Ready(copy) = staged(&volume, "file", false, false) else { panic!("it is there") };
+            let put_in_place = known_now(&volume, &at, &was, false);
+            fs::write(&at, "2").unwrap();
+            if sign(&at) == before {
+                assert_ne!(copy.known.sign, sign(&at), "the second change is missed");
+                assert_ne!(put_in_place.sign, sign(&at), "a change after a restore is missed");
+                assert!(copy.young);
+                break;
+            }
+        }
+        // And when it is at rest, it is known.
+        assert_eq!(known(&volume, "file"), sign(&at));
+    }
+
     #[test]
     fn a_copy_is_whole() {
         let dir = tempfile::tempdir().unwrap();
@@ -426,7 +559,7 @@ mod tests {
         std::os::unix::fs::symlink("outside", dir.path().join("d")).unwrap();
         let path = Path::new(b"d/file").unwrap();
         assert!(!matches!(
-            stage(&volume, &path, false, &Before::AnyFile, u64::MAX, "copy".to_owned()),
+            stage(&volume, &path, false, &Before::AnyFile, u64::MAX, None, "copy".to_owned()),
             Ok(Outcome::Ready(_))
         ));
     }

@@ -29,6 +29,11 @@ use std::path::{Path as FsPath, PathBuf};
 /// What work that can be left out leaves free for everybody else: a tenth of the disk, and at most so much.
 const LEAVES: u64 = 256 << 20;
 
+/// The longest tick of a kernel's clock, twice: kernels before 6.13 stamp files by the tick.
+const TICK_NS: i64 = 20_000_000;
+/// As fine as any file system stamps: odd seconds, and all digits of a nanosecond.
+const FINEST_NS: i64 = 1_000_000_001_999_999_999;
+
 pub(crate) struct Volume {
     /// The volume's own top.
     pub(crate) root: PathBuf,
@@ -40,6 +45,8 @@ pub(crate) struct Volume {
     pub(crate) upper: PathBuf,
     pub(crate) overlay: bool,
     pub(crate) lifting: Lifting,
+    /// Two changes of a file may have the same time for so long.
+    pub(crate) tick_ns: i64,
 }
 
 /// Bytes of the volume's file system.
@@ -73,6 +80,7 @@ impl Volume {
         let mut builder = fs::DirBuilder::new();
         builder.recursive(true).mode(0o700);
         builder.create(&own)?;
+        let tick_ns = tick_ns(&own)?;
         let volume = Self {
             root: root.to_owned(),
             own,
@@ -80,6 +88,7 @@ impl Volume {
             upper: root.to_owned(),
             overlay: false,
             lifting: Lifting::default(),
+            tick_ns,
         };
         for name in ["staging", "upper", "work", "aside"] {
             builder.create(volume.own.join(name))?;
@@ -96,7 +105,14 @@ impl Volume {
             upper: self.own.join("upper"),
             overlay: true,
             lifting: Lifting::default(),
+            tick_ns: self.tick_ns,
         }
+    }
+
+    /// Whether its file system stamps files more coarsely than any kernel's clock ticks: what has just been
+    /// looked at may change once more and look the same.
+    pub(crate) fn is_coarse(&self) -> bool {
+        self.tick_ns > 2 * TICK_NS
     }
 
     /// What is really at this place, as a path of the tree. The kernel knows none for what has
@@ -193,6 +209,14 @@ impl Volume {
         };
         Ok(!any(&self.root)? && !any(&self.own.join("upper"))?)
     }
+}
+
+/// Measured on a directory of ours, whose time means nothing: some file systems keep seconds only, as
+/// ext4 does with inodes of 128 bytes.
+fn tick_ns(own: &FsPath) -> Result<i64, Fault> {
+    set_mtime(own, FINEST_NS)?;
+    let kept = look(own)?.map_or(FINEST_NS, |stat| mtime_ns(&stat));
+    Ok(FINEST_NS.saturating_sub(kept).max(0).saturating_add(TICK_NS))
 }
 
 fn only_directories(at: &FsPath) -> io::Result<bool> {

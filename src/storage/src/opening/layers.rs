@@ -12,7 +12,7 @@ use crate::manifest::{Line, Word};
 use crate::mount::{self, NoMount, StandIn};
 use crate::rclone::MountModes;
 use crate::volume::{self, Volume, Within};
-use crate::{rules, scan};
+use crate::{rules, stage};
 use cvm_blueprint::storage::{Mode, Progress};
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -318,7 +318,7 @@ pub(super) fn take_over(index: &Index, volume: &Volume, got: Vec<Got>) -> Result
                 // One that was adopted as a plain file has to be looked at as what it is, log included.
                 let unknown = !entry.is_database() && crate::database::has_magic(&at);
                 if let Some(stat) = volume::look(&at)?.filter(|_| !unknown) {
-                    known.push((path.clone(), scan::known_by(&at, &stat, entry.is_database())));
+                    known.push((path.clone(), stage::known_now(volume, &at, &stat, entry.is_database())));
                 }
                 lines.push(Line { path, word: Word::Is(entry) });
             }
@@ -343,7 +343,7 @@ pub(super) fn is_as_said(root: &FsPath, path: &Path, row: &Row) -> Result<bool, 
     let Some(sha) = row.entry.sha() else { return Ok(true) };
     // A stub of ours has no content that could be wrong.
     Ok(volume::mark(&at, c"trusted.overlay.metacopy").is_some()
-        || crate::stage::hash(&at)? == (row.entry.size(), sha))
+        || stage::hash(&at)? == (row.entry.size(), sha))
 }
 
 /// The same, where what is not known may be no more than a part.
