@@ -849,6 +849,11 @@ fn begun_without(cloud: &Cloud, mode: Mode, name: &str) -> Machine {
     mode.of(cloud.machine()).start()
 }
 
+/// On a bucket that nobody can check.
+fn adopts(cloud: &Cloud, mode: Mode) -> Builder {
+    mode.of(cloud.machine()).environment("S3_ADOPT", "1")
+}
+
 #[test]
 fn a_restore_that_was_killed_deletes_nothing_when_the_mode_changes() {
     let cloud = Cloud::new();
@@ -1271,7 +1276,7 @@ fn what_was_adopted_is_checked_and_not_waited_for_from_the_next_machine_on() {
         put(old.path().join(name), content.repeat(1000));
     }
     stock_rclone(&cloud).ok(&["copy", &old.path().display().to_string(), "crypt:"]);
-    let mut machine = Fuse.start(&cloud);
+    let mut machine = ready(adopts(&cloud, Fuse).start());
     machine.line("The manifest says of 3 adopted files what is in them");
     assert_eq!(machine.stop(), 0);
     drop(machine);
@@ -1302,7 +1307,7 @@ fn what_was_bad_when_it_was_adopted_is_told_once_it_has_been_put_right() {
     let bad = key(&cloud, "openclaw/workspace/bad");
     let good = cloud.garage.get_raw(&bad).unwrap();
     cloud.garage.put_raw(&bad, &vec![0; good.len()]);
-    let mut machine = Fuse.start(&cloud);
+    let mut machine = ready(adopts(&cloud, Fuse).start());
     machine.line("The manifest says of 2 adopted files what is in them");
     assert_eq!(machine.stop(), 0);
     cloud.garage.put_raw(&bad, &good);
@@ -1320,7 +1325,8 @@ fn adoption_cut_short(mode: Mode) {
     put(old.path().join("openclaw/workspace/first"), "whole");
     put(old.path().join("openclaw/workspace/last"), "comes last");
     stock_rclone(&cloud).ok(&["copy", &old.path().display().to_string(), "crypt:"]);
-    let mut machine = begun_without(&cloud, mode, "openclaw/workspace/last");
+    cloud.proxy.add(Rule::new(Fault::Hang).method("GET").path(&key(&cloud, "openclaw/workspace/last")));
+    let mut machine = adopts(&cloud, mode).start();
     let first = machine.data().join("openclaw/workspace/first");
     until("one file is there", PATIENCE, || first.exists().then_some(()));
     machine.destroy();
@@ -1364,7 +1370,7 @@ fn a_bucket_of_the_old_entrypoint_is_adopted() {
     let (by_another, of_another) = ("openclaw/workspace/größer/als ein Block", "64 KiB ".repeat(10_000));
     let (name, bytes) = written_by_rclone_crypt_python(by_another, &of_another, PASSWORD, SALT);
     cloud.garage.put_raw(&format!("{PREFIX}/{name}"), &bytes);
-    let machine = Fuse.start(&cloud);
+    let machine = ready(adopts(&cloud, Fuse).start());
     assert!(
         machine.read("/var/log/openclaw-cvm/supervisor.log").contains("adopted")
             || machine.output().contains("adopted"),

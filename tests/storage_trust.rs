@@ -179,8 +179,26 @@ fn stays_out(machine: &Machine) {
     assert!(text.to_lowercase().contains("storage"), "cvm status does not speak of it:\n{text}");
 }
 
-fn accept(machine: &Machine) {
-    machine.ok(&["cvm", "storage", "accept", "--yes"]);
+fn accept_older(machine: &Machine) {
+    machine.ok(&["cvm", "storage", "accept-older", "--yes"]);
+}
+
+fn adopt(machine: &Machine) {
+    machine.ok(&["cvm", "storage", "adopt", "--yes"]);
+}
+
+/// `forget` or `keep`.
+fn decide(machine: &Machine, verb: &str, paths: &[String]) {
+    let paths: Vec<&str> = paths.iter().map(String::as_str).collect();
+    machine.ok(&[&["cvm", "storage", verb, "--yes"], &paths[..]].concat());
+}
+
+/// The worker does nothing of it, and says why.
+#[track_caller]
+fn is_refused(machine: &Machine, words: &[&str], why: &str) {
+    let said = machine.exec(&[&["cvm", "storage"], words].concat());
+    let text = String::from_utf8_lossy(&said.stderr).into_owned();
+    assert!(said.status.code() == Some(4) && text.contains(why), "{words:?}: {text}");
 }
 
 fn epoch(machine: &Machine) -> u64 {
@@ -260,8 +278,16 @@ fn objects_are_checked(mode: Mode) {
         cloud.garage.put_raw(&key, &good[&key]);
     }
     machine.ok(&["cvm", "restart", "storage", "--no-wait"]);
-    refused(&machine, &["8 files that the gateway reads while it starts"]);
-    accept(&machine);
+    refused(&machine, &["8 files that the gateway reads while it starts", "cvm storage forget"]);
+    is_refused(&machine, &["accept-older", "--yes"], "not decided by this");
+    is_refused(&machine, &["forget", "--yes", "openclaw/elsewhere"], "no incident names openclaw/elsewhere");
+    let mut lost = told.clone();
+    lost.retain(|path| !path.ends_with("/flip") && !path.ends_with("/gone"));
+    // Only these go: one that is not given up keeps the gateway from starting.
+    let kept_back = lost.pop().expect("eight files");
+    decide(&machine, "forget", &lost);
+    refused(&machine, &["1 files that the gateway reads while it starts"]);
+    decide(&machine, "forget", &[kept_back]);
     machine.service_in("gateway", &["ready"]);
     assert_eq!(set_aside(&machine), 0, "a try that failed is no other owner");
     for name in ATTACKED {
@@ -334,7 +360,11 @@ fn what_is_written_on_top_of_an_older_version_is_pushed_and_an_incident_until_so
     machine.ok(&["cvm", "restart", "storage"]);
     flush(&machine);
     assert_eq!(incidents(&machine), tainted);
-    accept(&machine);
+    is_refused(&machine, &["forget", "--yes", &tainted[0]], "the tree has");
+    decide(&machine, "keep", &tainted[1..]);
+    flush(&machine);
+    assert_eq!(incidents(&machine), tainted[..1]);
+    decide(&machine, "keep", &[format!("/data/{}", tainted[0])]);
     flush(&machine);
     assert_eq!(incidents(&machine), Vec::<String>::new());
     let now = read(&machine, &paths[0]).expect("it is there");
@@ -374,7 +404,7 @@ fn what_was_written_on_top_of_an_older_version_is_noticed_in_the_other_mode_too(
     assert!(read(&machine, path).is_some_and(|bytes| bytes.ends_with(b"more\n")));
     flush(&machine);
     assert_eq!(incidents(&machine), [path]);
-    accept(&machine);
+    decide(&machine, "keep", &[path.to_owned()]);
     flush(&machine);
     assert_eq!(incidents(&machine), Vec::<String>::new());
 }
@@ -431,7 +461,13 @@ fn ordinary_objects_are_incidents(
     until("the rest is still known", PATIENCE, || {
         (incidents(machine).len() == expected.len() - 1).then_some(())
     });
-    accept(machine);
+    let left = incidents(machine);
+    is_refused(machine, &["keep", "--yes", &left[0]], "nothing to keep");
+    let (some, others) = left.split_at(2);
+    decide(machine, "forget", some);
+    flush(machine);
+    assert_eq!(incidents(machine), others, "only what was named is given up");
+    decide(machine, "forget", others);
     flush(machine);
     assert_eq!(incidents(machine), Vec::<String>::new());
     let listed = machine.ok(&["cvm", "storage", "ls", "openclaw"]);
@@ -562,12 +598,12 @@ fn a_bucket_that_was_rolled_back_is_refused_by_who_knows_better() {
     }
     // The same volume knows its own generation.
     let machine = machine.again(|b| b);
-    refused(&machine, &["older than this volume", "cvm storage accept"]);
+    refused(&machine, &["older than this volume", "cvm storage accept-older"]);
     drop(machine);
     // Without a volume, the operator's anchor knows.
     let machine = cloud.machine().environment("STATE_ANCHOR", &later).start();
     refused(&machine, &["STATE_ANCHOR"]);
-    accept(&machine);
+    accept_older(&machine);
     machine.service_in("gateway", &["ready"]);
     drop(machine);
     // As it was, both anchors are good: it is neither older than the one nor than the other.
@@ -663,7 +699,7 @@ fn a_manifest_without_its_end_is_refused_by_a_machine_that_knows_nothing() {
     let segments = raw.segments();
     raw.delete(segments.last().expect("there is a history"));
     let machine = cloud.machine().start();
-    refused(&machine, &["end of the manifest is missing", "cvm storage accept"]);
+    refused(&machine, &["end of the manifest is missing", "cvm storage accept-older"]);
     // Nor does a restore by hand call what there is all there was.
     let restore = |before: &[&str]| restore_by_hand(&cloud, &machine, before, "/tmp/whole");
     for _ in 0..2 {
@@ -677,7 +713,7 @@ fn a_manifest_without_its_end_is_refused_by_a_machine_that_knows_nothing() {
     let words = String::from_utf8_lossy(&said.stderr).into_owned();
     assert!(said.status.success() && words.contains("is missing"), "{words}");
     assert!(machine.path("/tmp/whole/openclaw").is_dir());
-    accept(&machine);
+    accept_older(&machine);
     machine.service_in("gateway", &["ready"]);
 }
 
@@ -737,7 +773,7 @@ fn an_older_bucket_is_accepted(mode: Mode) {
     machine.ok(&["rm", "/data/openclaw/workspace/goes"]);
     flush(&machine);
     let machine = meets_again(&cloud, machine, &early);
-    accept(&machine);
+    accept_older(&machine);
     machine.service_in("gateway", &["ready"]);
     // All of the one, and all of the other beside it.
     let early_one = Some(content("openclaw/workspace/one", "early"));
@@ -772,7 +808,7 @@ fn an_older_bucket_that_is_accepted_while_the_network_breaks_is_not_merged_eithe
     let last = raw.key(raw.segments().last().expect("there is a manifest"));
     cloud.proxy.clear_log();
     cloud.proxy.add(Rule::new(Fault::Status(503)).method("GET").path(&last));
-    accept(&machine);
+    accept_older(&machine);
     until("a try has failed", LONG, || {
         (cloud.proxy.log().iter().filter(|entry| entry.path.contains(&last)).count() > 4).then_some(())
     });
@@ -859,7 +895,7 @@ fn a_manifest_that_was_tampered_with_is_refused_until_the_operator_accepts() {
         attack(&raw);
         let machine = cloud.machine().start();
         refused(&machine, &[words]);
-        accept(&machine);
+        accept_older(&machine);
         machine.service_in("gateway", &["ready"]);
         write(&machine, &["openclaw/workspace/after"], name);
         flush(&machine);
@@ -900,13 +936,13 @@ fn an_operator_accepts_what_was_shown_and_nothing_else() {
     let mut stream =
         std::os::unix::net::UnixStream::connect(machine.path(cvm_blueprint::paths::STORAGE_SOCKET))
             .expect("the worker listens");
-    writeln!(stream, r#"{{"v":1,"verb":"accept","seen":"something else"}}"#).expect("it reads");
+    writeln!(stream, r#"{{"v":1,"verb":"accept-older","seen":"something else"}}"#).expect("it reads");
     let said = std::io::read_to_string(&stream).expect("it answers");
     assert!(said.contains("refused") && said.contains("look at it again"), "{said}");
-    accept(&machine);
+    accept_older(&machine);
     refused(&machine, &["1 files that the gateway reads while it starts"]);
     assert_eq!(incidents(&machine), [vital.as_str()]);
-    accept(&machine);
+    decide(&machine, "forget", std::slice::from_ref(&vital));
     machine.service_in("gateway", &["ready"]);
     assert_eq!(read(&machine, &vital), None);
 }
@@ -926,7 +962,7 @@ fn what_was_accepted_is_not_that_the_manifest_has_lost_its_end_meanwhile() {
     refused(&machine, &[".cvm/owner"]);
     raw.put(".cvm/owner", &owner);
     raw.delete(segments.last().expect("there is a history"));
-    accept(&machine);
+    accept_older(&machine);
     refused(&machine, &["end of the manifest is missing"]);
 }
 
@@ -956,17 +992,29 @@ fn objects_without_their_manifest_are_not_adopted_by_who_knows_of_one() {
     without(&raw.key(".cvm/manifest"));
     let before = all(&cloud.garage);
     let machine = cloud.machine().start();
-    refused(&machine, &["manifest is gone"]);
+    refused(&machine, &["manifest is gone", "cvm storage adopt"]);
     assert_eq!(before, all(&cloud.garage));
-    accept(&machine);
+    is_refused(&machine, &["accept-older", "--yes"], "not decided by this");
+    adopt(&machine);
     machine.service_in("gateway", &["ready"]);
     assert!(read(&machine, "openclaw/workspace/1").is_some());
     drop(machine);
-    // Nothing is known to anybody: the contract's one adoption, and not silently.
+    // Nothing is known to anybody: only the operator can say whose it is.
     without(&ours);
-    let machine = started(cloud.machine());
+    let before = all(&cloud.garage);
+    let machine = cloud.machine().start();
+    refused(&machine, &["no manifest", "cvm storage adopt", "S3_ADOPT=1"]);
+    assert_eq!(before, all(&cloud.garage));
+    adopt(&machine);
+    machine.service_in("gateway", &["ready"]);
     machine.line("The bucket has no manifest");
     assert!(read(&machine, "openclaw/workspace/1").is_some());
+    drop(machine);
+    // Or whoever has written the environment, as often as it is read.
+    without(&ours);
+    let machine = started(cloud.machine().environment("S3_ADOPT", "1"));
+    assert!(read(&machine, "openclaw/workspace/1").is_some());
+    machine.line("S3_ADOPT takes over a bucket that nobody can check");
 }
 
 #[test]
@@ -1026,7 +1074,7 @@ fn an_ownership_record_that_was_rolled_back_or_deleted_is_noticed() {
     drop(machine);
     let machine = cloud.machine().start();
     refused(&machine, &[".cvm/owner"]);
-    accept(&machine);
+    accept_older(&machine);
     machine.service_in("gateway", &["ready"]);
     assert!(epoch(&machine) > late);
     write(&machine, &["openclaw/workspace/c"], "words");

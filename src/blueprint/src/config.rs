@@ -100,6 +100,8 @@ pub struct S3 {
     pub crypt_override: Option<CryptOverride>,
     /// A bucket that is older is refused.
     pub anchor: Option<Anchor>,
+    /// A bucket that nobody can check is taken over as it is.
+    pub adopt: bool,
     /// Between two renewals of the ownership record.
     pub heartbeat_s: Seconds,
     /// How long a stop may spend on pushing what the bucket lacks.
@@ -284,6 +286,18 @@ impl<'e> Reader<'e> {
         let session_token = self.word("AWS_SESSION_TOKEN");
         let crypt_override = self.crypt_override();
         let anchor = self.text("STATE_ANCHOR").and_then(|t| self.check("STATE_ANCHOR", Anchor::parse(t)));
+        let adopt = self.with_default("S3_ADOPT", values::switch);
+        if adopt == Some(true) {
+            let says = "takes over a bucket that nobody can check, as it is. Unset it as soon as `cvm storage status` \
+                        says that everything is in the bucket";
+            self.warn("S3_ADOPT", says);
+            if self.env.is_given("STATE_ANCHOR") {
+                // Whoever takes the manifest away would get past the anchor.
+                let hint = "unset it: the bucket of an anchor has a manifest; or unset STATE_ANCHOR for a bucket \
+                            that you know has none";
+                self.problems.push(Problem::new("S3_ADOPT", "must not be 1 beside STATE_ANCHOR", hint));
+            }
+        }
         let heartbeat = self.with_default("S3_HEARTBEAT", |t| Seconds::within(t, 1, HEARTBEAT_S_MAX));
         // 0 would lose what is still to be pushed, whatever the bucket could take.
         let drain = self.with_default("S3_DRAIN_TIMEOUT", |t| Seconds::parse(t, 1));
@@ -304,6 +318,7 @@ impl<'e> Reader<'e> {
             session_token,
             crypt_override,
             anchor,
+            adopt: adopt?,
             heartbeat_s: heartbeat?,
             drain_s: drain?,
             drill_s: drill?,
@@ -325,6 +340,7 @@ impl<'e> Reader<'e> {
             "RCLONE_CRYPT_PASSWORD",
             "RCLONE_CRYPT_PASSWORD2",
             "STATE_ANCHOR",
+            "S3_ADOPT",
             "S3_HEARTBEAT",
             "S3_DRAIN_TIMEOUT",
             "S3_DRILL_INTERVAL",

@@ -80,6 +80,12 @@ pub const VARIABLES: &[Variable] = &[
     secret("RCLONE_CRYPT_PASSWORD", Storage, "replaces the derived crypt password; rclone-obscured"),
     secret("RCLONE_CRYPT_PASSWORD2", Storage, "replaces the derived crypt salt; rclone-obscured"),
     plain("STATE_ANCHOR", None, Storage, "GENERATION:DIGEST; a bucket older than this is refused"),
+    plain(
+        "S3_ADOPT",
+        Some("0"),
+        Storage,
+        "1 takes over a bucket without a manifest, or with one of an older version, unchecked",
+    ),
     // Long enough to cost nothing, short enough that a replacement need not wait long.
     plain(
         "S3_HEARTBEAT",

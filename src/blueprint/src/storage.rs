@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 
 /// Version of the operator's protocol.
 pub const VERSION: u32 = 1;
-/// A question is a verb and at most one path.
+/// A question is a verb and some paths.
 pub const QUESTION_MAX: usize = 16 * 1024;
 /// One line of an answer: a piece of a file, or one entry.
 pub const ANSWER_MAX: usize = 128 * 1024;
@@ -44,8 +44,10 @@ pub struct StorageSpec {
     pub manifest_key: PackedBytes,
     /// Whose files most of them are.
     pub user: String,
-    /// `GENERATION:DIGEST` below which a bucket is refused.
+    /// `GENERATION:DIGEST:STATE` below which a bucket is refused; without `:STATE` of an older version.
     pub anchor: Option<String>,
+    /// What nobody can check is taken over as it is.
+    pub adopt: bool,
     pub heartbeat_s: u32,
     pub drain_s: u32,
     /// 0: never by itself.
@@ -78,6 +80,7 @@ impl StorageSpec {
             manifest_key: PackedBytes::pack(keys.manifest_key.expose()),
             user: user.to_owned(),
             anchor: s3.anchor.as_ref().map(ToString::to_string),
+            adopt: s3.adopt,
             heartbeat_s: s3.heartbeat_s.get(),
             drain_s: s3.drain_s.get(),
             drill_s: s3.drill_s.get(),
@@ -170,9 +173,27 @@ pub enum Ask {
     },
     /// A restore drill now.
     Drill,
-    /// Go on with what the bucket has, after the operator has looked at what is wrong.
-    Accept {
+    /// Give files up that the bucket does not have right: they go from the manifest and the bucket.
+    Forget {
+        /// As the incidents name them.
+        paths: Vec<String>,
         /// [`StorageStatus::wrong`] as the operator has seen it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        seen: Option<String>,
+    },
+    /// Take files as they are that were written to while what they began as was wrong.
+    Keep {
+        paths: Vec<String>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        seen: Option<String>,
+    },
+    /// Go on with a manifest that is older than it should be, or has a gap.
+    AcceptOlder {
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        seen: Option<String>,
+    },
+    /// Take over a bucket that cannot be checked.
+    Adopt {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         seen: Option<String>,
     },

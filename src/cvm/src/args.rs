@@ -18,7 +18,9 @@ use std::io::IsTerminal as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
-pub(crate) use storage::{StorageCommand, StorageGetArgs, StorageLsArgs, StorageStatusArgs};
+pub(crate) use storage::{
+    StorageCommand, StorageDecideArgs, StorageGetArgs, StorageLsArgs, StorageStatusArgs,
+};
 
 const EXIT_CODES: &str = "\
 Exit codes:

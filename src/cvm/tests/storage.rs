@@ -100,7 +100,10 @@ fn nobody_there_is_3_for_every_command_that_asks() {
         &["storage", "flush"],
         &["storage", "verify"],
         &["storage", "drill"],
-        &["storage", "accept", "--yes"],
+        &["storage", "forget", "--yes", "a"],
+        &["storage", "keep", "--yes", "a"],
+        &["storage", "accept-older", "--yes"],
+        &["storage", "adopt", "--yes"],
         &["storage", "takeover", "--yes"],
         &["storage", "ls"],
         &["storage", "get", "a"],
@@ -123,7 +126,10 @@ fn orders_are_asked_as_the_protocol_has_them_and_exit_by_the_last_word() {
         (&["verify"], r#"{"v":1,"verb":"verify","deep":false}"#),
         (&["verify", "--deep"], r#"{"v":1,"verb":"verify","deep":true}"#),
         (&["drill"], r#"{"v":1,"verb":"drill"}"#),
-        (&["accept", "--yes"], r#"{"v":1,"verb":"accept"}"#),
+        (&["forget", "--yes", "/data/a/b", "c"], r#"{"v":1,"verb":"forget","paths":["a/b","c"]}"#),
+        (&["keep", "a", "--yes"], r#"{"v":1,"verb":"keep","paths":["a"]}"#),
+        (&["accept-older", "--yes"], r#"{"v":1,"verb":"accept-older"}"#),
+        (&["adopt", "--yes"], r#"{"v":1,"verb":"adopt"}"#),
         (&["takeover", "--yes"], r#"{"v":1,"verb":"takeover"}"#),
     ] {
         let arguments = [&["storage"], arguments].concat();
@@ -147,11 +153,29 @@ fn orders_are_asked_as_the_protocol_has_them_and_exit_by_the_last_word() {
 #[test]
 fn what_cannot_be_taken_back_is_not_done_unconfirmed() {
     let worker = Worker::new(&[DONE]);
-    for order in ["accept", "takeover"] {
-        let (code, _, err) = worker.run(&["storage", order]);
+    for order in [&["forget", "a"][..], &["keep", "a"], &["accept-older"], &["adopt"], &["takeover"]] {
+        let (code, _, err) = worker.run(&[&["storage"], order].concat());
         assert!(code == 2 && err.contains("give --yes"), "{err}");
     }
+    for order in [&["forget", "--yes"][..], &["keep"]] {
+        let (code, _, err) = worker.run(&[&["storage"], order].concat());
+        assert!(code == 2 && err.contains("PATH"), "{err}");
+    }
     assert!(worker.asked().is_empty());
+}
+
+#[test]
+fn who_knows_the_command_that_meant_four_things_is_told_the_four() {
+    let worker = Worker::new(&[DONE]);
+    for order in [&["accept"][..], &["accept", "--yes"], &["accept", "a", "--json"]] {
+        let (code, _, err) = worker.run(&[&["storage"], order].concat());
+        let told =
+            ["forget PATH", "keep PATH", "accept-older", "adopt"].iter().all(|verb| err.contains(verb));
+        assert!(code == 2 && told, "{err}");
+    }
+    assert!(worker.asked().is_empty());
+    let (_, help, _) = worker.run(&["storage", "--help"]);
+    assert!(!help.contains("  accept "), "{help}");
 }
 
 #[test]

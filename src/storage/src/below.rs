@@ -21,7 +21,7 @@ use std::path::Path as FsPath;
 pub(crate) type Verdict = Result<(), String>;
 
 pub(crate) const REMEDY: &str =
-    "compare it with what it should be, or with older versions of its object; then `cvm storage accept`";
+    "compare it with what it should be, or with older versions of its object; then `cvm storage keep PATH`";
 
 /// What is wrong with a file that the kernel has made of one that is bad.
 pub(crate) fn built_on(why: &str) -> String {

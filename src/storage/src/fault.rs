@@ -30,6 +30,10 @@ pub(crate) enum Fault {
     WrongKey(String),
     /// What is in the bucket is not what the manifest says, or older than what we know.
     Suspicious(String),
+    /// What is in the bucket cannot be checked, and nobody has said that it is to be taken over.
+    Unadopted(String),
+    /// Files without which the gateway must not start are not in the bucket as they should be.
+    Lacking(String),
     /// Somebody else owns the bucket.
     Fenced(String),
     /// The machine's own disk.
@@ -74,7 +78,10 @@ impl Fault {
 
     /// Whether the same request may succeed later without anybody acting on this machine.
     pub(crate) fn may_pass(&self) -> bool {
-        !matches!(self, Self::Config(_) | Self::WrongKey(_) | Self::Suspicious(_))
+        !matches!(
+            self,
+            Self::Config(_) | Self::WrongKey(_) | Self::Suspicious(_) | Self::Unadopted(_) | Self::Lacking(_)
+        )
     }
 
     /// Whether it says nothing about the tree that is there: the bucket could not be asked.
@@ -93,6 +100,8 @@ impl Fault {
             | Self::Config(_)
             | Self::WrongKey(_)
             | Self::Suspicious(_)
+            | Self::Unadopted(_)
+            | Self::Lacking(_)
             | Self::Fenced(_)
             | Self::Disk(_)
             | Self::Tree => false,
@@ -117,6 +126,8 @@ impl Fault {
             | Self::NotImplemented
             | Self::WrongKey(_)
             | Self::Suspicious(_)
+            | Self::Unadopted(_)
+            | Self::Lacking(_)
             | Self::Other(_) => false,
         }
     }
@@ -148,7 +159,13 @@ impl Fault {
                 "use the MASTER_KEY (or RCLONE_CRYPT_PASSWORD) that the bucket was written with, or an empty S3_PREFIX"
             }
             Self::Suspicious(_) => {
-                "look at the bucket and its versions; `cvm storage accept` goes on with what it holds now"
+                "look at the bucket and its versions; `cvm storage accept-older` goes on with what it holds now"
+            }
+            Self::Unadopted(_) => {
+                "if you know that this bucket is yours as it is, `cvm storage adopt` takes it over, and so does a boot with S3_ADOPT=1"
+            }
+            Self::Lacking(_) => {
+                "put good objects back into the bucket, or give the files up with `cvm storage forget PATH...`"
             }
             Self::Tree => "nothing to do here: it is rebuilt",
             Self::Disk(_) => "make room on the volume, or mend it",
@@ -166,8 +183,11 @@ pub(crate) struct Accepted {
 }
 
 impl Accepted {
-    pub(crate) fn and(&mut self, refusal: &Fault, files: impl IntoIterator<Item = (String, String)>) {
+    pub(crate) fn refusal(&mut self, refusal: &Fault) {
         self.refusals.insert(refusal.to_string());
+    }
+
+    pub(crate) fn files(&mut self, files: impl IntoIterator<Item = (String, String)>) {
         self.files.extend(files);
     }
 
@@ -205,6 +225,8 @@ impl fmt::Display for Fault {
             Self::Config(why)
             | Self::WrongKey(why)
             | Self::Suspicious(why)
+            | Self::Unadopted(why)
+            | Self::Lacking(why)
             | Self::Fenced(why)
             | Self::Other(why) => f.write_str(why),
             Self::Disk(why) => write!(f, "the volume: {why}"),

@@ -38,7 +38,7 @@ const ASKED: usize = 3;
 /// Names of those in the log.
 const NAMED: usize = 5;
 
-pub(crate) const REMEDY: &str = "look at the object's versions in the bucket; put a good one back and restart storage, or give the file up with `cvm storage accept`";
+pub(crate) const REMEDY: &str = "look at the object's versions in the bucket; put a good one back and restart storage, or give the file up with `cvm storage forget PATH`";
 
 enum Lifted {
     /// With what it is known by, unless somebody has written to it.

@@ -41,6 +41,8 @@ use std::time::Duration;
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Said<'a> {
     pub(crate) accepted: &'a Accepted,
+    /// What cannot be checked is taken over as it is.
+    pub(crate) adopt: bool,
     pub(crate) takeover: bool,
 }
 
@@ -137,6 +139,15 @@ pub(crate) fn open(
     held.volume.clear_staging_but_parts()?;
     let ours = held.index.own_epoch()?.unwrap_or(0);
     still_there(&held, survey, word)?;
+    if spec.anchor.is_some() && survey != Survey::Managed {
+        word.accepted.or_refuse("STATE_ANCHOR is given, and the bucket has no manifest".to_owned())?;
+    }
+    if survey == Survey::Unmanaged && !(spec.adopt || word.adopt) {
+        return Err(Fault::Unadopted(
+            "the bucket holds objects of this MASTER_KEY and no manifest: either the old entrypoint has written them, or somebody has taken the manifest away, and nobody can check them"
+                .to_owned(),
+        ));
+    }
     // Before the record is read: what is written after it has an epoch that it knows.
     let newest = if survey == Survey::Managed { Chain::newest(&bucket)? } else { (0, 0) };
     let known = ours.max(newest.0);
@@ -197,9 +208,6 @@ fn tree(
     let owner = uid_gid(&spec.user);
     let anchor = spec.anchor.as_deref().and_then(Head::parse_anchor);
     let Held { volume, index, _lock: lock, .. } = held;
-    if anchor.is_some() && survey != Survey::Managed {
-        word.accepted.or_refuse("STATE_ANCHOR is given, and the bucket has no manifest".to_owned())?;
-    }
     let loaded = match survey {
         Survey::Managed => Chain::load(&bucket, &index, owner, anchor, word.accepted)?,
         _ => Loaded { chain: Chain::empty(owner), intents: Vec::new(), continued: false, is_cut: false },
@@ -331,7 +339,8 @@ fn judge(desk: &Desk, index: &Index, bad: &[(Path, String)], accepted: &Accepted
     for (path, why) in refused.clone().chain(&others) {
         desk.incident(&path.to_string(), why, hydrate::REMEDY);
     }
-    let good = refused.count() == 0;
+    let left = refused.count();
+    let good = left == 0;
     let paths: Vec<Path> = vital.into_iter().map(|(path, _)| path.clone()).collect();
     for path in &paths {
         index.set_bad(path, None)?;
@@ -341,9 +350,8 @@ fn judge(desk: &Desk, index: &Index, bad: &[(Path, String)], accepted: &Accepted
     if good {
         return Ok(());
     }
-    Err(Fault::Suspicious(format!(
-        "{} files that the gateway reads while it starts are missing or damaged in the bucket; `cvm storage status` names them",
-        paths.len()
+    Err(Fault::Lacking(format!(
+        "{left} files that the gateway reads while it starts are missing or damaged in the bucket; `cvm storage status` names them"
     )))
 }
 

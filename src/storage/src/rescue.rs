@@ -133,7 +133,7 @@ fn load(
         match loaded() {
             Err(fault @ Fault::Suspicious(_)) if accept && !accepted.includes(&fault) => {
                 eprintln!("{fault}: accepted");
-                accepted.and(&fault, []);
+                accepted.refusal(&fault);
                 attempt += 1;
             }
             other => return other,

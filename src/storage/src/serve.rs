@@ -286,7 +286,7 @@ fn fetch(
 }
 
 /// As the manifest has it, from a path below /data or relative to it.
-fn relative(path: &str) -> &str {
+pub(crate) fn relative(path: &str) -> &str {
     let rest = path.strip_prefix("/data").filter(|rest| rest.is_empty() || rest.starts_with('/'));
     rest.unwrap_or(path).trim_matches('/')
 }

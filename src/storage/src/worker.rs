@@ -27,7 +27,7 @@ use crate::opening::{self, Ready, Said};
 use crate::owner::uptime;
 use crate::scan::Fetched;
 use crate::watch::Hints;
-use answers::{Asked, done, has_changed, refuse_review};
+use answers::{Asked, done, is_as_seen, refuse_review};
 use chase::Chase;
 use cvm_blueprint::storage::{Answer, Ask, Mode, StorageSpec};
 use rounds::{Round, Waiting};
@@ -77,10 +77,12 @@ pub(crate) struct Worker {
     pub(crate) sender: Sender<Order>,
     /// An operator does not want to wait for another owner.
     pub(crate) takeover: bool,
-    /// Why the last try ended, where an operator may accept that.
+    /// Why the last try ended, where an operator may decide that it goes on.
     pub(crate) refusal: Option<Fault>,
     /// What he has accepted since there was a tree.
     pub(crate) accepted: Accepted,
+    /// What cannot be checked is taken over.
+    pub(crate) adopt: bool,
     pub(crate) stopping: bool,
     pub(crate) ending: Arc<Ending>,
     pub(crate) boots: Boots,
@@ -115,7 +117,7 @@ impl Worker {
             } else {
                 self.desk.refused(phase, &fault);
             }
-            self.refusal = matches!(fault, Fault::Suspicious(_)).then(|| fault.clone());
+            self.refusal = Some(fault.clone());
             self.desk.failed(&fault, Some(wait));
             if matches!(fault, Fault::Tree) {
                 // Somebody may still stand on it: process 1 starts the next worker when nobody does.
@@ -128,9 +130,10 @@ impl Worker {
 
     /// One try, from opening to the end. Only an ordered stop is an end that is not a fault.
     fn life(&mut self, tries: &mut u32) -> Result<bool, Fault> {
-        let ready = self.open()?;
         self.refusal = None;
+        let ready = self.open()?;
         self.accepted = Accepted::default();
+        self.adopt = false;
         *tries = 0;
         let mut tree = Tree::new(self, ready)?;
         match tree.serve() {
@@ -147,7 +150,7 @@ impl Worker {
     fn open(&mut self) -> Result<Ready, Fault> {
         let (desk, spec, accepted) = (Arc::clone(&self.desk), Arc::clone(&self.spec), self.accepted.clone());
         let mut forced = std::mem::take(&mut self.takeover);
-        let said = Said { accepted: &accepted, takeover: forced };
+        let said = Said { accepted: &accepted, adopt: self.adopt, takeover: forced };
         let outcome = opening::open(&spec, &desk, said, &mut |wait| {
             self.pause(wait);
             forced |= std::mem::take(&mut self.takeover);
@@ -168,6 +171,32 @@ impl Worker {
         known.map_or((0, 0), |(volume, found)| ending::missing(&volume, &found))
     }
 
+    /// What an operator says to what the last try has refused.
+    fn decide(&mut self, ask: Ask) -> Result<String, String> {
+        let desk = Arc::clone(&self.desk);
+        match (ask, &self.refusal) {
+            (Ask::AcceptOlder { seen }, Some(refusal @ Fault::Suspicious(_))) => {
+                is_as_seen(&desk, seen.as_deref())?;
+                self.accepted.refusal(refusal);
+                Ok(format!("The next try goes on although {refusal}"))
+            }
+            (Ask::Adopt { seen }, Some(Fault::Unadopted(_))) => {
+                is_as_seen(&desk, seen.as_deref())?;
+                self.adopt = true;
+                Ok("The bucket is taken over as it is".to_owned())
+            }
+            (Ask::Forget { paths, seen }, Some(Fault::Lacking(_))) => {
+                is_as_seen(&desk, seen.as_deref())?;
+                let named = answers::named(&desk, &paths)?;
+                let count = named.len();
+                self.accepted.files(named);
+                Ok(format!("The next try gives up {count} files"))
+            }
+            _ => Err("what the storage waits for is not decided by this; `cvm storage status` says what is"
+                .to_owned()),
+        }
+    }
+
     /// Waits, and takes orders meanwhile.
     fn pause(&mut self, wait: Duration) {
         let until = uptime() + wait;
@@ -175,19 +204,19 @@ impl Worker {
             let left = until.saturating_sub(uptime());
             match self.orders.recv_timeout(left) {
                 Ok(Order::Stop) | Err(RecvTimeoutError::Disconnected) => self.stopping = true,
-                Ok(Order::Ask(Ask::Accept { seen }, answer)) => {
-                    if has_changed(&self.desk, seen.as_deref(), &answer) {
-                        continue;
+                Ok(Order::Ask(
+                    ask @ (Ask::Forget { .. }
+                    | Ask::Keep { .. }
+                    | Ask::AcceptOlder { .. }
+                    | Ask::Adopt { .. }),
+                    answer,
+                )) => match self.decide(ask) {
+                    Ok(text) => {
+                        done(&answer, text, true);
+                        return;
                     }
-                    let Some(refusal) = &self.refusal else {
-                        let why = "nothing was refused that this could accept; `cvm storage status` says what is waited for";
-                        let _ = answer.send(Answer::Refused { why: why.to_owned() });
-                        continue;
-                    };
-                    done(&answer, format!("The next try goes on although {refusal}"), true);
-                    self.accepted.and(refusal, self.desk.named());
-                    return;
-                }
+                    Err(why) => drop(answer.send(Answer::Refused { why })),
+                },
                 Ok(Order::Ask(Ask::Takeover, answer)) => {
                     self.takeover = true;
                     done(&answer, "The bucket is taken over now", true);

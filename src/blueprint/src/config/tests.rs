@@ -176,6 +176,20 @@ fn an_anchor_is_a_generation_and_a_digest() {
 }
 
 #[test]
+fn a_bucket_that_nobody_can_check_is_taken_over_on_a_word_and_never_beside_an_anchor() {
+    assert!(!s3(&S3).adopt && !s3(&with(&S3, &[("S3_ADOPT", "0")])).adopt);
+    let yes = with(&S3, &[("S3_ADOPT", "1")]);
+    assert!(s3(&yes).adopt);
+    let warned = warnings(&yes);
+    assert!(warned.len() == 1 && warned[0].starts_with("S3_ADOPT takes over"), "{warned:?}");
+    assert!(warnings(&with(&S3, &[("S3_ADOPT", "0")])).is_empty());
+    let anchor = format!("17:{}", "a".repeat(64));
+    assert!(!s3(&with(&S3, &[("S3_ADOPT", "0"), ("STATE_ANCHOR", &anchor)])).adopt);
+    let problem = problem(&S3, &[("S3_ADOPT", "1"), ("STATE_ANCHOR", &anchor)]);
+    assert!(problem.starts_with("S3_ADOPT: must not be 1 beside STATE_ANCHOR"), "{problem}");
+}
+
+#[test]
 fn half_a_bucket_is_a_mistake_and_not_a_local_volume() {
     assert!(
         problem(&[KEY], &[("S3_ENDPOINT", "https://x")])
@@ -189,6 +203,7 @@ fn half_a_bucket_is_a_mistake_and_not_a_local_volume() {
         "AWS_SECRET_ACCESS_KEY",
         "AWS_SESSION_TOKEN",
         "STATE_ANCHOR",
+        "S3_ADOPT",
         "S3_HEARTBEAT",
         "S3_DRAIN_TIMEOUT",
         "S3_DRILL_INTERVAL",

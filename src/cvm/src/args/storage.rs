@@ -65,17 +65,65 @@ Example:
 Exit codes: 0 all was restored and is good, 1 not so, 3 there is no storage worker, 4 it refused.")]
     Drill,
 
-    /// Go on with what the bucket has, after you have looked at what is wrong
+    /// Give up files that the bucket does not have right, and delete what it has of them
+    ///
+    /// Names are those of the incidents in `cvm storage status`. While the gateway has not started for
+    /// want of them, the next try goes on without them.
     #[command(after_help = "\
 Examples:
-  cvm storage accept               shows what is wrong, and asks
-  cvm storage accept --yes
+  cvm storage forget openclaw/workspace/a openclaw/workspace/b     shows what goes, and asks
+  cvm storage forget --yes openclaw/workspace/a
+
+Exit codes: 0 given up, 1 not confirmed or not done, 3 there is no storage worker, 4 it refused.")]
+    Forget(StorageDecideArgs),
+
+    /// Take files as they are that may be built on something that was wrong in the bucket
+    ///
+    /// Names are those of the incidents in `cvm storage status`. Nothing is deleted.
+    #[command(after_help = "\
+Examples:
+  cvm storage keep openclaw/workspace/notes     shows what is kept, and asks
+  cvm storage keep --yes openclaw/workspace/notes
+
+Exit codes: 0 kept, 1 not confirmed or not done, 3 there is no storage worker, 4 it refused.")]
+    Keep(StorageDecideArgs),
+
+    /// Go on with a bucket that is older than it should be, or that has lost a part of its manifest
+    ///
+    /// What was refused, and nothing else, is no obstacle any more; what the bucket lacks stays lost. A
+    /// tree on the volume is set aside.
+    #[command(after_help = "\
+Examples:
+  cvm storage accept-older         shows what was refused, and asks
+  cvm storage accept-older --yes
 
 Exit codes: 0 accepted, 1 not confirmed or not done, 3 there is no storage worker, 4 it refused.")]
-    Accept {
+    AcceptOlder {
         /// Do not ask
         #[arg(long)]
         yes: bool,
+    },
+
+    /// Take over a bucket that cannot be checked: without a manifest, or with one of an older version
+    ///
+    /// Whoever could write to the bucket has chosen what is in it. From then on it is checked.
+    #[command(after_help = "\
+Examples:
+  cvm storage adopt                shows why it is asked for, and asks
+  cvm storage adopt --yes
+
+Exit codes: 0 adopted, 1 not confirmed or not done, 3 there is no storage worker, 4 it refused.")]
+    Adopt {
+        /// Do not ask
+        #[arg(long)]
+        yes: bool,
+    },
+
+    /// What it was is four commands now
+    #[command(hide = true)]
+    Accept {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, hide = true)]
+        anything: Vec<String>,
     },
 
     /// Take the bucket from another instance without waiting for its heartbeat to go stale
@@ -145,6 +193,16 @@ pub(crate) struct StorageStatusArgs {
     /// Show it again and again, also while the worker is away
     #[arg(long, short, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "1", value_parser = seconds)]
     pub watch: Option<Duration>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StorageDecideArgs {
+    /// Which files, relative to /data, as the incidents name them
+    #[arg(required = true, value_name = "PATH")]
+    pub paths: Vec<String>,
+    /// Do not ask
+    #[arg(long)]
+    pub yes: bool,
 }
 
 #[derive(Debug, Args)]

@@ -1,8 +1,9 @@
 //! `cvm storage`: what the storage worker knows and does, for operators.
 //!
 //! ```text
-//! status, flush, verify, drill, accept, takeover, ls, get  ── one question, many lines ──> cvm-storage's socket
-//! restore                                                  ── becomes ──> cvm-storage restore, anywhere
+//! status, flush, verify, drill, ls, get            ── one question, many lines ──> cvm-storage's socket
+//! forget, keep, accept-older, adopt, takeover      ── the same, after the operator has confirmed it
+//! restore                                          ── becomes ──> cvm-storage restore, anywhere
 //! ```
 //!
 //! Refuses to open the bucket itself: whoever holds its keys is one program, and not this one.
@@ -37,7 +38,11 @@ pub(crate) fn run(command: &StorageCommand) -> Result<Exit, Trouble> {
         StorageCommand::Flush { timeout } => follow::run("flush", Ask::Flush, *timeout),
         StorageCommand::Verify { deep } => follow::run("verify", Ask::Verify { deep: *deep }, None),
         StorageCommand::Drill => follow::run("drill", Ask::Drill, None),
-        StorageCommand::Accept { yes } => confirm::accept(*yes),
+        StorageCommand::Forget(args) => confirm::forget(args),
+        StorageCommand::Keep(args) => confirm::keep(args),
+        StorageCommand::AcceptOlder { yes } => confirm::accept_older(*yes),
+        StorageCommand::Adopt { yes } => confirm::adopt(*yes),
+        StorageCommand::Accept { .. } => Err(confirm::no_accept_any_more()),
         StorageCommand::Takeover { yes } => confirm::takeover(*yes),
         StorageCommand::Ls(args) => ls::run(args),
         StorageCommand::Get(args) => get::run(args),

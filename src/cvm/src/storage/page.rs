@@ -107,8 +107,7 @@ fn advice(status: &StorageStatus) -> (String, bool) {
             true,
         ),
         "refused" => (
-            "mend what is said below; the gateway does not start before. If you know that what the bucket has \
-             is right: `cvm storage accept`"
+            "mend or decide what is said below; the gateway does not start before"
                 .to_owned(),
             true,
         ),
@@ -299,7 +298,7 @@ mod tests {
             (held, "wait until the other instance", false),
             (with("draining"), "wait: do not destroy", true),
             (with("fenced"), "end one of the two", true),
-            (with("refused"), "mend what is said below", true),
+            (with("refused"), "mend or decide what is said below", true),
             (with("levitating"), "`cvm doctor`", true),
         ];
         for (status, begins, urgent) in table {

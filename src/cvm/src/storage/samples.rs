@@ -47,7 +47,7 @@ pub(crate) fn troubled() -> StorageStatus {
     let incident = |path: &str, what: &str| Incident {
         path: path.into(),
         what: what.into(),
-        remedy: "`cvm storage verify --deep`, then `cvm storage accept`".into(),
+        remedy: "`cvm storage verify --deep`, then `cvm storage keep PATH`".into(),
         since_ms_ago: 61_000,
     };
     StorageStatus {

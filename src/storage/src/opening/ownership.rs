@@ -66,9 +66,10 @@ pub(super) fn without_manifest(
     let ours = before.record.as_ref().is_some_and(|r| r.instance == held.me.instance);
     match survey {
         Survey::Bereft if ours => Ok(Survey::Unmanaged),
+        Survey::Bereft if word.adopt => Ok(Survey::Unmanaged),
         Survey::Bereft => {
             let why = "the bucket holds objects and the record of an owner, and their manifest is gone";
-            word.accepted.or_refuse(why.to_owned()).map(|()| Survey::Unmanaged)
+            Err(Fault::Unadopted(why.to_owned()))
         }
         other => Ok(other),
     }

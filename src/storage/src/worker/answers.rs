@@ -3,10 +3,11 @@
 use super::Tree;
 use crate::desk::Desk;
 use crate::fault::Fault;
+use crate::index::Row;
 use crate::review::Review;
 use crate::s3::When;
+use crate::serve::relative;
 use cvm_blueprint::storage::{Answer, Ask};
-use std::collections::HashSet;
 use std::sync::Arc;
 
 /// Who waits for what was there when it was asked.
@@ -15,15 +16,14 @@ pub(super) enum Asked {
     Verify { deep: bool, to: tokio::sync::mpsc::UnboundedSender<Answer> },
 }
 
+type Outcome = Result<(String, bool), Fault>;
+
 pub(super) fn done(to: &tokio::sync::mpsc::UnboundedSender<Answer>, text: impl Into<String>, good: bool) {
     // Whoever asked may be gone.
     let _ = to.send(Answer::Done { text: text.into(), good });
 }
 
-pub(super) fn answer(
-    to: &tokio::sync::mpsc::UnboundedSender<Answer>,
-    outcome: Result<(String, bool), Fault>,
-) {
+pub(super) fn answer(to: &tokio::sync::mpsc::UnboundedSender<Answer>, outcome: Outcome) {
     match outcome {
         Ok((text, good)) => done(to, text, good),
         Err(fault) => done(to, format!("{fault}; {}", fault.remedy()), false),
@@ -34,11 +34,16 @@ impl Tree<'_> {
     pub(super) fn answer(&mut self, ask: &Ask, to: &tokio::sync::mpsc::UnboundedSender<Answer>) {
         let outcome = match ask {
             Ask::Drill => return self.drill(Some(to.clone())),
-            Ask::Accept { seen } => {
-                if has_changed(&self.worker.desk, seen.as_deref(), to) {
-                    return;
-                }
-                self.accept()
+            Ask::Forget { paths, seen } => {
+                let seen = is_as_seen(&self.worker.desk, seen.as_deref());
+                return refused_or(to, seen.and_then(|()| self.forget(paths)));
+            }
+            Ask::Keep { paths, seen } => {
+                let seen = is_as_seen(&self.worker.desk, seen.as_deref());
+                return refused_or(to, seen.and_then(|()| self.keep(paths)));
+            }
+            Ask::AcceptOlder { .. } | Ask::Adopt { .. } => {
+                return refused_or(to, Err("nothing is refused: this instance has its tree".to_owned()));
             }
             Ask::Takeover => Ok(("This instance owns the bucket already".to_owned(), true)),
             _ => Err(Fault::other("this is answered elsewhere")),
@@ -46,32 +51,62 @@ impl Tree<'_> {
         answer(to, outcome);
     }
 
-    /// What the bucket does not have right is given up: it is gone from the manifest too. Only what
-    /// has been named is.
-    fn accept(&mut self) -> Result<(String, bool), Fault> {
-        let open = self.open();
-        let named: HashSet<String> = self.worker.desk.named().into_iter().map(|(path, _)| path).collect();
-        let mut bad = open.index.bad()?;
-        bad.retain(|(path, _)| named.contains(&path.to_string()));
-        for (path, _) in &bad {
-            open.index.set_bad(path, None)?;
-            open.index.set_lower(std::slice::from_ref(path), false)?;
-        }
-        let mut tainted = open.index.tainted()?;
-        tainted.retain(|(path, _)| named.contains(&path.to_string()));
-        for (path, _) in &tainted {
-            open.index.untaint(path)?;
-        }
-        for path in &named {
-            self.worker.desk.settled(path);
-        }
-        self.everything = true;
-        self.note_change();
-        let taken = match tainted.len() {
-            0 => String::new(),
-            n => format!(", {n} are taken as they are"),
+    /// What the bucket does not have right, and the tree does not have, is given up: it goes from the
+    /// manifest, and what there is of it from the bucket.
+    fn forget(&mut self, paths: &[String]) -> Result<Outcome, String> {
+        let (open, named) = (self.open(), named(&self.worker.desk, paths)?);
+        let rows = open.index.all().map_err(|fault| fault.to_string())?;
+        let is_given_up = |shown: &str| {
+            let lacks = |row: &Row| row.bad.is_some() || row.lower;
+            rows.iter()
+                .find(|(path, row)| path.to_string() == shown && lacks(row))
+                .map(|(path, _)| path.clone())
         };
-        Ok((format!("{} files are given up{taken}", bad.len()), true))
+        let mut given_up = Vec::new();
+        for (shown, _) in &named {
+            given_up.push(is_given_up(shown).ok_or_else(|| {
+                format!("the tree has {shown}, so that there is nothing to give up: what to do about it is in `cvm storage status`")
+            })?);
+        }
+        Ok(self.settle_incidents(&named, || {
+            given_up.iter().try_for_each(|path| open.index.set_bad(path, None))?;
+            open.index.set_lower(&given_up, false)?;
+            Ok(format!("{} files are given up", given_up.len()))
+        }))
+    }
+
+    /// What may be built on what was wrong is taken as it is.
+    fn keep(&mut self, paths: &[String]) -> Result<Outcome, String> {
+        let (open, named) = (self.open(), named(&self.worker.desk, paths)?);
+        let tainted = open.index.tainted().map_err(|fault| fault.to_string())?;
+        let mut kept = Vec::new();
+        for (shown, _) in &named {
+            let found = tainted.iter().find(|(path, _)| path.to_string() == *shown);
+            let (path, _) = found.ok_or_else(|| {
+                format!("{shown} is not in doubt, so that there is nothing to keep: what to do about it is in `cvm storage status`")
+            })?;
+            kept.push(path);
+        }
+        Ok(self.settle_incidents(&named, || {
+            kept.iter().try_for_each(|path| open.index.untaint(path))?;
+            Ok(format!("{} files are taken as they are", kept.len()))
+        }))
+    }
+
+    fn settle_incidents(
+        &mut self,
+        named: &[(String, String)],
+        decide: impl FnOnce() -> Result<String, Fault>,
+    ) -> Outcome {
+        let outcome = decide();
+        if outcome.is_ok() {
+            for (path, _) in named {
+                self.worker.desk.settled(path);
+            }
+            self.everything = true;
+            self.note_change();
+        }
+        outcome.map(|text| (text, true))
     }
 
     pub(super) fn is_reviewing(&self) -> bool {
@@ -139,18 +174,30 @@ impl Tree<'_> {
     }
 }
 
-/// Says so to an operator who has looked at something else than there is now.
-pub(super) fn has_changed(
-    desk: &Desk,
-    seen: Option<&str>,
-    to: &tokio::sync::mpsc::UnboundedSender<Answer>,
-) -> bool {
-    let changed = seen.is_some() && seen != desk.status().wrong.as_deref();
-    if changed {
-        let why = "what is wrong is not what it was when it was shown; look at it again".to_owned();
-        let _ = to.send(Answer::Refused { why });
+/// The incidents of these paths: only what is shown to operators is for them to decide.
+pub(super) fn named(desk: &Desk, paths: &[String]) -> Result<Vec<(String, String)>, String> {
+    let shown = desk.named();
+    let find = |path: &String| {
+        let path = relative(path);
+        let known = shown.iter().find(|(shown, _)| shown == path).cloned();
+        known.ok_or_else(|| format!("no incident names {path}; `cvm storage status` lists them"))
+    };
+    paths.iter().map(find).collect()
+}
+
+/// Refuses what an operator says who has looked at something else than there is now.
+pub(super) fn is_as_seen(desk: &Desk, seen: Option<&str>) -> Result<(), String> {
+    if seen.is_some() && seen != desk.status().wrong.as_deref() {
+        return Err("what is wrong is not what it was when it was shown; look at it again".to_owned());
     }
-    changed
+    Ok(())
+}
+
+fn refused_or(to: &tokio::sync::mpsc::UnboundedSender<Answer>, outcome: Result<Outcome, String>) {
+    match outcome {
+        Ok(outcome) => answer(to, outcome),
+        Err(why) => drop(to.send(Answer::Refused { why })),
+    }
 }
 
 pub(super) fn refuse_review(to: &tokio::sync::mpsc::UnboundedSender<Answer>) {
