@@ -37,6 +37,7 @@ mod hydrate;
 mod index;
 mod lifting;
 mod manifest;
+mod moment;
 mod mount;
 mod moved;
 mod opened;
@@ -172,6 +173,7 @@ fn work() -> ExitCode {
         takeover: false,
         refusal: None,
         accepted: fault::Accepted::default(),
+        adopt: false,
         stopping: false,
         ending,
         boots,

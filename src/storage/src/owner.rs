@@ -23,13 +23,13 @@
 //! [`judge`], and the tests below are those of the clock.
 //!
 //! Refuses to write a record that is not authenticated, and to believe one.
-//! May import: `bucket`, `fault`, `manifest`, `s3`.
+//! May import: `bucket`, `fault`, `manifest`, `moment`, `s3`.
 
 use crate::bucket::{Bucket, Found};
 use crate::fault::Fault;
 use crate::manifest::{Digest, ManifestKey};
+use crate::moment::Moment;
 use crate::s3::When;
-use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use std::collections::VecDeque;
@@ -46,8 +46,6 @@ const FRESH: Duration = Duration::from_secs(5);
 /// The same before the manifest is written to: a copy of this machine, resumed later, believes what this
 /// one was told, and has written nothing else by then.
 const JUST_NOW: Duration = Duration::from_millis(500);
-/// By how much two clocks may drift apart while an answer is believed.
-const DRIFT: Duration = Duration::from_secs(1);
 /// Renewals whose answer was lost may still arrive: so many marks are known again.
 const MARKS: usize = 64;
 
@@ -149,34 +147,7 @@ pub(crate) fn judge(
 
 /// Time that also passes while the machine sleeps.
 pub(crate) fn uptime() -> Duration {
-    time(ClockId::CLOCK_BOOTTIME)
-}
-
-fn time(clock: ClockId) -> Duration {
-    clock_gettime(clock).map_or(Duration::ZERO, Duration::from)
-}
-
-/// A moment by all clocks: what stops this machine or sets it back need not be seen by each of them.
-#[derive(Debug, Clone, Copy)]
-struct Moment {
-    uptime: Duration,
-    awake: Duration,
-    wall: Duration,
-}
-
-impl Moment {
-    fn now() -> Self {
-        let [uptime, awake, wall] =
-            [ClockId::CLOCK_BOOTTIME, ClockId::CLOCK_MONOTONIC, ClockId::CLOCK_REALTIME].map(time);
-        Self { uptime, awake, wall }
-    }
-
-    /// Whether `now` is so soon after it, and no clock says that this machine stood still meanwhile.
-    fn is_followed_by(self, now: Self, within: Duration) -> bool {
-        let passed = now.uptime.saturating_sub(self.uptime);
-        let agrees = |before: Duration, after: Duration| after.abs_diff(before + passed) < DRIFT;
-        passed < within && agrees(self.awake, now.awake) && agrees(self.wall, now.wall)
-    }
+    Moment::now().uptime
 }
 
 pub(crate) fn read(bucket: &dyn Store) -> Result<Option<(Record, Option<String>)>, Fault> {
@@ -429,9 +400,7 @@ fn fresh(beat: Duration) -> Duration {
 pub(crate) fn random_name() -> Result<String, Fault> {
     let mut bytes = [0u8; 32];
     getrandom::fill(&mut bytes).map_err(|_| Fault::other("the kernel gives no random numbers"))?;
-    let Moment { uptime, wall, .. } = Moment::now();
-    let times = [uptime, wall].map(|time| time.as_nanos().to_le_bytes());
-    let digest = Sha256::new().chain_update(bytes).chain_update(times.as_flattened()).finalize();
+    let digest = Sha256::new().chain_update(bytes).chain_update(Moment::now().bytes()).finalize();
     let mut name = Digest(digest.into()).to_string();
     name.truncate(32);
     Ok(name)
@@ -535,10 +504,7 @@ mod tests {
 
         fn ages_by(&self, by: Duration) {
             let mut state = self.state();
-            let Moment { uptime, awake, wall } = &mut state.confirmed;
-            for clock in [uptime, awake, wall] {
-                *clock = clock.saturating_sub(by);
-            }
+            state.confirmed = state.confirmed.earlier(by);
         }
 
         /// Until a beat has written, which every second one does.
@@ -621,21 +587,6 @@ mod tests {
         assert_eq!(fake.reads(), 0);
         lease.confirm_just_now(&fake).unwrap();
         assert_eq!(fake.reads(), 1);
-    }
-
-    #[test]
-    fn a_word_is_not_believed_when_a_clock_says_that_the_machine_stood_still() {
-        let at = |uptime, awake, wall| {
-            let [uptime, awake, wall] = [uptime, awake, wall].map(Duration::from_secs);
-            Moment { uptime, awake, wall }
-        };
-        let told = at(100, 90, 5000);
-        let within = |now| told.is_followed_by(now, FRESH);
-        assert!(within(at(104, 94, 5004)));
-        assert!(!within(at(105, 95, 5005)), "too long ago");
-        assert!(!within(at(104, 91, 5004)), "it slept");
-        assert!(!within(at(101, 91, 9000)), "it was resumed, and somebody has set its clock");
-        assert!(!within(at(101, 91, 4000)), "or set it back");
     }
 
     #[test]
