@@ -267,6 +267,7 @@ mod tests {
             manifest_key: key(),
             user: "openclaw".into(),
             anchor: None,
+            adopt: false,
             heartbeat_s: 60,
             drain_s: 60,
             drill_s: 0,
