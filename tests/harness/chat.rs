@@ -30,6 +30,18 @@ pub fn local_model() -> String {
     base64::Engine::encode(&base64::prelude::BASE64_STANDARD, CONFIG)
 }
 
+/// The same for one with two agents: `main`, whose model is `m`, and `bob`, whose model is `m2`.
+pub fn two_agents() -> String {
+    let mut config: Value = serde_json::from_str(CONFIG).expect("it is JSON");
+    config["agents"]["ownership"] = json!("explicit");
+    config["agents"]["entries"] = json!({"main": {}, "bob": {"model": "local/m2"}});
+    let models = &mut config["models"]["providers"]["local"]["models"];
+    let mut second = models[0].clone();
+    second["id"] = json!("m2");
+    models.as_array_mut().expect("it is a list").push(second);
+    base64::Engine::encode(&base64::prelude::BASE64_STANDARD, config.to_string())
+}
+
 /// One question.
 #[derive(Debug, Clone)]
 pub struct Asked {

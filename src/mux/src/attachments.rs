@@ -14,8 +14,9 @@ use crate::register::Registration;
 use base64::display::Base64Display;
 use base64::prelude::BASE64_STANDARD;
 use bytes::Bytes;
-use hyper::Method;
 use hyper::header::CONTENT_TYPE;
+use hyper::http::uri::Scheme;
+use hyper::{Method, Uri};
 use std::borrow::Cow;
 use std::fmt;
 use std::time::Duration;
@@ -145,37 +146,34 @@ fn bare(text: &str) -> &str {
 /// Below it are the files that the mux-server keeps for us.
 const FILES: &str = "/v1/mux/files/";
 
-/// Where a file is, and whether our token belongs there.
-fn place(url: &str, base: &str) -> Option<(String, bool)> {
-    let whole = if url.starts_with('/') && !url.starts_with("//") {
-        Cow::Owned(format!("{base}{url}"))
-    } else {
-        Cow::Borrowed(url)
-    };
-    let (base_host, base_path) = parts(base)?;
-    let (host, path) = parts(&whole)?;
-    let below = path.strip_prefix(base_path.trim_end_matches('/')).filter(|_| host == base_host);
-    // What climbs or is written in another way may arrive elsewhere.
-    let plain = |path: &str| !path.contains("..") && !path.contains(['%', '\\']) && !path.contains("//");
-    let is_file =
-        |rest: &str| rest.starts_with(FILES) && plain(rest.split(['?', '#']).next().unwrap_or_default());
-    let ours = below.is_some_and(is_file);
-    (ours || host.starts_with("https://")).then(|| (whole.into_owned(), ours))
+/// What is asked for a file. Whether our token goes along is decided on what is asked, and on nothing else.
+#[derive(Debug)]
+struct Place {
+    uri: Uri,
+    is_ours: bool,
 }
 
-/// Scheme and host with its port, in one form, and the rest.
-fn parts(url: &str) -> Option<(String, &str)> {
-    let (scheme, rest) = url.split_once("://")?;
-    let (host, path) = rest.split_at(rest.find(['/', '?', '#']).unwrap_or(rest.len()));
-    let scheme = scheme.to_ascii_lowercase();
-    let usual = match scheme.as_str() {
-        "https" => ":443",
-        "http" => ":80",
-        _ => return None,
-    };
-    let host = host.to_ascii_lowercase();
-    let host = host.strip_suffix(usual).unwrap_or(&host);
-    (!host.is_empty()).then(|| (format!("{scheme}://{host}"), path))
+/// Where a file is, seen from the mux-server.
+fn place(url: &str, base: &str) -> Option<Place> {
+    let is_path = url.starts_with('/') && !url.starts_with("//");
+    let uri: Uri = if is_path { format!("{base}{url}").parse() } else { url.parse() }.ok()?;
+    let base: Uri = base.parse().ok()?;
+    let origin = origin(&uri)?;
+    let below = uri.path().strip_prefix(base.path().trim_end_matches('/'));
+    // What climbs or is written in another way may arrive elsewhere.
+    let is_plain = |path: &str| !path.contains("..") && !path.contains(['%', '\\']) && !path.contains("//");
+    let is_file = below.is_some_and(|rest| rest.starts_with(FILES) && is_plain(rest));
+    let is_ours = is_file && self::origin(&base) == Some(origin);
+    let is_https = uri.scheme() == Some(&Scheme::HTTPS);
+    (is_ours || is_https).then_some(Place { uri, is_ours })
+}
+
+/// Scheme, host and port, in one form. None where a name stands before the host: nobody has one here.
+fn origin(uri: &Uri) -> Option<(Scheme, String, u16)> {
+    let scheme = uri.scheme()?.clone();
+    let usual = if scheme == Scheme::HTTPS { 443 } else { 80 };
+    let authority = uri.authority().filter(|authority| !authority.as_str().contains('@'))?;
+    Some((scheme, authority.host().to_ascii_lowercase(), authority.port_u16().unwrap_or(usual)))
 }
 
 async fn fetch(
@@ -183,17 +181,17 @@ async fn fetch(
     http: &Http,
     registration: &Registration,
 ) -> Result<(Bytes, Option<String>), &'static str> {
-    let Some((url, ours)) = place(url, &registration.url("")) else {
+    let Some(Place { uri, is_ours }) = place(url, registration.base_url()) else {
         return Err("its address cannot be read from here");
     };
     let mut backoff = Backoff::of_contract();
-    let mut pass = if ours { Some(registration.pass().await) } else { None };
+    let mut pass = if is_ours { Some(registration.pass().await) } else { None };
     for _ in 0..TRIES {
         let id = registration.device_id();
-        let headers = if ours { &[("x-openclaw-id", id)][..] } else { &[] };
+        let headers = if is_ours { &[("x-openclaw-id", id)][..] } else { &[] };
         let ask = Ask {
             method: Method::GET,
-            url: &url,
+            uri: uri.clone(),
             bearer: pass.as_ref().map(crate::register::Pass::expose),
             headers,
             body: None,
@@ -207,7 +205,7 @@ async fn fetch(
                 let kind = kind.and_then(|k| k.split(';').next()).map(|k| k.trim().to_ascii_lowercase());
                 return Ok((answer.body, kind));
             }
-            Ok(answer) if answer.status == 401 && ours => {
+            Ok(answer) if answer.status == 401 && is_ours => {
                 if let Some(old) = &pass
                     && let Some(new) = registration.renew(old).await
                 {
@@ -229,41 +227,76 @@ async fn fetch(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     #[test]
     fn our_token_goes_to_the_mux_server_and_nowhere_else() {
         let base = "https://mux.example.org";
         let at = |url: &str| place(url, base);
         assert_eq!(
-            at("/v1/mux/files/telegram?x=1").unwrap().0,
+            at("/v1/mux/files/telegram?x=1").unwrap().uri,
             "https://mux.example.org/v1/mux/files/telegram?x=1"
         );
-        let ours = |url: &str| at(url).unwrap().1;
+        for ours in [
+            "/v1/mux/files/telegram?x=%2F..",
+            "https://mux.example.org/v1/mux/files/whatsapp?a",
+            "https://mux.example.org:443/v1/mux/files/telegram",
+            "HTTPS://MUX.example.org/v1/mux/files/a",
+        ] {
+            assert!(at(ours).unwrap().is_ours, "{ours}");
+        }
         assert!(
-            ours("/v1/mux/files/telegram?x=%2F..") && ours("https://mux.example.org/v1/mux/files/whatsapp?a")
+            place("https://mux.example.org/v1/mux/files/a", "https://mux.example.org:443").unwrap().is_ours
         );
+        let below = |url: &str| place(url, "https://example.org/mux/").unwrap().is_ours;
         assert!(
-            ours("https://mux.example.org:443/v1/mux/files/telegram")
-                && ours("HTTPS://MUX.example.org/v1/mux/files/a")
+            below("https://example.org/mux/v1/mux/files/a") && !below("https://example.org/v1/mux/files/a")
         );
-        let port = place("https://mux.example.org/v1/mux/files/a", "https://mux.example.org:443");
-        assert!(port.unwrap().1);
         for other in [
             "/v1/x",
             "https://mux.example.org/v1/admin",
             "https://mux.example.org:444/v1/mux/files/telegram",
             "/v1/mux/files/../admin",
             "/v1/mux/files/%2e%2e/admin",
+            "/v1/mux/files//a",
+            "https://mux.example.org.evil.example/v1/mux/files/a",
+            "https://evil.example/v1/mux/files/a?https://mux.example.org/v1/mux/files/a",
+            "https://cdn.example.org/a.png",
         ] {
-            assert!(!ours(other), "{other}");
+            assert!(!at(other).unwrap().is_ours, "{other}");
         }
-        assert!(!at("https://mux.example.org.evil.example/v1/x").unwrap().1);
-        assert!(!at("https://cdn.example.org/a.png").unwrap().1);
-        assert!(
-            at("//evil.example/x").is_none()
-                && at("http://127.0.0.1/x").is_none()
-                && at("file:///x").is_none()
-        );
+        for nowhere in [
+            "//evil.example/x",
+            "http://127.0.0.1/x",
+            "http://mux.example.org/v1/mux/files/a",
+            "file:///x",
+            "https://mux.example.org@evil.example/v1/mux/files/a",
+            "https://mux.example.org:443@evil.example/v1/mux/files/a",
+            "https://mux.example.org\\@evil.example/v1/mux/files/a",
+            "https:///v1/mux/files/a",
+            "",
+        ] {
+            assert!(at(nowhere).is_none(), "{nowhere}");
+        }
+    }
+
+    proptest! {
+        /// The token goes where the connection goes: to the host of the very thing that is asked.
+        #[test]
+        fn whatever_an_address_looks_like_the_token_stays_at_home(
+            noise in "[@:/\\\\?#.%a-z0-9]{0,12}", tail in "[@:/\\\\?#.%a-z0-9]{0,12}",
+        ) {
+            for url in [
+                format!("https://{noise}mux.example.org{tail}/v1/mux/files/a"),
+                format!("https://mux.example.org{noise}evil.example{tail}/v1/mux/files/a"),
+                format!("/v1/mux/files/{noise}{tail}"),
+            ] {
+                if let Some(place) = place(&url, "https://mux.example.org").filter(|place| place.is_ours) {
+                    prop_assert_eq!(place.uri.host(), Some("mux.example.org"));
+                    prop_assert!(place.uri.path().starts_with(FILES));
+                }
+            }
+        }
     }
 
     #[test]

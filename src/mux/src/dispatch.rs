@@ -20,14 +20,13 @@ use crate::http::Http;
 use crate::outbound::{self, Outbound, Part};
 use crate::queue::{Failure, Open, Queue};
 use crate::register::Registration;
+use crate::sessions::{Sessions, Stopping, Work};
 use crate::split;
 use bytes::Bytes;
-use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, SemaphorePermit, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit, watch};
 
 /// Runs of the agent beside each other. The gateway has its own limit; this one is against asking it
 /// a thousand things at once.
@@ -48,6 +47,8 @@ const UNSENDABLE: Duration = Duration::from_secs(24 * 3600);
 const LARGE: u64 = 256 * 1024;
 /// A refusal may be a moment's: a configuration that is being written, say.
 const REFUSALS_MAX: u32 = 3;
+/// An event at which this program panics so often is given up.
+const PANICS_MAX: u32 = 3;
 const STATISTICS: Duration = Duration::from_secs(1);
 const PRUNE: Duration = Duration::from_secs(3600);
 
@@ -55,8 +56,12 @@ const PRUNE: Duration = Duration::from_secs(3600);
 const NOT_TAKEN: &str = "Sorry, this message could not be handled.";
 const NOT_ANSWERED: &str = "Sorry, no answer could be made to this message. Please try again later.";
 
-/// The machine is stopping: what is open goes on in the next life.
-struct Stopping;
+/// Why the work on an event does not go on in this life.
+enum Halt {
+    Stopping,
+    /// The queue cannot yield or keep it, and never will.
+    Damaged(Failure),
+}
 
 pub(crate) struct Dispatch {
     queue: Queue,
@@ -65,19 +70,13 @@ pub(crate) struct Dispatch {
     outbound: Outbound,
     http: Arc<Http>,
     registration: Arc<Registration>,
-    /// What is not done of each session that has something, by number, with its size.
-    sessions: Mutex<HashMap<String, BTreeMap<i64, u64>>>,
-    depth: AtomicU64,
-    bytes: AtomicU64,
+    sessions: Arc<Sessions>,
     slots: Semaphore,
     senders: Semaphore,
     /// Large messages and those with attachments go one at a time, until they are on their way. Who has
     /// a slot never waits for this, so that what cannot be fetched holds up no other chat.
     heavy: Arc<Semaphore>,
     stopping: watch::Receiver<bool>,
-    running: AtomicUsize,
-    at_rest: Notify,
-    changed: Notify,
 }
 
 impl Dispatch {
@@ -97,92 +96,34 @@ impl Dispatch {
             outbound,
             http,
             registration,
-            sessions: Mutex::default(),
-            depth: AtomicU64::new(0),
-            bytes: AtomicU64::new(0),
+            sessions: Arc::default(),
             slots: Semaphore::new(SLOTS),
             senders: Semaphore::new(SENDERS),
             heavy: Arc::new(Semaphore::new(1)),
             stopping,
-            running: AtomicUsize::new(0),
-            at_rest: Notify::new(),
-            changed: Notify::new(),
         }
     }
 
-    fn sessions(&self) -> MutexGuard<'_, HashMap<String, BTreeMap<i64, u64>>> {
-        self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
+    /// How many events are not done.
     pub(crate) fn depth(&self) -> u64 {
-        self.depth.load(Ordering::Relaxed)
+        self.sessions.depth()
     }
 
     pub(crate) fn bytes(&self) -> u64 {
-        self.bytes.load(Ordering::Relaxed)
-    }
-
-    fn is_stopping(&self) -> bool {
-        *self.stopping.borrow()
+        self.sessions.bytes()
     }
 
     /// An event that is in the queue. One that is here already stays where it is.
     pub(crate) fn push(self: &Arc<Self>, seq: i64, session: String, size: u64) {
-        let mut sessions = self.sessions();
-        let is_worked_on = sessions.contains_key(&session);
-        let open = sessions.entry(session.clone()).or_default();
-        if open.contains_key(&seq) {
-            return;
-        }
-        open.insert(seq, size);
-        drop(sessions);
-        self.depth.fetch_add(1, Ordering::Relaxed);
-        self.bytes.fetch_add(size, Ordering::Relaxed);
-        self.changed.notify_one();
-        if is_worked_on {
-            return;
-        }
-        self.running.fetch_add(1, Ordering::Relaxed);
-        let this = Arc::clone(self);
-        tokio::spawn(async move {
-            this.work_through(&session).await;
-            this.running.fetch_sub(1, Ordering::Relaxed);
-            this.at_rest.notify_one();
-        });
+        self.sessions.push(self, seq, session, size);
     }
 
     /// When nothing is being asked or sent any more. After the word to stop that is soon.
     pub(crate) async fn rest(&self) {
-        while self.running.load(Ordering::Relaxed) > 0 {
-            self.at_rest.notified().await;
-        }
+        self.sessions.rest().await;
     }
 
-    async fn work_through(&self, session: &str) {
-        loop {
-            let next = {
-                let mut sessions = self.sessions();
-                let next =
-                    sessions.get(session).and_then(|open| open.first_key_value().map(|(k, v)| (*k, *v)));
-                if next.is_none() {
-                    sessions.remove(session);
-                }
-                next
-            };
-            let Some((seq, size)) = next else { return };
-            if self.is_stopping() || self.process(seq, size).await.is_err() {
-                return;
-            }
-            if let Some(open) = self.sessions().get_mut(session) {
-                open.remove(&seq);
-            }
-            self.depth.fetch_sub(1, Ordering::Relaxed);
-            self.bytes.fetch_sub(size, Ordering::Relaxed);
-            self.changed.notify_one();
-        }
-    }
-
-    async fn process(&self, seq: i64, size: u64) -> Result<(), Stopping> {
+    async fn work_on(&self, seq: i64, size: u64) -> Result<(), Halt> {
         let mut tries = Tries::new(size > LARGE);
         loop {
             let Some(answered) = self.insist(|| self.queue.is_answered(seq)).await? else { return Ok(()) };
@@ -200,41 +141,42 @@ impl Dispatch {
     }
 
     /// What waits, waits in the queue: only what is worked on is in memory.
-    async fn place<'a>(&self, room: &'a Semaphore) -> Result<SemaphorePermit<'a>, Stopping> {
-        let permit = room.acquire().await.map_err(|_| Stopping)?;
-        if self.is_stopping() { Err(Stopping) } else { Ok(permit) }
+    async fn place<'a>(&self, room: &'a Semaphore) -> Result<SemaphorePermit<'a>, Halt> {
+        let permit = room.acquire().await.map_err(|_| Halt::Stopping)?;
+        if self.is_stopping() { Err(Halt::Stopping) } else { Ok(permit) }
     }
 
-    async fn alone(&self) -> Result<OwnedSemaphorePermit, Stopping> {
-        let permit = Arc::clone(&self.heavy).acquire_owned().await.map_err(|_| Stopping)?;
-        if self.is_stopping() { Err(Stopping) } else { Ok(permit) }
+    async fn alone(&self) -> Result<OwnedSemaphorePermit, Halt> {
+        let permit = Arc::clone(&self.heavy).acquire_owned().await.map_err(|_| Halt::Stopping)?;
+        if self.is_stopping() { Err(Halt::Stopping) } else { Ok(permit) }
     }
 
-    async fn end(&self, seq: i64, id: &str, outcome: &str) -> Result<Next, Stopping> {
+    async fn end(&self, seq: i64, id: &str, outcome: &str) -> Result<Next, Halt> {
         tracing::info!("event {seq} ({}): {outcome}", id.replace(char::is_control, " "));
         self.insist(|| self.queue.done(seq, outcome.to_owned())).await?;
         Ok(Next::Done)
     }
 
-    /// A queue that cannot be written is tried until it can: nothing else is true before.
+    /// A queue that cannot be written is tried until it can, unless what it holds is broken.
     async fn insist<T, F: Future<Output = Result<T, Failure>>>(
         &self,
         work: impl Fn() -> F,
-    ) -> Result<T, Stopping> {
+    ) -> Result<T, Halt> {
         let mut backoff = Backoff::of_contract();
         loop {
             match work().await {
                 Ok(value) => return Ok(value),
+                Err(failure) if failure.is_damage() => return Err(Halt::Damaged(failure)),
                 Err(failure) => self.desk.failed(failure.to_string()),
             }
             self.pause(backoff.next()).await?;
         }
     }
 
-    async fn pause(&self, span: Duration) -> Result<(), Stopping> {
+    async fn pause(&self, span: Duration) -> Result<(), Halt> {
         tokio::select! {
             () = tokio::time::sleep(span) => Ok(()),
-            () = self.stopped() => Err(Stopping),
+            () = self.stopped() => Err(Halt::Stopping),
         }
     }
 
@@ -246,7 +188,7 @@ impl Dispatch {
     // === The agent ===
 
     /// Asks once, keeps what comes of it, and sends it.
-    async fn answer(&self, seq: i64, tries: &mut Tries) -> Result<Next, Stopping> {
+    async fn answer(&self, seq: i64, tries: &mut Tries) -> Result<Next, Halt> {
         if tries.heavy && tries.was_away {
             self.gateway_is_back().await?;
         }
@@ -258,7 +200,7 @@ impl Dispatch {
         let asking = self.gateway.ask(&letter.session, &letter.channel, body, room);
         let outcome = tokio::select! {
             outcome = asking => outcome,
-            () = self.outbound.type_on(&letter.channel, &letter.session) => return Err(Stopping),
+            () = self.outbound.type_on(&letter.channel, &letter.session) => return Err(Halt::Stopping),
         };
         drop(slot);
         tries.was_away = matches!(outcome, gateway::Outcome::Later(_));
@@ -303,15 +245,15 @@ impl Dispatch {
         };
         let parts = split::messages(&answer, split::limit_of(&letter.channel));
         self.insist(|| self.queue.answered(seq, parts.clone())).await?;
-        self.changed.notify_one();
+        self.sessions.has_changed();
         letter.parts = (0..).zip(parts).collect();
         // At once, on a stop too: see `main`.
-        let Ok(_permit) = self.senders.acquire().await else { return Err(Stopping) };
+        let Ok(_permit) = self.senders.acquire().await else { return Err(Halt::Stopping) };
         self.send(seq, &letter, tries).await
     }
 
     /// Before much is loaded for it.
-    async fn gateway_is_back(&self) -> Result<(), Stopping> {
+    async fn gateway_is_back(&self) -> Result<(), Halt> {
         let mut backoff = Backoff::new(GATEWAY.0, GATEWAY.1);
         while !self.gateway.is_ready().await {
             self.pause(backoff.next()).await?;
@@ -319,7 +261,7 @@ impl Dispatch {
         Ok(())
     }
 
-    async fn ignore(&self, seq: i64, id: &str, why: &str) -> Result<Next, Stopping> {
+    async fn ignore(&self, seq: i64, id: &str, why: &str) -> Result<Next, Halt> {
         self.desk.change(|board| board.ignored += 1);
         self.end(seq, id, why).await
     }
@@ -331,7 +273,7 @@ impl Dispatch {
     }
 
     /// What the gateway is asked, and a slot to ask it in.
-    async fn question(&self, seq: i64, tries: &mut Tries) -> Result<Made<'_>, Stopping> {
+    async fn question(&self, seq: i64, tries: &mut Tries) -> Result<Made<'_>, Halt> {
         let mut slot = None;
         let mut room = None;
         if tries.heavy {
@@ -368,7 +310,7 @@ impl Dispatch {
         } else if tries.heavy {
             tokio::select! {
                 gathered = attachments::gather(given, &self.http, &self.registration) => gathered,
-                () = self.stopped() => return Err(Stopping),
+                () = self.stopped() => return Err(Halt::Stopping),
             }
         } else {
             tries.heavy = true;
@@ -380,7 +322,7 @@ impl Dispatch {
             }
             message.text.push_str(&line);
         }
-        let body = gateway::question(&message.text, &pictures);
+        let body = gateway::question(&open.session, &message.text, &pictures);
         let has_pictures = !pictures.is_empty();
         drop(pictures);
         let message = message.address();
@@ -397,7 +339,7 @@ impl Dispatch {
     // === The answer ===
 
     /// What was answered before.
-    async fn send_on(&self, seq: i64, size: u64, tries: &mut Tries) -> Result<Next, Stopping> {
+    async fn send_on(&self, seq: i64, size: u64, tries: &mut Tries) -> Result<Next, Halt> {
         let room = if size > LARGE { Some(self.alone().await?) } else { None };
         let _permit = self.place(&self.senders).await?;
         let Some(open) = self.insist(|| self.queue.load(seq)).await? else { return Ok(Next::Done) };
@@ -408,7 +350,7 @@ impl Dispatch {
     }
 
     /// All parts, as far as it goes now.
-    async fn send(&self, seq: i64, letter: &Letter, tries: &mut Tries) -> Result<Next, Stopping> {
+    async fn send(&self, seq: i64, letter: &Letter, tries: &mut Tries) -> Result<Next, Halt> {
         for (number, text) in &letter.parts {
             let part = Part {
                 event: &letter.id,
@@ -422,7 +364,7 @@ impl Dispatch {
             let pass = tokio::select! {
                 biased;
                 pass = self.registration.pass() => pass,
-                () = self.stopped() => return Err(Stopping),
+                () = self.stopped() => return Err(Halt::Stopping),
             };
             match self.outbound.send(&part, pass).await {
                 outbound::Outcome::Sent => {}
@@ -454,7 +396,7 @@ impl Dispatch {
         self.end(seq, &letter.id, "answered").await
     }
 
-    async fn refused(&self, seq: i64, id: &str, why: &str) -> Result<Next, Stopping> {
+    async fn refused(&self, seq: i64, id: &str, why: &str) -> Result<Next, Halt> {
         self.desk.failed(format!("the mux-server refuses the answer to event {seq}: {why}"));
         self.desk.change(|board| board.refused += 1);
         self.end(seq, id, &format!("refused: {why}")).await
@@ -490,8 +432,46 @@ impl Dispatch {
                 });
             }
             tokio::time::sleep(STATISTICS).await;
-            let _ = tokio::time::timeout(PRUNE, self.changed.notified()).await;
+            let _ = tokio::time::timeout(PRUNE, self.sessions.changed()).await;
         }
+    }
+}
+
+impl Work for Dispatch {
+    async fn process(&self, seq: i64, size: u64) -> Result<(), Stopping> {
+        match self.work_on(seq, size).await {
+            Ok(()) => Ok(()),
+            Err(Halt::Stopping) => Err(Stopping),
+            Err(Halt::Damaged(failure)) => {
+                self.desk.failed(format!(
+                    "event {seq} stays where it is, and its chat goes on without it: {failure}"
+                ));
+                self.desk.change(|board| board.refused += 1);
+                Ok(())
+            }
+        }
+    }
+
+    async fn broke(&self, seq: i64, times: u32) -> Result<bool, Stopping> {
+        let is_last = times >= PANICS_MAX;
+        let then = if is_last { "it is given up" } else { "it is tried again" };
+        self.desk.failed(format!(
+            "event {seq} meets a bug of this program, {times} times; {then}; `cvm logs mux`"
+        ));
+        let follows = if is_last {
+            self.desk.change(|board| board.refused += 1);
+            self.insist(|| self.queue.done(seq, "refused: a bug".to_owned())).await
+        } else {
+            self.pause(FAILED.0 * times).await
+        };
+        match follows {
+            Err(Halt::Stopping) => Err(Stopping),
+            Ok(()) | Err(Halt::Damaged(_)) => Ok(is_last),
+        }
+    }
+
+    fn is_stopping(&self) -> bool {
+        *self.stopping.borrow()
     }
 }
 
@@ -572,6 +552,55 @@ impl Tries {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::queue::{Accepted, tests::damage};
+    use crate::register::Server;
+    use cvm_blueprint::mux::MuxStatus;
+
+    /// A dispatch whose gateway and mux-server nobody has to ask.
+    fn dispatch(queue: &Queue) -> (Arc<Dispatch>, Arc<Desk>, watch::Sender<bool>) {
+        let desk = Arc::new(Desk::new(MuxStatus::default(), None));
+        let http = Arc::new(Http::new(false, false).unwrap());
+        let server = Server {
+            base_url: "http://127.0.0.1:9".to_owned(),
+            register_key: String::new().into(),
+            inbound_url: String::new(),
+            device_id: String::new(),
+        };
+        let registration = Arc::new(Registration::new(server, Arc::clone(&http), Arc::clone(&desk)));
+        let gateway = Gateway::new(9, String::new().into()).unwrap();
+        let (stop, stopping) = watch::channel(false);
+        let dispatch = Dispatch::new(queue.clone(), Arc::clone(&desk), gateway, http, registration, stopping);
+        (Arc::new(dispatch), desk, stop)
+    }
+
+    #[test]
+    fn an_event_that_the_queue_cannot_yield_holds_up_no_other_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("q.sqlite");
+        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
+            let (queue, _threads) = Queue::open(&path).unwrap();
+            let put = async |queue: &Queue, id: &str, body: Vec<u8>| {
+                queue.accept(id.into(), "s".into(), "telegram".into(), vec![body]).await.unwrap()
+            };
+            let long: Vec<u8> = (0..3000).flat_map(|n| format!("word{n:05} ").into_bytes()).collect();
+            put(&queue, "bad", long).await;
+            // There is nothing to answer to it.
+            put(&queue, "empty", b"{}".to_vec()).await;
+            drop(queue);
+            damage(&path, b"word01500");
+            let (queue, _threads) = Queue::open(&path).unwrap();
+            let (dispatch, desk, _stop) = dispatch(&queue);
+            assert_eq!(dispatch.resume().await.unwrap(), 2);
+            dispatch.rest().await;
+            assert_eq!((dispatch.depth(), dispatch.bytes()), (0, 0));
+            assert_eq!(put(&queue, "empty", Vec::new()).await, Accepted::Known(None));
+            assert_eq!(put(&queue, "bad", Vec::new()).await, Accepted::Known(Some((1, "s".to_owned()))));
+            let (mut refused, mut said) = (0, None);
+            desk.change(|board| (refused, said) = (board.refused, board.last_error.clone()));
+            let said = said.unwrap();
+            assert!(refused == 1 && said.contains("event 1") && said.contains("damaged"), "{refused} {said}");
+        });
+    }
 
     #[test]
     fn what_the_mux_server_fails_at_is_tried_for_a_day() {

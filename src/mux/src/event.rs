@@ -2,8 +2,9 @@
 //!
 //! Lenient where the chat platforms differ (numbers as text, fields that are null or of another type),
 //! strict about what a message cannot be without. Pure.
-//! May import: nothing of this crate.
+//! May import: `mention`.
 
+use crate::mention;
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 use serde_json::value::RawValue;
@@ -72,8 +73,12 @@ pub(crate) enum Source<'a> {
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Whole<'a> {
+    #[serde(default, deserialize_with = "text")]
+    channel: Option<String>,
     #[serde(borrow, default)]
     event: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    raw: Option<&'a RawValue>,
     #[serde(default, deserialize_with = "text")]
     body: Option<String>,
     #[serde(default, deserialize_with = "text")]
@@ -165,7 +170,7 @@ impl<'a> Message<'a> {
             serde_json::from_slice(bytes).map_err(|e| format!("line {} column {}", e.line(), e.column()))?;
         let Inner { kind, raw } = whole.event.and_then(typed).unwrap_or_default();
         let kind = kind.unwrap_or_else(|| "message".to_owned());
-        let (raw, data) = (small(raw), small(whole.channel_data));
+        let (raw, data) = (small(raw.or(whole.raw)), small(whole.channel_data));
         let mut said = whole.body.unwrap_or_default().trim().to_owned();
         if said.is_empty() && matches!(kind.as_str(), "callback" | "action") {
             // A button has no text of its own; what it stands for is what was meant.
@@ -185,9 +190,12 @@ impl<'a> Message<'a> {
             }
         }
         let direct = whole.chat_type.as_deref() != Some("group");
-        // Commands and buttons are for us by their nature.
-        let mentioned = whole.was_mentioned.as_deref().is_some_and(is_yes);
-        let for_us = direct || kind != "message" || mentioned;
+        // Commands and buttons are for us by their nature. What the server says counts where it says it.
+        let is_mentioned = || match whole.was_mentioned.as_deref() {
+            Some(said) => is_yes(said),
+            None => mention::speaks_to_us(whole.channel.as_deref().unwrap_or_default(), &said, &raw),
+        };
+        let for_us = direct || kind != "message" || is_mentioned();
         let chats = ["/chatId", "/chat_id", "/chat/id"];
         let chats_raw =
             ["/message/chat/id", "/chat/id", "/callback_query/message/chat/id", "/edited_message/chat/id"];
@@ -285,6 +293,23 @@ mod tests {
     }
 
     #[test]
+    fn where_the_server_does_not_say_it_the_platforms_own_words_count() {
+        let raw = json!({"message": {"text": "@a_bot hi", "entities": [{"type": "mention", "offset": 0, "length": 6}]}});
+        let with = |more: Value| {
+            let mut event =
+                json!({"chatType": "group", "event": {"kind": "message", "raw": raw}, "body": "@a_bot hi"});
+            for (name, value) in more.as_object().unwrap() {
+                event[name] = value.clone();
+            }
+            for_us(&event)
+        };
+        assert!(with(json!({})) && with(json!({"wasMentioned": null})));
+        assert!(with(json!({"event": {"kind": "message"}, "raw": raw})));
+        assert!(!with(json!({"wasMentioned": false})));
+        assert!(!with(json!({"event": {"kind": "message"}, "raw": {}})));
+    }
+
+    #[test]
     fn a_button_says_what_it_stands_for() {
         let raw = json!({"kind": "callback", "raw": {"callback_query": {"data": "yes"}}});
         let bytes = event(&json!({"event": raw, "body": ""}));
@@ -323,6 +348,7 @@ mod tests {
         assert!(for_us(&json!({"chatType": "group", "wasMentioned": 1})));
         assert!(!for_us(&json!({"chatType": "group", "wasMentioned": "no"})));
         assert!(!for_us(&json!({"chatType": "group", "wasMentioned": [true]})));
+        assert!(!for_us(&json!({"chatType": "group", "channel": 5, "raw": "x", "event": null})));
         for change in [
             json!({"event": "message"}),
             json!({"attachments": "none"}),

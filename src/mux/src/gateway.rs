@@ -8,9 +8,10 @@
 use crate::attachments::Picture;
 use crate::http::{Ask, Http, Unanswered};
 use bytes::Bytes;
-use hyper::Method;
+use hyper::{Method, Uri};
 use serde::Serialize;
 use serde_json::Value;
+use std::borrow::Cow;
 use std::time::Duration;
 use tokio::sync::OwnedSemaphorePermit;
 use zeroize::Zeroizing;
@@ -23,6 +24,8 @@ const ANSWER_MAX: usize = 4 * 1024 * 1024;
 const AROUND: usize = 512;
 const READY_TIME: Duration = Duration::from_secs(5);
 const READY_MAX: usize = 64 * 1024;
+/// The agent of a session whose key names none.
+const AGENT: &str = "main";
 /// What agents say when they want to say nothing, and what the gateway says when they said nothing.
 const SILENT: [&str; 2] = ["NO_REPLY", "No response from OpenClaw."];
 
@@ -47,7 +50,7 @@ pub(crate) enum Outcome {
 
 #[derive(Serialize)]
 struct Chat<'a> {
-    model: &'static str,
+    model: String,
     stream: bool,
     messages: [Turn<'a>; 1],
 }
@@ -82,8 +85,31 @@ fn displayed<S: serde::Serializer>(picture: &Picture<'_>, to: S) -> Result<S::Ok
     to.collect_str(picture)
 }
 
+/// The agent that a key of a session names: `agent:ID:` at its beginning.
+fn named(session: &str) -> Option<&str> {
+    let (id, _) = session.strip_prefix("agent:")?.split_once(':')?;
+    let fits = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-');
+    let is_id = (1..=64).contains(&id.len()) && id.bytes().all(fits) && !id.starts_with(['_', '-']);
+    is_id.then_some(id)
+}
+
+/// As soon as the gateway has a second agent it answers nobody who leaves the choice to it.
+fn agent(session: &str) -> &str {
+    named(session).unwrap_or(AGENT)
+}
+
+/// A key as the gateway keeps it: one that names no agent is the default agent's.
+fn whole_key(session: &str) -> Cow<'_, str> {
+    // These two are the gateway's own.
+    if named(session).is_some() || matches!(session, "global" | "unknown") {
+        Cow::Borrowed(session)
+    } else {
+        Cow::Owned(format!("agent:{AGENT}:{session}"))
+    }
+}
+
 /// The body of a question.
-pub(crate) fn question(text: &str, pictures: &[Picture<'_>]) -> Bytes {
+pub(crate) fn question(session: &str, text: &str, pictures: &[Picture<'_>]) -> Bytes {
     let content = if pictures.is_empty() {
         Content::Text(text)
     } else {
@@ -91,7 +117,8 @@ pub(crate) fn question(text: &str, pictures: &[Picture<'_>]) -> Bytes {
         let shown = pictures.iter().map(|url| Part::ImageUrl { image_url: Url { url } });
         Content::Parts(said.into_iter().chain(shown).collect())
     };
-    let chat = Chat { model: "openclaw/default", stream: false, messages: [Turn { role: "user", content }] };
+    let model = format!("openclaw/{}", agent(session));
+    let chat = Chat { model, stream: false, messages: [Turn { role: "user", content }] };
     // In one go: growing would need twice the room of what may be ten mebibytes.
     let size = text.len() + pictures.iter().map(|one| one.size() + AROUND).sum::<usize>() + AROUND;
     let mut bytes = Vec::with_capacity(size);
@@ -107,11 +134,16 @@ impl Gateway {
         Ok(Self { http, base: format!("http://127.0.0.1:{port}"), token })
     }
 
+    fn at(&self, path: &str) -> Uri {
+        // Of a number and letters: there is nothing that it could not be.
+        format!("{}{path}", self.base).parse().unwrap_or_default()
+    }
+
     /// Whether it is worth a large question: something is there, and does not say that it is not ready.
     pub(crate) async fn is_ready(&self) -> bool {
         let ask = Ask {
             method: Method::GET,
-            url: &format!("{}/readyz", self.base),
+            uri: self.at("/readyz"),
             bearer: None,
             headers: &[],
             body: None,
@@ -131,9 +163,12 @@ impl Gateway {
     ) -> Outcome {
         let ask = Ask {
             method: Method::POST,
-            url: &format!("{}/v1/chat/completions", self.base),
+            uri: self.at("/v1/chat/completions"),
             bearer: Some(&self.token),
-            headers: &[("x-openclaw-session-key", session), ("x-openclaw-message-channel", channel)],
+            headers: &[
+                ("x-openclaw-session-key", &whole_key(session)),
+                ("x-openclaw-message-channel", channel),
+            ],
             body: Some(body),
             room,
             answer_max: ANSWER_MAX,
@@ -184,9 +219,25 @@ mod tests {
 
     #[test]
     fn a_message_without_pictures_is_plain_text() {
-        let body: Value = serde_json::from_slice(&question("hi \"you\"", &[])).unwrap();
+        let body: Value = serde_json::from_slice(&question("s", "hi \"you\"", &[])).unwrap();
         assert_eq!(body["messages"], json!([{"role": "user", "content": "hi \"you\""}]));
-        assert_eq!((&body["model"], &body["stream"]), (&json!("openclaw/default"), &json!(false)));
+        assert_eq!((&body["model"], &body["stream"]), (&json!("openclaw/main"), &json!(false)));
+    }
+
+    #[test]
+    fn the_agent_is_the_one_that_the_session_names_and_main_otherwise() {
+        for (session, wanted, key) in [
+            ("agent:main:telegram:direct:5", "main", "agent:main:telegram:direct:5"),
+            ("agent:bob_2:main", "bob_2", "agent:bob_2:main"),
+            ("telegram:5", "main", "agent:main:telegram:5"),
+            ("global", "main", "global"),
+            ("agent:bob", "main", "agent:main:agent:bob"),
+            ("agent::x", "main", "agent:main:agent::x"),
+            ("agent:_a:x", "main", "agent:main:agent:_a:x"),
+            ("agent:a/b:x", "main", "agent:main:agent:a/b:x"),
+        ] {
+            assert_eq!((agent(session), &*whole_key(session)), (wanted, key));
+        }
     }
 
     #[test]

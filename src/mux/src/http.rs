@@ -7,7 +7,7 @@ use bytes::{Bytes, BytesMut};
 use http_body_util::BodyExt as _;
 use hyper::body::{Body, Frame, SizeHint};
 use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue, RETRY_AFTER, USER_AGENT};
-use hyper::{Method, Request};
+use hyper::{Method, Request, Uri};
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
@@ -93,7 +93,7 @@ impl fmt::Display for Unanswered {
 /// A question. `bearer` goes into the Authorization header and nowhere else.
 pub(crate) struct Ask<'a> {
     pub(crate) method: Method,
-    pub(crate) url: &'a str,
+    pub(crate) uri: Uri,
     pub(crate) bearer: Option<&'a str>,
     pub(crate) headers: &'a [(&'static str, &'a str)],
     pub(crate) body: Option<Bytes>,
@@ -150,7 +150,7 @@ impl Http {
         let broken = |why: &str| Unanswered::Broken(why.to_owned());
         let mut request = Request::builder()
             .method(ask.method)
-            .uri(ask.url)
+            .uri(ask.uri)
             .header(USER_AGENT, concat!("openclaw-cvm/", env!("CARGO_PKG_VERSION")));
         if let Some(bearer) = ask.bearer {
             let mut value = HeaderValue::try_from(format!("Bearer {bearer}"))

@@ -28,6 +28,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
+use tokio::task::JoinSet;
 
 /// The contract's.
 const BODY_MAX: u64 = 10 * 1024 * 1024;
@@ -134,20 +135,33 @@ impl Guests {
 
 /// Serves until it is told to stop; what has been let in is still answered.
 pub(crate) async fn serve(door: Arc<Door>, listener: TcpListener, mut stopping: watch::Receiver<bool>) {
+    let mut hosts = JoinSet::new();
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
-            _ = stopping.wait_for(|stop| *stop) => return,
+            Some(_) = hosts.join_next() => continue,
+            _ = stopping.wait_for(|stop| *stop) => break,
         };
         match accepted {
             Ok((stream, _)) => {
                 if let Some((number, leave)) = door.guests.admit() {
-                    tokio::spawn(host(Arc::clone(&door), stream, number, leave, stopping.clone()));
+                    hosts.spawn(host(Arc::clone(&door), stream, number, leave, stopping.clone()));
                 }
             }
             // No descriptors left, say. Connections end by themselves.
             Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
         }
+    }
+    drop(listener);
+    while hosts.join_next().await.is_some() {}
+}
+
+/// Makes room when a connection ends, however that comes.
+struct Leaving<'a>(&'a Guests, u64);
+
+impl Drop for Leaving<'_> {
+    fn drop(&mut self) {
+        self.0.leave(self.1);
     }
 }
 
@@ -158,6 +172,7 @@ async fn host(
     leave: Arc<Notify>,
     mut stopping: watch::Receiver<bool>,
 ) {
+    let _leaving = Leaving(&door.guests, number);
     let _ = stream.set_nodelay(true);
     let service = service_fn(|request| {
         let door = Arc::clone(&door);
@@ -181,12 +196,14 @@ async fn host(
                 waited = true;
             }
             _ = stopping.wait_for(|stop| *stop), if !stopped => {
+                if door.guests.is_stranger(number) {
+                    break;
+                }
                 stopped = true;
                 connection.as_mut().graceful_shutdown();
             }
         }
     }
-    door.guests.leave(number);
 }
 
 // === Requests ===

@@ -15,7 +15,8 @@
 //! ```
 //!
 //! It may be killed at any moment. What it has acknowledged is in the queue, on the volume, and with
-//! a bucket in that too.
+//! a bucket in that too. When a part of it ends that others depend on, it ends with a reason, and the
+//! supervisor starts it again.
 //!
 //! Begins as root, to open its directory, and goes on as nobody else is: the agent, which runs as
 //! the gateway's user, must reach neither this memory nor the queue.
@@ -36,11 +37,13 @@ mod gateway;
 mod http;
 mod inbound;
 mod keychain;
+mod mention;
 mod outbound;
 mod pair;
 mod queue;
 mod register;
 mod replication;
+mod sessions;
 mod split;
 mod token;
 
@@ -52,6 +55,7 @@ use desk::Desk;
 use nix::unistd::{Gid, Uid};
 use register::{Registration, Server};
 use serde::de::DeserializeOwned;
+use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::fs::{DirBuilder, File};
 use std::io::{Seek as _, SeekFrom};
@@ -65,6 +69,7 @@ use std::time::Duration;
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
+use tokio::task::JoinSet;
 use zeroize::Zeroizing;
 
 const SPEC_MAX: usize = 64 * 1024;
@@ -225,7 +230,7 @@ async fn run(spec: MuxSpec, reports: File) -> Result<(), String> {
     };
     let desk = Arc::new(Desk::new(board, Some(reports)));
     let path = Path::new(&spec.directory).join(QUEUE);
-    let (queue, _writer) = queue::Queue::open(&path).map_err(|e| format!("{}: {e}", path.display()))?;
+    let (queue, threads) = queue::Queue::open(&path).map_err(|e| format!("{}: {e}", path.display()))?;
     let http = Arc::new(http::Http::new(spec.base_url.starts_with("https:"), true)?);
     let server = Server {
         base_url: spec.base_url.clone(),
@@ -256,15 +261,16 @@ async fn run(spec: MuxSpec, reports: File) -> Result<(), String> {
     if left > 0 {
         desk.note(Level::Info, format!("{left} events of an earlier run go on"));
     }
-    let mut helpers = tokio::task::JoinSet::new();
+    let mut parts = Parts::default();
     let (a, b, c, d) =
         (Arc::clone(&desk), Arc::clone(&registration), Arc::clone(&registration), Arc::clone(&dispatch));
-    helpers.spawn(async move { a.speak().await });
-    helpers.spawn(async move { b.keep().await });
-    helpers.spawn(async move { c.keep_keys().await });
-    helpers.spawn(async move { d.look_after().await });
+    parts.spawn("the reports", async move { a.speak().await });
+    parts.spawn("the registration", async move { b.keep().await });
+    parts.spawn("the look at the mux-server's keys", async move { c.keep_keys().await });
+    parts.spawn("the care of the queue", async move { d.look_after().await });
+    parts.spawn("the queue", async move { threads.ended().await });
     if let Some(replication) = replication.clone() {
-        helpers.spawn(async move { replication.keep().await });
+        parts.spawn("the question what is in the bucket", async move { replication.keep().await });
     }
     let door = Arc::new(inbound::Door::new(
         registration,
@@ -273,16 +279,49 @@ async fn run(spec: MuxSpec, reports: File) -> Result<(), String> {
         replication,
         Arc::clone(&desk),
     ));
-    let serving = tokio::spawn(inbound::serve(Arc::clone(&door), listener, stopping));
-    terminate.recv().await;
+    let mut serving = Parts::default();
+    serving.spawn("the door", inbound::serve(Arc::clone(&door), listener, stopping));
+    let ended = tokio::select! {
+        _ = terminate.recv() => None,
+        part = parts.ended() => Some(part),
+        part = serving.ended() => Some(part),
+    };
+    if let Some(part) = ended {
+        let why = format!("{part} of the mux client has ended: this is a bug; it starts again");
+        desk.note(Level::Error, &why);
+        return Err(why);
+    }
     // Nothing new comes in; what the gateway is about to answer is still answered, while there is time.
     let _ = stop.send(true);
-    let _ = serving.await;
     let time = Duration::from_secs(u64::from(spec.drain_s)).saturating_sub(STOP_MARGIN);
-    let _ = tokio::time::timeout(time, dispatch.rest()).await;
-    helpers.shutdown().await;
+    let _ = tokio::time::timeout(time, async { tokio::join!(serving.ended(), dispatch.rest()) }).await;
+    parts.all.shutdown().await;
     // What still runs holds the queue, and is not waited for: it may be ended at any moment.
     Ok(())
+}
+
+/// What runs for as long as this program does.
+#[derive(Default)]
+struct Parts {
+    all: JoinSet<()>,
+    names: HashMap<tokio::task::Id, &'static str>,
+}
+
+impl Parts {
+    fn spawn(&mut self, name: &'static str, part: impl Future<Output = ()> + Send + 'static) {
+        let id = self.all.spawn(part).id();
+        self.names.insert(id, name);
+    }
+
+    /// Waits for the end of one of them, by itself or by a panic, and yields its name.
+    async fn ended(&mut self) -> &'static str {
+        let id = match self.all.join_next_with_id().await {
+            Some(Ok((id, ()))) => Some(id),
+            Some(Err(error)) => Some(error.id()),
+            None => None,
+        };
+        id.and_then(|id| self.names.get(&id)).copied().unwrap_or("a part")
+    }
 }
 
 fn hex<'a>(bytes: impl Iterator<Item = &'a u8>) -> String {
@@ -290,4 +329,21 @@ fn hex<'a>(bytes: impl Iterator<Item = &'a u8>) -> String {
         let _ = write!(text, "{byte:02x}"); // a String takes all
         text
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_part_that_ends_or_panics_is_named() {
+        tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+            let mut parts = Parts::default();
+            parts.spawn("one that stays", std::future::pending());
+            parts.spawn("one that ends", std::future::ready(()));
+            assert_eq!(parts.ended().await, "one that ends");
+            parts.spawn("one that panics", async { panic!("a bug") });
+            assert_eq!(parts.ended().await, "one that panics");
+        });
+    }
 }

@@ -130,7 +130,7 @@ impl Outbound {
         let headers = with_key.as_ref().map_or(std::slice::from_ref(&id), |two| &two[..]);
         let ask = Ask {
             method: Method::POST,
-            url: &self.registration.url(path),
+            uri: self.registration.url(path),
             bearer: Some(pass.expose()),
             headers,
             body: Some(body.to_owned().into()),

@@ -29,9 +29,11 @@ pub(crate) async fn pair(spec: PairSpec) -> Result<Value, String> {
         }
     }
     let http = Http::new(spec.base_url.starts_with("https:"), false)?;
+    let uri = format!("{}/v1/admin/pairings/token", spec.base_url);
+    let uri = uri.parse().map_err(|_| "the address of the mux-server is none that can be asked")?;
     let ask = Ask {
         method: Method::POST,
-        url: &format!("{}/v1/admin/pairings/token", spec.base_url),
+        uri,
         bearer: Some(&token),
         headers: &[],
         body: Some(body.to_string().into()),

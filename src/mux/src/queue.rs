@@ -6,17 +6,19 @@
 //! ```
 //!
 //! One thread writes. What comes in while it waits for the disk goes into the next transaction
-//! together, so that an fsync is paid once for many. Of what is done the id and the outcome stay, so
-//! that a second delivery is known; the words go.
+//! together, so that an fsync is paid once for many; each job has a savepoint in it, so that one that
+//! fails takes nothing of the others along. Another thread reads, on a connection of its own: what
+//! cannot be read refuses nothing that is to be written. Of what is done the id and the outcome stay,
+//! so that a second delivery is known; the words go.
 //!
 //! Refuses to yield before a commit is on the disk. May import: `desk` (the clock).
 
 use crate::desk::now_ms;
-use rusqlite::{Connection, OptionalExtension as _, params};
+use rusqlite::{Connection, ErrorCode, OptionalExtension as _, params};
 use std::fmt;
 use std::path::Path;
-use std::sync::mpsc;
-use tokio::sync::oneshot;
+use std::sync::{Arc, mpsc};
+use tokio::sync::{Notify, oneshot};
 
 /// Jobs that share one transaction.
 const BATCH: usize = 128;
@@ -55,14 +57,47 @@ CREATE TABLE part (
 /// What follows the transaction, whatever became of it.
 type Finish = Box<dyn FnOnce(&Connection, Result<(), Failure>) + Send>;
 type Job = Box<dyn FnOnce(&Connection) -> (bool, Finish) + Send>;
+type Read = Box<dyn FnOnce(&Connection) + Send>;
 
 /// The queue did not take or yield something; nothing of it has happened.
 #[derive(Debug, Clone)]
-pub(crate) struct Failure(String);
+pub(crate) struct Failure {
+    why: String,
+    /// What the file holds is broken: trying again does not help.
+    is_damage: bool,
+}
+
+impl Failure {
+    fn new(why: impl Into<String>) -> Self {
+        Self { why: why.into(), is_damage: false }
+    }
+
+    pub(crate) fn is_damage(&self) -> bool {
+        self.is_damage
+    }
+}
+
+impl From<rusqlite::Error> for Failure {
+    fn from(error: rusqlite::Error) -> Self {
+        use rusqlite::Error::{FromSqlConversionFailure, IntegralValueOutOfRange, InvalidColumnType};
+        let code = error.sqlite_error_code();
+        let is_damage = matches!(code, Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase))
+            || matches!(
+                error,
+                FromSqlConversionFailure(..) | IntegralValueOutOfRange(..) | InvalidColumnType(..)
+            );
+        Self { why: error.to_string(), is_damage }
+    }
+}
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "the queue: {}; look at the room on the volume (`cvm doctor`)", self.0)
+        let remedy = if self.is_damage {
+            "it is damaged; stop the machine and move the file away to go on with an empty one"
+        } else {
+            "look at the room on the volume (`cvm doctor`)"
+        };
+        write!(f, "the queue: {}; {remedy}", self.why)
     }
 }
 
@@ -95,29 +130,60 @@ pub(crate) struct Depth {
 #[derive(Clone)]
 pub(crate) struct Queue {
     jobs: mpsc::Sender<Job>,
+    reads: mpsc::Sender<Read>,
+}
+
+/// The threads of a queue. They end when its last handle is gone, and by a bug.
+pub(crate) struct Threads(Arc<Notify>);
+
+impl Threads {
+    /// Waits until one of them has ended. From then on the queue takes or yields nothing.
+    pub(crate) async fn ended(&self) {
+        self.0.notified().await;
+    }
+}
+
+/// Tells of the end of a thread, however it comes.
+struct Ending(Arc<Notify>);
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        self.0.notify_one();
+    }
 }
 
 fn signed(ms: u64) -> i64 {
     i64::try_from(ms).unwrap_or(i64::MAX)
 }
 
+/// A thread with a small stack, since all it does is SQL.
+fn thread(name: &str, ended: &Arc<Notify>, work: impl FnOnce() + Send + 'static) -> Result<(), Failure> {
+    let ending = Ending(Arc::clone(ended));
+    let work = move || {
+        let _ending = ending;
+        work();
+    };
+    let builder = std::thread::Builder::new().name(name.to_owned()).stack_size(256 * 1024);
+    builder.spawn(work).map(drop).map_err(|e| Failure::new(e.to_string()))
+}
+
 impl Queue {
-    /// Opens it, and makes it where there is none. The thread ends when the last handle is gone.
-    pub(crate) fn open(path: &Path) -> Result<(Self, std::thread::JoinHandle<()>), Failure> {
-        let mut db = connect(path).map_err(|e| Failure(e.to_string()))?;
+    /// Opens it, and makes it where there is none.
+    pub(crate) fn open(path: &Path) -> Result<(Self, Threads), Failure> {
+        let (writes, reader) = (connect(path)?, connect_to_read(path)?);
         let (jobs, orders) = mpsc::channel::<Job>();
-        let thread = std::thread::Builder::new()
-            .name("queue".to_owned())
-            .stack_size(256 * 1024)
-            .spawn(move || {
-                while let Ok(first) = orders.recv() {
-                    let more = std::iter::from_fn(|| orders.try_recv().ok()).take(BATCH - 1);
-                    let batch: Vec<Job> = std::iter::once(first).chain(more).collect();
-                    carry_out(&mut db, batch);
-                }
-            })
-            .map_err(|e| Failure(e.to_string()))?;
-        Ok((Self { jobs }, thread))
+        let (reads, questions) = mpsc::channel::<Read>();
+        let ended = Arc::new(Notify::new());
+        let write = move || {
+            while let Ok(first) = orders.recv() {
+                let more = std::iter::from_fn(|| orders.try_recv().ok()).take(BATCH - 1);
+                carry_out(&writes, std::iter::once(first).chain(more).collect());
+            }
+        };
+        let read = move || questions.iter().for_each(|question| question(&reader));
+        thread("queue", &ended, write)?;
+        thread("queue-reader", &ended, read)?;
+        Ok((Self { jobs, reads }, Threads(ended)))
     }
 
     /// Does `work` in the next transaction, and yields when that is on the disk.
@@ -132,7 +198,7 @@ impl Queue {
                 // Whoever asked may be gone.
                 Ok(value) => Box::new(move |_, committed| drop(tell.send(committed.map(|()| value)))),
                 Err(error) => {
-                    let failure = Failure(error.to_string());
+                    let failure = Failure::from(error);
                     return (false, Box::new(move |_, _| drop(tell.send(Err(failure)))));
                 }
             };
@@ -142,8 +208,22 @@ impl Queue {
     }
 
     async fn send<T>(&self, job: Job, told: oneshot::Receiver<Result<T, Failure>>) -> Result<T, Failure> {
-        self.jobs.send(job).map_err(|_| Failure("it is closed".to_owned()))?;
-        told.await.map_err(|_| Failure("it cannot begin to write".to_owned()))?
+        self.jobs.send(job).map_err(|_| Failure::new("it is closed"))?;
+        told.await.map_err(|_| Failure::new("it cannot begin to write"))?
+    }
+
+    /// What `work` reads in one transaction: everything that was yielded before is in it.
+    async fn read<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
+    ) -> Result<T, Failure> {
+        let (tell, told) = oneshot::channel();
+        let read: Read = Box::new(move |db| {
+            let found = db.unchecked_transaction().and_then(|snapshot| work(&snapshot));
+            drop(tell.send(found.map_err(Failure::from)));
+        });
+        self.reads.send(read).map_err(|_| Failure::new("it is closed"))?;
+        told.await.map_err(|_| Failure::new("it cannot be read"))?
     }
 
     pub(crate) async fn accept(
@@ -178,22 +258,25 @@ impl Queue {
 
     /// What is not done, in the order of its arrival, with its session and size.
     pub(crate) async fn unfinished(&self) -> Result<Vec<(i64, String, u64)>, Failure> {
-        self.run(|db| {
-            let mut select = db.prepare(
-                "SELECT seq, session, (SELECT coalesce(sum(length(bytes)), 0) FROM body WHERE body.seq = event.seq)
-                 FROM event WHERE state < 2 ORDER BY seq",
-            )?;
-            let rows = select.query_map([], |row| {
-                Ok((row.get(0)?, row.get(1)?, u64::try_from(row.get::<_, i64>(2)?).unwrap_or_default()))
-            })?;
-            rows.collect()
+        self.read(|db| {
+            let mut select = db.prepare("SELECT seq, session FROM event WHERE state < 2 ORDER BY seq")?;
+            let mut size =
+                db.prepare("SELECT coalesce(sum(length(bytes)), 0) FROM body WHERE body.seq = ?")?;
+            let rows = select.query_map([], |row| Ok((row.get::<_, i64>(0)?, row.get(1)?)))?;
+            rows.map(|row| {
+                let (seq, session) = row?;
+                // One whose body is damaged holds up no start: who works on it will see.
+                let size: i64 = size.query_row([seq], |row| row.get(0)).unwrap_or_default();
+                Ok((seq, session, u64::try_from(size).unwrap_or_default()))
+            })
+            .collect()
         })
         .await
     }
 
     /// Whether the gateway has answered it; none when it is done.
     pub(crate) async fn is_answered(&self, seq: i64) -> Result<Option<bool>, Failure> {
-        self.run(move |db| {
+        self.read(move |db| {
             db.prepare_cached("SELECT state FROM event WHERE seq = ? AND state < 2")?
                 .query_row([seq], |row| Ok(row.get::<_, i64>(0)? == 1))
                 .optional()
@@ -203,7 +286,7 @@ impl Queue {
 
     /// None when it is done.
     pub(crate) async fn load(&self, seq: i64) -> Result<Option<Open>, Failure> {
-        self.run(move |db| {
+        self.read(move |db| {
             let row = db
                 .prepare_cached("SELECT id, session, channel, state FROM event WHERE seq = ? AND state < 2")?
                 .query_row([seq], |row| {
@@ -263,7 +346,7 @@ impl Queue {
     }
 
     pub(crate) async fn depth(&self) -> Result<Depth, Failure> {
-        self.run(|db| {
+        self.read(|db| {
             let mut depth = Depth::default();
             let mut select = db.prepare_cached(
                 "SELECT state, count(*), min(received_ms) FROM event WHERE state < 2 GROUP BY state",
@@ -310,7 +393,7 @@ impl Queue {
             let outcome = shrink(db);
             let good = outcome.is_ok();
             let finish: Finish = Box::new(move |db, committed| {
-                let outcome = outcome.map_err(|e| Failure(e.to_string()));
+                let outcome = outcome.map_err(Failure::from);
                 let outcome = committed.and(outcome).map(|left| {
                     // The file is as large as ever until the log has been written back to it.
                     if left.is_some() {
@@ -355,6 +438,8 @@ fn connect(path: &Path) -> rusqlite::Result<Connection> {
     // An acknowledgement is a promise that outlives a loss of power.
     db.pragma_update(None, "synchronous", "FULL")?;
     db.pragma_update(None, "cache_size", -1024)?;
+    // What a savepoint may have to take back stays in memory: words of a message are in this file only.
+    db.pragma_update(None, "temp_store", "MEMORY")?;
     db.pragma_update(None, "journal_size_limit", 4 * 1024 * 1024)?;
     if version == 0 {
         let version = SCHEMA_VERSION;
@@ -367,32 +452,59 @@ fn connect(path: &Path) -> rusqlite::Result<Connection> {
     Ok(db)
 }
 
-/// One transaction for all; when one fails, none has happened.
-fn carry_out(db: &mut Connection, batch: Vec<Job>) {
-    let mut finishes = Vec::with_capacity(batch.len());
-    let outcome = (|| {
-        let transaction = db.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
-        let mut good = true;
-        for job in batch {
-            let (ok, finish) = job(&transaction);
-            good &= ok;
-            finishes.push(finish);
+fn connect_to_read(path: &Path) -> rusqlite::Result<Connection> {
+    let db = Connection::open(path)?;
+    db.busy_timeout(std::time::Duration::from_secs(5))?;
+    db.pragma_update(None, "query_only", true)?;
+    db.pragma_update(None, "cache_size", -256)?;
+    Ok(db)
+}
+
+/// One transaction for all. A job that fails is taken back alone; a transaction that fails takes
+/// those along that are in it, and what is left of the batch gets another one.
+fn carry_out(db: &Connection, batch: Vec<Job>) {
+    let mut jobs = batch.into_iter().peekable();
+    while jobs.peek().is_some() {
+        let mut finishes = Vec::with_capacity(jobs.len());
+        let outcome = transact(db, &mut jobs, &mut finishes);
+        if outcome.is_err() && !db.is_autocommit() {
+            let _ = db.execute_batch("ROLLBACK");
         }
-        if good { transaction.commit().map(|()| true) } else { transaction.rollback().map(|()| false) }
-    })();
-    let verdict = match outcome {
-        Ok(true) => Ok(()),
-        Ok(false) => Err(Failure("another write of the same moment failed".to_owned())),
-        Err(error) => Err(Failure(rusqlite::Error::to_string(&error))),
-    };
-    for finish in finishes {
-        finish(db, verdict.clone());
+        if finishes.is_empty() {
+            // It cannot begin: who asked sees that nobody answers.
+            return;
+        }
+        let verdict = outcome.map_err(Failure::from);
+        for finish in finishes {
+            finish(db, verdict.clone());
+        }
     }
 }
 
+fn transact(
+    db: &Connection,
+    jobs: &mut impl Iterator<Item = Job>,
+    finishes: &mut Vec<Finish>,
+) -> rusqlite::Result<()> {
+    db.execute_batch("BEGIN IMMEDIATE")?;
+    for job in jobs {
+        db.execute_batch("SAVEPOINT job")?;
+        let (good, finish) = job(db);
+        finishes.push(finish);
+        if !good {
+            // A full disk may have ended the whole transaction, and then this fails.
+            db.execute_batch("ROLLBACK TO job")?;
+        }
+        db.execute_batch("RELEASE job")?;
+    }
+    db.execute_batch("COMMIT")
+}
+
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+    use std::pin::Pin;
+    use std::task::Poll;
 
     fn runtime() -> tokio::runtime::Runtime {
         tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
@@ -410,7 +522,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("q.sqlite");
         runtime().block_on(async {
-            let (queue, _thread) = Queue::open(&path).unwrap();
+            let (queue, _threads) = Queue::open(&path).unwrap();
             assert_eq!(put(&queue, "a", "s").await, Accepted::New(1));
             assert_eq!(put(&queue, "a", "t").await, Accepted::Known(Some((1, "s".to_owned()))));
             queue.done(1, "sent".into()).await.unwrap();
@@ -427,14 +539,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("q.sqlite");
         runtime().block_on(async {
-            let (queue, thread) = Queue::open(&path).unwrap();
+            let (queue, _threads) = Queue::open(&path).unwrap();
             put(&queue, "a", "s").await;
             put(&queue, "b", "s").await;
             queue.answered(1, vec!["one".into(), "two".into()]).await.unwrap();
             queue.sent(1, 0).await.unwrap();
             drop(queue);
-            thread.join().unwrap();
-            let (queue, _thread) = Queue::open(&path).unwrap();
+            let (queue, _threads) = Queue::open(&path).unwrap();
             assert_eq!(queue.unfinished().await.unwrap(), [(1, "s".to_owned(), 2), (2, "s".to_owned(), 2)]);
             let open = queue.load(1).await.unwrap().unwrap();
             assert_eq!((open.answered, open.parts), (true, vec![(1, "two".to_owned())]));
@@ -452,7 +563,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("q.sqlite");
         runtime().block_on(async {
-            let (queue, _thread) = Queue::open(&path).unwrap();
+            let (queue, _threads) = Queue::open(&path).unwrap();
             let body = || vec![vec![b'x'; 256 * 1024]; 16];
             for n in 0..6 {
                 queue.accept(n.to_string(), "s".into(), "c".into(), body()).await.unwrap();
@@ -464,6 +575,138 @@ mod tests {
             }
             while queue.shrink().await.unwrap() {}
             assert!(size() < 1 << 20, "{}", size());
+        });
+    }
+
+    /// Makes all that is asked meanwhile one batch: the writer waits until `go` is dropped.
+    fn hold_the_writer(queue: &Queue) -> mpsc::Sender<()> {
+        let (go, wait) = mpsc::channel::<()>();
+        let finish: Finish = Box::new(|_, _| {});
+        let job: Job = Box::new(move |_| {
+            let _ = wait.recv();
+            (true, finish)
+        });
+        queue.jobs.send(job).unwrap();
+        go
+    }
+
+    /// Asks for all of them before the writer goes on.
+    async fn in_one_batch<T>(
+        queue: &Queue,
+        all: impl IntoIterator<Item = Pin<Box<dyn Future<Output = T>>>>,
+    ) -> Vec<T> {
+        let go = hold_the_writer(queue);
+        let mut all: Vec<_> = all.into_iter().collect();
+        let mut found: Vec<Option<T>> = all.iter().map(|_| None).collect();
+        let mut go = Some(go);
+        std::future::poll_fn(|cx| {
+            for (one, found) in all.iter_mut().zip(&mut found) {
+                if found.is_none()
+                    && let Poll::Ready(value) = one.as_mut().poll(cx)
+                {
+                    *found = Some(value);
+                }
+            }
+            drop(go.take());
+            if found.iter().all(Option::is_some) { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
+        found.into_iter().flatten().collect()
+    }
+
+    fn accept(queue: &Queue, id: &str, body: Vec<u8>) -> Pin<Box<dyn Future<Output = bool>>> {
+        let (queue, id) = (queue.clone(), id.to_owned());
+        Box::pin(async move { queue.accept(id, "s".into(), "c".into(), vec![body]).await.is_ok() })
+    }
+
+    #[test]
+    fn a_job_that_fails_takes_nothing_of_the_others_along() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("q.sqlite");
+        runtime().block_on(async {
+            let (queue, _threads) = Queue::open(&path).unwrap();
+            let bad = queue.clone();
+            let fails: Pin<Box<dyn Future<Output = bool>>> = Box::pin(async move {
+                bad.run(|db| {
+                    db.execute("INSERT INTO part VALUES (77, 0, 'half of it', 0)", [])?;
+                    db.execute("INSERT INTO nowhere VALUES (1)", [])
+                })
+                .await
+                .is_ok()
+            });
+            let all = [accept(&queue, "a", b"{}".to_vec()), fails, accept(&queue, "b", b"{}".to_vec())];
+            assert_eq!(in_one_batch(&queue, all).await, [true, false, true]);
+            let halves =
+                queue.read(|db| db.query_row("SELECT count(*) FROM part", [], |r| r.get::<_, i64>(0)));
+            assert_eq!((halves.await.unwrap(), queue.unfinished().await.unwrap().len()), (0, 2));
+        });
+    }
+
+    #[test]
+    fn what_was_yielded_is_there_and_nothing_else_when_the_disk_is_full() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("q.sqlite");
+        runtime().block_on(async {
+            let (queue, _threads) = Queue::open(&path).unwrap();
+            queue.run(|db| db.pragma_update(None, "max_page_count", 40)).await.unwrap();
+            let all = ["a", "large", "b"]
+                .map(|id| accept(&queue, id, vec![b'x'; if id == "large" { 1 << 20 } else { 10 }]));
+            let taken = in_one_batch(&queue, all).await;
+            assert!(!taken[1] && taken[2], "{taken:?}");
+            for (id, taken) in ["a", "large", "b"].into_iter().zip(taken) {
+                let there = queue
+                    .read(move |db| {
+                        db.query_row("SELECT count(*) FROM event WHERE id = ?", [id], |r| r.get::<_, i64>(0))
+                    })
+                    .await;
+                assert_eq!(there.unwrap() == 1, taken, "{id}");
+            }
+        });
+    }
+
+    /// Breaks the chain of pages on which the body of this event lies.
+    pub(crate) fn damage(path: &Path, text: &[u8]) {
+        let db = Connection::open(path).unwrap();
+        db.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())).unwrap();
+        drop(db);
+        let mut bytes = std::fs::read(path).unwrap();
+        let at = bytes.windows(text.len()).rposition(|window| window == text).unwrap();
+        let page = at / 4096 * 4096;
+        bytes[page..page + 4].copy_from_slice(&[0xff; 4]);
+        let file = std::fs::OpenOptions::new().write(true).open(path).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, &bytes[page..page + 4], page as u64).unwrap();
+    }
+
+    #[test]
+    fn a_damaged_row_refuses_nothing_but_itself() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("q.sqlite");
+        runtime().block_on(async {
+            let (queue, _threads) = Queue::open(&path).unwrap();
+            let long: Vec<u8> = (0..3000).flat_map(|n| format!("word{n:05} ").into_bytes()).collect();
+            assert!(accept(&queue, "bad", long).await && accept(&queue, "good", b"{}".to_vec()).await);
+            drop(queue);
+            damage(&path, b"word01500");
+            let (queue, _threads) = Queue::open(&path).unwrap();
+            assert_eq!(queue.unfinished().await.unwrap().len(), 2);
+            let reader = queue.clone();
+            let load: Pin<Box<dyn Future<Output = bool>>> =
+                Box::pin(async move { !reader.load(1).await.is_err_and(|failure| failure.is_damage()) });
+            let all = [load, accept(&queue, "new", b"{}".to_vec())];
+            assert_eq!(in_one_batch(&queue, all).await, [false, true]);
+            assert_eq!(queue.load(2).await.unwrap().unwrap().body, b"{}");
+        });
+    }
+
+    #[test]
+    fn a_writer_that_is_gone_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        runtime().block_on(async {
+            let (queue, threads) = Queue::open(&dir.path().join("q.sqlite")).unwrap();
+            let asked = queue.run::<()>(|_| panic!("a bug")).await;
+            assert!(asked.is_err());
+            threads.ended().await;
+            assert!(!accept(&queue, "a", b"{}".to_vec()).await);
         });
     }
 

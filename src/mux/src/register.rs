@@ -10,7 +10,7 @@ use crate::http::{Ask, Http};
 use crate::keychain::Keychain;
 use crate::token::{Keys, Refusal, verify};
 use cvm_blueprint::supervise::Level;
-use hyper::Method;
+use hyper::{Method, Uri};
 use serde::Deserialize;
 use serde_json::json;
 use std::sync::Arc;
@@ -98,8 +98,13 @@ impl Registration {
         &self.server.device_id
     }
 
-    pub(crate) fn url(&self, path: &str) -> String {
-        format!("{}{path}", self.server.base_url)
+    pub(crate) fn base_url(&self) -> &str {
+        &self.server.base_url
+    }
+
+    pub(crate) fn url(&self, path: &str) -> Uri {
+        // The configuration has an address behind it: one that is none is not reached.
+        format!("{}{path}", self.server.base_url).parse().unwrap_or_default()
     }
 
     // === Our token ===
@@ -163,7 +168,7 @@ impl Registration {
         });
         let ask = Ask {
             method: Method::POST,
-            url: &self.url("/v1/instances/register"),
+            uri: self.url("/v1/instances/register"),
             bearer: Some(&server.register_key),
             headers: &[],
             body: Some(body.to_string().into()),
@@ -248,7 +253,7 @@ impl Registration {
     async fn fetch_keys(&self) -> Result<Keys, String> {
         let ask = Ask {
             method: Method::GET,
-            url: &self.url("/.well-known/jwks.json"),
+            uri: self.url("/.well-known/jwks.json"),
             bearer: None,
             headers: &[],
             body: None,
