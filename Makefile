@@ -61,7 +61,7 @@ lint: ## formatting and lints
 
 fuzz-smoke: ## each fuzz target for a short while
 	@echo "== Fuzz targets, a short run of each"
-	@tests/fuzz/run 10
+	@tests/fuzz/run 6
 
 clean: ## remove what was built and installed below target/; what ~/.cache/openclaw-cvm keeps for other clones stays
 	rm -rf target
