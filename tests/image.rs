@@ -458,7 +458,7 @@ fn a_volume_keeps_everything_through_kills_restarts_and_a_new_container() {
     });
     let published = ["curl", "--silent", "--fail", "--max-time", "60", "http://127.0.0.1:18789/healthz"];
     good("the gateway at its published port", &engine.host.exec(&published));
-    inside(&engine, &["test", "-S", "/var/run/dstack.sock"]);
+    inside(&engine, &["test", "-S", "/run/cvm-dstack/dstack.sock"]);
     let doors = status(&engine)["doors"].clone();
     assert_eq!((doors[0]["name"].as_str(), doors[1].is_null()), (Some("ENABLE_DOCKER=1"), true), "{doors}");
 

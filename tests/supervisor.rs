@@ -114,6 +114,66 @@ fn exit_0_that_nobody_asked_for_restarts_at_once() {
     machine.service_in("gateway", &["ready"]);
 }
 
+/// What was taken without a word by earlier versions, with the variable that opens it again.
+const OPENED: [(&str, &str, &str); 3] = [
+    ("MASTER_KEY", "correct horse battery staple", "ALLOW_WEAK_MASTER_KEY"),
+    ("MUX_BASE_URL", "http://mux.example.org", "ALLOW_HTTP"),
+    ("MUX_INBOUND_URL", "http://me.example.org/v1/mux/inbound", "ALLOW_HTTP"),
+];
+
+#[test]
+fn what_opens_a_machine_is_refused_or_said_at_each_boot() {
+    let init = "/usr/local/sbin/cvm-init";
+    let with = |allowed: &[&str], command: &[&str]| {
+        let mut builder =
+            Builder::product().fake_gateway(HEALTHY).environment("MUX_REGISTER_KEY", "register");
+        for (name, value, _) in OPENED {
+            builder = builder.environment(name, value);
+        }
+        allowed.iter().fold(builder, |b, name| b.environment(name, "1")).command(command)
+    };
+    for command in [&[init][..], &[init, "--check"]] {
+        let mut machine = with(&[], command).start();
+        assert_eq!(machine.wait(), 78);
+        for (name, value, remedy) in OPENED {
+            let line = machine.line(&format!("ERROR   {name}: "));
+            assert!(line.contains(&format!("{remedy}=1")) && !line.contains(value), "{line}");
+        }
+    }
+    let switches =
+        ["ALLOW_WEAK_MASTER_KEY", "ALLOW_HTTP", "ENABLE_DOCKER", "SSH_TRUST_HOST_KEYS", "LOG_SERVICES"];
+    let doors = switches.map(|name| format!("{name}=1"));
+    let mut check = with(&switches, &[init, "--check"]).start();
+    assert_eq!(check.wait(), 0);
+    let mut machine = with(&switches, &[init]).start();
+    for boot in 1..=2 {
+        let status = machine.status();
+        let listed = status["doors"].as_array().expect("a list");
+        for door in &doors {
+            assert!(listed.iter().any(|d| d["name"] == door.as_str()), "{door} in boot {boot}: {listed:?}");
+            machine.line(&format!("WARN  Open door: {door}: "));
+            check.line(&format!("warning: Open door: {door}: "));
+        }
+        assert_eq!(listed.len(), doors.len());
+        let doctor = machine.exec(&["cvm", "doctor"]).stdout;
+        let doctor = String::from_utf8_lossy(&doctor).into_owned();
+        assert!(doors.iter().all(|door| doctor.contains(&format!("open door: {door}"))), "{doctor}");
+        machine = machine.again(|b| b);
+    }
+}
+
+#[test]
+fn the_gateway_runs_as_no_account_that_has_more_than_it_should() {
+    for (user, says) in
+        [("root", "must not be root"), ("daemon", "is a system's own"), ("sshd", "is a system's own")]
+    {
+        let mut machine = product(HEALTHY).environment("OPENCLAW_GATEWAY_USER", user).start();
+        assert_eq!(machine.wait(), 78);
+        let line = machine.line("OPENCLAW_GATEWAY_USER: ");
+        assert!(line.contains(says), "{line}");
+    }
+}
+
 #[test]
 fn code_78_runs_the_doctor_once_retries_once_and_parks() {
     let script = "#!/bin/sh\necho \"$*\" >> /data/openclaw/calls\n[ \"$2\" = doctor ] && exit 0\nexit 78\n";
