@@ -168,6 +168,7 @@ fn a_first_boot_ends_in_a_gateway_that_programs_and_operators_can_use() {
     assert_eq!(foreign(&machine), Vec::<PathBuf>::new());
 
     machine.ok(&["cvm", "health"]);
+    assert_eq!(machine.ok(&["cvm", "health", "--deep"]), "healthy\n");
     let doctor = machine.exec(&["cvm", "doctor"]);
     let said =
         [&doctor.stdout, &doctor.stderr].map(|bytes| String::from_utf8_lossy(bytes).into_owned()).concat();

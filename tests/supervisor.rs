@@ -327,6 +327,45 @@ fn a_gateway_that_works_may_take_longer_than_its_start_timeout() {
     assert_eq!(machine.stop(), 0, "{}", machine.output());
 }
 
+/// Lives, and is not ready because of a database, as the real gateway says it.
+const REFUSES_A_DATABASE: &str = r#"#!/bin/sh
+exec python3 -c '
+import http.server
+class Gateway(http.server.BaseHTTPRequestHandler):
+    def answer(self, code, body):
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body.encode())
+    def do_GET(self):
+        if self.path == "/readyz":
+            self.answer(503, "{\"ready\":false,\"failing\":[\"agent-database:main\"]}")
+        else:
+            self.answer(200, "{\"ok\":true}")
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.answer(500, "{\"ok\":false,\"error\":{\"message\":\"agent database remains degraded\"}}")
+http.server.ThreadingHTTPServer(("127.0.0.1", 18789), Gateway).serve_forever()
+'
+"#;
+
+#[test]
+fn a_database_that_the_gateway_refuses_is_named_in_status_and_found_by_a_deep_look() {
+    let machine = product(REFUSES_A_DATABASE).start();
+    let gateway = until("the gateway names what it refuses", PATIENCE, || {
+        let gateway = machine.service("gateway");
+        (gateway["why"] == "not ready: agent-database:main").then_some(gateway)
+    });
+    assert_eq!(gateway["state"], "up");
+    let shown = machine.exec(&["cvm", "status"]);
+    assert!(String::from_utf8_lossy(&shown.stdout).contains("agent-database:main"));
+    let deep = machine.exec(&["cvm", "health", "--deep"]);
+    let said = String::from_utf8_lossy(&deep.stdout).into_owned();
+    assert_eq!(deep.status.code(), Some(1));
+    assert!(said.contains("does not list its sessions: 500 agent database remains degraded"), "{said}");
+    assert!(!machine.output().contains("agent-database"), "what the gateway says is not for the public log");
+}
+
 #[test]
 fn a_second_sigterm_does_not_wait_any_longer() {
     let script = "#!/bin/sh\nexec cvm-victim stubborn\n";

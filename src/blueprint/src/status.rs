@@ -286,6 +286,8 @@ fn service(machine: &Machine, record: &ServiceRecord, dropped_lines: u64, now: M
         State::Running { pid, since, ready, life, .. } => {
             shown.pid = Some(*pid);
             shown.up_ms = Some(millis(now.since(*since)));
+            let failing = unit.failing();
+            shown.why = (!failing.is_empty()).then(|| format!("not ready: {}", failing.join(", ")));
             running(record, *ready, *since, *life)
         }
         State::Repairing { .. } => {

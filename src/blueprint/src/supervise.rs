@@ -216,6 +216,11 @@ pub enum Event {
         run: Run,
         ready: bool,
     },
+    /// Which of its parts are the reason why it is not ready. None: it names none any more.
+    Failing {
+        run: Run,
+        parts: Vec<String>,
+    },
     Tick,
 }
 
@@ -274,6 +279,8 @@ pub struct Unit {
     closed: bool,
     held: bool,
     last: Option<Past>,
+    /// What the run that is alive names as failing in it.
+    failing: Vec<String>,
 }
 
 impl Unit {
@@ -290,6 +297,7 @@ impl Unit {
             closed: false,
             held: false,
             last: None,
+            failing: Vec::new(),
         }
     }
 
@@ -323,6 +331,11 @@ impl Unit {
             State::Ending { then, .. } if *then == Then::StayDown => *then = Then::Withdrawn,
             _ => {}
         }
+    }
+
+    /// What the run that is alive names as failing in it. Its words: private.
+    pub fn failing(&self) -> &[String] {
+        &self.failing
     }
 
     /// Starts beyond the first.
@@ -408,6 +421,8 @@ impl Unit {
             Event::Alive { run } => self.on_alive(run, now),
             Event::Works { run } => self.on_work(run, now),
             Event::StartOver { run } => self.on_start_over(run, now),
+            Event::Failing { run, parts } if self.run() == Some(run) => self.failing = parts,
+            Event::Failing { .. } => {}
             Event::Readiness { run, ready } => self.on_readiness(run, ready, now, &mut out),
             Event::Tick => self.on_tick(now, &mut out),
         }
@@ -870,6 +885,7 @@ impl Unit {
 
     fn launch(&mut self, run: Run, now: Moment, out: &mut Vec<Action>) {
         self.launches += 1;
+        self.failing.clear();
         self.state = State::Starting { run, since: now };
         out.push(Action::Launch(run));
     }

@@ -125,6 +125,10 @@ pub enum KeeperReport {
     Readiness {
         ok: bool,
     },
+    /// The parts that it names as the reason why it is not ready; said when they change.
+    Failing {
+        parts: Vec<String>,
+    },
     /// Lines that had to be dropped, said once for each burst.
     Dropped {
         lines: u64,

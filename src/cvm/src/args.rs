@@ -299,6 +299,11 @@ pub(crate) struct HealthArgs {
     /// One line for each service and complaint as well
     #[arg(long, short)]
     pub verbose: bool,
+
+    /// Ask the gateway for a list of its sessions, with its token: also what its probes do not
+    /// see, such as databases that it refuses after an update. As root, and not for HEALTHCHECK
+    #[arg(long)]
+    pub deep: bool,
 }
 
 #[derive(Debug, Args)]

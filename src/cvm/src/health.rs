@@ -3,23 +3,59 @@
 //! Docker knows 0 and 1 only, and reserves 2: everything that is not healthy is 1 here, a
 //! supervisor that does not answer included.
 //!
-//! May import: `args`, `out`, `socket`, `trouble`, `words`.
+//! May import: `args`, `doctor::facts`, `http`, `out`, `socket`, `trouble`, `words`.
 
 use crate::args::HealthArgs;
+use crate::doctor::facts;
+use crate::http::{self, Answer};
 use crate::out;
 use crate::socket;
 use crate::trouble::{Exit, Trouble};
 use crate::words::clean;
 use cvm_blueprint::status::Status;
 use std::fmt::Write as _;
+use std::time::Duration;
+
+/// Listing sessions opens every agent's database.
+const LIST_TIME: Duration = Duration::from_secs(30);
 
 pub(crate) fn run(args: &HealthArgs) -> Result<Exit, Trouble> {
-    let status = match socket::status() {
+    let mut status = match socket::status() {
         Ok(snapshot) => snapshot.status,
         Err(trouble) => return Err(trouble.with_exit(Exit::Bad)),
     };
+    if args.deep
+        && let Err(why) = sessions_are_listed()
+    {
+        status.healthy = false;
+        status.unhealthy.push(why);
+    }
     out::print(&render(&status, args.verbose))?;
     Ok(if status.healthy { Exit::Good } else { Exit::Bad })
+}
+
+/// Asks as a client with the gateway's token does.
+fn sessions_are_listed() -> Result<(), String> {
+    let cannot = |why: &str| format!("the gateway could not be asked for its sessions: {why}");
+    let access = facts::access().ok_or_else(|| cannot("the supervisor does not say how; are you root?"))?;
+    let token = access.token.ok_or_else(|| cannot("the supervisor holds no token yet"))?;
+    let question = r#"{"tool":"sessions_list","args":{"limit":1}}"#;
+    let answer = http::post(access.port, "/tools/invoke", Some(&token), question, LIST_TIME);
+    judge(&answer.map_err(|why| cannot(&why))?)
+}
+
+fn judge(answer: &Answer) -> Result<(), String> {
+    let body: serde_json::Value = serde_json::from_slice(&answer.body).unwrap_or_default();
+    let cause = match answer.code {
+        200 if body["ok"] == true => return Ok(()),
+        401 | 403 => "it refuses the supervisor's token; `cvm doctor` says how to mend that".to_owned(),
+        404 => "its tool policy leaves `sessions_list` out, so this cannot be known".to_owned(),
+        code => {
+            let words = body["error"]["message"].as_str().map(clean).unwrap_or_default();
+            format!("{code} {words}; `openclaw doctor`, `cvm logs gateway`").replace(" ;", ";")
+        }
+    };
+    Err(format!("the gateway does not list its sessions: {cause}"))
 }
 
 fn render(status: &Status, verbose: bool) -> String {
@@ -50,6 +86,22 @@ mod tests {
         let text = render(&samples::troubled(), false);
         assert_eq!(text.lines().count(), 1);
         assert!(text.starts_with("not healthy: boot step storage: "), "{text}");
+    }
+
+    #[test]
+    fn only_a_list_of_sessions_is_good_and_each_other_answer_says_why() {
+        let judge = |code, body: &str| judge(&Answer { code, body: body.into() });
+        assert_eq!(judge(200, r#"{"ok":true,"result":{}}"#), Ok(()));
+        let degraded =
+            r#"{"ok":false,"error":{"type":"x","message":"agent database remains degraded\u001b[2J"}}"#;
+        assert_eq!(
+            judge(500, degraded).unwrap_err(),
+            "the gateway does not list its sessions: 500 agent database remains degraded\u{fffd}[2J; \
+             `openclaw doctor`, `cvm logs gateway`"
+        );
+        assert!(judge(401, "").unwrap_err().contains("token"));
+        assert!(judge(404, "").unwrap_err().contains("tool policy"));
+        assert!(judge(200, "words").unwrap_err().contains("200; "));
     }
 
     #[test]

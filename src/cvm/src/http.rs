@@ -5,6 +5,7 @@
 //!
 //! Refuses to follow redirects, to leave the machine, and answers over a limit. May import: `words`.
 
+use std::fmt::Write as _;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
@@ -19,11 +20,26 @@ pub(crate) struct Answer {
 
 /// GET on 127.0.0.1. `bearer` is sent as the Authorization header.
 pub(crate) fn get(port: u16, path: &str, bearer: Option<&str>, time: Duration) -> Result<Answer, String> {
+    ask(port, &request("GET", path, bearer, ""), time)
+}
+
+/// POST of a JSON text on 127.0.0.1.
+pub(crate) fn post(
+    port: u16,
+    path: &str,
+    bearer: Option<&str>,
+    json: &str,
+    time: Duration,
+) -> Result<Answer, String> {
+    ask(port, &request("POST", path, bearer, json), time)
+}
+
+fn ask(port: u16, request: &[u8], time: Duration) -> Result<Answer, String> {
     let until = Instant::now() + time;
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
     let mut stream = TcpStream::connect_timeout(&address, time).map_err(|e| words(&e))?;
     stream.set_write_timeout(Some(time)).map_err(|e| words(&e))?;
-    stream.write_all(&request(path, bearer)).map_err(|e| words(&e))?;
+    stream.write_all(request).map_err(|e| words(&e))?;
     read(|left| stream.set_read_timeout(Some(left)), &stream, until)
 }
 
@@ -31,18 +47,22 @@ pub(crate) fn get_unix(socket: &str, path: &str, time: Duration) -> Result<Answe
     let until = Instant::now() + time;
     let mut stream = UnixStream::connect(socket).map_err(|e| words(&e))?;
     stream.set_write_timeout(Some(time)).map_err(|e| words(&e))?;
-    stream.write_all(&request(path, None)).map_err(|e| words(&e))?;
+    stream.write_all(&request("GET", path, None, "")).map_err(|e| words(&e))?;
     read(|left| stream.set_read_timeout(Some(left)), &stream, until)
 }
 
-fn request(path: &str, bearer: Option<&str>) -> zeroize::Zeroizing<Vec<u8>> {
-    let mut text = format!("GET {path} HTTP/1.0\r\nHost: localhost\r\nUser-Agent: cvm\r\n");
+fn request(method: &str, path: &str, bearer: Option<&str>, json: &str) -> zeroize::Zeroizing<Vec<u8>> {
+    let mut text = format!("{method} {path} HTTP/1.0\r\nHost: localhost\r\nUser-Agent: cvm\r\n");
+    if !json.is_empty() {
+        let _ = write!(text, "Content-Type: application/json\r\nContent-Length: {}\r\n", json.len()); // a String takes all
+    }
     if let Some(token) = bearer {
         text.push_str("Authorization: Bearer ");
         text.push_str(token);
         text.push_str("\r\n");
     }
     text.push_str("\r\n");
+    text.push_str(json);
     zeroize::Zeroizing::new(text.into_bytes())
 }
 

@@ -240,6 +240,7 @@ impl<K: Kernel> World<K> {
                 KeeperReport::Liveness { ok: true } => supervise::Event::Alive { run },
                 KeeperReport::Works => supervise::Event::Works { run },
                 KeeperReport::StartOver => supervise::Event::StartOver { run },
+                KeeperReport::Failing { parts } => supervise::Event::Failing { run, parts },
                 KeeperReport::Readiness { ok } => supervise::Event::Readiness { run, ready: ok },
                 KeeperReport::Dropped { lines } => {
                     self.count_dropped(id, lines);

@@ -52,8 +52,9 @@ struct Keeper<K> {
     probers: [Option<Prober>; 3],
     /// Looked at until the start is over.
     progress: Option<Progress>,
-    /// What readiness was last reported as.
+    /// What readiness was last reported as, and what was named as failing.
     ready: bool,
+    failing: Vec<String>,
     /// SIGKILLs that were ours do not count as the kernel's.
     killed_by_us: bool,
     killed: u32,
@@ -122,6 +123,7 @@ fn begin<K: Kernel>(
         probers: [prober(&spec.liveness), prober(&spec.startup), prober(&spec.readiness)],
         progress: spec.liveness.is_some().then(|| Progress::new(now)),
         ready: false,
+        failing: Vec::new(),
         killed_by_us: false,
         killed: 0,
         oom_kills,
@@ -353,11 +355,15 @@ impl<K: Kernel> Keeper<K> {
         if self.progress.as_mut().is_some_and(|p| p.turn(now)) {
             self.reporter.send(&KeeperReport::Works);
         }
-        if let Some(ok) = readiness.as_mut().and_then(|p| p.turn(now))
-            && ok != self.ready
-        {
+        let Some(prober) = readiness else { return };
+        let Some(ok) = prober.turn(now) else { return };
+        if ok != self.ready {
             self.ready = ok;
             self.reporter.send(&KeeperReport::Readiness { ok });
+        }
+        if prober.failing() != self.failing {
+            self.failing = prober.failing().to_vec();
+            self.reporter.send(&KeeperReport::Failing { parts: self.failing.clone() });
         }
     }
 

@@ -9,13 +9,17 @@ use nix::sys::socket::{
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-/// The status line and a few headers are all that is read.
-const ANSWER_MAX: usize = 1024;
+/// Of a yes only the status line is read; of a no also which parts it names as failing.
+const ANSWER_MAX: usize = 16 * 1024;
+/// How many names of failing parts are handed on, and how much of each.
+const FAILING_MAX: usize = 5;
+const FAILING_CHARS_MAX: usize = 80;
 
 /// One probe of one service and where it stands.
 pub(crate) struct Prober {
     spec: ProbeSpec,
     stage: Stage,
+    failing: Vec<String>,
 }
 
 enum Stage {
@@ -27,7 +31,7 @@ enum Stage {
 impl Prober {
     pub(crate) fn new(spec: ProbeSpec, now: Instant) -> Self {
         let until = now + Duration::from_millis(spec.eager_ms);
-        Self { spec, stage: Stage::Resting { until } }
+        Self { spec, stage: Stage::Resting { until }, failing: Vec::new() }
     }
 
     pub(crate) fn deadline(&self) -> Instant {
@@ -36,6 +40,11 @@ impl Prober {
                 *until
             }
         }
+    }
+
+    /// The parts that the last answer named as failing.
+    pub(crate) fn failing(&self) -> &[String] {
+        &self.failing
     }
 
     /// What to wait for: the socket, and whether for writing.
@@ -109,7 +118,9 @@ impl Prober {
         match nix::unistd::read(&socket, &mut bytes) {
             Ok(n) => {
                 answer.extend(bytes.iter().take(n));
-                if n == 0 || answer.contains(&b'\n') || answer.len() >= ANSWER_MAX {
+                let good = answer.contains(&b'\n') && is_success(&answer);
+                if n == 0 || good || answer.len() >= ANSWER_MAX {
+                    self.failing = if good { Vec::new() } else { failing_in(&answer) };
                     return self.answered(is_success(&answer), now);
                 }
                 (Stage::Reading { socket, until, answer }, None)
@@ -150,6 +161,18 @@ fn is_success(answer: &[u8]) -> bool {
     answer.starts_with(b"HTTP/1.") && answer.get(8..10) == Some(b" 2")
 }
 
+/// The names in `"failing"` of a JSON object at the end of the answer, as the gateway's `/readyz` lists them.
+fn failing_in(answer: &[u8]) -> Vec<String> {
+    let Some(start) = answer.iter().position(|b| *b == b'{') else { return Vec::new() };
+    let object = answer.get(start..).unwrap_or_default();
+    // What follows the object, as in a chunked answer, is not looked at.
+    let body = serde_json::Deserializer::from_slice(object).into_iter::<serde_json::Value>().next();
+    let Some(Ok(body)) = body else { return Vec::new() };
+    let names = body.get("failing").and_then(serde_json::Value::as_array).into_iter().flatten();
+    let names = names.filter_map(serde_json::Value::as_str).take(FAILING_MAX);
+    names.map(|name| name.chars().filter(|c| !c.is_control()).take(FAILING_CHARS_MAX).collect()).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -186,6 +209,19 @@ mod tests {
         assert!(!http(b"HTTP/1.1 503 Service Unavailable\r\n\r\n"));
         assert!(!http(b"SSH-2.0-OpenSSH\r\n"));
         assert!(!http(b""));
+    }
+
+    #[test]
+    fn a_no_hands_on_the_names_of_what_fails_in_bounds_and_nothing_else() {
+        let chunked = b"HTTP/1.1 503 No\r\nTransfer-Encoding: chunked\r\n\r\n3f\r\n\
+            {\"ready\":false,\"failing\":[\"agent-database:main\\u001b[2J\"],\"reason\":\"words\"}\r\n0\r\n\r\n";
+        assert_eq!(failing_in(chunked), ["agent-database:main[2J"]);
+        let long = serde_json::json!({ "failing": vec!["x".repeat(1000); 100] });
+        let names = failing_in(format!("HTTP/1.1 503 No\r\n\r\n{long}").as_bytes());
+        assert_eq!((names.len(), names[0].len()), (5, 80));
+        for other in ["HTTP/1.1 503 No\r\n\r\nbusy", "HTTP/1.1 503 No\r\n\r\n{\"failing\":7}", ""] {
+            assert_eq!(failing_in(other.as_bytes()), [""; 0]);
+        }
     }
 
     #[test]

@@ -110,7 +110,7 @@ fn samples() -> Vec<State> {
     ]
 }
 
-const EVENTS: [&str; 16] = [
+const EVENTS: [&str; 17] = [
     "start",
     "stop",
     "restart",
@@ -125,6 +125,7 @@ const EVENTS: [&str; 16] = [
     "alive",
     "works",
     "start-over",
+    "failing",
     "ready",
     "tick",
 ];
@@ -146,8 +147,9 @@ fn event_index(event: &Event) -> usize {
         Event::Alive { .. } => 11,
         Event::Works { .. } => 12,
         Event::StartOver { .. } => 13,
-        Event::Readiness { .. } => 14,
-        Event::Tick => 15,
+        Event::Failing { .. } => 14,
+        Event::Readiness { .. } => 15,
+        Event::Tick => 16,
     }
 }
 
@@ -166,6 +168,7 @@ fn events_of(run: Run) -> Vec<(&'static str, Event)> {
         ("alive", Event::Alive { run }),
         ("works", Event::Works { run }),
         ("start-over", Event::StartOver { run }),
+        ("failing", Event::Failing { run, parts: vec!["agent-database:main".into()] }),
         ("ready", Event::Readiness { run, ready: true }),
     ]
 }
@@ -263,6 +266,7 @@ const AT_REST: &str = "
     alive             .                  .                  .                  .
     works             .                  .                  .                  .
     start-over        .                  .                  .                  .
+    failing           .                  .                  .                  .
     ready             .                  .                  .                  .
     tick-early        .                  .                  .                  .
     tick-due          .                  preparing+prepare  .                  .
@@ -287,6 +291,7 @@ const ALIVE: &str = "
     alive             .                .                running          .
     works             .                .                running          .
     start-over        .                .                running          .
+    failing           .                .                .                .
     ready             .                .                running+info     .
     tick-early        .                .                .                .
     tick-due          tree+TREE        tree+TREE        term+error+TERM  tree+warn+TREE
@@ -312,6 +317,7 @@ const ENDING: &str = "
     alive             .               .              .              .              .
     works             .               .              .              .              .
     start-over        .               .              .              .              .
+    failing           .               .              .              .              .
     ready             .               .              .              .              .
     tick-early        .               .              .              .              .
     tick-due          tree+warn+TREE  keeper+KEEPER  orphans+sweep  stuck+error    .
@@ -944,6 +950,27 @@ fn a_service_without_probes_may_be_silent_for_ever_and_is_ready_when_it_runs() {
     let mut story = Story::running(plain());
     assert!(matches!(story.unit.state, State::Running { ready: true, .. }));
     assert_eq!((story.pass(s(10_000_000)), story.unit.deadline()), (vec![], None));
+}
+
+#[test]
+fn what_a_run_names_as_failing_is_kept_until_it_names_something_else_or_is_over() {
+    let mut story = Story::running(gateway());
+    let run = story.run();
+    let failing = |run, parts: &[&str]| {
+        let parts = parts.iter().map(|part| (*part).to_owned()).collect();
+        Event::Failing { run, parts }
+    };
+    assert_eq!(story.send(failing(run, &["agent-database:main"])), [], "the log is public");
+    assert_eq!(story.unit.failing(), ["agent-database:main"]);
+    story.send(failing(Run(run.0 - 1), &["of an older run"]));
+    assert_eq!(story.unit.failing(), ["agent-database:main"]);
+    story.send(failing(run, &[]));
+    assert_eq!(story.unit.failing(), [""; 0]);
+    story.send(failing(run, &["telegram"]));
+    story.fails(1);
+    story.pass(s(60));
+    story.gets_running();
+    assert_eq!(story.unit.failing(), [""; 0]);
 }
 
 #[test]

@@ -12,7 +12,7 @@ mod capabilities;
 mod clock;
 mod disk;
 mod docker;
-mod facts;
+pub(crate) mod facts;
 mod files;
 mod finding;
 mod fuse;
