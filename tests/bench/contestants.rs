@@ -114,9 +114,13 @@ pub(crate) fn supervisors() -> Vec<Contestant> {
         build,
         start: || Some(product().start()),
     });
-    let peers: [(&str, fn() -> Option<Machine>); 4] =
-        [("tini", tini), ("s6-svscan", s6), ("runsvdir", runit), ("supervisord", supervisord)];
-    let peers = peers.into_iter().map(|(name, start)| Contestant { name, build: 0, start });
+    let peer = |name, start| Contestant { name, build: 0, start };
+    let peers = [
+        peer("tini", tini),
+        peer("s6-svscan", s6),
+        peer("runsvdir", runit),
+        peer("supervisord", supervisord),
+    ];
     ours.chain(peers).collect()
 }
 

@@ -240,7 +240,7 @@ mod tests {
     use super::*;
     use cvm_blueprint::storage::CryptSpec;
     use cvm_blueprint::wire::PackedBytes;
-    use std::io::{Read as _, Write as _};
+    use std::io::Write as _;
 
     #[test]
     fn what_does_not_speak_tls_is_no_s3_server() {
