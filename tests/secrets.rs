@@ -1,11 +1,12 @@
 //! Where secrets must not be: environments, command lines, logs, files, and the memory of
 //! process 1.
 
-use cvm_harness::evidence::{assert_process_1_has_forgotten, contains, files};
-use cvm_harness::machine::GATEWAY_TOKEN;
-use cvm_harness::{Builder, Machine};
+use cvm_harness::evidence::{assert_has_forgotten, assert_process_1_has_forgotten, contains, files};
+use cvm_harness::machine::{GATEWAY_TOKEN, PATIENCE, binaries};
+use cvm_harness::{Builder, Machine, until};
 use std::fs::Permissions;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
+use std::process::Stdio;
 
 const MASTER: &str = cvm_harness::machine::MASTER_KEY;
 const AWS: &str = "aws-canary-93f0d2c4b7e1";
@@ -14,8 +15,18 @@ const REDPILL: &str = "redpill-canary-6e20f1b3";
 const CONFIG: &str = "config-canary-c0ffee11";
 
 fn machine() -> Machine {
+    ready(configured())
+}
+
+fn ready(builder: Builder) -> Machine {
+    let machine = builder.start();
+    machine.service_in("gateway", &["ready"]);
+    machine
+}
+
+fn configured() -> Builder {
     let config = format!("{{\"note\":\"{CONFIG}\"}}");
-    let machine = Builder::product()
+    Builder::product()
         .fake_gateway("#!/bin/sh\nexec cvm-victim http 18789\n")
         .environment("MASTER_KEY", MASTER)
         .environment("AWS_SECRET_ACCESS_KEY", AWS)
@@ -26,17 +37,14 @@ fn machine() -> Machine {
         .environment("OPENCLAW_CONFIG_B64", &base64(config.as_bytes()))
         .environment("LOG_LEVEL", "trace")
         .environment("LOG_SERVICES", "1")
-        .start();
-    machine.service_in("gateway", &["ready"]);
-    machine
 }
 
 fn base64(bytes: &[u8]) -> String {
     use std::io::Write;
     let mut child = std::process::Command::new("base64")
         .arg("-w0")
-        .stdin(std::process::Stdio::piped())
-        .stdout(std::process::Stdio::piped())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
         .spawn()
         .expect("base64 is installed");
     child.stdin.take().expect("piped").write_all(bytes).expect("base64 reads");
@@ -108,6 +116,76 @@ fn no_log_and_no_file_holds_a_secret() {
 fn the_master_key_is_not_in_the_memory_of_process_1_after_the_boot() {
     let machine = machine();
     assert_process_1_has_forgotten(&machine, &[MASTER, AWS]);
+}
+
+#[test]
+fn a_keeper_forgets_what_it_gave_its_program() {
+    let machine = machine();
+    let keeper = machine.find("cvm-keeper gateway").expect("the gateway has a keeper");
+    let mut forms = vec![REDPILL.to_owned()];
+    // As it lies in base64, wherever in a group of three bytes it begins.
+    forms.extend((0..3).map(|before| {
+        let text = base64(format!("{}{REDPILL}", "=".repeat(before)).as_bytes());
+        text[4..text.len() - 4].to_owned()
+    }));
+    assert_has_forgotten(machine.outside(i64::from(keeper.pid)), &forms);
+}
+
+/// Where root may not trace, as in the container of the compose file, only a process that keeps
+/// itself private is safe from another one of root's. Newer kernels show an environment also to
+/// whoever may watch performance.
+#[test]
+fn root_without_the_right_to_trace_reads_none_of_our_processes() {
+    const NOT_TRACING: [&str; 3] = [
+        "/usr/bin/setpriv",
+        "--bounding-set=-sys_ptrace,-sys_admin,-perfmon",
+        "--inh-caps=-sys_ptrace,-sys_admin,-perfmon",
+    ];
+    let not_tracing = |words: &[&'static str]| [&NOT_TRACING[..], words].concat();
+    let lib = "/usr/local/lib/openclaw-cvm";
+    let machine = ready(
+        configured()
+            .bind(&binaries().join("cvm-storage"), &format!("{lib}/cvm-storage"))
+            .command(&not_tracing(&["/usr/local/sbin/cvm-init"])),
+    );
+    // What does not stay by itself: one that follows a log, and two that wait for their input.
+    let mut waiting: Vec<_> = [
+        "exec cvm logs --follow gateway",
+        "exec /usr/local/lib/openclaw-cvm/cvm-step waits 3>/dev/null",
+        "exec /usr/local/lib/openclaw-cvm/cvm-storage restore /tmp/restored",
+    ]
+    .map(|script| {
+        let mut command = machine.command(&not_tracing(&["sh", "-c", script]));
+        command.stdin(Stdio::piped()).stdout(Stdio::null()).spawn().expect("nsenter runs")
+    })
+    .into();
+    let reads = |pid: i32| {
+        ["environ", "mem"].map(|file| {
+            let script = format!(": < /proc/{pid}/{file}");
+            machine.exec(&[&NOT_TRACING[..], &["sh", "-c", &script]].concat()).status.success()
+        })
+    };
+    let neither = [false, false];
+    for name in ["cvm-keeper gateway", "cvm logs", "cvm-step waits", "cvm-storage restore", "cvm-mux"] {
+        until(&format!("{name} keeps itself private"), PATIENCE, || {
+            machine.find(name).is_some_and(|process| reads(process.pid) == neither).then_some(())
+        });
+    }
+    assert_eq!(reads(1), neither);
+    for process in machine.processes().iter().filter(|p| p.arguments.starts_with("cvm-keeper")) {
+        assert_eq!(reads(process.pid), neither, "{}", process.arguments);
+        let limits = machine.read(&format!("/proc/{}/limits", process.pid));
+        let core = limits.lines().find(|l| l.starts_with("Max core file size")).expect("a limit");
+        assert_eq!(core.split_ascii_whitespace().nth(4), Some("0"), "{core}");
+    }
+    // What does not is read.
+    let sshd = machine.find("/usr/sbin/sshd -D").expect("sshd runs");
+    assert_eq!(reads(sshd.pid), [true, true]);
+    for process in &mut waiting {
+        drop(process.stdin.take());
+        process.kill().expect("it is our child");
+        process.wait().expect("it is our child");
+    }
 }
 
 #[test]

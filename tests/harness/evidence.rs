@@ -29,7 +29,12 @@ pub fn files(machine: &Machine, dir: &str) -> Vec<(String, Vec<u8>)> {
 /// Asserts that none of these is in what process 1 has in memory.
 #[track_caller]
 pub fn assert_process_1_has_forgotten(machine: &Machine, secrets: &[impl AsRef<[u8]>]) {
-    let pid = machine.pid();
+    assert_has_forgotten(machine.pid(), secrets);
+}
+
+/// The same of any process, by its pid outside.
+#[track_caller]
+pub fn assert_has_forgotten(pid: nix::unistd::Pid, secrets: &[impl AsRef<[u8]>]) {
     let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).expect("root may read it");
     let mut memory = File::open(format!("/proc/{pid}/mem")).expect("root may read it");
     let mut looked_at = 0;

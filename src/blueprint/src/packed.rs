@@ -5,6 +5,7 @@
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use serde::{Deserialize, Serialize};
+use std::ffi::CString;
 use zeroize::Zeroizing;
 
 /// An environment of arbitrary bytes, as text.
@@ -13,8 +14,10 @@ use zeroize::Zeroizing;
 pub struct PackedEnvironment(PackedBytes);
 
 impl PackedEnvironment {
-    pub fn pack<'a>(pairs: impl Iterator<Item = (&'a [u8], &'a [u8])>) -> Self {
-        let mut bytes = Zeroizing::new(Vec::new());
+    pub fn pack(pairs: &[(&[u8], &[u8])]) -> Self {
+        // A buffer that grew would leave pieces of them behind.
+        let size = pairs.iter().map(|(name, value)| name.len() + value.len() + 2).sum();
+        let mut bytes = Zeroizing::new(Vec::with_capacity(size));
         for (name, value) in pairs {
             bytes.extend_from_slice(name);
             bytes.push(b'=');
@@ -25,6 +28,16 @@ impl PackedEnvironment {
     }
 
     /// `NAME=VALUE` entries, as `execve` takes them.
+    pub fn unpack_for_exec(&self) -> Option<Vec<Zeroizing<CString>>> {
+        let entry = |bytes: &[u8]| {
+            let mut entry = Vec::with_capacity(bytes.len() + 1);
+            entry.extend_from_slice(bytes);
+            CString::new(entry).ok().map(Zeroizing::new)
+        };
+        self.0.unpack()?.split(|b| *b == 0).filter(|bytes| !bytes.is_empty()).map(entry).collect()
+    }
+
+    /// `NAME=VALUE` entries.
     pub fn unpack(&self) -> Option<Vec<Zeroizing<Vec<u8>>>> {
         let bytes = self.0.unpack()?;
         Some(
@@ -59,8 +72,11 @@ mod tests {
     #[test]
     fn an_environment_of_any_bytes_survives_packing() {
         let pairs: [(&[u8], &[u8]); 3] = [(b"A", b"1"), (b"\xff\xfe", b"\x80=\n"), (b"EMPTY", b"")];
-        let packed = PackedEnvironment::pack(pairs.into_iter());
+        let packed = PackedEnvironment::pack(&pairs);
         let entries: Vec<Vec<u8>> = packed.unpack().unwrap().iter().map(|e| e.to_vec()).collect();
         assert_eq!(entries, [b"A=1".to_vec(), b"\xff\xfe=\x80=\n".to_vec(), b"EMPTY=".to_vec()]);
+        let for_exec: Vec<Vec<u8>> =
+            packed.unpack_for_exec().unwrap().iter().map(|e| e.as_bytes().to_vec()).collect();
+        assert_eq!(for_exec, entries);
     }
 }

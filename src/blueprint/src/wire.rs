@@ -159,6 +159,8 @@ pub enum Task {
     /// End what a killed keeper left behind.
     Sweep {
         run: String,
+        /// End only whoever listens on this port; the rest of the run is somebody's work.
+        listens_on: Option<u16>,
     },
 }
 

@@ -49,6 +49,8 @@ use std::process::ExitCode;
 use trouble::{Exit, Trouble};
 
 fn main() -> ExitCode {
+    // It may have been given the container's whole environment.
+    cvm_process::private::keep_private();
     let mut arguments: Vec<std::ffi::OsString> = std::env::args_os().collect();
     if openclaw::is_meant_by(arguments.first().map(std::ffi::OsString::as_os_str)) {
         return end(openclaw::run(arguments.drain(1..).collect()));

@@ -198,7 +198,7 @@ mod tests {
     #[test]
     fn an_environment_of_any_bytes_is_unpacked() {
         let given: [(&[u8], &[u8]); 2] = [(b"A", b"\xff=\n"), (b"B", b"")];
-        let packed = PackedEnvironment::pack(given.into_iter());
+        let packed = PackedEnvironment::pack(&given);
         let pairs = unpacked(&packed).unwrap();
         assert_eq!(pairs[0].1.as_bytes(), b"\xff=\n");
         assert_eq!(pairs[1], ("B".into(), "".into()));

@@ -12,7 +12,7 @@ use cvm_blueprint::supervise::Run;
 use cvm_blueprint::wire::{self, KeeperReport, KeeperSpec, REPORT_MAX, TaskReport};
 use cvm_process::descriptor;
 use cvm_process::kernel::Kernel;
-use cvm_process::spawn::{Program, Session};
+use cvm_process::spawn::{Blocked, Program, Session};
 use nix::errno::Errno;
 use nix::unistd::Pid;
 use serde::Deserialize;
@@ -22,6 +22,10 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+
+/// Read from one pipe in one turn, in pieces of 4 KiB, before everything else gets its turn. More
+/// than a pipe usually holds, so that nothing is left of one whose writer has ended.
+const READS_A_TURN: usize = 64;
 
 /// Whom a child belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -163,12 +167,15 @@ impl Children {
             oom_score_adj: None,
             session: Session::Own,
             dies_with_parent: false,
+            // An order to end that comes before it listens waits for it.
+            blocked: Blocked::All,
+            news: descriptors.get(3).copied(),
         };
-        kernel.spawn(&program, |stage, errno| {
+        kernel.spawn(&program, |stage, errno, news| {
             // Standard error here is the container's: this is a broken installation.
             let end = End::NotStarted { stage, errno: errno as i32 };
             let line = wire::line(&KeeperReport::TreeGone { end, killed: 0 });
-            if let Some(pipe) = descriptors.get(3) {
+            if let Some(pipe) = news {
                 let _ = nix::unistd::write(pipe, &line);
             }
             127
@@ -237,41 +244,69 @@ impl Children {
 
 impl Child {
     fn listen(&mut self, said: &mut Vec<Said>) {
-        let Some(pipe) = &self.reports else { return };
         let mut bytes = [0u8; 4096];
-        loop {
+        for _ in 0..READS_A_TURN {
+            let Some(pipe) = &self.reports else { return };
             match nix::unistd::read(pipe, &mut bytes) {
                 Ok(n) if n > 0 => self.partial.extend(bytes.iter().take(n)),
                 Err(Errno::EINTR) => {}
-                Err(Errno::EAGAIN) => break,
+                Err(Errno::EAGAIN) => return,
                 // The other end is closed; how it ended is said when it is reaped.
-                Ok(_) | Err(_) => {
-                    self.reports = None;
-                    break;
-                }
+                Ok(_) | Err(_) => self.reports = None,
             }
-            // Only our own binaries write here, but a limit is a limit.
-            if self.partial.len() > 2 * REPORT_MAX {
+            while let Some(end) = self.partial.iter().position(|b| *b == b'\n') {
+                let line: Vec<u8> = self.partial.drain(..=end).collect();
+                self.hear(&line, said);
+            }
+            if self.partial.len() > REPORT_MAX {
                 self.partial.clear();
-                break;
             }
         }
-        while let Some(end) = self.partial.iter().position(|b| *b == b'\n') {
-            let line: Vec<u8> = self.partial.drain(..=end).collect();
-            match serde_json::from_slice(&line) {
-                Ok(Line::Keeper(KeeperReport::TreeGone { end, .. })) => self.gone = Some(end),
-                Ok(Line::Keeper(report)) => {
-                    said.push(Said { owner: self.owner, words: Words::Keeper(report) });
-                }
-                Ok(Line::Task(report)) => self.task = Some(report),
-                Ok(Line::Storage(report)) => {
-                    said.push(Said { owner: self.owner, words: Words::Storage(report) });
-                }
-                Ok(Line::Mux(report)) => {
-                    said.push(Said { owner: self.owner, words: Words::Mux(report) });
-                }
-                Err(_) => {}
+    }
+
+    fn hear(&mut self, line: &[u8], said: &mut Vec<Said>) {
+        let words = match serde_json::from_slice(line) {
+            Ok(Line::Keeper(KeeperReport::TreeGone { end, .. })) => {
+                self.gone = Some(end);
+                return;
             }
-        }
+            Ok(Line::Task(report)) => {
+                self.task = Some(report);
+                return;
+            }
+            Ok(Line::Keeper(report)) => Words::Keeper(report),
+            Ok(Line::Storage(report)) => Words::Storage(report),
+            Ok(Line::Mux(report)) => Words::Mux(report),
+            Err(_) => return,
+        };
+        said.push(Said { owner: self.owner, words });
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::expect_used)]
+mod tests {
+    use super::*;
+    use nix::fcntl::{FcntlArg, fcntl};
+
+    #[test]
+    fn of_very_many_reports_at_once_none_is_lost() {
+        let (reports, theirs) = descriptor::pipe().expect("a pipe");
+        let room = fcntl(&theirs, FcntlArg::F_SETPIPE_SZ(1 << 20)).expect("a pipe of 1 MiB");
+        descriptor::set_nonblocking(&reports).expect("it is open");
+        let line = wire::line(&KeeperReport::Liveness { ok: true });
+        let count = usize::try_from(room).expect("a size") / line.len() - 1000;
+        let text = line.repeat(count);
+        assert!(text.len() > 4 * REPORT_MAX);
+        assert_eq!(nix::unistd::write(&theirs, &text), Ok(text.len()));
+        let owner = Owner::Service { id: ServiceId(0), run: Run(1), part: Part::Main };
+        let (partial, gone, task) = (Vec::new(), None, None);
+        let mut child = Child { pid: Pid::from_raw(7), owner, reports: Some(reports), partial, gone, task };
+        let mut said = Vec::new();
+        // Each call takes a part, so that nothing else has to wait for all of it.
+        child.listen(&mut said);
+        assert!(!said.is_empty() && said.len() < count);
+        (0..10).for_each(|_| child.listen(&mut said));
+        assert_eq!(said.len(), count);
     }
 }

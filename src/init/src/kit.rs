@@ -153,10 +153,15 @@ impl Kit {
         self.task(&format!("{service}-prepare"), run, &task)
     }
 
-    pub(crate) fn sweep(&self, service: &str, run: &str) -> KeeperSpec {
-        let task = Task::Sweep { run: run.to_owned() };
+    pub(crate) fn sweep(&self, service: &Service, run: &str) -> KeeperSpec {
+        let listens_on = match service.leftovers {
+            Leftovers::Kill => None,
+            // Login sessions stay; a listener that stayed would keep the port from the next one.
+            Leftovers::Leave => Some(self.ssh.port.get()),
+        };
+        let task = Task::Sweep { run: run.to_owned(), listens_on };
         // A name of its own: what it looks for must not find itself.
-        self.task(&format!("{service}-sweep"), &format!("{run}-sweep"), &task)
+        self.task(&format!("{}-sweep", service.name), &format!("{run}-sweep"), &task)
     }
 
     fn task_of(&self, step: StepName) -> Option<Task> {
@@ -250,7 +255,7 @@ impl Kit {
         if !has_lang {
             pairs.push((b"LANG", b"C.UTF-8"));
         }
-        PackedEnvironment::pack(pairs.into_iter())
+        PackedEnvironment::pack(&pairs)
     }
 
     fn gateway_pairs(&self) -> impl Iterator<Item = (&[u8], &[u8])> {

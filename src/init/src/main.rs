@@ -138,8 +138,7 @@ fn supervise(began: Instant) -> u8 {
             handover::current()
         }
     };
-    // Neither a core dump nor a process of the gateway's user may read this memory.
-    let _ = nix::sys::prctl::set_dumpable(false);
+    cvm_process::private::keep_private();
     let Ok(kernel) = Linux::taking(&turn::HANDLED) else {
         eprintln!("cvm-init: no descriptors left for signals");
         return exit::INTERNAL;

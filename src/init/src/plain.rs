@@ -7,13 +7,14 @@
 use cvm_blueprint::ending::{End, Stage};
 use cvm_process::kernel::{Kernel, Linux};
 use cvm_process::reap::Reaped;
-use cvm_process::spawn::{Program, Session};
+use cvm_process::spawn::{Blocked, Program, Session};
 use cvm_process::{signals, tree};
 use nix::errno::Errno;
 use nix::unistd::Pid;
 use std::ffi::{CString, OsString};
 use std::os::fd::AsFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use zeroize::Zeroizing;
 
 /// Runs `command`, and yields the exit status to leave with.
 pub(crate) fn run(command: &[OsString]) -> u8 {
@@ -68,12 +69,12 @@ fn attend(kernel: &mut impl Kernel, main: Pid) -> u8 {
 
 fn start(kernel: &mut impl Kernel, command: &[OsString]) -> Result<Pid, String> {
     let paths = candidates(command.first().map(OsString::as_os_str).unwrap_or_default());
-    let environment: Vec<CString> = std::env::vars_os()
+    let environment: Vec<Zeroizing<CString>> = std::env::vars_os()
         .filter_map(|(name, value)| {
             let mut entry = name.into_vec();
             entry.push(b'=');
             entry.extend_from_slice(value.as_bytes());
-            CString::new(entry).ok()
+            CString::new(entry).ok().map(Zeroizing::new)
         })
         .collect();
     let mut argv: Vec<CString> = command.iter().filter_map(|a| CString::new(a.as_bytes()).ok()).collect();
@@ -96,10 +97,12 @@ fn start(kernel: &mut impl Kernel, command: &[OsString]) -> Result<Pid, String> 
         oom_score_adj: None,
         session: Session::Foreground,
         dies_with_parent: false,
+        blocked: Blocked::None,
+        news: None,
     };
     let name = words.first().map(|w| w.to_string_lossy()).unwrap_or_default();
     kernel
-        .spawn(&program, |stage, errno| fail_as_a_shell_would(&name, stage, errno))
+        .spawn(&program, |stage, errno, _| fail_as_a_shell_would(&name, stage, errno))
         .map_err(|e| format!("creating the process: {}", e.desc()))
 }
 

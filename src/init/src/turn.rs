@@ -17,7 +17,7 @@ use crate::voice::Voice;
 use cvm_blueprint::conduct::{self, Action, Event, Machine, Order, ServiceId, Try};
 use cvm_blueprint::ending::End;
 use cvm_blueprint::mux::MuxReport;
-use cvm_blueprint::service::{Leftovers, Prepare};
+use cvm_blueprint::service::Prepare;
 use cvm_blueprint::status::{self, About};
 use cvm_blueprint::supervise::{self, Level, Refusal, Run};
 use cvm_blueprint::time::Moment;
@@ -388,7 +388,7 @@ impl<K: Kernel> World<K> {
             Do::Launch(run) => self.keep(id, run, Part::Main),
             Do::Prepare(run) => self.prepare(id, run),
             Do::Repair(run) => self.keep(id, run, Part::Repair),
-            Do::Sweep(run) => self.sweep(id, run),
+            Do::Sweep(run) => self.keep(id, run, Part::Sweep),
             Do::Term(run) => self.signal_run(id, run, libc::SIGTERM),
             Do::KillTree(run) => self.signal_run(id, run, libc::SIGQUIT),
             Do::KillKeeper(run) => self.signal_run(id, run, libc::SIGKILL),
@@ -406,7 +406,7 @@ impl<K: Kernel> World<K> {
         let spec = match part {
             Part::Main => self.kit.service(service, &name),
             Part::Repair => self.kit.repair(service, &name),
-            Part::Sweep => self.kit.sweep(service.name, &name),
+            Part::Sweep => self.kit.sweep(service, &name),
             Part::Prepare => self.kit.prepare(service.prepare?, service.name, &name),
         };
         let handed = if part == Part::Main { self.kit.handed(service) } else { None };
@@ -428,15 +428,6 @@ impl<K: Kernel> World<K> {
                 Some(Event::Service { id, event })
             }
             _ => self.keep(id, run, Part::Prepare),
-        }
-    }
-
-    /// What a killed keeper left behind. A service whose leftovers stay (a login session) has
-    /// none: its main process died with the keeper.
-    fn sweep(&mut self, id: ServiceId, run: Run) -> Option<Event> {
-        match self.machine.service(id)?.service.leftovers {
-            Leftovers::Kill => self.keep(id, run, Part::Sweep),
-            Leftovers::Leave => Some(Event::Service { id, event: supervise::Event::Swept { run } }),
         }
     }
 

@@ -11,7 +11,7 @@ use cvm_blueprint::service::Leftovers;
 use cvm_blueprint::wire::{Input, KeeperReport, KeeperSpec, Log, Stop};
 use cvm_process::kernel::{Kernel, Linux, readable, writable};
 use cvm_process::reap::Reaped;
-use cvm_process::spawn::{Identity, Program, Session};
+use cvm_process::spawn::{Blocked, Identity, Program, Session};
 use cvm_process::{descriptor, tree};
 use nix::errno::Errno;
 use nix::unistd::Pid;
@@ -24,6 +24,10 @@ const READ_SIZE: usize = 16 * 1024;
 /// The supervisor's own log is small; see `rotate_bytes` of the services for theirs.
 const OWN_LOG_BYTES: u64 = 10 * 1024 * 1024;
 
+/// Children reaped in one turn before everything else gets its turn.
+const REAPS_A_TURN: usize = 4096;
+/// How long the last reports may wait for room in the pipe. Without them PID 1 looks for itself.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 /// Dropped lines are said at most this often: a flood must not drown the supervisor's log too.
 const BETWEEN_DROPS: Duration = Duration::from_secs(10);
 
@@ -58,6 +62,8 @@ struct Keeper<K> {
     /// SIGKILLs that were ours do not count as the kernel's.
     killed_by_us: bool,
     killed: u32,
+    /// There may be children that have ended and were not reaped, and no signal will tell.
+    unreaped: bool,
     oom_kills: Option<u64>,
     dropped_said: u64,
     dropped_at: Option<Instant>,
@@ -75,7 +81,7 @@ enum Lifeline {
 /// Keeps one program until nothing of it is left.
 pub(crate) fn keep(spec: KeeperSpec) -> Result<(), String> {
     let pipe = descriptor::inherited(3).map_err(|e| format!("the report pipe: {e}"))?;
-    let reporter = Reporter::new(pipe);
+    let reporter = Reporter::new(pipe).map_err(|e| format!("the report pipe: {}", e.desc()))?;
     let input = input_of(&spec.input).map_err(|e| format!("the program's input: {e}"))?;
     if spec.leftovers == Leftovers::Kill {
         tree::adopt_orphans().map_err(|e| format!("becoming the one who adopts orphans: {e}"))?;
@@ -95,7 +101,7 @@ fn begin<K: Kernel>(
     mut kernel: K,
     spec: &KeeperSpec,
     input: &OwnedFd,
-    reporter: Reporter,
+    mut reporter: Reporter,
 ) -> Option<Keeper<K>> {
     let oom_kills = oom_kills();
     let started = match start(&mut kernel, spec, input, &reporter) {
@@ -126,6 +132,7 @@ fn begin<K: Kernel>(
         failing: Vec::new(),
         killed_by_us: false,
         killed: 0,
+        unreaped: false,
         oom_kills,
         dropped_said: 0,
         dropped_at: None,
@@ -176,10 +183,8 @@ fn start(
     let identity = identity_of(&spec.user)?;
     let words = |e| (Stage::Exec, e);
     let argv = c_strings(spec.argv.iter().map(|a| a.clone().into_bytes())).map_err(words)?;
-    let environment = spec.environment.unpack().ok_or((Stage::Exec, Errno::EINVAL))?;
-    let run = format!("CVM_RUN={}", spec.run);
-    let environment =
-        c_strings(environment.iter().map(|e| e.to_vec()).chain([run.into_bytes()])).map_err(words)?;
+    let mut environment = spec.environment.unpack_for_exec().ok_or((Stage::Exec, Errno::EINVAL))?;
+    environment.push(CString::new(format!("CVM_RUN={}", spec.run)).map_err(|_| words(Errno::EINVAL))?.into());
     let directory = CString::new(spec.directory.as_str()).map_err(|_| (Stage::Directory, Errno::EINVAL))?;
     let out = output_theirs.as_fd();
     let mut descriptors = vec![input.as_fd(), out, out];
@@ -197,12 +202,16 @@ fn start(
         oom_score_adj: (spec.oom_score_adj != 0).then_some(spec.oom_score_adj),
         session: Session::Own,
         dies_with_parent: true,
+        blocked: Blocked::None,
+        news: Some(exec_theirs.as_fd()),
     };
     let pid = kernel
-        .spawn(&program, |stage, errno| {
+        .spawn(&program, |stage, errno, pipe| {
             let mut news = [stage.to_byte(), 0, 0, 0, 0];
             news[1..].copy_from_slice(&(errno as i32).to_ne_bytes());
-            let _ = nix::unistd::write(&exec_theirs, &news);
+            if let Some(pipe) = pipe {
+                let _ = nix::unistd::write(pipe, &news);
+            }
             127
         })
         .map_err(|errno| (Stage::Fork, errno))?;
@@ -227,6 +236,7 @@ fn c_strings(words: impl Iterator<Item = Vec<u8>>) -> Result<Vec<CString>, Errno
 impl<K: Kernel> Keeper<K> {
     fn turn(&mut self) -> Turn {
         self.wait();
+        self.reporter.flush();
         for signal in self.kernel.signals() {
             match signal {
                 libc::SIGTERM => self.end_main(),
@@ -249,6 +259,7 @@ impl<K: Kernel> Keeper<K> {
     fn wait(&mut self) {
         let mut fds: Vec<_> = self.exec.iter().map(|fd| readable(fd.as_fd())).collect();
         fds.extend(self.output.iter().map(|fd| readable(fd.as_fd())));
+        fds.extend(self.reporter.interest().map(writable));
         let probing = self.end.is_none();
         let probers = || self.probers.iter().flatten().filter(|_| probing);
         fds.extend(probers().filter_map(|p| {
@@ -256,7 +267,8 @@ impl<K: Kernel> Keeper<K> {
             Some(if writes { writable(fd) } else { readable(fd) })
         }));
         let progress = self.progress.iter().filter(|_| probing).map(Progress::deadline);
-        let until = probers().map(Prober::deadline).chain(progress).min();
+        let at_once = self.unreaped.then(|| self.kernel.now());
+        let until = probers().map(Prober::deadline).chain(progress).chain(at_once).min();
         self.kernel.wait(fds, until);
     }
 
@@ -369,15 +381,22 @@ impl<K: Kernel> Keeper<K> {
 
     /// Whether there are no children left.
     fn reap(&mut self) -> bool {
-        let childless = loop {
+        self.unreaped = true;
+        let mut childless = false;
+        for _ in 0..REAPS_A_TURN {
             match self.kernel.reap() {
                 Reaped::One(pid, end) if pid == self.main => self.main_ended(end),
                 Reaped::One(..) => {}
-                Reaped::Later => break false,
-                Reaped::Childless => break true,
+                other => {
+                    self.unreaped = false;
+                    childless = other == Reaped::Childless;
+                    break;
+                }
             }
-        };
-        if !childless && self.end.is_some() && self.spec_leftovers == Leftovers::Kill {
+        }
+        // Not while those who are dead already would be counted, and looked at, once more.
+        let living = !childless && !self.unreaped;
+        if living && self.end.is_some() && self.spec_leftovers == Leftovers::Kill {
             self.kill_tree();
         }
         childless
@@ -404,6 +423,14 @@ impl<K: Kernel> Keeper<K> {
         self.log.close();
         let end = self.end.clone().unwrap_or(End::Unseen);
         self.reporter.send(&KeeperReport::TreeGone { end, killed: self.killed });
+        let until = self.kernel.now() + LAST_WORDS;
+        while let Some(pipe) = self.reporter.interest()
+            && self.kernel.now() < until
+        {
+            self.kernel.wait(vec![writable(pipe)], Some(until));
+            self.kernel.signals();
+            self.reporter.flush();
+        }
     }
 }
 
@@ -433,3 +460,6 @@ pub(crate) fn log_only(file: &str) -> Result<(), String> {
     book.close();
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

@@ -25,7 +25,7 @@ mod progress;
 mod report;
 
 use cvm_blueprint::wire::KeeperSpec;
-use cvm_process::{descriptor, signals};
+use cvm_process::{descriptor, private, signals};
 use std::process::ExitCode;
 
 /// A spec holds one environment; the kernel limits that to a few megabytes.
@@ -37,6 +37,7 @@ const USAGE: &str = "cvm-keeper is started by cvm-init:\n    \
 
 fn main() -> ExitCode {
     signals::block_all();
+    private::keep_private();
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let outcome = match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["--log", file] => keep::log_only(file),

@@ -82,8 +82,7 @@ const BACKLOG: u32 = 512;
 const STOP_MARGIN: Duration = Duration::from_secs(5);
 
 fn main() -> ExitCode {
-    // No core dump, and no reading of this memory by others: it holds keys.
-    let _ = nix::sys::prctl::set_dumpable(false);
+    cvm_process::private::keep_private();
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
         .without_time()

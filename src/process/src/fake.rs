@@ -205,7 +205,7 @@ impl Kernel for Fake {
     fn spawn(
         &mut self,
         program: &Program<'_>,
-        _on_failure: impl FnOnce(Stage, Errno) -> u8,
+        _on_failure: impl FnOnce(Stage, Errno, Option<BorrowedFd<'_>>) -> u8,
     ) -> nix::Result<Pid> {
         self.panics_at_spawn = count_down(self.panics_at_spawn);
         assert!(self.panics_at_spawn != Some(0), "this start panics");

@@ -30,7 +30,7 @@ pub trait Kernel {
     fn spawn(
         &mut self,
         program: &Program<'_>,
-        on_failure: impl FnOnce(Stage, Errno) -> u8,
+        on_failure: impl FnOnce(Stage, Errno, Option<BorrowedFd<'_>>) -> u8,
     ) -> nix::Result<Pid>;
 
     /// A process that is gone is no failure. `-1` is every process but ourselves.
@@ -84,7 +84,7 @@ impl Kernel for Linux {
     fn spawn(
         &mut self,
         program: &Program<'_>,
-        on_failure: impl FnOnce(Stage, Errno) -> u8,
+        on_failure: impl FnOnce(Stage, Errno, Option<BorrowedFd<'_>>) -> u8,
     ) -> nix::Result<Pid> {
         spawn::spawn(program, on_failure)
     }

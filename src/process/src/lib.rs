@@ -17,6 +17,7 @@ pub mod kernel;
 pub mod namespace;
 pub mod passing;
 pub mod port;
+pub mod private;
 pub mod reap;
 pub mod signals;
 pub mod spawn;

@@ -22,14 +22,18 @@ const SIGNAL_MAX: i32 = 64;
 
 /// Blocks everything but faults. The first call of every program here.
 pub fn block_all() {
+    // It fails only for an unknown `how`.
+    let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&all_but_faults()), None);
+}
+
+pub(crate) fn all_but_faults() -> SigSet {
     let mut all = SigSet::all();
     for fault in FAULTS {
         if let Ok(signal) = nix::sys::signal::Signal::try_from(fault) {
             all.remove(signal);
         }
     }
-    // It fails only for an unknown `how`.
-    let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&all), None);
+    all
 }
 
 /// Signals that have arrived, as a descriptor to poll and a set to take.

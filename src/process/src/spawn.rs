@@ -1,21 +1,23 @@
 //! Fork and exec by hand, without ever waiting for the child.
 //!
 //! All signals are blocked around the fork, so that no handler of ours runs in the child and
-//! writes into a pipe it shares with us. The child then has default handlers, an empty mask,
-//! a session of its own, exactly the descriptors it was given, and exactly its environment.
+//! writes into a pipe it shares with us. The child then has default handlers, the mask, session
+//! and descriptors that it was given, and exactly its environment.
 
+use crate::signals;
 use cvm_blueprint::ending::Stage;
 use nix::errno::Errno;
 use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
 use nix::unistd::{ForkResult, Pid, fork};
 use std::ffi::{CStr, CString};
 use std::os::fd::{BorrowedFd, RawFd};
+use zeroize::Zeroizing;
 
 /// Everything about a child, made ready before the fork: after it nothing is allocated.
 pub struct Program<'a> {
     pub path: &'a CStr,
     pub argv: &'a [CString],
-    pub environment: &'a [CString],
+    pub environment: &'a [Zeroizing<CString>],
     pub directory: &'a CStr,
     /// Descriptors for 0, 1, 2, 3 … in the child. The rest is close-on-exec.
     pub descriptors: &'a [BorrowedFd<'a>],
@@ -24,6 +26,17 @@ pub struct Program<'a> {
     pub session: Session,
     /// Die when the parent does.
     pub dies_with_parent: bool,
+    pub blocked: Blocked,
+    /// Where `on_failure` of [`spawn`] writes to.
+    pub news: Option<BorrowedFd<'a>>,
+}
+
+/// Signals that are blocked in the child when it begins to execute.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Blocked {
+    None,
+    /// All but faults: for a program of ours, which takes its signals when it is ready for them.
+    All,
 }
 
 /// Whose terminal and process group the child has.
@@ -42,21 +55,34 @@ pub struct Identity {
 }
 
 /// Starts `program`. `on_failure` runs in the child when a stage before or at exec fails, and
-/// has to carry the news and yields the child's exit status; it may only write to a descriptor.
+/// has to carry the news and yields the child's exit status; it may only write to the descriptor
+/// that it gets: `news`, wherever that is by then.
 ///
 /// The program has one thread here, or the child must not allocate: both hold.
+pub fn spawn(
+    program: &Program<'_>,
+    on_failure: impl FnOnce(Stage, Errno, Option<BorrowedFd<'_>>) -> u8,
+) -> nix::Result<Pid> {
+    spawn_below(nix::unistd::getpid(), program, on_failure)
+}
+
 #[allow(unsafe_code)]
-pub fn spawn(program: &Program<'_>, on_failure: impl FnOnce(Stage, Errno) -> u8) -> nix::Result<Pid> {
-    let argv = pointers(program.argv);
-    let environment = pointers(program.environment);
+fn spawn_below(
+    parent: Pid,
+    program: &Program<'_>,
+    on_failure: impl FnOnce(Stage, Errno, Option<BorrowedFd<'_>>) -> u8,
+) -> nix::Result<Pid> {
+    let argv = pointers(program.argv.iter());
+    let environment = pointers(program.environment.iter().map(|entry| &**entry));
     let mut old = SigSet::empty();
     sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), Some(&mut old))?;
     // SAFETY: between fork and exec the child makes system calls on memory that was prepared
     // before, and nothing else.
     let forked = unsafe { fork() };
     if let Ok(ForkResult::Child) = forked {
-        let (stage, errno) = become_program(program, &argv, &environment);
-        let status = on_failure(stage, errno);
+        let mut news = program.news;
+        let (stage, errno) = become_program(parent, program, &argv, &environment, &mut news);
+        let status = on_failure(stage, errno, news);
         // SAFETY: _exit runs no handlers and flushes nothing of the parent's.
         unsafe { libc::_exit(i32::from(status)) }
     }
@@ -67,37 +93,46 @@ pub fn spawn(program: &Program<'_>, on_failure: impl FnOnce(Stage, Errno) -> u8)
     }
 }
 
-fn pointers(strings: &[CString]) -> Vec<*const libc::c_char> {
-    strings.iter().map(|s| s.as_ptr()).chain([std::ptr::null()]).collect()
+fn pointers<'a>(strings: impl Iterator<Item = &'a CString>) -> Vec<*const libc::c_char> {
+    strings.map(|s| s.as_ptr()).chain([std::ptr::null()]).collect()
 }
 
 /// The child's way to exec. Returns only when a stage failed.
 #[allow(unsafe_code)]
 fn become_program(
+    parent: Pid,
     program: &Program<'_>,
     argv: &[*const libc::c_char],
     environment: &[*const libc::c_char],
+    news: &mut Option<BorrowedFd<'_>>,
 ) -> (Stage, Errno) {
-    if let Err(failure) = prepare(program) {
+    if let Err(failure) = prepare(parent, program, news) {
         return failure;
     }
+    let mask = match program.blocked {
+        Blocked::None => SigSet::empty(),
+        Blocked::All => signals::all_but_faults(),
+    };
+    let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&mask), None);
     // SAFETY: both arrays end with a null pointer and outlive the call, as do the strings.
     unsafe {
-        let empty = SigSet::empty();
-        let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&empty), None);
         libc::execve(program.path.as_ptr(), argv.as_ptr(), environment.as_ptr());
     }
     (Stage::Exec, Errno::last())
 }
 
-fn prepare(program: &Program<'_>) -> Result<(), (Stage, Errno)> {
+fn prepare(
+    parent: Pid,
+    program: &Program<'_>,
+    news: &mut Option<BorrowedFd<'_>>,
+) -> Result<(), (Stage, Errno)> {
     let at = |stage: Stage| move |errno: Errno| (stage, errno);
     match program.session {
         Session::Own => drop(nix::unistd::setsid().map_err(at(Stage::Session))?),
         Session::Foreground => take_foreground().map_err(at(Stage::Session))?,
     }
     reset_handlers();
-    place_descriptors(program.descriptors).map_err(at(Stage::Files))?;
+    place_descriptors(program.descriptors, news).map_err(at(Stage::Files))?;
     if program.session == Session::Own {
         close_the_rest_on_exec(program.descriptors.len());
     }
@@ -110,6 +145,10 @@ fn prepare(program: &Program<'_>) -> Result<(), (Stage, Errno)> {
     if program.dies_with_parent {
         // After the user id: changing it clears the request.
         nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL).map_err(at(Stage::User))?;
+        // It is sent for a death that comes, not for one that has been.
+        if nix::unistd::getppid() != parent {
+            return Err((Stage::Fork, Errno::ESRCH));
+        }
     }
     nix::unistd::chdir(program.directory).map_err(at(Stage::Directory))
 }
@@ -137,10 +176,16 @@ pub fn reset_handlers() {
     }
 }
 
-/// Puts each descriptor at its place without treading on another that is still to be moved.
+/// Puts each descriptor at its place without treading on another that is still to be moved, or on
+/// the one for news.
 #[allow(unsafe_code)]
-fn place_descriptors(wanted: &[BorrowedFd<'_>]) -> Result<(), Errno> {
+fn place_descriptors(wanted: &[BorrowedFd<'_>], news: &mut Option<BorrowedFd<'_>>) -> Result<(), Errno> {
     let count = RawFd::try_from(wanted.len()).unwrap_or(RawFd::MAX);
+    if let Some(fd) = news {
+        let moved = nix::fcntl::fcntl(*fd, nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(count))?;
+        // SAFETY: it has just been made, and stays open until this process executes or exits.
+        *fd = unsafe { BorrowedFd::borrow_raw(moved) };
+    }
     let mut above = [-1; 8];
     if wanted.len() > above.len() {
         return Err(Errno::EINVAL);
@@ -207,4 +252,107 @@ fn set_groups(groups: &[u32]) -> Result<(), Errno> {
     // SAFETY: pointer and length of one slice. The raw call, because the C library's wrapper
     // talks to threads that a child does not have.
     Errno::result(unsafe { libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()) }).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::descriptor;
+    use std::fs::File;
+    use std::io::Read as _;
+    use std::os::fd::{AsFd as _, OwnedFd};
+
+    fn program<'a>(argv: &'a [CString], descriptors: &'a [BorrowedFd<'a>]) -> Program<'a> {
+        Program {
+            path: argv[0].as_c_str(),
+            argv,
+            environment: &[],
+            directory: c"/",
+            descriptors,
+            identity: None,
+            oom_score_adj: None,
+            session: Session::Own,
+            dies_with_parent: true,
+            blocked: Blocked::None,
+            news: None,
+        }
+    }
+
+    fn words(words: &[&str]) -> Vec<CString> {
+        words.iter().map(|w| CString::new(*w).unwrap()).collect()
+    }
+
+    fn null() -> OwnedFd {
+        File::open("/dev/null").unwrap().into()
+    }
+
+    /// What was written before the last writer ended.
+    fn all_of(reader: OwnedFd) -> String {
+        let mut text = String::new();
+        File::from(reader).read_to_string(&mut text).unwrap();
+        text
+    }
+
+    /// Tests run in threads: whoever is started by another one at this moment has our pipes too, for
+    /// as long as it takes to execute.
+    fn output_of(argv: &[&str], blocked: Blocked, parent: Pid) -> String {
+        let (reader, writer) = descriptor::pipe().unwrap();
+        let (argv, null) = (words(argv), null());
+        let descriptors = [null.as_fd(), writer.as_fd(), null.as_fd()];
+        let program = Program { blocked, ..program(&argv, &descriptors) };
+        let pid = spawn_below(parent, &program, |stage, errno, _| {
+            u8::from((stage, errno) != (Stage::Fork, Errno::ESRCH))
+        });
+        drop(writer);
+        let text = all_of(reader);
+        nix::sys::wait::waitpid(pid.unwrap(), None).unwrap();
+        text
+    }
+
+    #[test]
+    fn a_child_whose_parent_is_gone_before_it_could_ask_to_die_with_it_executes_nothing() {
+        let (us, another) = (nix::unistd::getpid(), Pid::from_raw(1));
+        assert_eq!(output_of(&["/bin/echo", "alive"], Blocked::None, us), "alive\n");
+        assert_eq!(output_of(&["/bin/echo", "alive"], Blocked::None, another), "");
+    }
+
+    #[test]
+    fn a_program_of_ours_executes_with_every_signal_blocked_and_others_with_none() {
+        let mask = |blocked| {
+            let argv = ["/bin/grep", "^SigBlk", "/proc/self/status"];
+            let line = output_of(&argv, blocked, nix::unistd::getpid());
+            u64::from_str_radix(line.trim_start_matches("SigBlk:").trim(), 16).unwrap()
+        };
+        assert_eq!(mask(Blocked::None), 0);
+        for signal in [libc::SIGTERM, libc::SIGQUIT, libc::SIGCHLD, libc::SIGHUP] {
+            assert_ne!(mask(Blocked::All) & 1 << (signal - 1), 0, "signal {signal}");
+        }
+    }
+
+    #[test]
+    #[allow(unsafe_code)]
+    fn the_news_of_a_failure_arrive_also_from_a_descriptor_that_the_child_replaces() {
+        let (reader, writer) = descriptor::pipe().unwrap();
+        let (argv, null) = (words(&["/no/such/program"]), null());
+        let descriptors = [null.as_fd(), null.as_fd(), null.as_fd()];
+        // A process of its own, whose standard error may become the pipe.
+        // SAFETY: it does what `spawn` does anyway, and ends.
+        if let ForkResult::Child = unsafe { fork() }.unwrap() {
+            // SAFETY: it is this process's own, and stays open.
+            let news = unsafe {
+                libc::dup2(std::os::fd::AsRawFd::as_raw_fd(&writer), 2);
+                BorrowedFd::borrow_raw(2)
+            };
+            let program = Program { news: Some(news), ..program(&argv, &descriptors) };
+            let pid = spawn(&program, |stage, _, news| {
+                let _ = news.map(|pipe| nix::unistd::write(pipe, &[b'0' + stage.to_byte()]));
+                1
+            });
+            let _ = pid.map(|pid| nix::sys::wait::waitpid(pid, None));
+            // SAFETY: nothing of the test's is to run here.
+            unsafe { libc::_exit(0) }
+        }
+        drop(writer);
+        assert_eq!(all_of(reader), format!("{}", Stage::Exec.to_byte()));
+    }
 }

@@ -5,8 +5,20 @@
 //! killing children until there are none is the whole of ending a tree.
 
 use crate::signals;
+use nix::errno::Errno;
 use nix::unistd::Pid;
+use std::collections::BTreeSet;
 use std::fs;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+/// A process as it was seen once. Its number may be another's by now; its start time never is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Seen {
+    pid: Pid,
+    parent: Pid,
+    /// Ticks since the machine booted.
+    started: u64,
+}
 
 /// From now on orphans below us become our children.
 pub fn adopt_orphans() -> nix::Result<()> {
@@ -20,25 +32,29 @@ pub fn children() -> Vec<Pid> {
     if let Ok(text) = fs::read_to_string(format!("/proc/self/task/{me}/children")) {
         return text.split_ascii_whitespace().filter_map(|w| w.parse().ok()).map(Pid::from_raw).collect();
     }
-    scan().filter(|(_, parent)| *parent == me).map(|(pid, _)| pid).collect()
+    scan().filter(|seen| seen.parent == me).map(|seen| seen.pid).collect()
 }
 
 /// Every process below this one, nearest first.
 pub fn descendants() -> Vec<Pid> {
-    let all: Vec<(Pid, Pid)> = scan().collect();
-    let mut found = vec![nix::unistd::getpid()];
+    seen_below().into_iter().map(|seen| seen.pid).collect()
+}
+
+fn seen_below() -> Vec<Seen> {
+    let all: Vec<Seen> = scan().collect();
+    let below = |parent: Pid| all.iter().filter(move |seen| seen.parent == parent && seen.pid != parent);
+    let mut found: Vec<Seen> = below(nix::unistd::getpid()).copied().collect();
     let mut next = 0;
-    while let Some(&parent) = found.get(next) {
+    while let Some(&Seen { pid, .. }) = found.get(next) {
         next += 1;
-        let below = all.iter().filter(|(pid, above)| *above == parent && *pid != parent);
-        found.extend(below.map(|(pid, _)| *pid));
+        found.extend(below(pid));
     }
-    found.split_off(1)
+    found
 }
 
 /// Sends `signal` to every process below this one, and says to how many.
 pub fn signal_descendants(signal: i32) -> u32 {
-    let reached = descendants().into_iter().filter(|pid| signals::send(*pid, signal));
+    let reached = seen_below().into_iter().filter(|seen| send(*seen, signal));
     u32::try_from(reached.count()).unwrap_or(u32::MAX)
 }
 
@@ -51,42 +67,91 @@ const WALKS_MAX: u32 = 200;
 /// all are stopped first, since a stopped process cannot fork, and killed when no walk finds
 /// anyone new.
 pub fn kill_descendants() -> u32 {
-    let mut stopped = std::collections::BTreeSet::new();
+    let mut stopped = BTreeSet::new();
     for _ in 0..WALKS_MAX {
-        let new: Vec<Pid> = descendants().into_iter().filter(|pid| !stopped.contains(pid)).collect();
+        let new: Vec<Seen> =
+            seen_below().into_iter().filter(|seen| stopped.insert((seen.pid, seen.started))).collect();
         if new.is_empty() {
             break;
         }
-        for pid in new {
-            signals::send(pid, libc::SIGSTOP);
-            stopped.insert(pid);
+        for seen in new {
+            send(seen, libc::SIGSTOP);
         }
     }
     signal_descendants(libc::SIGKILL)
 }
 
-/// All processes with their parents.
-fn scan() -> impl Iterator<Item = (Pid, Pid)> {
-    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
-    entries.filter_map(|entry| {
-        let pid: i32 = entry.file_name().to_str()?.parse().ok()?;
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        Some((Pid::from_raw(pid), Pid::from_raw(parent_in(&stat)?)))
-    })
+/// Signals the process that was seen, and nobody who has its number now.
+fn send(seen: Seen, signal: i32) -> bool {
+    match pidfd_of(seen.pid) {
+        // Looked at after it was opened: it leads to this process, or to none any more.
+        Ok(process) => is_still(seen) && send_by(&process, signal),
+        Err(Errno::ESRCH) => false,
+        // An old kernel, or a container's rules: then there is a moment between look and signal.
+        Err(_) => is_still(seen) && signals::send(seen.pid, signal),
+    }
 }
 
-/// The parent in a line of /proc/PID/stat. The name before it may hold spaces and brackets.
-fn parent_in(stat: &str) -> Option<i32> {
-    stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(1)?.parse().ok()
+fn is_still(seen: Seen) -> bool {
+    look_at(seen.pid.as_raw()).is_some_and(|now| now.started == seen.started)
+}
+
+#[allow(unsafe_code)]
+fn pidfd_of(pid: Pid) -> nix::Result<OwnedFd> {
+    // SAFETY: no memory is involved.
+    let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) })?;
+    // SAFETY: the call has just returned this descriptor, and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(i32::try_from(fd).map_err(|_| Errno::EBADF)?) })
+}
+
+#[allow(unsafe_code)]
+fn send_by(process: &OwnedFd, signal: i32) -> bool {
+    let nothing: *const libc::siginfo_t = std::ptr::null();
+    // SAFETY: a descriptor that is open, and no further information.
+    unsafe { libc::syscall(libc::SYS_pidfd_send_signal, process.as_raw_fd(), signal, nothing, 0) == 0 }
+}
+
+/// All processes.
+fn scan() -> impl Iterator<Item = Seen> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|entry| look_at(entry.file_name().to_str()?.parse().ok()?))
+}
+
+fn look_at(pid: i32) -> Option<Seen> {
+    let stat = fs::read(format!("/proc/{pid}/stat")).ok()?;
+    let (parent, started) = parent_and_start(&String::from_utf8_lossy(&stat))?;
+    Some(Seen { pid: Pid::from_raw(pid), parent: Pid::from_raw(parent), started })
+}
+
+/// From a line of /proc/PID/stat. The name before them may hold spaces and brackets.
+fn parent_and_start(stat: &str) -> Option<(i32, u64)> {
+    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace().skip(1);
+    let parent = fields.next()?.parse().ok()?;
+    Some((parent, fields.nth(17)?.parse().ok()?))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::process::ExitStatusExt as _;
+    use std::process::Command;
 
     #[test]
-    fn a_name_full_of_brackets_does_not_hide_the_parent() {
-        assert_eq!(parent_in("12 (a) b) (c) S 7 12 12 0"), Some(7));
-        assert_eq!(parent_in("12 nonsense"), None);
+    fn a_name_full_of_brackets_hides_nothing() {
+        let line = "12 (a) (b c) S 7 11 10 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 4711 100 200";
+        assert_eq!(parent_and_start(line), Some((7, 4711)));
+        assert_eq!(parent_and_start("12 (cut"), None);
+    }
+
+    #[test]
+    fn who_has_the_number_of_a_process_that_was_seen_gets_no_signal_of_its() {
+        let mut child = Command::new("sleep").arg("600").spawn().unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        let seen = look_at(pid).unwrap();
+        let before = Seen { started: seen.started - 1, ..seen };
+        assert!(!send(before, libc::SIGKILL));
+        // Had that reached it, it would have ended of SIGKILL.
+        assert!(send(seen, libc::SIGTERM));
+        assert_eq!(child.wait().unwrap().signal(), Some(libc::SIGTERM));
     }
 }

@@ -47,8 +47,7 @@ fn main() -> ExitCode {
         );
         return ExitCode::from(2);
     };
-    // No core dump, and no reading of this memory by others: it may hold keys.
-    let _ = nix::sys::prctl::set_dumpable(false);
+    cvm_process::private::keep_private();
     // The text of a panic may quote anything, so only its place is said.
     std::panic::set_hook(Box::new(|panic| eprintln!("cvm-step: a bug, at {}", place_of(panic.location()))));
     let mut report = Report::default();
@@ -97,6 +96,6 @@ fn carry_out(task: Task, report: &mut Report) -> Outcome<()> {
         Task::State(task) => state::prepare(&places, &task, report),
         Task::DockerPrepare => docker::prepare(&places, report),
         Task::FreePort { port } => port::free(&places, port, report),
-        Task::Sweep { run } => sweep::sweep(&places, &run, report),
+        Task::Sweep { run, listens_on } => sweep::sweep(&places, &run, listens_on, report),
     }
 }

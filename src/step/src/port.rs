@@ -59,7 +59,7 @@ pub(crate) fn free(places: &Places, port: u16, report: &mut Report) -> Outcome<(
 }
 
 /// Inodes of the sockets that listen on `port`, IPv4 and IPv6.
-fn listeners(places: &Places, port: u16) -> BTreeSet<u64> {
+pub(crate) fn listeners(places: &Places, port: u16) -> BTreeSet<u64> {
     ["/proc/net/tcp", "/proc/net/tcp6"]
         .iter()
         .filter_map(|path| fs::read_to_string(places.at(path)).ok())
@@ -81,7 +81,7 @@ fn holders(places: &Places, table: &Table, sockets: &BTreeSet<u64>) -> Vec<Proce
     table.all().filter(|process| holds(places, process.pid, sockets)).cloned().collect()
 }
 
-fn holds(places: &Places, pid: i32, sockets: &BTreeSet<u64>) -> bool {
+pub(crate) fn holds(places: &Places, pid: i32, sockets: &BTreeSet<u64>) -> bool {
     let entries = fs::read_dir(processes::proc_file(places, pid, "fd")).into_iter().flatten().flatten();
     entries.filter_map(|entry| fs::read_link(entry.path()).ok()).any(|target| {
         let inode = target.to_str().and_then(|t| t.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok());

@@ -5,9 +5,10 @@
 //! sessions and groups, and who descends from whom.
 //!
 //! Refuses to end PID 1, this process and its ancestors, and to say that it is done before two
-//! looks in a row have found nobody. May import: `places`, `processes`, `report`.
+//! looks in a row have found nobody. May import: `places`, `port`, `processes`, `report`.
 
 use crate::places::Places;
+use crate::port;
 use crate::processes::{self, Process, Table};
 use crate::report::{Failure, Outcome, Report};
 use cvm_process::acting::Acting;
@@ -26,12 +27,16 @@ const BETWEEN: Duration = Duration::from_millis(5);
 /// The kernel's limit for one environment is below this.
 const ENVIRONMENT_MAX: u64 = 8 * 1024 * 1024;
 
-pub(crate) fn sweep(places: &Places, run: &str, report: &mut Report) -> Outcome<()> {
+/// With `listens_on` only whoever of the run listens on that port.
+pub(crate) fn sweep(places: &Places, run: &str, listens_on: Option<u16>, report: &mut Report) -> Outcome<()> {
     let until = Instant::now() + LIMIT;
     let mut ended = BTreeSet::new();
     let mut quiet_looks = 0;
     while quiet_looks < 2 {
-        let left = of_run(places, run);
+        let left = match listens_on {
+            None => of_run(places, run),
+            Some(port) => listeners(places, run, port),
+        };
         if left.is_empty() {
             quiet_looks += 1;
         } else {
@@ -67,12 +72,25 @@ fn survivors(run: &str, left: &[Process]) -> Failure {
 fn of_run(places: &Places, run: &str) -> Vec<Process> {
     let table = Table::read(places);
     let spared = table.lineage(processes::own_pid());
-    let marked: BTreeSet<i32> = table
-        .all()
-        .filter(|p| !spared.contains(&p.pid) && !p.is_dead() && is_marked(places, p.pid, run))
-        .map(|p| p.pid)
-        .collect();
+    let marked = marked(places, &table, &spared, run).map(|p| p.pid).collect();
     members(&table, &marked, &spared).into_iter().filter(|p| !p.is_dead()).cloned().collect()
+}
+
+/// Those of the run's own processes that listen on `port`.
+fn listeners(places: &Places, run: &str, port: u16) -> Vec<Process> {
+    let sockets = port::listeners(places, port);
+    let table = Table::read(places);
+    let spared = table.lineage(processes::own_pid());
+    marked(places, &table, &spared, run).filter(|p| port::holds(places, p.pid, &sockets)).cloned().collect()
+}
+
+fn marked<'a>(
+    places: &'a Places,
+    table: &'a Table,
+    spared: &'a [i32],
+    run: &'a str,
+) -> impl Iterator<Item = &'a Process> {
+    table.all().filter(move |p| !spared.contains(&p.pid) && !p.is_dead() && is_marked(places, p.pid, run))
 }
 
 /// The marked ones, who shares a session or group with them that one of them led, and everything
@@ -139,7 +157,7 @@ mod tests {
             std::thread::sleep(BETWEEN);
         }
         let mut report = Report::default();
-        sweep(&Places::default(), &mine, &mut report).unwrap();
+        sweep(&Places::default(), &mine, None, &mut report).unwrap();
         assert!(of_run(&Places::default(), &mine).is_empty());
         assert!(spared.try_wait().unwrap().is_none());
         assert!(report.notes[0].text.contains("had left behind"));
@@ -155,15 +173,41 @@ mod tests {
         while of_run(&Places::default(), &run).len() < 4 {
             std::thread::sleep(BETWEEN);
         }
-        sweep(&Places::default(), &run, &mut Report::default()).unwrap();
+        sweep(&Places::default(), &run, None, &mut Report::default()).unwrap();
         shell.wait().unwrap();
         assert!(of_run(&Places::default(), &run).is_empty());
     }
 
     #[test]
+    fn of_a_run_whose_leftovers_stay_only_the_listener_ends() {
+        let run = own_run("listener");
+        // Its child has neither the port nor another session.
+        let script = "exec python3 -c 'import os,socket,sys,time\n\
+            s=socket.socket(); s.bind((\"127.0.0.1\",0)); s.listen()\n\
+            if os.fork(): print(s.getsockname()[1], flush=True); time.sleep(60)\n\
+            s.close(); time.sleep(60)'";
+        let mut listener = Command::new("setsid");
+        listener.args(["sh", "-c", script]).env("CVM_RUN", &run).stdout(std::process::Stdio::piped());
+        let mut listener = listener.spawn().unwrap();
+        let mut line = String::new();
+        let output = std::io::BufReader::new(listener.stdout.take().unwrap());
+        std::io::BufRead::read_line(&mut { output }, &mut line).unwrap();
+        let port = line.trim().parse().unwrap();
+        while of_run(&Places::default(), &run).len() < 2 {
+            std::thread::sleep(BETWEEN);
+        }
+        sweep(&Places::default(), &run, Some(port), &mut Report::default()).unwrap();
+        listener.wait().unwrap();
+        let left = of_run(&Places::default(), &run);
+        assert_eq!(left.len(), 1, "{left:?}");
+        assert!(port::listeners(&Places::default(), port).is_empty());
+        sweep(&Places::default(), &run, None, &mut Report::default()).unwrap();
+    }
+
+    #[test]
     fn nothing_to_sweep_is_done_without_a_word() {
         let mut report = Report::default();
-        sweep(&Places::default(), &own_run("nobody"), &mut report).unwrap();
+        sweep(&Places::default(), &own_run("nobody"), None, &mut report).unwrap();
         assert!(report.notes.is_empty());
     }
 

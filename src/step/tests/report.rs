@@ -46,7 +46,7 @@ fn run(input: &[u8]) -> Run {
 
 #[test]
 fn a_task_that_is_done_exits_with_0_and_says_so() {
-    let run = run(&line(&Task::Sweep { run: "nobody-has-this/0".into() }));
+    let run = run(&line(&Task::Sweep { run: "nobody-has-this/0".into(), listens_on: None }));
     assert_eq!(run.exit_code(), Some(0));
     assert!(matches!(run.report, Some(TaskReport::Done { .. })));
     assert_eq!(run.log(), "");

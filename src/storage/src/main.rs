@@ -79,8 +79,7 @@ const UNDRAINED: u8 = 75;
 const USAGE: u8 = 64;
 
 fn main() -> ExitCode {
-    // No core dump, and no reading of this memory by others: it holds keys.
-    let _ = nix::sys::prctl::set_dumpable(false);
+    cvm_process::private::keep_private();
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
         .without_time()

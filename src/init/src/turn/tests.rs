@@ -5,7 +5,7 @@ use super::*;
 use cvm_blueprint::backoff::Backoff;
 use cvm_blueprint::config::{Config, LogFormat};
 use cvm_blueprint::env::Environment;
-use cvm_blueprint::service::{self, Service, Ties};
+use cvm_blueprint::service::{self, Leftovers, Service, Ties};
 use cvm_process::descriptor;
 use cvm_process::fake::{Fake, Manners};
 use std::io::Read as _;
@@ -215,6 +215,18 @@ fn a_panic_in_an_answer_stops_no_service_and_the_next_one_is_answered() {
     assert!(ask(&mut world).contains("\"gateway\""), "the next request is answered");
     assert_eq!((world.defects, world.machine.phase()), (0, conduct::Phase::Up));
     assert_eq!(world.kernel.sent, []);
+}
+
+#[test]
+fn after_a_killed_keeper_is_looked_for_what_it_left_also_where_sessions_stay() {
+    for leftovers in [Leftovers::Kill, Leftovers::Leave] {
+        let mut world = world_of(vec![Service { leftovers, ..service("sshd", 9, s(5)) }]);
+        world.feed(Event::Boot);
+        let keeper = pid_of(&world, "sshd");
+        world.kernel.dies(keeper, End::Signal(libc::SIGKILL));
+        world.turn();
+        assert!(world.kernel.started_as("sshd-sweep").is_some(), "{leftovers:?}");
+    }
 }
 
 #[test]

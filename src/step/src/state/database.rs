@@ -13,9 +13,10 @@
 
 use super::identity::Found;
 use crate::files::{Dir, FileResult, Owner, is_kind, trouble};
+use cvm_process::acting::Acting;
 use nix::errno::Errno;
 use nix::sys::stat::{FileStat, SFlag};
-use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
+use nix::unistd::{Gid, Uid};
 use rusqlite::config::DbConfig;
 use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension};
 use std::ffi::OsStr;
@@ -110,24 +111,14 @@ pub(crate) fn insert_device(state: &Dir, legacy: &[u8], owner: Owner) -> Result<
     as_owner(owner, write)?.map_err(|error| why(&error))
 }
 
-/// Does `work` with the owner's rights to files, and no more: in a thread of its own, because the
-/// kernel keeps these rights for each thread.
-fn as_owner<T: Send>(owner: Owner, work: impl FnOnce() -> T + Send) -> Result<T, String> {
+/// Does `work` with the owner's rights to files, and no more. Only root has others.
+fn as_owner<T>(owner: Owner, work: impl FnOnce() -> T) -> Result<T, String> {
     let (uid, gid) = (Uid::from_raw(owner.uid), Gid::from_raw(owner.gid));
-    let become_and_work = || {
-        setfsgid(gid);
-        setfsuid(uid);
-        // Neither tells whether it did; a second call tells what counts now.
-        (setfsgid(gid) == gid && setfsuid(uid) == uid).then(work)
-    };
-    let done = std::thread::scope(|scope| scope.spawn(become_and_work).join());
-    match done {
-        Ok(Some(done)) => Ok(done),
-        Ok(None) => Err("the rights of the gateway's user cannot be had; the container needs the \
-             capabilities SETGID and SETUID"
-            .into()),
-        Err(_) => Err("a bug; the step's log says where".into()),
-    }
+    let acting = (uid != Uid::effective()).then(|| Acting::of(uid, gid)).transpose();
+    let _acting = acting.map_err(|_| {
+        "the rights of the gateway's user cannot be had; the container needs the capabilities SETGID and SETUID"
+    })?;
+    Ok(work())
 }
 
 /// The file is the agent's: what it calls a table may be a view, and that any program.
@@ -367,6 +358,26 @@ mod tests {
             assert_eq!(fs::metadata(&name).unwrap().uid(), 4242, "{}", name.display());
         }
         assert_eq!(room.look(), Found::Id("abc123".into()));
+    }
+
+    #[test]
+    fn it_is_written_without_the_groups_that_root_has() {
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let group = Gid::from_raw(4711);
+        let mut groups = nix::unistd::getgroups().unwrap();
+        groups.push(group);
+        nix::unistd::setgroups(&groups).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        let file = dir.path().join("of-the-group");
+        fs::write(&file, "1").unwrap();
+        chown(&file, Some(0), Some(group.as_raw())).unwrap();
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o640)).unwrap();
+        let read = || fs::read(&file).is_ok();
+        assert_eq!(as_owner(Owner { uid: 4242, gid: 4243 }, read), Ok(false));
+        assert_eq!(as_owner(Owner { uid: 4242, gid: 4711 }, read), Ok(true), "by the group alone it may be");
     }
 
     #[test]
