@@ -1014,7 +1014,7 @@ fn objects_without_their_manifest_are_not_adopted_by_who_knows_of_one() {
     without(&ours);
     let machine = started(cloud.machine().environment("S3_ADOPT", "1"));
     assert!(read(&machine, "openclaw/workspace/1").is_some());
-    machine.line("S3_ADOPT takes over a bucket that nobody can check");
+    machine.line("Open door: S3_ADOPT=1: a bucket that nobody can check is taken over");
 }
 
 #[test]

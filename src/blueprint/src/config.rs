@@ -288,9 +288,9 @@ impl<'e> Reader<'e> {
         let anchor = self.text("STATE_ANCHOR").and_then(|t| self.check("STATE_ANCHOR", Anchor::parse(t)));
         let adopt = self.with_default("S3_ADOPT", values::switch);
         if adopt == Some(true) {
-            let says = "takes over a bucket that nobody can check, as it is. Unset it as soon as `cvm storage status` \
-                        says that everything is in the bucket";
-            self.warn("S3_ADOPT", says);
+            let risk = "a bucket that nobody can check is taken over as it is, whoever wrote it";
+            let remedy = "unset it as soon as `cvm storage status` says that everything is in the bucket";
+            self.open("S3_ADOPT=1", risk, remedy);
             if self.env.is_given("STATE_ANCHOR") {
                 // Whoever takes the manifest away would get past the anchor.
                 let hint = "unset it: the bucket of an anchor has a manifest; or unset STATE_ANCHOR for a bucket \

@@ -180,9 +180,9 @@ fn a_bucket_that_nobody_can_check_is_taken_over_on_a_word_and_never_beside_an_an
     assert!(!s3(&S3).adopt && !s3(&with(&S3, &[("S3_ADOPT", "0")])).adopt);
     let yes = with(&S3, &[("S3_ADOPT", "1")]);
     assert!(s3(&yes).adopt);
-    let warned = warnings(&yes);
-    assert!(warned.len() == 1 && warned[0].starts_with("S3_ADOPT takes over"), "{warned:?}");
-    assert!(warnings(&with(&S3, &[("S3_ADOPT", "0")])).is_empty());
+    let doors = right(&yes).doors;
+    assert!(doors.len() == 1 && doors[0].name == "S3_ADOPT=1", "{doors:?}");
+    assert!(right(&with(&S3, &[("S3_ADOPT", "0")])).doors.is_empty());
     let anchor = format!("17:{}", "a".repeat(64));
     assert!(!s3(&with(&S3, &[("S3_ADOPT", "0"), ("STATE_ANCHOR", &anchor)])).adopt);
     let problem = problem(&S3, &[("S3_ADOPT", "1"), ("STATE_ANCHOR", &anchor)]);
