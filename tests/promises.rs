@@ -20,9 +20,13 @@ fn every_variable_is_in_the_readme_and_in_the_compose_file() {
     for variable in VARIABLES {
         assert!(readme.contains(&format!("`{}`", variable.name)), "README.md lacks {}", variable.name);
         let line = format!("{0}: ${{{0}:-}}", variable.name);
-        let literal = variable.name == SSH_TRUST_HOST_KEYS;
+        let literal = [SSH_TRUST_HOST_KEYS, "CVM_OWNER"].contains(&variable.name);
         assert_eq!(compose.contains(&line), !literal, "docker-compose.yml: `{line}`");
     }
+    assert!(
+        compose.contains("      CVM_OWNER: \"\"\n"),
+        "whoever writes the environment must not say who may"
+    );
 }
 
 /// What is written into the compose file cannot be forged on dstack, what is interpolated can.
@@ -157,6 +161,73 @@ fn only_a_digest_is_pinned() {
     ] {
         assert_eq!(pin(taken), Some(0), "{taken}");
         assert_eq!(&image(), taken);
+    }
+}
+
+/// What the environment decides, whoever writes the environment decides.
+#[test]
+fn the_owner_is_written_literally_and_what_the_environment_could_replace_is_refused() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let file = dir.path().join("docker-compose.yml");
+    let reference = format!("openclaw-cvm@sha256:{}", "0".repeat(64));
+    let owner = "0123456789abcdef".repeat(4);
+    let pin = |text: &str, words: &[&str]| {
+        fs::write(&file, text).expect("the directory is writable");
+        let output =
+            Command::new(repository().join("image/pin")).args(words).arg(&reference).arg(&file).output();
+        let output = output.expect("image/pin runs");
+        let written = fs::read_to_string(&file).expect("the file is there");
+        assert_eq!(fs::read_dir(dir.path()).expect("it is there").count(), 1, "no draft is left");
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned(), written)
+    };
+    let shipped = read("docker-compose.yml");
+    let literal = format!("      CVM_OWNER: \"{owner}\"");
+    let (status, said, written) = pin(&shipped, &["--owner", &owner]);
+    assert_eq!((status, said.as_str()), (Some(0), ""));
+    assert!(written.lines().any(|line| line == literal), "{written}");
+    assert!(written.lines().any(|line| line == format!("    image: {reference}")), "{written}");
+    let (status, _, again) = pin(&written, &["--owner", &owner.replace('0', "f")]);
+    assert!(status == Some(0) && !again.contains(&literal), "the owner may change");
+    assert!(pin(&written, &[]).2.contains(&literal), "and stays when only the image changes");
+
+    for bad in ["", "12", &owner[1..], &owner.to_uppercase(), &format!("{owner}0"), "${CVM_OWNER}"] {
+        let (status, _, written) = pin(&shipped, &["--owner", bad]);
+        assert_eq!((status, written == shipped), (Some(64), true), "{bad:?}");
+    }
+    // Each of these hands the machine, or the word of who owns it, to whoever writes the environment.
+    let below = |line: &str, more: &str| shipped.replacen(line, &format!("{line}\n{more}"), 1);
+    let before = |line: &str, more: &str| shipped.replacen(line, &format!("{more}\n{line}"), 1);
+    let unowned = "      CVM_OWNER: \"\"";
+    let environment = "    environment:";
+    for (what, text) in [
+        ("owner", shipped.replacen(unowned, "      CVM_OWNER: ${CVM_OWNER:-}", 1)),
+        ("owner without a value", shipped.replacen(unowned, "      CVM_OWNER:", 1)),
+        ("owner that is null", shipped.replacen(unowned, "      CVM_OWNER: null", 1)),
+        ("quoted owner", shipped.replacen(unowned, "      \"CVM_OWNER\": \"$OWNER\"", 1)),
+        ("host keys", below(environment, "      SSH_TRUST_HOST_KEYS: ${SSH_TRUST_HOST_KEYS:-}")),
+        ("host keys without a value", below(environment, "      SSH_TRUST_HOST_KEYS:")),
+        ("host keys in a list", below(environment, "      - SSH_TRUST_HOST_KEYS")),
+        ("command", before(environment, "    command: [\"${WHAT}\"]")),
+        ("entrypoint", before(environment, "    entrypoint: $WHAT")),
+        ("mount", below("    volumes:", "      - ${WHERE:-data}:/data")),
+        ("device", below("    cap_add:", "      - ${CAP}")),
+        ("file of variables", before(environment, "    env_file: .env")),
+        ("other file", before(environment, "    extends:\n      file: other.yml")),
+        ("include", format!("include:\n  - other.yml\n{shipped}")),
+    ] {
+        assert_ne!(text, shipped, "{what}");
+        let (status, said, written) = pin(&text, &[]);
+        assert_eq!((status, written == text), (Some(64), true), "{what}: {said}");
+        assert!(said.contains("must stand there literally") && said.lines().count() <= 3, "{what}: {said}");
+    }
+    // The controls: values, a dollar sign that is one, and the same name in a comment.
+    for (what, text) in [
+        ("host keys", below(environment, "      SSH_TRUST_HOST_KEYS: \"1\"")),
+        ("dollar", before(environment, "    command: [\"echo\", \"$$HOME\"]")),
+        ("other variable", below(environment, "      OPENAI_API_KEY: ${OPENAI_API_KEY:-}")),
+        ("comment", below(environment, "      # CVM_OWNER: ${CVM_OWNER}")),
+    ] {
+        assert_eq!(pin(&text, &[]).0, Some(0), "{what}");
     }
 }
 

@@ -397,8 +397,9 @@ impl Machine {
     }
 
     fn may_start(&self, index: usize) -> bool {
-        // SSH first: nothing starts before its step has come to an end, good or bad.
-        self.has_settled(StepName::Ssh)
+        // SSH first: nothing starts before its step has come to an end, good or bad. And sshd does not
+        // before it is known whose keys it may take.
+        [StepName::Ssh, StepName::Volume].into_iter().all(|step| self.has_settled(step))
             && self.services.get(index).is_some_and(|s| s.service.needs.iter().all(|n| self.is_done(*n)))
     }
 
@@ -533,7 +534,11 @@ impl Machine {
             let Some(record) = self.steps.get(index) else { continue };
             let needs = record.step.needs;
             if matches!(record.step.work, Work::Awaited { .. }) {
-                self.wake_worker(now, out);
+                if needs.iter().all(|n| self.is_done(*n)) {
+                    self.wake_worker(now, out);
+                } else {
+                    self.retry_now(needs, now, out);
+                }
                 continue;
             }
             match record.state {

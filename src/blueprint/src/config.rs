@@ -22,8 +22,8 @@ pub(crate) use authorized::key_lines;
 pub use initial::{InitialConfig, WorkspaceFiles};
 pub use strength::{MAKE_STRONG, STRONG, is_strong};
 pub use values::{
-    Anchor, BucketName, Endpoint, Fault, HttpUrl, InboundUrl, LogFormat, LogLevel, Port, Prefix, Provider,
-    Region, Seconds, UserName,
+    Anchor, BucketName, Endpoint, Epoch, Fault, HttpUrl, InboundUrl, LogFormat, LogLevel, OwnerWord, Port,
+    Prefix, Provider, Region, Seconds, UserName,
 };
 
 use crate::accounts;
@@ -52,6 +52,8 @@ pub struct Config {
     pub storage: Storage,
     /// Always there in S3 mode.
     pub master_key: Option<MasterKey>,
+    /// What this environment has to prove on the machine that it is for: see `owner`.
+    pub owner: Option<Owner>,
     pub first_boot: FirstBoot,
     pub gateway: Gateway,
     pub mux: Option<Mux>,
@@ -75,6 +77,14 @@ impl MasterKey {
     pub fn expose(&self) -> &[u8] {
         self.0.expose()
     }
+}
+
+/// Who may write this machine's environment, as the compose file says, and what the environment has
+/// to show for it. Without a token it is the `MASTER_KEY`, which is then there and not weak.
+pub struct Owner {
+    pub word: OwnerWord,
+    pub token: Option<Secret>,
+    pub epoch: Epoch,
 }
 
 /// Where the state lives.
@@ -240,6 +250,7 @@ impl<'e> Reader<'e> {
     fn config(&mut self) -> Option<Config> {
         let storage = self.storage();
         let master_key = self.master_key();
+        let owner = self.owner();
         let first_boot = self.first_boot();
         let gateway = self.gateway();
         let mux = self.mux();
@@ -252,6 +263,7 @@ impl<'e> Reader<'e> {
         Some(Config {
             storage: storage?,
             master_key,
+            owner,
             first_boot,
             gateway: gateway?,
             mux,
@@ -427,6 +439,40 @@ impl<'e> Reader<'e> {
             }
             (Some(false), true) | (None, _) => {}
         }
+    }
+
+    fn owner(&mut self) -> Option<Owner> {
+        const TOKEN: &str = "CVM_OWNER_TOKEN";
+        if self.elsewhere {
+            return None;
+        }
+        let epoch = self.with_default("CVM_OWNER_EPOCH", Epoch::parse);
+        if !self.env.is_given("CVM_OWNER") {
+            for name in ["CVM_OWNER_EPOCH", TOKEN] {
+                if self.env.is_given(name) {
+                    self.warn(name, "has no effect without CVM_OWNER");
+                }
+            }
+            return None;
+        }
+        let word = self.text("CVM_OWNER").and_then(|text| self.check("CVM_OWNER", OwnerWord::parse(text)));
+        let token = self.bytes(TOKEN);
+        if token.is_some_and(|token| !is_strong(token.expose())) {
+            self.problems.push(Problem::new(TOKEN, STRONG, MAKE_STRONG));
+        }
+        if !self.env.is_given(TOKEN) {
+            let key = self.bytes("MASTER_KEY");
+            if !self.env.is_given("MASTER_KEY") {
+                let rule = "is set, and there is no MASTER_KEY with which this environment could prove that it is its owner's";
+                self.problems.push(Problem::new("CVM_OWNER", rule, "give the MASTER_KEY of this machine"));
+            } else if key.is_some_and(|key| !is_strong(key.expose())) {
+                let rule = "is needed: this MASTER_KEY can be guessed, and CVM_OWNER, which everybody can read, would show who has guessed it";
+                let hint =
+                    "set it to the output of: openssl rand -base64 32, and CVM_OWNER to its SHA-256 in hex";
+                self.problems.push(Problem::new(TOKEN, rule, hint));
+            }
+        }
+        Some(Owner { word: word?, token: token.map(Secret::duplicate), epoch: epoch? })
     }
 
     fn first_boot(&mut self) -> FirstBoot {

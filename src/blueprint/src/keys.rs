@@ -7,7 +7,7 @@
 //! Refuses: to print a key, to hand out a bare array, to leave an unwiped copy of its own
 //! behind, and to change a label. A label or a shape that changes here is user data lost.
 //!
-//! May import: `config` (the `MasterKey`), `secret`, and the crates that implement the
+//! May import: `config` (the `MasterKey`, the owner's word), `secret`, and the crates that implement the
 //! standards.
 
 use base64::Engine as _;
@@ -16,6 +16,8 @@ use ed25519_dalek::SigningKey;
 use hkdf::Hkdf;
 use sha2::{Digest, Sha256};
 use zeroize::Zeroize;
+
+use crate::config::{Epoch, OwnerWord};
 
 pub use crate::config::MasterKey;
 use crate::secret::Secret;
@@ -26,6 +28,8 @@ const LABEL_GATEWAY_TOKEN: &str = "gateway-auth-token";
 const LABEL_DEVICE_SEED: &str = "openclaw-device-identity-v1";
 const LABEL_HOST_KEY_SEED: &str = "ssh-host-key-ed25519-v1";
 const LABEL_MANIFEST_KEY: &str = "openclaw-cvm-manifest-v1";
+const LABEL_VOLUME: &str = "volume-fingerprint-v1";
+const LABEL_OWNER: &str = "owner-token-v1";
 
 /// Comes before label and key in every fingerprint, so that a fingerprint is no hash that
 /// anything else could be using.
@@ -53,6 +57,7 @@ pub struct KeyRing {
     pub device_seed: DeviceSeed,
     pub host_key_seed: HostKeySeed,
     pub manifest_key: ManifestKey,
+    pub volume_fingerprint: VolumeFingerprint,
 }
 
 impl KeyRing {
@@ -66,6 +71,7 @@ impl KeyRing {
             device_seed: DeviceSeed(Seed::derive(&hkdf, LABEL_DEVICE_SEED)),
             host_key_seed: HostKeySeed(Seed::derive(&hkdf, LABEL_HOST_KEY_SEED)),
             manifest_key: ManifestKey(Seed::derive(&hkdf, LABEL_MANIFEST_KEY)),
+            volume_fingerprint: VolumeFingerprint(Seed::derive(&hkdf, LABEL_VOLUME)),
         }
     }
 }
@@ -276,6 +282,34 @@ impl ManifestKey {
     pub fn fingerprint(&self) -> String {
         fingerprint(LABEL_MANIFEST_KEY, &self.0.0[..])
     }
+}
+
+/// What a volume remembers of the key that it belongs to.
+pub struct VolumeFingerprint(Seed);
+
+impl VolumeFingerprint {
+    pub fn expose(&self) -> &[u8; 32] {
+        &self.0.0
+    }
+
+    pub fn to_hex(&self) -> String {
+        hex(self.expose())
+    }
+}
+
+/// What `CVM_OWNER` is for the owner of this key. Each epoch has a word of its own.
+pub fn owner_word(master: &MasterKey, epoch: Epoch) -> OwnerWord {
+    let hkdf = Hkdf::<Sha256>::new(None, master.expose());
+    let token = match epoch.get() {
+        0 => Seed::derive(&hkdf, LABEL_OWNER),
+        epoch => Seed::derive(&hkdf, &format!("{LABEL_OWNER}:{epoch}")),
+    };
+    OwnerWord::from_bytes(Sha256::digest(&token.0[..]).into())
+}
+
+/// What `CVM_OWNER` is for who has this token.
+pub fn owner_word_of_token(token: &Secret) -> OwnerWord {
+    OwnerWord::from_bytes(Sha256::digest(token.expose()).into())
 }
 
 /// What OpenSSH pads the private part to when there is no cipher.

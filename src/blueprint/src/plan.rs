@@ -14,8 +14,10 @@ use std::time::Duration;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum StepName {
-    /// Host key, authorized keys and configuration of sshd.
+    /// Host key and configuration of sshd.
     Ssh,
+    /// The volume belongs to the key of this environment, and so the environment's keys open a shell.
+    Volume,
     /// The tree at /data is the bucket's. Only with S3.
     Storage,
     /// The gateway's user, its home and root's home lead to the volume.
@@ -28,6 +30,7 @@ impl StepName {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Ssh => "ssh",
+            Self::Volume => "volume",
             Self::Storage => "storage",
             Self::Home => "home",
             Self::State => "state",
@@ -83,21 +86,16 @@ pub const STEP_BACKOFF: Backoff = Backoff::seconds(2, 60, 600);
 
 /// The steps of this boot, in the order in which they may begin. SSH is first.
 pub fn steps(config: &Config) -> Vec<Step> {
-    let mut steps = vec![Step {
-        name: StepName::Ssh,
-        after: &[],
-        needs: &[],
-        // Generous: its own work takes milliseconds, but it may look at a dead volume.
-        deadline: Some(Duration::from_secs(10)),
-        weight: Weight::Degradable,
-        work: Work::Run,
-        says: None,
-    }];
+    // Generous: their own work takes milliseconds, but they may look at a dead volume.
+    let deadline = Some(Duration::from_secs(10));
+    let first =
+        |name, weight| Step { name, after: &[], needs: &[], deadline, weight, work: Work::Run, says: None };
+    let mut steps = vec![first(StepName::Ssh, Weight::Degradable), first(StepName::Volume, Weight::Required)];
     if let Storage::S3(s3) = &config.storage {
         steps.push(Step {
             name: StepName::Storage,
             after: &[StepName::Ssh],
-            needs: &[],
+            needs: &[StepName::Volume],
             // A restore takes as long as the state is large, and a bucket may be away for days.
             deadline: None,
             weight: Weight::Required,
@@ -110,7 +108,7 @@ pub fn steps(config: &Config) -> Vec<Step> {
     }
     let needs_storage: &[StepName] = match config.storage {
         Storage::S3(_) => &[StepName::Storage],
-        Storage::Local => &[],
+        Storage::Local => &[StepName::Volume],
     };
     steps.push(Step {
         name: StepName::Home,

@@ -194,8 +194,8 @@ fn dockerd() -> Service {
         user: "root".into(),
         environment: Environment::Dockerd,
         directory: "/",
-        // After sshd, because everything is; it needs nothing.
-        needs: &[],
+        // After sshd, because everything is. Of a volume that is somebody else's it starts no containers.
+        needs: &[StepName::Volume],
         prepare: Some(Prepare::Dockerd),
         repair: None,
         backoff: Backoff::seconds(5, 300, 600),
@@ -251,7 +251,8 @@ fn storage(s3: &S3) -> Service {
         // Nothing of the user's: a variable such as AWS_CA_BUNDLE would change what rclone does.
         environment: Environment::Storage,
         directory: "/",
-        needs: &[],
+        // To a bucket of a stranger's it would push what is on the volume.
+        needs: &[StepName::Volume],
         prepare: None,
         repair: None,
         backoff: Backoff::seconds(1, 30, 60),

@@ -48,6 +48,8 @@ pub struct StorageSpec {
     pub anchor: Option<String>,
     /// What nobody can check is taken over as it is.
     pub adopt: bool,
+    /// Of a proven owner; an ownership record with a higher one refuses this environment.
+    pub owner_epoch: u32,
     pub heartbeat_s: u32,
     pub drain_s: u32,
     /// 0: never by itself.
@@ -81,6 +83,7 @@ impl StorageSpec {
             user: user.to_owned(),
             anchor: s3.anchor.as_ref().map(ToString::to_string),
             adopt: s3.adopt,
+            owner_epoch: 0,
             heartbeat_s: s3.heartbeat_s.get(),
             drain_s: s3.drain_s.get(),
             drill_s: s3.drill_s.get(),

@@ -10,13 +10,14 @@
 //! is versioned.
 //!
 //! Refuses lines over their limit and anything it does not know, with words for the sender.
-//! May import: `ending`, `packed`, `service`, `status`, `supervise`.
+//! May import: `ending`, `packed`, `service`, `status`, `supervise`, `volume`.
 
 use crate::ending::End;
 pub use crate::packed::{PackedBytes, PackedEnvironment};
 use crate::service::{Leftovers, Probe};
 use crate::status::Status;
 use crate::supervise::Level;
+use crate::volume::Claim;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use zeroize::Zeroizing;
@@ -143,6 +144,13 @@ pub enum Task {
         port: u16,
         /// None: keep a random one on the volume.
         seed: Option<PackedBytes>,
+        /// Whether a key that is added at `/root/.ssh` later counts at once.
+        trust_host_keys: bool,
+    },
+    /// See whose volume it is, and let the owners of the keys in.
+    Volume {
+        claim: Claim,
+        /// Of the environment.
         extra_keys: String,
         /// Whether the keys mounted at `/root/.ssh` count too.
         trust_host_keys: bool,

@@ -7,12 +7,14 @@
 #![allow(clippy::doc_markdown)]
 
 mod storage;
+mod volume;
 
 use crate::completions::Shell;
 use crate::look;
 use crate::out;
 use crate::trouble::{Exit, Trouble};
 use clap::{Args, Parser, Subcommand};
+use cvm_blueprint::config::Epoch;
 use std::ffi::OsString;
 use std::io::IsTerminal as _;
 use std::path::PathBuf;
@@ -21,6 +23,7 @@ use std::time::Duration;
 pub(crate) use storage::{
     StorageCommand, StorageDecideArgs, StorageGetArgs, StorageLsArgs, StorageStatusArgs,
 };
+pub(crate) use volume::{AdoptArgs, VolumeCommand};
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -121,6 +124,19 @@ Examples:
         what: StorageCommand,
     },
 
+    /// Give the volume to another MASTER_KEY
+    ///
+    /// A volume remembers the key that it was first used with: with another one, or with none, no
+    /// gateway is started and no key opens a shell. A machine that starts nothing for this reason
+    /// says so in `cvm status`.
+    #[command(after_help = "\
+Example:
+  cvm volume adopt FINGERPRINT     before the key is changed: see `cvm volume adopt --help`")]
+    Volume {
+        #[command(subcommand)]
+        what: VolumeCommand,
+    },
+
     /// Mint a token with which a chat is paired with this instance
     ///
     /// Asks the mux-server's operator interface, with the admin token from MUX_ADMIN_TOKEN, from the
@@ -162,6 +178,7 @@ Examples:
   MASTER_KEY_FILE=key.txt cvm derive device-id
   pass show openclaw/master-key | cvm derive gateway-token -
   cvm derive ssh-known-hosts --host vm.example.org >> ~/.ssh/known_hosts
+  cvm derive owner --epoch 1                     CVM_OWNER, for the compose file
   (umask 077; cvm derive rclone-config > rclone.conf)")]
     Derive(DeriveArgs),
 
@@ -335,6 +352,26 @@ Examples:
         #[command(flatten)]
         key: KeySource,
     },
+    /// CVM_OWNER, which says in the compose file who may write the machine's environment: no secret
+    ///
+    /// Only for a random MASTER_KEY: whoever can guess the key sees here that he has. With any other
+    /// key, set CVM_OWNER_TOKEN to 32 random bytes, and CVM_OWNER to the SHA-256 of that text.
+    #[command(after_help = "\
+Examples:
+  cvm derive owner < key.txt
+  image/pin --owner \"$(cvm derive owner --epoch 3 < key.txt)\" NAME@sha256:DIGEST")]
+    Owner {
+        /// What CVM_OWNER_EPOCH is in the environment: raise it to make all older environments void
+        #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=i64::from(Epoch::MAX)))]
+        epoch: u32,
+        #[command(flatten)]
+        key: KeySource,
+    },
+    /// What a volume remembers of a key: for `cvm volume adopt`, before the key is changed
+    #[command(after_help = "\
+Example:
+  ssh -p 1022 root@HOST cvm volume adopt \"$(cvm derive volume-fingerprint < new-key.txt)\"")]
+    VolumeFingerprint(KeySource),
     /// The password of the bucket's encryption: with the salt it opens everything in the bucket
     #[command(after_help = "\
 Example:
@@ -518,6 +555,8 @@ mod tests {
         assert!(parse(&["derive", "gateway-token", "the key itself"]).is_err());
         assert!(parse(&["derive", "crypt-salt", "--obscured", "-"]).is_ok());
         assert!(parse(&["derive", "rclone-config", "-"]).is_ok());
+        assert!(parse(&["derive", "owner", "--epoch", "1000000", "-"]).is_ok());
+        assert!(parse(&["derive", "owner", "--epoch", "1000001"]).is_err());
         assert!(parse(&["derive", "ssh-known-hosts"]).is_err());
         assert!(parse(&["derive", "ssh-known-hosts", "--host", "h", "--port", "0"]).is_err());
         match parse(&["derive", "ssh-known-hosts", "--host", "a", "--host", "b", "-"]) {

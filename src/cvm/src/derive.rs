@@ -12,9 +12,9 @@ use crate::input;
 use crate::out;
 use crate::prompt;
 use crate::trouble::{Exit, Trouble, mistakes, warn};
-use cvm_blueprint::config::{Config, MasterKey, S3, Storage};
+use cvm_blueprint::config::{Config, Epoch, MasterKey, S3, Storage, is_strong};
 use cvm_blueprint::env::{Environment, file_twin};
-use cvm_blueprint::keys::KeyRing;
+use cvm_blueprint::keys::{self, KeyRing};
 use std::ffi::OsStr;
 use std::fmt::Write as _;
 use std::io::IsTerminal as _;
@@ -27,7 +27,11 @@ const INPUT_MAX: usize = 64 * 1024;
 
 pub(crate) fn run(args: &DeriveArgs) -> Result<Exit, Trouble> {
     let source = match &args.what {
-        Derived::GatewayToken(key) | Derived::DeviceId(key) | Derived::SshKnownHosts { key, .. } => key,
+        Derived::GatewayToken(key)
+        | Derived::DeviceId(key)
+        | Derived::VolumeFingerprint(key)
+        | Derived::Owner { key, .. }
+        | Derived::SshKnownHosts { key, .. } => key,
         Derived::CryptPassword(args) | Derived::CryptSalt(args) => {
             warn("what follows is a secret: password and salt together open everything in the bucket");
             &args.key
@@ -35,10 +39,27 @@ pub(crate) fn run(args: &DeriveArgs) -> Result<Exit, Trouble> {
         Derived::RcloneConfig(key) => return rclone_config(key),
     };
     let master = master_key(source)?;
-    let text = derived(&args.what, &KeyRing::derive(&master))?;
+    let text = match &args.what {
+        Derived::Owner { epoch, .. } => owner(&master, *epoch)?,
+        what => derived(what, &KeyRing::derive(&master))?,
+    };
     drop(master);
     out::print(&text)?;
     Ok(Exit::Good)
+}
+
+/// What stands in the compose file may be known to everybody, the one who guesses keys included.
+fn owner(master: &MasterKey, epoch: u32) -> Result<Zeroizing<String>, Trouble> {
+    if !is_strong(master.expose()) {
+        let cause =
+            "this key can be guessed, and CVM_OWNER, which everybody can read, would show who has guessed it";
+        let hint = "set CVM_OWNER_TOKEN to the output of `openssl rand -base64 32`; CVM_OWNER is then what `printf %s \
+                    \"$CVM_OWNER_TOKEN\" | sha256sum` prints";
+        return Err(Trouble::new(Exit::Usage, "derive owner: MASTER_KEY", cause).hint(hint));
+    }
+    let epoch = Epoch::parse(&epoch.to_string());
+    let epoch = epoch.map_err(|_| Trouble::new(Exit::Usage, "derive owner", "there is no such epoch"))?;
+    Ok(Zeroizing::new(format!("{}\n", keys::owner_word(master, epoch))))
 }
 
 fn derived(what: &Derived, keys: &KeyRing) -> Result<Zeroizing<String>, Trouble> {
@@ -51,8 +72,11 @@ fn derived(what: &Derived, keys: &KeyRing) -> Result<Zeroizing<String>, Trouble>
     match what {
         Derived::CryptPassword(args) => crypt(keys.crypt_password.expose(), args.obscured)?,
         Derived::CryptSalt(args) => crypt(keys.crypt_salt.expose(), args.obscured)?,
-        // Needs more than keys: see `rclone_config`.
-        Derived::RcloneConfig(_) => {}
+        // Need more than keys, or less: see `rclone_config` and `owner`.
+        Derived::RcloneConfig(_) | Derived::Owner { .. } => {}
+        Derived::VolumeFingerprint(_) => {
+            let _ = writeln!(text, "{}", keys.volume_fingerprint.to_hex());
+        }
         Derived::GatewayToken(_) => {
             let _ = writeln!(text, "{}", keys.gateway_token.expose()); // a String takes all
         }
@@ -279,6 +303,27 @@ mod tests {
         }
         let trouble = from_input(b"a\0b".to_vec()).err().unwrap();
         assert!(trouble.to_string().contains("NUL"), "{trouble}");
+    }
+
+    #[test]
+    fn the_owner_of_a_random_key_has_a_word_for_each_epoch_and_of_a_weak_one_none() {
+        let word = |key: &str, epoch| {
+            let Ok(master) = from_input(key.as_bytes().to_vec()) else { panic!("{key:?} is a key") };
+            owner(&master, epoch).map(|text| text.trim_end().to_owned())
+        };
+        // By an implementation of HKDF that is not ours: see RFC 5869 and contract of labels.
+        let key = "kqkwGlAAGBFcUhH9pdY8mDWBZQBOgP2Kq4dkAQvqBjo=";
+        let first = "b7e20f20e8962f703b119bb96f973b9ddae67a1603ccb7cd0f9fc734d4f61216";
+        let third = "7b9a086866d46811f0433ffaffcfb7f0f39af6240e1694e689b22e4157dd5167";
+        assert_eq!((word(key, 0).unwrap().as_str(), word(key, 3).unwrap().as_str()), (first, third));
+        let fingerprint = derived(&Derived::VolumeFingerprint(source()), &ring(key.as_bytes())).unwrap();
+        assert_eq!(
+            fingerprint.trim_end(),
+            "ec052118bd1a479f3b1188a91e6bfb7d8d4b9187c9c90e0ee43587b3a92cb0a6"
+        );
+        let refused = word("correct horse battery staple", 0).unwrap_err();
+        assert_eq!(refused.exit, Exit::Usage);
+        assert!(refused.to_string().contains("CVM_OWNER_TOKEN"), "{refused}");
     }
 
     #[test]

@@ -7,12 +7,13 @@
 //! storage                                         ── asks ──>     the storage worker's socket
 //! storage restore                                 ── becomes ──>  cvm-storage, on any machine
 //! pair                                            ── asks, through cvm-mux ──>  the mux-server
+//! volume                                          ── writes ──>   what the volume remembers of its key
 //! derive                                          ── needs ──>    MASTER_KEY; for rclone.conf the bucket too
 //! ```
 //!
 //! Linked as `openclaw` it is the gateway's own command line, run as the gateway's user.
 //!
-//! Refuses: to change anything but through the supervisor, to print a secret other than the
+//! Refuses: to change anything but through the supervisor (who leaves volumes alone, so `volume` does it), to print a secret other than the
 //! one that was asked for by name, and to panic because nobody reads its output.
 //! May import: `cvm-blueprint`, `cvm-obscure`, and of `cvm-process` the memory file in which secrets
 //! are handed on.
@@ -40,6 +41,7 @@ mod storage;
 mod table;
 mod trouble;
 mod version;
+mod volume;
 mod watch;
 mod words;
 
@@ -69,6 +71,7 @@ fn run(command: Command) -> Result<Exit, Trouble> {
         Command::Stop(args) => service::run(service::Order::Stop, &args.into()),
         Command::Restart(args) => service::run(service::Order::Restart, &args.into()),
         Command::Storage { what } => storage::run(&what),
+        Command::Volume { what } => volume::run(&what),
         Command::Pair(args) => pair::run(&args),
         Command::Health(args) => health::run(&args),
         Command::Derive(args) => derive::run(&args),

@@ -9,13 +9,31 @@
 use crate::trouble::{Exit, Trouble};
 use crate::words;
 use nix::sys::termios::{LocalFlags, SetArg, SpecialCharacterIndices, Termios, tcgetattr, tcsetattr};
-use std::io::{Read, Stdin, Write as _};
+use std::io::{BufRead as _, IsTerminal as _, Read, Stdin, Write as _};
 use zeroize::Zeroizing;
 
 const CTRL_C: u8 = 0x03;
 const CTRL_BACKSLASH: u8 = 0x1c;
+/// Of a question: the answer is a word.
+const ANSWER_MAX: u64 = 256;
 /// The kernel's limit for one line.
 const LINE_MAX: usize = 4096;
+
+/// A question that only `yes` answers. Where nobody can, a script has to say `--yes`.
+pub(crate) fn confirmed(what: &str, question: &str) -> Result<(), Trouble> {
+    let stdin = std::io::stdin();
+    if !stdin.is_terminal() {
+        let cause = "it cannot be taken back, and nobody is here to confirm it";
+        return Err(Trouble::new(Exit::Usage, what, cause).hint("where there is no terminal, give --yes"));
+    }
+    let _ = write!(std::io::stderr().lock(), "{question} (yes/no) ");
+    let mut answer = String::new();
+    let read = stdin.lock().take(ANSWER_MAX).read_line(&mut answer);
+    if read.is_ok() && matches!(answer.trim().to_ascii_lowercase().as_str(), "yes" | "y") {
+        return Ok(());
+    }
+    Err(Trouble::new(Exit::Bad, what, "not confirmed; nothing was done"))
+}
 
 /// One line, with its line break.
 pub(crate) fn secret(question: &str) -> Result<Zeroizing<Vec<u8>>, Trouble> {

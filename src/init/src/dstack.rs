@@ -22,6 +22,12 @@ use std::path::Path;
 /// One mount may lie over another.
 const LAYERS_MAX: usize = 8;
 
+/// Whether this is a machine of dstack's. The compose file, which mounts the socket, is measured: an
+/// environment cannot hide it. Asked before [`put_away`], which may not be able to keep it.
+pub(crate) fn is_here() -> bool {
+    std::iter::once(paths::DSTACK_SOCKET).chain(paths::DSTACK_USUAL_SOCKETS).any(is_socket)
+}
+
 /// Yields what an operator should know.
 pub(crate) fn put_away() -> Vec<String> {
     let usual: Vec<&str> = paths::DSTACK_USUAL_SOCKETS.into_iter().filter(|path| is_socket(path)).collect();

@@ -18,6 +18,7 @@ use cvm_blueprint::plan::StepName;
 use cvm_blueprint::secret::Secret;
 use cvm_blueprint::service::{self, Leftovers, Prepare, Probe, Service, Ties};
 use cvm_blueprint::storage::StorageSpec;
+use cvm_blueprint::volume::Claim;
 use cvm_blueprint::wire::{
     DockerUse, Input, KeeperSpec, Log, PackedBytes, PackedEnvironment, ProbeSpec, StateTask, Stop, Task, line,
 };
@@ -46,6 +47,8 @@ pub(crate) struct Kit {
     token: Option<GatewayToken>,
     device_seed: Option<DeviceSeed>,
     host_key_seed: Option<HostKeySeed>,
+    /// What this boot says of itself to the volume.
+    claim: Claim,
     /// What the storage worker is to be told.
     bucket: Option<OwnedFd>,
     /// What the mux client is to be told.
@@ -59,9 +62,10 @@ impl Kit {
         config: Config,
         environment: &Environment,
         keys: Option<KeyRing>,
+        claim: Claim,
         home: PathBuf,
     ) -> Self {
-        let bucket = keys.as_ref().and_then(|keys| bucket_of(&config, keys));
+        let bucket = keys.as_ref().and_then(|keys| bucket_of(&config, keys, claim.epoch));
         let mux = keys.as_ref().and_then(|keys| mux_of(&config, keys));
         let passthrough = environment.passthrough().map(|(n, v)| (n.to_vec(), v.duplicate())).collect();
         let (token, device_seed, host_key_seed) = match keys {
@@ -80,6 +84,7 @@ impl Kit {
             token,
             device_seed,
             host_key_seed,
+            claim,
             bucket,
             mux,
             home,
@@ -169,6 +174,10 @@ impl Kit {
             StepName::Ssh => Task::Ssh {
                 port: self.ssh.port.get(),
                 seed: self.host_key_seed.as_ref().map(|s| PackedBytes::pack(s.expose())),
+                trust_host_keys: self.ssh.trust_host_keys,
+            },
+            StepName::Volume => Task::Volume {
+                claim: self.claim.clone(),
                 extra_keys: lines(self.ssh.authorized_keys.iter().map(AuthorizedKey::line)),
                 trust_host_keys: self.ssh.trust_host_keys,
             },
@@ -284,9 +293,9 @@ impl Kit {
 
 /// The line for the storage worker, out of this process's memory: what it is made from and the
 /// line itself are wiped when this returns.
-fn bucket_of(config: &Config, keys: &KeyRing) -> Option<OwnedFd> {
+fn bucket_of(config: &Config, keys: &KeyRing, owner_epoch: u32) -> Option<OwnedFd> {
     let Storage::S3(s3) = &config.storage else { return None };
-    let spec = StorageSpec::of(s3, keys, config.gateway.user.as_str());
+    let spec = StorageSpec { owner_epoch, ..StorageSpec::of(s3, keys, config.gateway.user.as_str()) };
     let sealed = descriptor::sealed(c"bucket", &line(&spec));
     // Without it each start of the worker fails and says so.
     sealed.inspect_err(|why| tracing::error!("The storage worker cannot be told of its bucket: {why}")).ok()

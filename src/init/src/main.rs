@@ -27,7 +27,9 @@ use cvm_blueprint::conduct::Machine;
 use cvm_blueprint::config::{Config, Storage};
 use cvm_blueprint::env::{Environment, Problem, Warning};
 use cvm_blueprint::keys::KeyRing;
+use cvm_blueprint::owner::{self, Proof};
 use cvm_blueprint::status::{self, About, Fingerprint};
+use cvm_blueprint::volume::Claim;
 use cvm_blueprint::wire::Remark;
 use cvm_blueprint::{plan, service};
 use cvm_process::kernel::Linux;
@@ -87,7 +89,7 @@ fn check() -> u8 {
     let mut environment = handover::current();
     let covered = secret_files::read(&mut environment, Exposed::OnlyJudge);
     match configuration(&environment) {
-        Ok((config, warnings)) => {
+        Ok(Settings { config, warnings, .. }) => {
             for line in covered {
                 utter(&format!("note: {line}\n"));
             }
@@ -104,15 +106,26 @@ fn check() -> u8 {
     }
 }
 
-/// The configuration, held against the accounts of this image as well.
-fn configuration(environment: &Environment) -> Result<(Config, Vec<Warning>), Vec<Problem>> {
-    let (config, warnings) = Config::parse(environment)?;
+/// What the environment says, once it is known that its author may write it.
+struct Settings {
+    config: Config,
+    warnings: Vec<Warning>,
+    proof: Option<Proof>,
+    dstack: bool,
+}
+
+/// The configuration, held against its owner and against the accounts of this image as well.
+fn configuration(environment: &Environment) -> Result<Settings, Vec<Problem>> {
+    let (mut config, warnings) = Config::parse(environment)?;
+    let proof = owner::prove(&config).map_err(|problem| vec![problem])?;
     let [passwd, group] = ["/etc/passwd", "/etc/group"].map(|path| std::fs::read(path).unwrap_or_default());
     let (passwd, group) = (String::from_utf8_lossy(&passwd), String::from_utf8_lossy(&group));
-    match config.check_account(&passwd, &group) {
-        None => Ok((config, warnings)),
-        Some(problem) => Err(vec![problem]),
+    if let Some(problem) = config.check_account(&passwd, &group) {
+        return Err(vec![problem]);
     }
+    let dstack = dstack::is_here();
+    config.doors.extend((dstack && proof.is_none()).then(owner::unowned));
+    Ok(Settings { config, warnings, proof, dstack })
 }
 
 /// The boot, up to the border.
@@ -144,11 +157,11 @@ fn supervise(began: Instant) -> u8 {
         return exit::INTERNAL;
     };
     let covered = secret_files::read(&mut environment, Exposed::Cover);
-    let (config, warnings) = match configuration(&environment) {
-        Ok(parsed) => parsed,
+    let settings = match configuration(&environment) {
+        Ok(settings) => settings,
         Err(problems) => return refuse(&problems),
     };
-    let mut world = prepare(config, &warnings, environment, kernel, began);
+    let mut world = prepare(settings, environment, kernel, began);
     for line in covered {
         tracing::info!("{line}");
     }
@@ -164,16 +177,16 @@ fn supervise(began: Instant) -> u8 {
 
 /// Everything the loop needs. What is secret and not needed any more is wiped on the way.
 fn prepare(
-    config: Config,
-    warnings: &[Warning],
+    settings: Settings,
     environment: Environment,
     kernel: Linux,
     began: Instant,
 ) -> turn::World<Linux> {
+    let Settings { config, warnings, proof, dstack } = settings;
     let voice = voice::Voice::raise(config.log.level, config.log.format);
     tracing::info!("openclaw-cvm {} starting", env!("CARGO_PKG_VERSION"));
     tracing::info!("{}", environment.inventory());
-    for warning in warnings {
+    for warning in &warnings {
         tracing::warn!("{warning}");
     }
     for door in &config.doors {
@@ -187,6 +200,12 @@ fn prepare(
         keys
     });
     let services = service::services(&config);
+    let claim = Claim {
+        key: keys.as_ref().map(|keys| keys.volume_fingerprint.to_hex()),
+        proven: proof.is_some(),
+        epoch: proof.map_or(0, |proof| proof.epoch.get()),
+        dstack,
+    };
     let about = About {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         storage: storage(&config),
@@ -206,7 +225,7 @@ fn prepare(
         tracing::warn!("{warning}");
     }
     let children = children::Children::new();
-    let kit = kit::Kit::new(config, &environment, keys, children.home().to_owned());
+    let kit = kit::Kit::new(config, &environment, keys, claim, children.home().to_owned());
     drop(environment);
     let mut world = turn::World::new(machine, kit, children, kernel, voice, about, began);
     world.start_logger();

@@ -23,6 +23,7 @@ mod report;
 mod ssh;
 mod state;
 mod sweep;
+mod volume;
 
 use cvm_blueprint::wire::{self, Task};
 use cvm_process::descriptor;
@@ -88,9 +89,12 @@ fn task_input() -> std::io::Result<OwnedFd> {
 fn carry_out(task: Task, report: &mut Report) -> Outcome<()> {
     let places = Places::default();
     match task {
-        Task::Ssh { port, seed, extra_keys, trust_host_keys } => {
+        Task::Ssh { port, seed, trust_host_keys } => {
+            ssh::prepare(&places, port, seed.as_ref(), trust_host_keys, report)
+        }
+        Task::Volume { claim, extra_keys, trust_host_keys } => {
             let keys = Keys { given: &extra_keys, trust_host_keys };
-            ssh::prepare(&places, port, seed.as_ref(), keys, report)
+            volume::open(&places, &claim, keys, report)
         }
         Task::Home { user, docker } => home::prepare(&places, &user, docker, report),
         Task::State(task) => state::prepare(&places, &task, report),

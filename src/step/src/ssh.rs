@@ -1,4 +1,5 @@
-//! Everything sshd needs: its directory, the host key, who may log in, its configuration.
+//! Everything sshd needs: its directory, the host key, its configuration; and who may log in, which the
+//! step of the volume asks for.
 //!
 //! This comes before anything that can fail, because it is the way in when the rest does. So
 //! nothing here waits for a disk longer than a moment: the volume and the mounted keys are read by
@@ -44,7 +45,7 @@ const TOPIC: &str = "ssh keys";
 const MOUNTED_NAMES: [&str; 2] = ["authorized_keys", "authorized_keys2"];
 const KEYS_MAX: usize = 1024 * 1024;
 /// On the volume, or in /run for this boot.
-const SEED: &str = "ssh-host-key-seed";
+pub(crate) const SEED: &str = "ssh-host-key-seed";
 /// Suffix of a file that holds no seed; a number follows.
 const DAMAGED: &str = "damaged";
 /// For a disk that does not answer. One that does needs less than a millisecond.
@@ -64,7 +65,7 @@ pub(crate) fn prepare(
     places: &Places,
     port: u16,
     seed: Option<&PackedBytes>,
-    keys: Keys<'_>,
+    trust_host_keys: bool,
     report: &mut Report,
 ) -> Outcome<()> {
     check_sshd(places)?;
@@ -78,7 +79,6 @@ pub(crate) fn prepare(
     let key = HostKeySeed::from_bytes(&seed);
     run.write(name_of(paths::SSH_HOST_KEY), key.private_key_file().expose(), Kind::OF_THIS_BOOT)?;
     report.facts.host_key = Some(key.ssh_fingerprint());
-    authorized_keys(places, &run, keys, report)?;
     let text = |path: &str| places.at(path).to_string_lossy().into_owned();
     let mounted = text(&format!("{MOUNTED}/{}", MOUNTED_NAMES[0]));
     let copied = text(paths::AUTHORIZED_KEYS);
@@ -89,7 +89,7 @@ pub(crate) fn prepare(
         listen_address: None,
         host_key_path: &text(paths::SSH_HOST_KEY),
         knows_source_penalties: programs::mentions(&places.at(SSHD), SOURCE_PENALTIES),
-        authorized_keys_paths: if keys.trust_host_keys { &both } else { &both[..1] },
+        authorized_keys_paths: if trust_host_keys { &both } else { &both[..1] },
     });
     run.write(name_of(paths::SSHD_CONFIG), config.as_bytes(), Kind::OF_THIS_BOOT)?;
     Ok(())
@@ -180,7 +180,13 @@ fn on_volume(own_state: &Path, proposed: &Seed) -> Result<(Seed, Option<String>)
     Ok((proposed.clone(), warning))
 }
 
-fn authorized_keys(places: &Places, run: &Dir, keys: Keys<'_>, report: &mut Report) -> Outcome<()> {
+/// Nobody comes in, until it is known whose volume this is.
+pub(crate) fn admit_nobody(run: &Dir) -> Outcome<()> {
+    Ok(run.write(name_of(paths::AUTHORIZED_KEYS), b"", Kind::OF_THIS_BOOT)?)
+}
+
+/// Who may log in: asked for once the volume has turned out to be this environment's.
+pub(crate) fn admit(places: &Places, run: &Dir, keys: Keys<'_>, report: &mut Report) -> Outcome<()> {
     let mounted = places.at(MOUNTED);
     let (texts, complaints) = within(PATIENCE, move || mounted_keys(&mounted))
         .unwrap_or_else(|| (Vec::new(), vec![format!("{MOUNTED} does not answer")]));
@@ -287,11 +293,11 @@ mod tests {
     fn run_with(places: &Places, seed: Option<[u8; 32]>, keys: Keys<'_>) -> Report {
         let mut report = Report::default();
         let seed = seed.map(|s| PackedBytes::pack(&s));
-        prepare(places, 2222, seed.as_ref(), keys, &mut report).unwrap();
+        prepare(places, 2222, seed.as_ref(), keys.trust_host_keys, &mut report).unwrap();
+        let run = Dir::open(&places.at(paths::RUN)).unwrap();
+        admit(places, &run, keys, &mut report).unwrap();
         report
     }
-
-    const NOBODY: Keys<'_> = Keys { given: "", trust_host_keys: false };
 
     fn read(root: &Path, name: &str) -> String {
         fs::read_to_string(root.join("run/openclaw-cvm").join(name)).unwrap()
@@ -431,10 +437,10 @@ mod tests {
     fn an_image_without_sshd_or_its_user_says_what_to_add() {
         let (temp, places) = image();
         fs::write(temp.path().join("etc/passwd"), "").unwrap();
-        let no_user = prepare(&places, 22, None, NOBODY, &mut Report::default()).unwrap_err();
+        let no_user = prepare(&places, 22, None, false, &mut Report::default()).unwrap_err();
         assert!(!no_user.retry && no_user.why.contains("useradd"));
         fs::remove_file(temp.path().join("usr/sbin/sshd")).unwrap();
-        let no_sshd = prepare(&places, 22, None, NOBODY, &mut Report::default()).unwrap_err();
+        let no_sshd = prepare(&places, 22, None, false, &mut Report::default()).unwrap_err();
         assert!(!no_sshd.retry && no_sshd.why.contains("openssh-server"));
     }
 

@@ -103,7 +103,7 @@ fn a_user_that_breaks_the_format_of_the_accounts_is_refused_before_anything_is_t
 #[test]
 fn a_seed_of_the_wrong_size_is_a_bug_and_not_a_panic() {
     let seed = Some(PackedBytes::pack(b"short"));
-    let run = run(&line(&Task::Ssh { port: 22, seed, extra_keys: String::new(), trust_host_keys: false }));
+    let run = run(&line(&Task::Ssh { port: 22, seed, trust_host_keys: false }));
     // On a machine without sshd that is said first.
     assert_eq!(run.exit_code(), Some(1));
     assert!(!run.log().contains("bug, at"));

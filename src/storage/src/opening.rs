@@ -99,7 +99,8 @@ pub(crate) fn hold_volume(data: &FsPath) -> Result<Held, Fault> {
     };
     let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     let place = format!("{}/{}/{}", boot.trim(), inode.dev(), inode.ino());
-    Ok(Held { volume, index, me: Me { instance, session: owner::random_name()?, place }, _lock: lock })
+    let me = Me { instance, session: owner::random_name()?, place, owner_epoch: 0 };
+    Ok(Held { volume, index, me, _lock: lock })
 }
 
 /// The tree that an earlier worker has left on the volume, and what of it the bucket does not have:
@@ -135,7 +136,8 @@ pub(crate) fn open(
     desk.did("rclone");
     let survey = bucket.survey()?;
     desk.did("bucket");
-    let held = hold_volume(FsPath::new(cvm_blueprint::paths::DATA))?;
+    let mut held = hold_volume(FsPath::new(cvm_blueprint::paths::DATA))?;
+    held.me.owner_epoch = spec.owner_epoch;
     held.volume.clear_staging_but_parts()?;
     let ours = held.index.own_epoch()?.unwrap_or(0);
     still_there(&held, survey, word)?;
@@ -152,7 +154,7 @@ pub(crate) fn open(
     let newest = if survey == Survey::Managed { Chain::newest(&bucket)? } else { (0, 0) };
     let known = ours.max(newest.0);
     let beat = Duration::from_secs(u64::from(spec.heartbeat_s.max(1)));
-    let before = wait_for_it(&bucket, desk, &held.me, known, beat, word, &mut *pause)?;
+    let before = wait_for_it(&bucket, desk, &held, known, beat, word, &mut *pause)?;
     let tried = Tried::read(&held.index)?;
     let owned_by_others = before.record.as_ref().is_some_and(|r| r.epoch > ours && !tried.includes(r));
     if let Some(record) = before.record.as_ref().filter(|r| r.epoch < known) {

@@ -7,6 +7,7 @@
 //! absent, and yet others have written              -> as if it were held: they may still be there
 //! ours, and somebody else's now                    -> we are fenced: write nothing more
 //! ours, and written by a copy of this machine      -> the same, and we are another instance from now on
+//! of a later epoch of the owner's than ours        -> refused: our environment may have been put back
 //! ```
 //!
 //! Two machines that were resumed from one snapshot have the same names, the same epoch and the same
@@ -80,6 +81,8 @@ pub(crate) struct Me {
     /// This kernel's boot and the lock on this volume: whoever holds that lock here knows that
     /// no earlier worker of this place is alive.
     pub(crate) place: String,
+    /// How often the owner of this machine has made older environments void; 0 without proof.
+    pub(crate) owner_epoch: u32,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -100,6 +103,14 @@ pub(crate) struct Record {
     /// No other record has it: not even one that a copy of this machine writes.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     mark: String,
+    /// The highest that an owner of this bucket has had. Versions before did not write it.
+    #[serde(default, skip_serializing_if = "is_first")]
+    pub(crate) owner_epoch: u32,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)] // as serde wants it
+fn is_first(epoch: &u32) -> bool {
+    *epoch == 0
 }
 
 #[allow(clippy::trivially_copy_pass_by_ref)] // as serde wants it
@@ -143,6 +154,17 @@ pub(crate) fn judge(
     let next = record.epoch.max(known_epoch) + 1;
     let our_own = record.instance == me.instance && record.place == me.place;
     if record.released || our_own || stale { Verdict::Take(next) } else { Verdict::Held }
+}
+
+/// Refuses an environment from before its owner raised the epoch, whatever else it proves.
+pub(crate) fn refuse_older(record: Option<&Record>, me: &Me) -> Result<(), Fault> {
+    if record.is_none_or(|record| record.owner_epoch <= me.owner_epoch) {
+        return Ok(());
+    }
+    Err(Fault::config(
+        "CVM_OWNER_EPOCH is lower than one that the ownership record in the bucket has seen, so this may be an old \
+         environment that somebody has put back; deploy with the epoch of your last deployment, or a higher one",
+    ))
 }
 
 /// Time that also passes while the machine sleeps.
@@ -243,6 +265,7 @@ impl Lease {
             released: false,
             generation,
             mark: random_name()?,
+            owner_epoch: me.owner_epoch,
         };
         let asked = Moment::now();
         let etag = match write(bucket, &record, when) {
@@ -419,7 +442,7 @@ mod tests {
     const BEAT: Duration = Duration::from_secs(60);
 
     fn me() -> Me {
-        Me { instance: "volume".into(), session: "worker".into(), place: "here".into() }
+        Me { instance: "volume".into(), session: "worker".into(), place: "here".into(), owner_epoch: 0 }
     }
 
     fn record(instance: &str, place: &str, released: bool) -> Record {
@@ -433,6 +456,7 @@ mod tests {
             released,
             generation: 0,
             mark: String::new(),
+            owner_epoch: 0,
         }
     }
 
@@ -587,6 +611,24 @@ mod tests {
         assert_eq!(fake.reads(), 0);
         lease.confirm_just_now(&fake).unwrap();
         assert_eq!(fake.reads(), 1);
+    }
+
+    #[test]
+    fn an_epoch_below_the_records_is_refused_and_the_first_one_is_not_written() {
+        let of = |owner_epoch| Record { owner_epoch, ..record("other", "there", true) };
+        let mine = |owner_epoch| Me { owner_epoch, ..me() };
+        assert!(refuse_older(None, &mine(0)).is_ok());
+        for (theirs, ours, good) in [(0, 0, true), (2, 2, true), (2, 3, true), (2, 1, false), (1, 0, false)] {
+            assert_eq!(refuse_older(Some(&of(theirs)), &mine(ours)).is_ok(), good, "{theirs} {ours}");
+        }
+        let refused = refuse_older(Some(&of(2)), &mine(1)).unwrap_err();
+        assert!(!refused.may_pass() && !refused.to_string().contains('2'), "{refused}");
+        // The tag is over these bytes: a version before reads and writes the same.
+        let text = serde_json::to_string(&of(0)).unwrap();
+        assert!(!text.contains("owner_epoch"), "{text}");
+        assert_eq!(serde_json::from_str::<Record>(&text).unwrap(), of(0));
+        let text = serde_json::to_string(&of(2)).unwrap();
+        assert_eq!(serde_json::from_str::<Record>(&text).unwrap(), of(2));
     }
 
     #[test]

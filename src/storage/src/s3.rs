@@ -268,6 +268,7 @@ mod tests {
             user: "openclaw".into(),
             anchor: None,
             adopt: false,
+            owner_epoch: 0,
             heartbeat_s: 60,
             drain_s: 60,
             drill_s: 0,

@@ -112,6 +112,11 @@ impl Boot {
     }
 
     fn ended(&mut self, name: StepName, outcome: Result<(), Refusal>) -> Vec<Action> {
+        // The step beside it, which starts nothing as long as this one runs.
+        let volume = self.machine.steps().iter().find(|r| r.step.name == StepName::Volume);
+        if name == StepName::Ssh && volume.is_some_and(|r| matches!(r.state, StepState::Running { .. })) {
+            self.done(StepName::Volume);
+        }
         let of = Try { step: name, number: self.step(name).tries };
         self.send(Event::StepEnded { of, outcome })
     }
@@ -236,8 +241,55 @@ fn said(actions: &[Action]) -> Vec<(Level, &str)> {
 #[test]
 fn nothing_at_all_is_started_before_the_ssh_step_has_ended() {
     let mut boot = Boot::local();
-    assert_eq!(boot.send(Event::Boot), [Action::RunStep(Try { step: StepName::Ssh, number: 1 })]);
+    let run = |step| Action::RunStep(Try { step, number: 1 });
+    assert_eq!(boot.send(Event::Boot), [run(StepName::Ssh), run(StepName::Volume)]);
+    assert_eq!(boot.done(StepName::Volume), []);
     assert_eq!(boot.pass(s(9)), []);
+}
+
+#[test]
+fn sshd_is_not_started_before_it_is_known_whose_volume_it_is() {
+    let mut boot = Boot::local();
+    boot.send(Event::Boot);
+    let of = Try { step: StepName::Ssh, number: 1 };
+    assert_eq!(boot.send(Event::StepEnded { of, outcome: Ok(()) }), []);
+    let done = boot.done(StepName::Volume);
+    assert_eq!(boot.deeds(&done), ["launch sshd", "prepare dockerd", "run home#1"]);
+}
+
+#[test]
+fn on_a_volume_of_somebody_elses_nothing_starts_but_sshd_until_an_operator_has_acted() {
+    for (pairs, beside, after) in [
+        (&[][..], &["launch sshd"][..], &["prepare dockerd", "run home#1"][..]),
+        (&S3[..], &["launch sshd", "launch standin"], &["prepare dockerd", "launch storage"]),
+    ] {
+        let mut boot = Boot::of(machine_of(&config(&[pairs, &[("ENABLE_DOCKER", "1")]].concat())));
+        boot.send(Event::Boot);
+        boot.fails(StepName::Volume, false);
+        let done = boot.done(StepName::Ssh);
+        assert_eq!(boot.deeds(&done), beside);
+        for deed in beside {
+            boot.runs(deed.trim_start_matches("launch "));
+        }
+        assert_eq!(boot.pass(s(100_000)), [], "and nothing is tried by itself");
+        assert_eq!(boot.status().phase, status::Phase::Degraded);
+        assert_eq!(boot.shown("gateway").why.as_deref(), Some("boot step volume: no space left on device"));
+        // The order goes to the first cause. The worker would push a stranger's volume to his bucket.
+        let done = boot.order("gateway", Order::Start);
+        assert_eq!(boot.deeds(&done), ["run volume#2"]);
+        let done = boot.done(StepName::Volume);
+        assert_eq!(boot.deeds(&done), after);
+    }
+}
+
+#[test]
+fn a_volume_that_does_not_answer_holds_sshd_up_no_longer_than_the_deadline_and_two_kills() {
+    let mut boot = Boot::local();
+    boot.send(Event::Boot);
+    let of = Try { step: StepName::Ssh, number: 1 };
+    boot.send(Event::StepEnded { of, outcome: Ok(()) });
+    let done = boot.pass(s(16));
+    assert_eq!(boot.deeds(&done), ["end volume#1", "kill volume#1", "launch sshd"]);
 }
 
 #[test]
@@ -259,6 +311,7 @@ fn a_boot_goes_through_its_steps_in_order_and_starts_the_gateway_last() {
     done.extend(boot.runs("gateway"));
     let expected = [
         "run ssh#1",
+        "run volume#1",
         "launch sshd",
         "prepare dockerd",
         "run home#1",
@@ -311,6 +364,7 @@ fn a_failed_ssh_step_is_a_warning_and_the_rest_goes_on() {
 fn an_ssh_step_that_hangs_holds_the_boot_up_no_longer_than_its_deadline_and_two_kills() {
     let mut boot = Boot::local();
     boot.send(Event::Boot);
+    boot.done(StepName::Volume);
     let mut times = Vec::new();
     for _ in 0..16_000 {
         let done = boot.pass(MS);
@@ -568,7 +622,7 @@ fn the_machine_is_healthy_exactly_while_everything_required_is_ready() {
         boot.complaints(),
         [
             "sshd is blocked: boot step ssh is not done yet",
-            "gateway is blocked: boot step ssh is not done yet".replace("ssh", "home").as_str(),
+            "gateway is blocked: boot step volume is not done yet",
         ]
     );
     boot.send(Event::Boot);

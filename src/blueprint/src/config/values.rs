@@ -268,6 +268,61 @@ impl std::fmt::Display for Anchor {
     }
 }
 
+/// What stands in the compose file for the owner: the SHA-256 of something that only he can show.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OwnerWord([u8; 32]);
+
+impl OwnerWord {
+    pub fn parse(text: &str) -> Result<Self, Fault> {
+        let digits: Option<Vec<u32>> = text.chars().map(|digit| digit.to_digit(16)).collect();
+        let mut word = [0_u8; 32];
+        match digits.filter(|digits| digits.len() == 2 * word.len()) {
+            Some(digits) => {
+                for (byte, pair) in word.iter_mut().zip(digits.chunks_exact(2)) {
+                    *byte = pair.iter().fold(0, |byte, digit| byte << 4 | u8::try_from(*digit).unwrap_or(0));
+                }
+                Ok(Self(word))
+            }
+            None => Err(Fault::new(
+                "must be 64 hex digits",
+                "take what `cvm derive owner` prints, on your own machine",
+            )),
+        }
+    }
+
+    pub fn from_bytes(word: [u8; 32]) -> Self {
+        Self(word)
+    }
+
+    pub fn as_bytes(&self) -> &[u8; 32] {
+        &self.0
+    }
+}
+
+impl std::fmt::Display for OwnerWord {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+/// How often the owner has made older environments of his void.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Epoch(u32);
+
+impl Epoch {
+    pub const MAX: u32 = 1_000_000;
+
+    pub fn parse(text: &str) -> Result<Self, Fault> {
+        let rule = "must be a whole number from 0 to 1000000";
+        let number = digits(text).filter(|number| *number <= Self::MAX);
+        number.map(Self).ok_or_else(|| Fault::with_value(rule, text, "digits only, one more than before"))
+    }
+
+    pub fn get(self) -> u32 {
+        self.0
+    }
+}
+
 /// The public URL under which the mux-server reaches the mux client.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct InboundUrl(HttpUrl);

@@ -6,6 +6,7 @@ use cvm_blueprint::backoff::Backoff;
 use cvm_blueprint::config::{Config, LogFormat};
 use cvm_blueprint::env::Environment;
 use cvm_blueprint::service::{self, Leftovers, Service, Ties};
+use cvm_blueprint::volume::Claim;
 use cvm_process::descriptor;
 use cvm_process::fake::{Fake, Manners};
 use std::io::Read as _;
@@ -47,7 +48,7 @@ fn world_of(services: Vec<Service>) -> World<Fake> {
     let environment = Environment::new(std::iter::empty());
     let (config, _) = Config::parse(&environment).unwrap_or_else(|problems| panic!("{problems:?}"));
     let children = Children::new();
-    let kit = Kit::new(config, &environment, None, children.home().to_owned());
+    let kit = Kit::new(config, &environment, None, Claim::default(), children.home().to_owned());
     let about = About {
         version: String::new(),
         storage: status::Storage::new("local", ""),

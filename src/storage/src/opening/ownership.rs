@@ -6,7 +6,7 @@ use crate::desk::Desk;
 use crate::fault::Fault;
 use crate::index::Index;
 use crate::mount;
-use crate::owner::{self, Me, Verdict, uptime};
+use crate::owner::{self, Verdict, uptime};
 use crate::s3::When;
 use crate::volume::Volume;
 use std::path::Path as FsPath;
@@ -90,7 +90,7 @@ pub(super) fn record(bucket: &Bucket, word: Said<'_>) -> Result<(Option<owner::R
 pub(super) fn wait_for_it(
     bucket: &Bucket,
     desk: &Desk,
-    me: &Me,
+    held: &Held,
     known: u64,
     beat: Duration,
     word: Said<'_>,
@@ -100,6 +100,9 @@ pub(super) fn wait_for_it(
     let mut forced = word.takeover;
     loop {
         let (record, when) = record(bucket, word)?;
+        owner::refuse_older(record.as_ref(), &held.me).inspect_err(|_| {
+            close_door(&held.volume, record.as_ref().map_or(0, |record| record.owner_epoch));
+        })?;
         let read_at = uptime();
         let since = match &seen {
             Some((old, since)) if *old == record => *since,
@@ -107,7 +110,7 @@ pub(super) fn wait_for_it(
         };
         seen = Some((record.clone(), since));
         let unchanged = read_at.saturating_sub(since);
-        let judged = |unchanged| owner::judge(record.as_ref(), me, known, unchanged, beat);
+        let judged = |unchanged| owner::judge(record.as_ref(), &held.me, known, unchanged, beat);
         let free = judged(unchanged);
         let verdict = if forced { judged(Duration::MAX) } else { free.clone() };
         if let Verdict::Take(epoch) = verdict {
@@ -119,6 +122,27 @@ pub(super) fn wait_for_it(
         desk.held_by(record.map(|r| owner::short(&r.instance).to_owned()));
         let left = patience.saturating_sub(unchanged);
         forced |= pause(left.min(beat / 4).max(Duration::from_millis(200)))?;
+    }
+}
+
+/// An environment that is void has opened SSH on a volume that did not know it: its keys are taken away,
+/// and the volume knows from now on.
+fn close_door(volume: &Volume, epoch: u32) {
+    use cvm_blueprint::volume::{MEMORY, Memory};
+    let tell = || -> std::io::Result<()> {
+        match std::fs::remove_file(cvm_blueprint::paths::AUTHORIZED_KEYS) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let path = volume.own.with_file_name(MEMORY);
+        let memory: Memory = serde_json::from_slice(&std::fs::read(&path)?)?;
+        let draft = path.with_extension("json.cvm-new");
+        std::fs::write(&draft, serde_json::to_vec(&Memory { epoch: epoch.max(memory.epoch), ..memory })?)?;
+        std::fs::File::open(&draft)?.sync_all()?;
+        std::fs::rename(&draft, &path)
+    };
+    if let Err(error) = tell() {
+        tracing::error!("keys of an environment that is void could not be taken away: {error}");
     }
 }
 

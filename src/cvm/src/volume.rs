@@ -1,0 +1,162 @@
+//! `cvm volume adopt`: which key the volume belongs to, changed by an operator.
+//!
+//! The supervisor does not touch a volume, so this writes what the volume remembers itself, and asks the
+//! supervisor to look again.
+//!
+//! Refuses where the environment has not proven to be its owner's on dstack: a forger who has come this
+//! far must not keep the volume. May import: `args`, `out`, `prompt`, `socket`, `trouble`, `words`.
+
+use crate::args::{AdoptArgs, VolumeCommand};
+use crate::out;
+use crate::prompt;
+use crate::socket;
+use crate::trouble::{Exit, Trouble};
+use crate::words;
+use cvm_blueprint::paths;
+use cvm_blueprint::volume::{CLAIM, Claim, Found, MEMORY, Memory, adopted, judge, may_adopt};
+use cvm_blueprint::wire::Verb;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+
+const WHAT: &str = "volume adopt";
+
+pub(crate) fn run(what: &VolumeCommand) -> Result<Exit, Trouble> {
+    let VolumeCommand::Adopt(args) = what;
+    let claim = claim(&Path::new(paths::RUN).join(CLAIM))?;
+    // The volume itself is elsewhere while an overlay stands at its place.
+    let roots = [paths::VOLUME, paths::DATA].map(|root| Path::new(root).join(".cvm"));
+    adopt(args, &claim, &roots)
+}
+
+fn adopt(args: &AdoptArgs, claim: &Claim, roots: &[PathBuf]) -> Result<Exit, Trouble> {
+    let own = roots.iter().find(|own| own.join(MEMORY).exists());
+    let own = own.or(roots.last()).ok_or_else(|| Trouble::new(Exit::Bad, WHAT, "there is no volume"))?;
+    let found = match fs::read(own.join(MEMORY)) {
+        Ok(bytes) => serde_json::from_slice(&bytes).map_or(Found::Damaged, Found::Memory),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Found::State,
+        Err(error) => return Err(trouble(&error)),
+    };
+    let good = judge(claim, found);
+    if let Some(next) = &args.fingerprint {
+        let Ok(good) = good else {
+            let cause = "this boot is not one that the volume takes, so it cannot say who comes next";
+            let hint = "do it in a boot with the present key; `cvm status` says what is wrong with this one";
+            return Err(Trouble::new(Exit::Refused, WHAT, cause).hint(hint));
+        };
+        write(own, &Memory { next: Some(next.clone()), ..good.memory }).map_err(|e| trouble(&e))?;
+        let text =
+            "The next boot with that key takes the volume over. Until then it belongs to the present key.\n";
+        return out::print(text).map(|()| Exit::Good);
+    }
+    if good.is_ok() {
+        return out::print("The volume belongs to this boot's key already; nothing was done.\n")
+            .map(|()| Exit::Good);
+    }
+    may_adopt(claim).map_err(|cause| {
+        let hint = "set CVM_OWNER in the compose file, and deploy again with the key that the volume knows";
+        Trouble::new(Exit::Refused, WHAT, cause).hint(hint)
+    })?;
+    if !args.yes {
+        let whom = if claim.key.is_some() {
+            "this environment's MASTER_KEY"
+        } else {
+            "a machine without MASTER_KEY"
+        };
+        let question = format!(
+            "The volume belongs to another environment. Go on, and it belongs to {whom}; the other one opens it no more.\n\
+             Shall it?"
+        );
+        prompt::confirmed(WHAT, &question)?;
+    }
+    write(own, &adopted(claim)).map_err(|e| trouble(&e))?;
+    socket::ask(WHAT, Verb::Start { service: "gateway".to_owned() })?;
+    out::print("The volume belongs to this environment; what waited for that starts now: `cvm status`\n")
+        .map(|()| Exit::Good)
+}
+
+fn claim(path: &Path) -> Result<Claim, Trouble> {
+    let hint = "run it as root in the machine, where `cvm status` works; on a laptop there is no volume";
+    let bytes = fs::read(path).map_err(|e| {
+        Trouble::new(Exit::Usage, WHAT, format!("{}: {}", path.display(), words::of_io(&e))).hint(hint)
+    })?;
+    serde_json::from_slice(&bytes).map_err(|_| {
+        Trouble::new(Exit::Usage, WHAT, format!("{} is not whole", path.display()))
+            .hint("use the `cvm` of the same image")
+    })
+}
+
+fn trouble(error: &io::Error) -> Trouble {
+    Trouble::new(Exit::Bad, WHAT, format!("the volume: {}", words::of_io(error)))
+        .hint("look at the disk with `cvm doctor`")
+}
+
+/// The old or the new, whenever the power goes.
+fn write(own: &Path, memory: &Memory) -> io::Result<()> {
+    let draft = own.join(format!(".{MEMORY}.cvm-new"));
+    match fs::remove_file(&draft) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&draft)?;
+    file.write_all(&serde_json::to_vec(memory)?)?;
+    file.sync_all()?;
+    fs::rename(&draft, own.join(MEMORY))?;
+    File::open(own)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn claim(key: &str, proven: bool) -> Claim {
+        Claim { key: Some(key.repeat(64)), proven, epoch: 0, dstack: true }
+    }
+
+    fn room() -> (tempfile::TempDir, Vec<PathBuf>) {
+        let temp = tempfile::tempdir().unwrap();
+        let own = temp.path().join("data/.cvm");
+        fs::create_dir_all(&own).unwrap();
+        let roots = vec![temp.path().join("volume/.cvm"), own];
+        (temp, roots)
+    }
+
+    fn memory(own: &Path) -> Memory {
+        serde_json::from_slice(&fs::read(own.join(MEMORY)).unwrap()).unwrap()
+    }
+
+    fn of(fingerprint: Option<&str>) -> AdoptArgs {
+        AdoptArgs { fingerprint: fingerprint.map(|key| key.repeat(64)), yes: true }
+    }
+
+    #[test]
+    fn a_key_is_announced_in_a_boot_that_the_volume_takes_and_in_no_other() {
+        let (_temp, roots) = room();
+        write(&roots[1], &adopted(&claim("a", false))).unwrap();
+        assert!(adopt(&of(Some("b")), &claim("a", false), &roots).is_ok());
+        assert_eq!(memory(&roots[1]).next, claim("b", false).key);
+        let refused = adopt(&of(Some("c")), &claim("c", true), &roots).unwrap_err();
+        assert_eq!(refused.exit, Exit::Refused);
+        assert_eq!(memory(&roots[1]).next, claim("b", false).key);
+        assert!(judge(&claim("b", false), Found::Memory(memory(&roots[1]))).is_ok());
+    }
+
+    #[test]
+    fn an_environment_that_proves_nothing_does_not_get_the_volume_on_dstack() {
+        let (_temp, roots) = room();
+        write(&roots[1], &adopted(&claim("a", false))).unwrap();
+        assert_eq!(adopt(&of(None), &claim("b", false), &roots).unwrap_err().exit, Exit::Refused);
+        assert_eq!(memory(&roots[1]).key, claim("a", false).key);
+        assert!(adopt(&of(None), &claim("a", false), &roots).is_ok(), "whose it is already may say so");
+    }
+
+    #[test]
+    fn with_an_overlay_in_its_place_the_volume_is_found() {
+        let (_temp, roots) = room();
+        fs::create_dir_all(&roots[0]).unwrap();
+        write(&roots[0], &adopted(&claim("a", false))).unwrap();
+        adopt(&of(Some("b")), &claim("a", false), &roots).unwrap();
+        assert!(memory(&roots[0]).next.is_some() && !roots[1].join(MEMORY).exists());
+    }
+}
