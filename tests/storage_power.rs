@@ -4,9 +4,10 @@
 //! `CVM_SOAK=1` cuts the power more often. Moments are chosen by a seed.
 
 use cvm_harness::dice::Dice;
+use cvm_harness::machine::PATIENCE;
 use cvm_harness::sqlite::examine;
 use cvm_harness::tools::Rclone;
-use cvm_harness::{Cloud, Disk, Machine, flush, storage};
+use cvm_harness::{Cloud, Disk, Machine, flush, storage, until};
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
@@ -207,4 +208,109 @@ fn what_is_in_the_bucket_is_there_after_the_power_went_at_any_moment() {
         let incidents = &storage(&machine)["incidents"];
         assert_eq!(incidents.as_array().map(Vec::len), Some(0), "{incidents:#}");
     }
+}
+
+const MAKE: &str = "PRAGMA journal_mode = wal; PRAGMA synchronous = normal; PRAGMA wal_autocheckpoint = 0;
+    CREATE TABLE IF NOT EXISTS t (x)";
+const HUNDRED: &str = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n WHERE x < 100) INSERT INTO t SELECT x FROM n";
+
+/// Without a write to it: nobody else may have it open.
+fn count(file: &Path) -> i64 {
+    let db = rusqlite::Connection::open(file).expect("it opens");
+    db.set_db_config(rusqlite::config::DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)
+        .expect("it can be set");
+    db.query_row("SELECT count(*) FROM t", [], |row| row.get(0)).unwrap_or(0)
+}
+
+/// Commits a hundred rows, and keeps the database open.
+fn hundred_rows(machine: &Machine, name: &str, before: i64) -> Running {
+    let sql = format!("{MAKE}; {HUNDRED}");
+    let running = Running::start(machine, &["cvm-victim", "sql", &format!("/data/{PLACE}/{name}"), &sql]);
+    let file = Path::new("/data").join(PLACE).join(name);
+    until("they are committed", PATIENCE, || {
+        let rows = machine.inside(|| if file.exists() { count(&file) } else { 0 });
+        (rows == before + 100).then_some(())
+    });
+    running
+}
+
+fn incidents(machine: &Machine) -> BTreeSet<String> {
+    let all = storage(machine)["incidents"].as_array().cloned().unwrap_or_default();
+    all.iter().filter_map(|one| one["path"].as_str().map(str::to_owned)).collect()
+}
+
+#[test]
+fn what_a_disk_gives_back_older_than_the_bucket_is_set_aside_and_not_pushed() {
+    const LONG_AGO: i64 = 1_700_000_000;
+    let _turn = turn();
+    let cloud = Cloud::new();
+    let rclone = judge(&cloud);
+    let disk = Disk::new(&[]);
+    let machine = boot(&cloud, &disk);
+    let mut writers = vec![hundred_rows(&machine, "database", 0)];
+    machine.ok(&["sh", "-c", &format!("cd /data/{PLACE}; mkdir d; echo old >plain; echo old >moved-on")]);
+    flush(&machine);
+    machine.freeze();
+    let early = disk.cut();
+    let mut machine = machine;
+    drop(writers);
+    machine.destroy();
+    drop(machine);
+    let machine = boot(&cloud, &early);
+    let old = tempfile::tempdir().expect("a temporary directory");
+    let upper = |disk: &Disk| disk.path().join(".cvm/storage/upper").join(PLACE);
+    for name in ["database", "database-wal"] {
+        fs::copy(upper(&early).join(name), old.path().join(name)).expect("it is there");
+    }
+    writers = vec![hundred_rows(&machine, "database", 100)];
+    machine.ok(&[
+        "sh",
+        "-c",
+        &format!("cd /data/{PLACE}; echo new >plain; echo new >moved-on; echo new >d/made"),
+    ]);
+    flush(&machine);
+    machine.freeze();
+    let late = early.cut();
+    let mut machine = machine;
+    drop(writers);
+    machine.destroy();
+    drop(machine);
+    // The database has the times of now, as no disk gives it back: its log tells.
+    for name in ["database", "database-wal"] {
+        fs::write(upper(&late).join(name), fs::read(old.path().join(name)).expect("ours")).expect("room");
+    }
+    fs::write(upper(&late).join("plain"), "old\n").expect("room");
+    fs::remove_file(upper(&late).join("d/made")).expect("it is there");
+    // This one is newer than what the bucket has, by its time.
+    fs::write(upper(&late).join("moved-on"), "newer\n").expect("room");
+    let below = |name: &str| Path::new(".cvm/storage/upper").join(PLACE).join(name);
+    late.set_times(&below("plain"), LONG_AGO);
+    late.set_times(&below("d"), LONG_AGO);
+    let mut machine = boot(&cloud, &late);
+    let at = machine.path(&format!("/data/{PLACE}"));
+    let read = |at: &Path, name: &str| fs::read_to_string(at.join(name)).unwrap_or_default();
+    let of_tree = || [read(&at, "plain"), read(&at, "d/made"), read(&at, "moved-on")];
+    assert_eq!(of_tree(), ["new\n", "new\n", "newer\n"], "{}", logs(&machine));
+    assert_eq!(machine.inside(|| count(&Path::new("/data").join(PLACE).join("database"))), 200);
+    let named = ["database", "plain", "d/made"].map(|name| format!("{PLACE}/{name}"));
+    assert_eq!(incidents(&machine), BTreeSet::from(named));
+    let aside = fs::read_dir(late.path().join(".cvm/storage/aside")).expect("it is there").flatten().next();
+    let aside = aside.expect("nothing is deleted").path().join(PLACE);
+    assert_eq!((read(&aside, "plain"), count(&aside.join("database"))), ("old\n".to_owned(), 100));
+    let in_bucket = |name: &str| rclone.ok(&["cat", &format!("crypt:{PLACE}/{name}")]);
+    let of_bucket =
+        || ["plain", "d/made", "moved-on"].map(|name| String::from_utf8_lossy(&in_bucket(name)).into_owned());
+    flush(&machine);
+    assert_eq!(of_bucket(), of_tree());
+    fs::write(old.path().join("copy"), in_bucket("database")).expect("room");
+    assert_eq!(count(&old.path().join("copy")), 200);
+    // After an ordered stop, who puts an older file there means it.
+    assert_eq!(machine.stop(), 0, "{}", logs(&machine));
+    drop(machine);
+    fs::write(upper(&late).join("plain"), "old\n").expect("room");
+    late.set_times(&below("plain"), LONG_AGO);
+    let machine = boot(&cloud, &late);
+    flush(&machine);
+    assert_eq!(String::from_utf8_lossy(&in_bucket("plain")), "old\n");
+    assert_eq!(incidents(&machine), BTreeSet::new());
 }

@@ -6,6 +6,7 @@
 
 use crate::entry::{Entry, Kind, Path};
 use crate::fault::Fault;
+use crate::lineage::State;
 use crate::manifest::{Digest, Head, Line, Word};
 use cvm_process::handle::Handle;
 use rusqlite::{Connection, OptionalExtension as _, Row as SqlRow, params};
@@ -27,6 +28,8 @@ pub(crate) struct Known {
     pub(crate) sign: Sign,
     /// By which it is found wherever it is moved; not every file system has one to give.
     pub(crate) handle: Option<Handle>,
+    /// Of a database: what shows whether another state of it is an earlier one.
+    pub(crate) state: Option<Box<State>>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -85,6 +88,7 @@ impl Index {
              CREATE INDEX IF NOT EXISTS entry_database ON entry (kind) WHERE kind = 1;
              CREATE TABLE IF NOT EXISTS taint (path BLOB PRIMARY KEY, why TEXT NOT NULL) WITHOUT ROWID;
              CREATE TABLE IF NOT EXISTS untold (dir BLOB NOT NULL, name BLOB NOT NULL, PRIMARY KEY (dir, name)) WITHOUT ROWID;
+             CREATE TABLE IF NOT EXISTS state (path BLOB PRIMARY KEY, state TEXT NOT NULL) WITHOUT ROWID;
              CREATE TABLE IF NOT EXISTS tomb (path BLOB PRIMARY KEY) WITHOUT ROWID;
              CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;",
         )?;
@@ -143,7 +147,7 @@ impl Index {
         let mut db = self.db();
         let transaction = db.transaction()?;
         transaction.execute_batch(&format!(
-            "DELETE FROM entry; DELETE FROM tomb; DELETE FROM taint; DELETE FROM untold;
+            "DELETE FROM entry; DELETE FROM tomb; DELETE FROM taint; DELETE FROM untold; DELETE FROM state;
              DELETE FROM meta WHERE name IN ('head', 'independent', 'laid', 'lowered', 'restored'); {and}"
         ))?;
         transaction.commit()?;
@@ -231,11 +235,34 @@ impl Index {
     pub(crate) fn set_known(&self, files: &[(Path, Known)]) -> Result<(), Fault> {
         let sql = "UPDATE entry SET s_size = ?3, s_mtime = ?4, s_change = ?5, s_handle = ?6, lower = 0
              WHERE dir = ?1 AND name = ?2";
-        self.each(files, sql, |(path, Known { sign, handle }), run| {
+        let mut db = self.db();
+        let transaction = db.transaction()?;
+        for (path, Known { sign, handle, state }) in files {
             let (dir, name) = path.split();
             let handle = handle.as_ref().map(Handle::as_bytes);
-            run(params![dir, name, signed(sign.size), sign.mtime_ns, sign.change, handle])
-        })
+            let values = params![dir, name, signed(sign.size), sign.mtime_ns, sign.change, handle];
+            transaction.prepare_cached(sql)?.execute(values)?;
+            match state.as_ref().and_then(|state| serde_json::to_string(state).ok()) {
+                Some(state) => transaction
+                    .prepare_cached("INSERT OR REPLACE INTO state VALUES (?, ?)")?
+                    .execute(params![path.as_bytes(), state])?,
+                None => transaction
+                    .prepare_cached("DELETE FROM state WHERE path = ?")?
+                    .execute([path.as_bytes()])?,
+            };
+        }
+        transaction.commit()?;
+        Ok(())
+    }
+
+    /// In which state the database was that the bucket has.
+    pub(crate) fn state(&self, path: &Path) -> Result<Option<State>, Fault> {
+        let text: Option<String> = self
+            .db()
+            .prepare_cached("SELECT state FROM state WHERE path = ?")?
+            .query_row([path.as_bytes()], |r| r.get(0))
+            .optional()?;
+        Ok(text.and_then(|text| serde_json::from_str(&text).ok()))
     }
 
     /// The handle of the file that was the entry of this path.
@@ -553,7 +580,8 @@ fn apply_line(db: &Connection, line: &Line) -> rusqlite::Result<()> {
 }
 
 /// A line that says the same content of a file with no upload under way is about its looks: what
-/// others have found out about the object meanwhile stands.
+/// others have found out about the object meanwhile stands. By what a file of other content was known, the
+/// new one is not, until somebody has looked at it.
 fn put(db: &Connection, dir: &[u8], name: &[u8], entry: &Entry, unsure: i64) -> rusqlite::Result<()> {
     let (kind, size, sha, target) = match &entry.kind {
         Kind::File { size, sha, database } => (i64::from(*database), *size, sha.map(|d| d.0.to_vec()), None),
@@ -565,7 +593,8 @@ fn put(db: &Connection, dir: &[u8], name: &[u8], entry: &Entry, unsure: i64) -> 
          ON CONFLICT (dir, name) DO UPDATE SET kind = ?3, size = ?4, sha = ?5, target = ?6, mode = ?7, uid = ?8, gid = ?9,
              mtime = ?10, link = ?11,
              bad = iif(unsure IN (0, ?13) AND kind = ?3 AND size = ?4 AND sha IS ?5, bad, NULL),
-             unsure = iif(unsure = ?13 AND kind = ?3 AND size = ?4 AND sha IS ?5, unsure, ?12)";
+             unsure = iif(unsure = ?13 AND kind = ?3 AND size = ?4 AND sha IS ?5, unsure, ?12),
+             s_change = iif(kind = ?3 AND size = ?4 AND sha IS ?5, s_change, 0)";
     db.prepare_cached(sql)?.execute(params![
         dir,
         name,

@@ -36,6 +36,7 @@ mod fetch;
 mod hydrate;
 mod index;
 mod lifting;
+mod lineage;
 mod manifest;
 mod moment;
 mod mount;

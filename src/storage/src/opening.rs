@@ -12,6 +12,7 @@
 mod download;
 mod layers;
 mod ownership;
+pub(crate) mod setback;
 
 use crate::bucket::{Bucket, Survey};
 use crate::chain::{Chain, LINES, Loaded};
@@ -209,7 +210,7 @@ fn tree(
 ) -> Result<Ready, Fault> {
     let owner = uid_gid(&spec.user);
     let anchor = spec.anchor.as_deref().and_then(Head::parse_anchor);
-    let Held { volume, index, _lock: lock, .. } = held;
+    let Held { volume, index, me, _lock: lock } = held;
     let loaded = match survey {
         Survey::Managed => Chain::load(&bucket, &index, owner, anchor, word.accepted)?,
         _ => Loaded { chain: Chain::empty(owner), intents: Vec::new(), continued: false, is_cut: false },
@@ -242,6 +243,9 @@ fn tree(
     desk.forget_incidents();
     desk.head(chain.head, index.totals()?);
     let alive = continued && mount::overlay_is_alive() && index.meta("independent")?.is_some();
+    if continued && !alive {
+        setback::put_right(desk, &bucket, &index, &volume, &me.place, &intended(&intents))?;
+    }
     let stands = if alive {
         let volume = volume.overlaid(FsPath::new(cvm_blueprint::paths::DATA));
         Stands { volume, mode: Mode::Fuse, reason: None, stand_in: None }
@@ -259,6 +263,7 @@ fn tree(
         keep_promises(&mut chain, &bucket, &index, &lease, &intents)?;
         tell_digests(desk, &mut chain, &bucket, &index, &lease)?;
     }
+    setback::is_in_use(&index, &me.place)?;
     desk.did("still ours");
     Ok(Ready {
         open: opened(desk, bucket, index, stands.volume),

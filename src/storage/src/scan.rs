@@ -553,7 +553,7 @@ pub(crate) fn sign_of(at: &FsPath, stat: &FileStat, database: bool) -> Sign {
 
 /// The same, with what stays when it moves.
 pub(crate) fn known_by(at: &FsPath, stat: &FileStat, database: bool) -> Known {
-    Known { sign: sign_of(at, stat, database), handle: handle_of(at) }
+    Known { sign: sign_of(at, stat, database), handle: handle_of(at), state: None }
 }
 
 pub(crate) fn handle_of(at: &FsPath) -> Option<Handle> {

@@ -2,7 +2,7 @@
 //!
 //! Refuses to call a copy good that was torn by a writer while it was made, as long as trying
 //! again can help. May import: `copying`, `database`, `disk`, `entry`, `fault`, `lifting`,
-//! `manifest`, `rules`, `scan`, `volume`.
+//! `lineage`, `manifest`, `rules`, `scan`, `volume`.
 
 use crate::copying;
 use crate::database::{self, NoCopy};
@@ -11,6 +11,7 @@ use crate::entry::{Entry, Kind, Path};
 use crate::fault::Fault;
 use crate::index::{Known, Sign};
 use crate::lifting::Seen;
+use crate::lineage::State;
 use crate::manifest::Digest;
 use crate::rules::SQLITE_MAGIC;
 use crate::scan;
@@ -155,7 +156,7 @@ pub(crate) fn stage(
                 return Ok(Outcome::Damaged("it does not begin like one any more".to_owned()));
             }
         }
-        let Known { sign, handle } = scan::known_by(&at, &before, database);
+        let Known { sign, handle, .. } = scan::known_by(&at, &before, database);
         if takes(&at, &before, database) > room {
             return Ok(Outcome::Later("the volume has no room for a copy of it".to_owned()));
         }
@@ -185,7 +186,9 @@ pub(crate) fn stage(
             // A file that changed meanwhile is not known by any sign, and so looked at again.
             let young = !still || is_young(volume, &at, &before, database, [looked, now_ns()]);
             let sign = if young { Sign { change: 0, ..sign } } else { sign };
-            let known = Known { sign, handle };
+            // What is committed after the copy is in it too, and on the disk before the copy is sent.
+            let state = if database { State::of(&volume.upper, path).map(Box::new) } else { None };
+            let known = Known { sign, handle, state };
             return Ok(Outcome::Ready(Staged { path: path.clone(), entry, known, young, copy: private }));
         }
     }

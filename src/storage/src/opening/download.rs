@@ -143,7 +143,7 @@ pub(super) fn flatten(bucket: &Bucket, index: &Index, volume: &Volume) -> Result
     }
     // Not lower any more, and not there: the next scan takes them for what they are.
     index.set_lower(&gone, false)?;
-    let unlike_any = Known { sign: Sign { size: 0, mtime_ns: 0, change: 0 }, handle: None };
+    let unlike_any = Known { sign: Sign { size: 0, mtime_ns: 0, change: 0 }, handle: None, state: None };
     let known: Vec<_> = gone.into_iter().map(|path| (path, unlike_any.clone())).collect();
     index.set_known(&known)?;
     strip(&upper)?;

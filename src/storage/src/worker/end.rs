@@ -6,6 +6,7 @@ use super::{AGAIN_AND_AGAIN, Tree};
 use crate::ending;
 use crate::entry::Path;
 use crate::fault::Fault;
+use crate::opening::setback;
 use crate::owner::uptime;
 use crate::push::Rest;
 use crate::scan::{Change, Scanner};
@@ -89,6 +90,11 @@ impl Tree<'_> {
         }
         if answers {
             self.last_words();
+        }
+        if left.0 == 0
+            && let Err(fault) = setback::is_left_in_order(&open.index)
+        {
+            self.worker.desk.failed(&fault, None);
         }
         self.leave();
         self.ready.lease.has_come_to(self.ready.chain.head.generation);
