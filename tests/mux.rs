@@ -1712,5 +1712,21 @@ fn the_real_gateway_answers_with_each_of_its_agents_remembers_its_sessions_and_s
         let models: Vec<Value> = asked.map(|a| a.body["model"].clone()).collect();
         assert!(!models.is_empty() && models.iter().all(|m| m == model), "{session}: {models:?}");
     }
+    // The schemas that the package says it knows are those of the databases that it makes: a boot relies on it.
+    let package: Value =
+        serde_json::from_str(&world.machine.read("/opt/openclaw/node_modules/openclaw/package.json"))
+            .expect("the package says what it is");
+    for (name, file) in [
+        ("state", "state/openclaw.sqlite"),
+        ("agent", "agents/main/agent/openclaw-agent.sqlite"),
+        ("agent", "agents/bob/agent/openclaw-agent.sqlite"),
+    ] {
+        let db = rusqlite::Connection::open_with_flags(
+            world.machine.data().join("openclaw").join(file),
+            rusqlite::OpenFlags::SQLITE_OPEN_READ_ONLY,
+        );
+        let number = db.and_then(|db| db.query_row("PRAGMA user_version", [], |row| row.get::<_, i64>(0)));
+        assert_eq!(number.ok(), package["openclaw"]["schemaVersions"][name].as_i64(), "{file}");
+    }
     assert_eq!(world.mux.conflicts(), Vec::<String>::new());
 }

@@ -186,14 +186,23 @@ impl Dir {
     /// The plain file `name`, if there is one, if it has at most `limit` bytes.
     pub(crate) fn read(&self, name: &str, limit: usize) -> FileResult<Option<Zeroizing<Vec<u8>>>> {
         let name = OsStr::new(name);
+        let Some(file) = self.open_plain(name)? else { return Ok(None) };
+        read_plain(file.into(), limit).map(Some).map_err(self.trouble("read", name))
+    }
+
+    /// The plain file `name`, if there is one, to be read.
+    pub(crate) fn open_plain(&self, name: &OsStr) -> FileResult<Option<File>> {
         // Without O_NONBLOCK a fifo would keep us waiting for its writer.
         let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
-        let fd = match openat(&self.fd, name, flags, Mode::empty()) {
-            Ok(fd) => fd,
-            Err(Errno::ENOENT) => return Ok(None),
-            Err(errno) => return Err(self.trouble("read", name)(errno)),
+        let open = || -> Result<File, Errno> {
+            let fd = openat(&self.fd, name, flags, Mode::empty())?;
+            if is_kind(&fstat(&fd)?, SFlag::S_IFREG) { Ok(fd.into()) } else { Err(Errno::EINVAL) }
         };
-        read_plain(fd, limit).map(Some).map_err(self.trouble("read", name))
+        match open() {
+            Ok(file) => Ok(Some(file)),
+            Err(Errno::ENOENT) => Ok(None),
+            Err(errno) => Err(self.trouble("read", name)(errno)),
+        }
     }
 
     /// Puts `bytes` at `name`, in the place of what is there.

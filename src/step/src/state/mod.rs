@@ -4,12 +4,14 @@
 //! All of it is for a beginning. What is there already counts, whatever it says; where it differs
 //! from what the keys say, that is told and not changed.
 //!
-//! Refuses to overwrite, to follow a link of the agent's, and to print a secret.
+//! Refuses to overwrite, to follow a link of the agent's, to print a secret, and a state that a newer
+//! gateway has written.
 //! May import: `blueprint`, `files`, `places`, `report`.
 
 mod config;
 mod database;
 mod identity;
+mod schema;
 mod token;
 mod workspace;
 
@@ -31,6 +33,7 @@ pub(crate) fn prepare(places: &Places, task: &StateTask, report: &mut Report) ->
     let owner = owner_of(places, &task.user)?;
     let own = Dir::ensure(&places.at(paths::OWN_STATE), 0o700, None)?;
     let state = Dir::open(&places.at(paths::STATE))?;
+    schema::check(places, &state)?;
     let token = token::settle(&own, task.token.as_ref(), report)?;
     if is_first_boot(&own, &state)? {
         // In this order, so that a boot that is killed here is still the first: files, then the

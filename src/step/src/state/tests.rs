@@ -70,10 +70,33 @@ fn a_first_boot_writes_everything_and_a_second_nothing() {
 }
 
 #[test]
-fn everything_belongs_to_the_gateways_user() {
-    if !nix::unistd::geteuid().is_root() {
-        return;
+fn a_state_that_a_newer_gateway_has_written_is_left_as_it_is() {
+    let room = room();
+    let package = room.temp.path().join("opt/openclaw/node_modules/openclaw");
+    for dir in [&package, &room.at("openclaw/state")] {
+        fs::create_dir_all(dir).unwrap();
     }
+    let text = r#"{"version":"2026.9.6","openclaw":{"schemaVersions":{"state":18,"agent":23}}}"#;
+    fs::write(package.join("package.json"), text).unwrap();
+    let file = room.at("openclaw/state/openclaw.sqlite");
+    let number =
+        |n: u32| rusqlite::Connection::open(&file).unwrap().pragma_update(None, "user_version", n).unwrap();
+    number(19);
+    let failure = prepare(&room.places, &with_workspace(), &mut Report::default()).unwrap_err();
+    assert!(!failure.retry && failure.why.contains("schema 19"), "{failure:?}");
+    let names = |path: &str| {
+        let entries = fs::read_dir(room.at(path)).unwrap();
+        entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect::<Vec<_>>()
+    };
+    assert_eq!((names("openclaw"), names(".cvm")), (vec!["state".to_owned()], vec![]));
+    number(18);
+    room.run(&with_workspace());
+    assert!(room.at("openclaw/openclaw.json").exists());
+}
+
+#[test]
+fn everything_belongs_to_the_gateways_user() {
+    assert!(nix::unistd::geteuid().is_root(), "this test needs root");
     let room = room();
     fs::write(room.temp.path().join("etc/passwd"), "agent:x:4242:4243::/home/agent:/bin/sh\n").unwrap();
     room.run(&with_workspace());
