@@ -29,6 +29,28 @@ fn every_variable_is_in_the_readme_and_in_the_compose_file() {
     );
 }
 
+#[test]
+fn the_readme_gives_each_variable_the_default_that_it_has() {
+    // Said in words there, since they depend on others.
+    const IN_WORDS: [(&str, &str); 3] = [
+        ("RCLONE_CRYPT_PASSWORD", "derived"),
+        ("RCLONE_CRYPT_PASSWORD2", "derived"),
+        ("MUX_INBOUND_URL", "built from the two below"),
+    ];
+    let readme = read("README.md");
+    let rows: Vec<(&str, &str)> = readme
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `")?.split_once("` | "))
+        .filter_map(|(names, rest)| Some((names, rest.split(" |").next()?.trim_matches('`'))))
+        .collect();
+    for variable in VARIABLES {
+        let row = rows.iter().find(|(names, _)| names.split("` `").any(|name| name == variable.name));
+        let (_, said) = row.unwrap_or_else(|| panic!("README.md has no row for {}", variable.name));
+        let in_words = IN_WORDS.iter().find(|(name, _)| *name == variable.name).map(|(_, words)| *words);
+        assert_eq!(*said, in_words.or(variable.default).unwrap_or("none"), "{}", variable.name);
+    }
+}
+
 /// What is written into the compose file cannot be forged on dstack, what is interpolated can.
 #[test]
 fn the_hosts_keys_are_trusted_by_the_override_file_alone_and_literally() {
@@ -358,7 +380,10 @@ fn the_top_level_holds_what_it_should_and_nothing_else() {
         .current_dir(repository())
         .output()
         .expect("git runs");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let listed = String::from_utf8_lossy(&output.stdout).into_owned();
+    let missing: Vec<&&str> = expected.iter().filter(|name| !listed.lines().any(|l| l == **name)).collect();
+    assert!(missing.is_empty(), "{missing:?}");
     let unexpected: Vec<&str> = listed.lines().filter(|name| !expected.contains(name)).collect();
     assert!(unexpected.is_empty(), "{unexpected:?}");
 }

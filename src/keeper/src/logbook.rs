@@ -291,17 +291,21 @@ mod tests {
     }
 
     #[test]
-    fn a_log_that_cannot_be_written_drops_and_counts_and_does_not_grow() {
-        let log = Log {
-            file: "/proc/no-such-place/x.log".into(),
-            rotate_bytes: 1000,
-            copy_to_stdout: false,
-            json: false,
-        };
-        let shared = Arc::new(Shared::default());
+    fn a_log_that_has_no_place_is_taken_all_the_same_and_its_end_is_not_waited_for() {
+        let mut log = log_into(Path::new("/"), 1000);
+        log.file = "/proc/no-such-place/x.log".into();
+        let book = Logbook::open("service", &log, true);
+        for n in 0..100 {
+            book.put(format!("line {n}").as_bytes());
+        }
+        book.close();
+        assert_eq!(book.shared.lock().bytes, 0, "what cannot be written is let go");
+    }
+
+    #[test]
+    fn a_log_that_is_not_written_drops_and_counts_and_does_not_grow() {
         // No writer: as if the disk never came back.
-        let book = Logbook { shared, _writer: None };
-        let _ = log;
+        let book = Logbook { shared: Arc::new(Shared::default()), _writer: None };
         for _ in 0..3 * QUEUE_BYTES_MAX / 1024 {
             book.put(&[b'x'; 1024]);
         }

@@ -462,16 +462,15 @@ mod tests {
         assert!(read(temp.path(), "sshd_config").contains("PerSourcePenalties no"));
     }
 
-    /// The real sshd reads what is written here; where there is none, the image's tests do it.
+    /// The real sshd reads what is written here.
     #[test]
     fn sshd_accepts_its_configuration_and_its_key() {
         let (temp, places) = image();
         let _ = fs::copy(SSHD, temp.path().join("usr/sbin/sshd"));
         run(&places, Some([7; 32]), KEY);
-        if programs::is_executable(Path::new(SSHD)) && nix::unistd::geteuid().is_root() {
-            let config = temp.path().join("run/openclaw-cvm/sshd_config");
-            fs::create_dir_all(SSHD_DIRECTORY).unwrap();
-            programs::must(Path::new(SSHD), &["-t", "-f", &config.to_string_lossy()], "").unwrap();
-        }
+        assert!(nix::unistd::geteuid().is_root(), "this test needs root");
+        let config = temp.path().join("run/openclaw-cvm/sshd_config");
+        fs::create_dir_all(SSHD_DIRECTORY).unwrap();
+        programs::must(Path::new(SSHD), &["-t", "-f", &config.to_string_lossy()], "").unwrap();
     }
 }

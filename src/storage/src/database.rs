@@ -361,9 +361,7 @@ mod tests {
 
     #[test]
     fn a_journal_of_the_agents_removes_nothing_of_roots() {
-        if !Uid::effective().is_root() {
-            return;
-        }
+        assert!(Uid::effective().is_root(), "this test needs root");
         // Whose are the directory, the database, and the journal. One of root's may have been moved there.
         for (directory, database, of_journal) in [(0, 990, 990), (0, 0, 990), (990, 990, 0), (990, 0, 0)] {
             let (dir, _, b) = files();
@@ -412,9 +410,7 @@ mod tests {
 
     #[test]
     fn the_owner_of_a_database_is_enough_to_copy_it() {
-        if !Uid::effective().is_root() {
-            return;
-        }
+        assert!(Uid::effective().is_root(), "this test needs root");
         for mode in ["WAL", "DELETE"] {
             let (dir, _, b) = files();
             let own = dir.path().join("own");
@@ -443,9 +439,7 @@ mod tests {
 
     #[test]
     fn a_database_of_roots_among_files_of_the_agents_is_copied_with_the_agents_rights() {
-        if !Uid::effective().is_root() {
-            return;
-        }
+        assert!(Uid::effective().is_root(), "this test needs root");
         for mode in ["WAL", "DELETE"] {
             let (dir, a, b) = files();
             let db = Connection::open(&a).unwrap();
@@ -466,9 +460,7 @@ mod tests {
 
     #[test]
     fn who_may_put_a_journal_beside_a_database_of_roots_is_whose_rights_it_is_opened_with() {
-        if !Uid::effective().is_root() {
-            return;
-        }
+        assert!(Uid::effective().is_root(), "this test needs root");
         let dir = tempfile::tempdir().unwrap();
         let top = dir.path();
         std::fs::create_dir_all(top.join("a/b")).unwrap();
