@@ -202,7 +202,7 @@ Exit codes: 0 no check failed (warnings allowed), 1 at least one failed.")]
     /// Run the gateway's own command line, as the gateway's user and with its environment
     ///
     /// The same as the `openclaw` in the image. All arguments are openclaw's own, and so is the
-    /// exit status.
+    /// exit status. It gets a terminal of its own, and what it leaves running ends with it.
     #[command(
         disable_help_flag = true,
         after_help = "\

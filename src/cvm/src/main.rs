@@ -16,7 +16,7 @@
 //! Refuses: to change anything but through the supervisor (who leaves volumes alone, so `volume` does it), to print a secret other than the
 //! one that was asked for by name, and to panic because nobody reads its output.
 //! May import: `cvm-blueprint`, `cvm-obscure`, and of `cvm-process` the memory file in which secrets
-//! are handed on.
+//! are handed on, and what runs openclaw.
 
 mod args;
 mod beside;

@@ -1,24 +1,31 @@
 //! The gateway's command line, as the gateway's user and with the gateway's environment.
 //!
 //! Run as root it would write root's files into the gateway's state, which the gateway then
-//! cannot read; without its environment it would look for another state and have no token.
-//! So root asks the supervisor as whom and with what, becomes that user, and executes it.
+//! cannot read; without its environment it would look for another state and have no token. And the
+//! agent decides what it does: through its settings, plugins and databases.
 //!
-//! Refuses to stay root where the gateway is not, and to keep running: what follows is openclaw,
-//! with its own exit status. May import: `socket`, `trouble`, `words`.
+//! So root asks the supervisor as whom and with what, and runs it as a guest: see `guest`.
+//!
+//! Refuses to run it as root, and to hand on more of the caller's environment than the terminal and
+//! the language. May import: `socket`, `trouble`, `words`, `guest`.
+
+mod guest;
 
 use crate::socket;
 use crate::trouble::{Exit, Trouble, warn};
 use crate::words;
-use cvm_blueprint::accounts::Account;
+use cvm_blueprint::accounts::{Account, GATEWAY_ID};
 use cvm_blueprint::env::variable;
 use cvm_blueprint::paths;
 use cvm_blueprint::wire::{Body, PackedEnvironment, Verb};
-use nix::unistd::{Gid, Uid, geteuid, setgid, setgroups, setuid};
-use std::ffi::{OsStr, OsString};
+use cvm_process::acting::Acting;
+use cvm_process::spawn::Identity;
+use guest::Guest;
+use nix::unistd::geteuid;
+use std::ffi::{CString, OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::os::unix::process::CommandExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// What belongs to the caller's terminal and language, not to the gateway.
@@ -31,7 +38,7 @@ pub(crate) fn is_meant_by(argv0: Option<&OsStr>) -> bool {
     argv0.and_then(|name| Path::new(name).file_name()).is_some_and(|name| name == "openclaw")
 }
 
-/// Does not return when it succeeds.
+/// As root it yields the exit status of openclaw; as anybody else it becomes openclaw.
 pub(crate) fn run(arguments: Vec<OsString>) -> Result<Exit, Trouble> {
     let (node, script) = (Path::new(paths::NODE), Path::new(paths::OPENCLAW));
     for part in [node, script] {
@@ -41,26 +48,50 @@ pub(crate) fn run(arguments: Vec<OsString>) -> Result<Exit, Trouble> {
             return Err(Trouble::new(Exit::Bad, WHAT, cause).hint(hint));
         }
     }
-    let mut command = Command::new(node);
-    command.arg(script).args(arguments);
+    let failed = |error: std::io::Error| {
+        Trouble::new(Exit::Bad, WHAT, format!("{}: {}", node.display(), words::of_io(&error)))
+    };
     if geteuid().is_root() {
-        let environment = become_gateway()?;
-        command.env_clear().envs(environment);
+        let argv = [node.into(), script.into()].into_iter().chain(arguments);
+        return guest::run(&guest(argv)?).map(Exit::Of).map_err(failed);
     }
-    // `exec` also gives SIGPIPE its default action back, which Rust's start-up took away.
-    let error = command.exec();
-    Err(Trouble::new(Exit::Bad, WHAT, format!("{}: {}", node.display(), words::of_io(&error))))
+    // What the agent runs itself is its own, with its own terminal and environment. `exec` also gives SIGPIPE
+    // its default action back, which Rust's start-up took away.
+    Err(failed(Command::new(node).arg(script).args(arguments).exec()))
 }
 
-/// Changes to the gateway's user, and yields the environment to run with.
-fn become_gateway() -> Result<Vec<(OsString, OsString)>, Trouble> {
+fn guest(argv: impl Iterator<Item = OsString>) -> Result<Guest, Trouble> {
+    let (account, given) = account_and_environment()?;
+    let environment = combined(given, &account.home, std::env::vars_os());
+    let pairs =
+        environment.into_iter().map(|(name, value)| [name.as_bytes(), b"=", value.as_bytes()].concat());
+    let words = |bytes: Vec<u8>| {
+        CString::new(bytes).map_err(|_| Trouble::new(Exit::Usage, WHAT, "an argument holds a zero byte"))
+    };
+    let identity = Identity { uid: account.uid, gid: account.gid, groups: account.groups };
+    Ok(Guest {
+        argv: argv.map(|word| words(word.into_vec())).collect::<Result<_, _>>()?,
+        environment: pairs.map(words).collect::<Result<_, _>>()?,
+        directory: words(directory(&identity, account.home).into_os_string().into_vec())?,
+        identity,
+    })
+}
+
+type Pairs = Vec<(OsString, OsString)>;
+
+/// As whom the gateway runs, and with what.
+fn account_and_environment() -> Result<(Account, Pairs), Trouble> {
     match socket::ask(WHAT, Verb::GatewayAccess) {
         Ok(Body::GatewayAccess { user, environment }) => {
-            let account = account_of(&user)?;
-            become_user(&user, &account)?;
             let given = unpacked(&environment)
                 .ok_or_else(|| Trouble::new(Exit::Away, WHAT, "the supervisor's answer cannot be read"))?;
-            Ok(combined(given, &account.home, std::env::vars_os()))
+            let account = account_of(&user)?.filter(|account| account.uid != 0);
+            let account = account.ok_or_else(|| {
+                let cause = format!("there is no user {user:?} that is not root");
+                let hint = "the boot step `home` makes it: `cvm status` shows whether it was done";
+                Trouble::new(Exit::Bad, WHAT, cause).hint(hint)
+            })?;
+            Ok((account, given))
         }
         Ok(_) => Err(Trouble::new(Exit::Away, WHAT, "the supervisor's answer does not fit the question")),
         // A refusal has a reason; to go around it would be no help.
@@ -69,68 +100,41 @@ fn become_gateway() -> Result<Vec<(OsString, OsString)>, Trouble> {
     }
 }
 
-/// `openclaw --version` must work whatever is broken. Still not as root, if that can be avoided:
-/// the default account is the gateway's unless the owner has chosen another.
-fn without_supervisor(trouble: &Trouble) -> Result<Vec<(OsString, OsString)>, Trouble> {
+/// `openclaw --version` must work whatever is broken: as the default account, which is the gateway's unless the
+/// owner has chosen another, or under its number where the account is missing.
+fn without_supervisor(trouble: &Trouble) -> Result<(Account, Pairs), Trouble> {
     warn(&format!(
-        "{}; going on with your own environment: what needs the gateway or its token will not work",
+        "{}; going on without it: what needs the gateway or its token will not work",
         trouble.cause
     ));
-    let mut environment: Vec<(OsString, OsString)> = std::env::vars_os().collect();
-    let default = variable("OPENCLAW_GATEWAY_USER").and_then(|v| v.default);
-    if let Some(user) = default
-        && let Ok(account) = account_of(user)
-    {
-        become_user(user, &account)?;
-        environment.retain(|(name, _)| name != "HOME");
-        environment.push(("HOME".into(), account.home.into()));
-    }
-    Ok(environment)
+    let user = variable("OPENCLAW_GATEWAY_USER").and_then(|v| v.default).unwrap_or_default();
+    let account = account_of(user)?.filter(|account| account.uid != 0).unwrap_or_else(|| Account {
+        uid: GATEWAY_ID,
+        gid: GATEWAY_ID,
+        groups: Vec::new(),
+        home: "/".to_owned(),
+    });
+    let plain = [("PATH", paths::PATH), ("USER", user), ("LOGNAME", user), ("LANG", "C.UTF-8")];
+    Ok((account, plain.map(|(name, value)| (name.into(), value.into())).into()))
 }
 
-fn account_of(user: &str) -> Result<Account, Trouble> {
+fn account_of(user: &str) -> Result<Option<Account>, Trouble> {
     let read = |path: &str| {
         std::fs::read_to_string(path)
             .map_err(|e| Trouble::new(Exit::Bad, WHAT, format!("{path}: {}", words::of_io(&e))))
     };
-    Account::find(&read("/etc/passwd")?, &read("/etc/group")?, user).ok_or_else(|| {
-        let cause = format!("there is no user {user:?}");
-        let hint = "the boot step `home` makes it: `cvm status` shows whether it was done";
-        Trouble::new(Exit::Bad, WHAT, cause).hint(hint)
-    })
+    Ok(Account::find(&read("/etc/passwd")?, &read("/etc/group")?, user))
 }
 
-/// Groups first: without root they cannot be changed any more.
-fn become_user(user: &str, account: &Account) -> Result<(), Trouble> {
-    if account.uid == 0 {
-        return Ok(());
-    }
-    let at = |stage: &'static str| {
-        move |errno: nix::errno::Errno| {
-            let cause = format!("becoming {user}: {stage}: {}", errno.desc());
-            let hint = "the container needs the capabilities SETGID and SETUID";
-            Trouble::new(Exit::Bad, WHAT, cause).hint(hint)
-        }
-    };
-    let groups: Vec<Gid> = account.groups.iter().copied().map(Gid::from_raw).collect();
-    setgroups(&groups).map_err(at("its groups"))?;
-    setgid(Gid::from_raw(account.gid)).map_err(at("its group"))?;
-    setuid(Uid::from_raw(account.uid)).map_err(at("its user id"))?;
-    enter_directory(&account.home);
-    Ok(())
+/// The caller's directory if that user may be in it, else its home, else the root directory.
+fn directory(user: &Identity, home: String) -> PathBuf {
+    let Ok(_acting) = Acting::of(user.uid.into(), user.gid.into()) else { return home.into() };
+    // Entered anew by its path: being in it already says nothing about another user.
+    let caller = std::env::current_dir().ok().filter(|caller| std::env::set_current_dir(caller).is_ok());
+    caller.unwrap_or_else(|| if Path::new(&home).is_dir() { home.into() } else { "/".into() })
 }
 
-/// The caller's directory if the new user may be in it, else its home.
-fn enter_directory(home: &str) {
-    // Entered anew by its path: being in it already says nothing about the new user.
-    let stays = std::env::current_dir().and_then(std::env::set_current_dir).is_ok();
-    if !stays && std::env::set_current_dir(home).is_err() {
-        // Nothing is left that could be wrong with the root directory.
-        let _ = std::env::set_current_dir("/");
-    }
-}
-
-fn unpacked(environment: &PackedEnvironment) -> Option<Vec<(OsString, OsString)>> {
+fn unpacked(environment: &PackedEnvironment) -> Option<Pairs> {
     let pair = |entry: &[u8]| {
         let at = entry.iter().position(|b| *b == b'=')?;
         let text = |bytes: &[u8]| OsString::from_vec(bytes.to_vec());
@@ -140,11 +144,7 @@ fn unpacked(environment: &PackedEnvironment) -> Option<Vec<(OsString, OsString)>
 }
 
 /// The gateway's environment, with what is the caller's in it.
-fn combined(
-    gateway: Vec<(OsString, OsString)>,
-    home: &str,
-    caller: impl Iterator<Item = (OsString, OsString)>,
-) -> Vec<(OsString, OsString)> {
+fn combined(gateway: Pairs, home: &str, caller: impl Iterator<Item = (OsString, OsString)>) -> Pairs {
     let is_callers = |name: &OsStr| {
         OF_THE_CALLER.iter().any(|own| name == *own)
             || name.as_bytes().starts_with(OF_THE_CALLER_PREFIX.as_bytes())
@@ -170,9 +170,8 @@ mod tests {
 
     #[test]
     fn the_environment_is_the_gateways_with_the_terminal_of_the_caller() {
-        let pairs = |pairs: &[(&str, &str)]| -> Vec<(OsString, OsString)> {
-            pairs.iter().map(|(n, v)| (n.into(), v.into())).collect()
-        };
+        let pairs =
+            |pairs: &[(&str, &str)]| -> Pairs { pairs.iter().map(|(n, v)| (n.into(), v.into())).collect() };
         let gateway = pairs(&[("PATH", "/bin"), ("HOME", "/wrong"), ("LANG", "C.UTF-8"), ("TOKEN", "t")]);
         let caller = pairs(&[
             ("TERM", "xterm"),

@@ -28,6 +28,8 @@ pub(crate) enum Exit {
     Refused,
     /// Interrupted at a prompt, as a shell shows it.
     Interrupted,
+    /// What the program ended with that was run.
+    Of(u8),
 }
 
 impl Exit {
@@ -39,6 +41,7 @@ impl Exit {
             Self::Away => 3,
             Self::Refused => 4,
             Self::Interrupted => 130,
+            Self::Of(status) => status,
         }
     }
 }

@@ -21,6 +21,7 @@ pub mod private;
 pub mod reap;
 pub mod signals;
 pub mod spawn;
+pub mod terminal;
 pub mod tree;
 pub mod work;
 pub mod xattr;

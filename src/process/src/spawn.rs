@@ -44,6 +44,8 @@ pub enum Blocked {
 pub enum Session {
     /// A session of its own, without a terminal.
     Own,
+    /// A session of its own, whose terminal is the first of its descriptors that is one.
+    Terminal,
     /// A process group of its own, in the foreground of our terminal if there is one.
     Foreground,
 }
@@ -128,13 +130,16 @@ fn prepare(
 ) -> Result<(), (Stage, Errno)> {
     let at = |stage: Stage| move |errno: Errno| (stage, errno);
     match program.session {
-        Session::Own => drop(nix::unistd::setsid().map_err(at(Stage::Session))?),
+        Session::Own | Session::Terminal => drop(nix::unistd::setsid().map_err(at(Stage::Session))?),
         Session::Foreground => take_foreground().map_err(at(Stage::Session))?,
     }
     reset_handlers();
     place_descriptors(program.descriptors, news).map_err(at(Stage::Files))?;
-    if program.session == Session::Own {
+    if program.session != Session::Foreground {
         close_the_rest_on_exec(program.descriptors.len());
+    }
+    if program.session == Session::Terminal {
+        take_terminal(program.descriptors.len());
     }
     if let Some(score) = program.oom_score_adj {
         set_oom_score(score).map_err(at(Stage::Priority))?;
@@ -160,6 +165,14 @@ fn take_foreground() -> Result<(), Errno> {
     // No terminal is no failure: most containers have none.
     let _ = nix::unistd::tcsetpgrp(std::io::stdin(), nix::unistd::getpgrp());
     Ok(())
+}
+
+/// Where none of the descriptors is a terminal, the session has none.
+#[allow(unsafe_code)]
+fn take_terminal(count: usize) {
+    // SAFETY: the call takes no pointer; on what is no terminal it fails and does nothing.
+    let takes = |fd: RawFd| unsafe { libc::ioctl(fd, libc::TIOCSCTTY, 0) } == 0;
+    let _ = (0..RawFd::try_from(count).unwrap_or(RawFd::MAX)).any(takes);
 }
 
 /// Exec resets handlers but keeps what is ignored, and Rust ignores SIGPIPE. By system call,
