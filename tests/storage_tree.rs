@@ -17,7 +17,7 @@ use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -160,6 +160,8 @@ fn add_new(at: &Path) {
     sparse.write_all(b"head").unwrap();
     put(at.join("setuid"), "s");
     fs::set_permissions(at.join("setuid"), fs::Permissions::from_mode(0o4750)).unwrap();
+    put(at.join("containers"), "written by a user of a container's");
+    std::os::unix::fs::chown(at.join("containers"), Some(200_123), Some(200_124)).unwrap();
     drop(std::os::unix::net::UnixListener::bind(at.join("socket")).unwrap_or_else(|_| {
         // A socket's whole path is short: from here it is not.
         std::env::set_current_dir(&at).unwrap();
@@ -282,6 +284,13 @@ fn battery(mode: Mode) {
     let expected = without_specials(tree(&machine));
     let machine = restored(&cloud, machine, mode);
     assert_eq!(difference(&expected, &tree(&machine)), "");
+    let owners = |name: &str| {
+        let found = fs::metadata(machine.path(WORKSPACE).join(name)).unwrap();
+        (found.mode() & 0o7000, found.uid(), found.gid())
+    };
+    assert_eq!(owners("new/setuid"), (0, 990, 990));
+    assert_eq!(owners("owner"), (0, 990, 990));
+    assert_eq!(owners("new/containers"), (0, 200_123, 200_124));
     assert!(machine.ok(&["cvm", "storage", "verify", "--deep"]).contains("equal"));
 }
 

@@ -58,8 +58,12 @@ fn line(path: &Path, full: &Path, first_of: &mut HashMap<(u64, u64), String>) ->
     let about = if path.as_os_str().is_empty() { fs::metadata(full)? } else { fs::symlink_metadata(full)? };
     let name = path.as_os_str().as_bytes().escape_ascii().to_string();
     let (kind, size, content) = kind(full, &about)?;
-    let mut line =
-        format!("\"{name}\" {kind} {:o} {}:{} {size}", about.mode() & 0o7777, about.uid(), about.gid());
+    let mut line = format!(
+        "\"{name}\" {kind} {:o} {}:{} {size}",
+        about.mode() & 0o1777,
+        owner(about.uid()),
+        owner(about.gid())
+    );
     if !path.as_os_str().is_empty() {
         let _ = write!(line, " {}.{:09}", about.mtime(), about.mtime_nsec());
     }
@@ -71,6 +75,12 @@ fn line(path: &Path, full: &Path, first_of: &mut HashMap<(u64, u64), String>) ->
         }
     }
     Ok(line)
+}
+
+/// As a restore gives it: what is neither the agent's nor a user's of its containers becomes the agent's.
+fn owner(id: u32) -> u32 {
+    use cvm_blueprint::accounts::{CONTAINER_IDS, GATEWAY_ID};
+    if CONTAINER_IDS.contains(&id) { id } else { GATEWAY_ID }
 }
 
 /// A word for the type, the size where it means something, and the content.

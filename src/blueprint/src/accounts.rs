@@ -22,6 +22,9 @@ pub const MADE_IDS: RangeInclusive<u32> = 1000..=1999;
 /// Below are a system's own accounts, and above too (Debian's policy, 9.2.2).
 const PEOPLE: RangeInclusive<u32> = 1000..=59_999;
 
+/// Users and groups inside the agent's containers, but for their root, who is the agent.
+pub const CONTAINER_IDS: RangeInclusive<u32> = 200_001..=265_535;
+
 /// Who a process can be.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Account {

@@ -268,8 +268,10 @@ impl Chain {
             return Err(broken("it vanished while it was read"));
         };
         let mut lines = Vec::new();
-        let header = manifest::read_segment(&bucket.key, &bytes, self.owner, |line| lines.push(line))
-            .map_err(|e| broken(&e.to_string()))?;
+        let header = manifest::read_segment(&bucket.key, &bytes, self.owner, |line| {
+            lines.push(line.without_rights(self.owner))
+        })
+        .map_err(|e| broken(&e.to_string()))?;
         if (header.from, header.to, header.epoch) != (name.from, name.to, name.epoch) {
             return Err(broken("it was swapped for another one"));
         }

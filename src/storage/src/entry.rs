@@ -4,6 +4,8 @@
 //! May import: `manifest::Digest`.
 
 use crate::manifest::Digest;
+use cvm_blueprint::accounts::CONTAINER_IDS;
+use cvm_blueprint::paths;
 use std::ffi::OsStr;
 use std::fmt;
 use std::os::unix::ffi::OsStrExt as _;
@@ -11,6 +13,12 @@ use std::path::PathBuf;
 
 /// What is ours at the top of the volume and of the bucket, and never replicated.
 pub(crate) const RESERVED: &[u8] = b".cvm";
+
+/// What may be restored of a mode: whoever runs a file gets no rights of its owner's.
+pub(crate) const HARMLESS: u32 = 0o1777;
+
+/// The agent's directories at the top of the volume.
+const AGENTS: [&str; 2] = [paths::STATE, paths::CONFIG_HOME];
 
 /// A path relative to /data: any bytes but NUL, in segments that are neither empty, `.` nor `..`.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -58,6 +66,12 @@ impl Path {
     /// Below a directory of the machine.
     pub(crate) fn below(&self, root: &std::path::Path) -> PathBuf {
         root.join(OsStr::from_bytes(&self.0))
+    }
+
+    /// Whether it lies in a directory of the agent's.
+    fn is_agents(&self) -> bool {
+        let top = self.0.split(|byte| *byte == b'/').next();
+        AGENTS.iter().any(|path| path.strip_prefix("/data/").map(str::as_bytes) == top)
     }
 
     pub(crate) fn starts_with(&self, prefix: &[u8]) -> bool {
@@ -166,6 +180,17 @@ impl Entry {
         }
     }
 
+    /// As it may be restored on any machine. What lies in a directory of the agent's is the agent's, or a user's
+    /// of its containers: a file of root's there would be trusted as root's, and what is in it may be the agent's.
+    pub(crate) fn without_rights(mut self, path: &Path, agent: (u32, u32)) -> Self {
+        self.mode &= HARMLESS;
+        if path.is_agents() {
+            let own = |id: u32, agent: u32| if CONTAINER_IDS.contains(&id) { id } else { agent };
+            (self.uid, self.gid) = (own(self.uid, agent.0), own(self.gid, agent.1));
+        }
+        self
+    }
+
     /// Whether both have the same object behind them.
     pub(crate) fn same_content(&self, other: &Self) -> bool {
         match (&self.kind, &other.kind) {
@@ -190,6 +215,31 @@ mod tests {
         }
         for good in [&b"a"[..], b".cvmx", b"a/.cvm", b"..a", b"a/b c/\n", b"\xff"] {
             assert!(Path::new(good).is_some(), "{good:?}");
+        }
+    }
+
+    #[test]
+    fn what_lies_in_the_agents_directories_is_restored_as_the_agents() {
+        let entry = |mode: u32, uid: u32, gid: u32| Entry {
+            kind: Kind::Directory,
+            mode,
+            uid,
+            gid,
+            mtime_ns: 0,
+            link: None,
+        };
+        let restored = |path: &str, entry: Entry| {
+            let entry = entry.without_rights(&Path::new(path.as_bytes()).unwrap(), (990, 991));
+            (entry.mode, entry.uid, entry.gid)
+        };
+        for path in ["openclaw", "openclaw/workspace/x", ".config/git"] {
+            assert_eq!(restored(path, entry(0o6755, 0, 0)), (0o755, 990, 991), "{path}");
+            assert_eq!(restored(path, entry(0o600, 999, 200_999)), (0o600, 990, 200_999), "{path}");
+            assert_eq!(restored(path, entry(0o1777, 200_001, 991)), (0o1777, 200_001, 991), "{path}");
+        }
+        // What an operator keeps beside them stays out of the agent's reach.
+        for path in ["backup", "openclaw-mux/queue", "x/openclaw", "openclawx"] {
+            assert_eq!(restored(path, entry(0o4700, 0, 18790)), (0o700, 0, 18790), "{path}");
         }
     }
 

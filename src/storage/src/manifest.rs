@@ -149,6 +149,19 @@ pub(crate) struct Line {
     pub(crate) word: Word,
 }
 
+impl Line {
+    /// As it may be restored: see [`Entry::without_rights`].
+    pub(crate) fn without_rights(self, agent: (u32, u32)) -> Self {
+        let Self { path, word } = self;
+        let word = match word {
+            Word::Is(entry) => Word::Is(entry.without_rights(&path, agent)),
+            Word::WillBe(entry) => Word::WillBe(entry.without_rights(&path, agent)),
+            word => word,
+        };
+        Self { path, word }
+    }
+}
+
 /// Why a segment is not believed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Broken {

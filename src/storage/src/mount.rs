@@ -149,11 +149,11 @@ fn open_fuse(device: &Path) -> Result<(), String> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
         opened => return opened.map_err(cannot),
     }
-    let everybody = Mode::from_bits_truncate(0o666);
-    mknod(device, SFlag::S_IFCHR, everybody, makedev(10, 229)).map_err(|e| {
+    // We alone mount here: the agent has no need of it.
+    let ours = Mode::from_bits_truncate(0o600);
+    mknod(device, SFlag::S_IFCHR, ours, makedev(10, 229)).map_err(|e| {
         format!("there is no {}, and it cannot be made ({}; CAP_MKNOD?)", device.display(), e.desc())
     })?;
-    let _ = fs::set_permissions(device, fs::Permissions::from_mode(0o666));
     open().map_err(|error| {
         let _ = fs::remove_file(device);
         cannot(error)
@@ -208,7 +208,8 @@ pub(crate) fn overlay(volume: &Volume, lower: Option<&str>) -> Result<(), NoMoun
         volume.own.join("work").display()
     );
     let mounted = parallel::apart(|| {
-        mount(Some("overlay"), &volume.tree, Some("overlay"), MsFlags::MS_NODEV, Some(options.as_str()))
+        let flags = MsFlags::MS_NODEV | MsFlags::MS_NOSUID;
+        mount(Some("overlay"), &volume.tree, Some("overlay"), flags, Some(options.as_str()))
     });
     mounted.map_err(|error| {
         NoMount(format!("overlayfs cannot be mounted with its upper layer on the volume: {}", error.desc()))
@@ -318,6 +319,7 @@ mod tests {
         let device = temp.path().join("fuse");
         let opened = open_fuse(&device);
         assert_eq!(opened.is_ok(), device.exists(), "{opened:?}");
+        assert!(fs::metadata(&device).is_ok_and(|made| made.mode() & 0o7777 == 0o600) || opened.is_err());
         let why = open_fuse(&temp.path().join("no/such/place")).unwrap_err();
         assert!(why.contains("it cannot be made"), "{why}");
     }

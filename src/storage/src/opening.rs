@@ -25,7 +25,7 @@ use crate::manifest::{Head, Line, Word};
 use crate::mount::{self, NoMount, StandIn};
 use crate::owner::{self, Lease, Me, uptime};
 use crate::scan::{Fetched, Found, Scanner};
-use crate::volume::Volume;
+use crate::volume::{Volume, Within};
 use crate::{hydrate, rules};
 use cvm_blueprint::storage::{Mode, StorageSpec};
 use ownership::{
@@ -495,16 +495,17 @@ fn old_databases(desk: &Desk, volume: &Volume) -> Result<(), Fault> {
     for entry in entries.flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
         let Some(agent) = name.strip_suffix("-memory.db").filter(|a| !a.is_empty()) else { continue };
-        let home = volume.tree.join("openclaw/agents").join(agent);
-        let to = home.join("memory.db");
+        let Some(home) = Path::new(format!("openclaw/agents/{agent}").as_bytes()) else { continue };
+        // Its directories are the agent's to replace by links.
+        let home = Within::make(&volume.tree, Some(&home))?;
+        let to = home.name(b"memory.db");
         if to.symlink_metadata().is_ok() {
             continue;
         }
-        fs::create_dir_all(&home)?;
-        let part = home.join(".memory.db.part");
+        let part = home.name(b".memory.db.part");
         fs::copy(entry.path(), &part)?;
         let owner = entry.metadata()?;
-        for path in [&home, &part] {
+        for path in [home.itself(), part.clone()] {
             std::os::unix::fs::lchown(path, Some(owner.uid()), Some(owner.gid()))?;
         }
         fs::rename(part, to)?;

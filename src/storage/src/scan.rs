@@ -16,7 +16,7 @@
 //! `index`, `lifting`, `rules`, `volume`.
 
 use crate::copying;
-use crate::entry::{Entry, Kind, Path};
+use crate::entry::{Entry, HARMLESS, Kind, Path};
 use crate::fault::Fault;
 use crate::index::{Index, Known, Row, Sign};
 use crate::lifting::Seen;
@@ -567,7 +567,7 @@ pub(crate) fn size_of(stat: &FileStat) -> u64 {
 /// What the manifest says of a path, with what the kernel says of it now.
 pub(crate) fn dressed(kind: Kind, stat: &FileStat) -> Entry {
     let shared = stat.st_nlink > 1 && volume::kind_of(stat) == libc::S_IFREG;
-    let mode = if volume::kind_of(stat) == libc::S_IFLNK { 0o777 } else { stat.st_mode & 0o7777 };
+    let mode = if volume::kind_of(stat) == libc::S_IFLNK { 0o777 } else { stat.st_mode & HARMLESS };
     Entry {
         kind,
         mode,

@@ -17,7 +17,7 @@ use crate::rules::SQLITE_MAGIC;
 use crate::scan;
 use crate::volume::{self, Volume};
 use cvm_process::handle::Handle;
-use nix::sys::stat::FileStat;
+use nix::sys::stat::{FileStat, fstat};
 use sha2::{Digest as _, Sha256};
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -128,17 +128,29 @@ pub(crate) fn stage(
         }
         // It may have been replaced since the scan.
         let empty = before.st_size == 0;
-        let opened = copying::open(&volume.upper, path, |source| {
+        let opened = copying::open(&volume.upper, path, |source| -> Result<_, Fault> {
+            // Directories on the way are the agent's to replace by links, which the look above goes through.
+            let is_the_same = {
+                let opened = fstat(&source)?;
+                (opened.st_dev, opened.st_ino) == (before.st_dev, before.st_ino)
+            };
+            if !is_the_same {
+                return Ok(None);
+            }
             let is = if empty { database && scan::is_begun(&at) } else { database::begins_like_one(&source) };
             // Closed before SQLite has it.
-            if is {
-                database::Owner::of(&volume.tree, path, &source).map(Source::Database)
+            Ok(Some(if is {
+                Source::Database(database::Owner::of(&volume.tree, path, &source)?)
             } else {
-                Ok(Source::Plain(source))
-            }
+                Source::Plain(source)
+            }))
         });
         let source = match opened {
-            Ok(Some(source)) => source?,
+            Ok(Some(source)) => match source? {
+                Some(source) => source,
+                None if attempt < TRIES => continue,
+                None => return Ok(Outcome::Later("another file takes its name all the time".to_owned())),
+            },
             Ok(None) => return Ok(Outcome::Later("it is copied under another name".to_owned())),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Outcome::Vanished),
             Err(error) => return Err(error.into()),
@@ -551,6 +563,56 @@ mod tests {
         let copy = staged(&volume, "file", false, false);
         assert!(matches!(copy, Outcome::Ready(_)));
         assert_eq!(fs::read(volume.staging().join("copy")).unwrap(), content);
+    }
+
+    #[test]
+    fn what_is_said_of_a_file_is_of_the_one_that_was_read() {
+        use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
+        use std::collections::BTreeSet;
+        use std::os::unix::fs::{PermissionsExt as _, symlink};
+        use std::sync::atomic::{AtomicBool, Ordering};
+        let dir = tempfile::tempdir().unwrap();
+        let volume = Volume::plain(dir.path()).unwrap();
+        let [agents, roots, link] = ["d", "roots", "link"].map(|name| dir.path().join(name));
+        for (at, mode) in [(&agents, 0o640), (&roots, 0o755)] {
+            fs::create_dir(at).unwrap();
+            fs::write(at.join("file"), "1").unwrap();
+            fs::set_permissions(at.join("file"), fs::Permissions::from_mode(mode)).unwrap();
+        }
+        symlink(&roots, &link).unwrap();
+        let over = AtomicBool::new(false);
+        let flip = || renameat2(AT_FDCWD, &agents, AT_FDCWD, &link, RenameFlags::RENAME_EXCHANGE).unwrap();
+        let modes: BTreeSet<u32> = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    flip();
+                }
+            });
+            let path = Path::new(b"d/file").unwrap();
+            let (was, name) = (Before::AnyFile, "copy");
+            let stage = |_| stage(&volume, &path, false, &was, u64::MAX, Some(0), name.to_owned());
+            let copies = (0..10_000).map(stage).filter_map(Result::ok);
+            let modes =
+                copies.filter_map(
+                    |copy| if let Outcome::Ready(copy) = copy { Some(copy.entry.mode) } else { None },
+                );
+            let modes = modes.collect();
+            over.store(true, Ordering::Relaxed);
+            modes
+        });
+        assert_eq!(modes, BTreeSet::from([0o640]));
+    }
+
+    #[test]
+    fn no_rights_of_the_owners_are_recorded() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let dir = tempfile::tempdir().unwrap();
+        let volume = Volume::plain(dir.path()).unwrap();
+        let file = dir.path().join("file");
+        fs::write(&file, "1").unwrap();
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o6755)).unwrap();
+        let Outcome::Ready(copy) = staged(&volume, "file", false, false) else { panic!("it is at rest") };
+        assert_eq!(copy.entry.mode, 0o755);
     }
 
     #[test]

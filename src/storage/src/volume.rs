@@ -11,19 +11,22 @@
 //!
 //! Refuses to follow a symbolic link of the tree's. May import: `entry`, `fault`, `lifting`.
 
-use crate::entry::Path;
+use crate::entry::{HARMLESS, Path};
 use crate::fault::Fault;
 use crate::lifting::Lifting;
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, OpenHow, PosixFadviseAdvice, ResolveFlag, openat, openat2, posix_fadvise};
-use nix::sys::stat::{FileStat, Mode, UtimensatFlags, lstat, mkdirat, utimensat};
+use nix::fcntl::{
+    AT_FDCWD, AtFlags, OFlag, OpenHow, PosixFadviseAdvice, ResolveFlag, open, openat, openat2, posix_fadvise,
+};
+use nix::sys::stat::{FileStat, Mode, UtimensatFlags, fstat, lstat, mkdirat, utimensat};
 use nix::sys::time::TimeSpec;
+use nix::unistd::fchownat;
 use std::ffi::{CStr, CString, OsStr};
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path as FsPath, PathBuf};
 
 /// What work that can be left out leaves free for everybody else: a tenth of the disk, and at most so much.
@@ -364,29 +367,41 @@ pub(crate) fn gives_away() -> bool {
     nix::unistd::Uid::effective().is_root()
 }
 
-/// Sets mode, owner and modification time of a path itself. Who may not give files to others keeps
-/// them, without the rights that they would lend to whoever runs them.
+/// Sets owner, mode and modification time of what lies at a path, and of nothing that takes its name
+/// meanwhile. Who may not give files to others keeps them. No file lends its owner's rights to whoever runs it.
 pub(crate) fn dress(path: &FsPath, entry: &crate::entry::Entry) -> Result<(), Fault> {
-    let metadata = fs::symlink_metadata(path)?;
-    let mut mode = entry.mode;
-    if (metadata.uid(), metadata.gid()) != (entry.uid, entry.gid) {
-        match std::os::unix::fs::lchown(path, Some(entry.uid), Some(entry.gid)) {
-            Err(error) if error.kind() == io::ErrorKind::PermissionDenied && !gives_away() => mode &= !0o6000,
+    let place = open(path, OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty())?;
+    let found = fstat(&place)?;
+    if (found.st_uid, found.st_gid) != (entry.uid, entry.gid) {
+        let (user, group) = (Some(entry.uid.into()), Some(entry.gid.into()));
+        match fchownat(&place, "", user, group, AtFlags::AT_EMPTY_PATH) {
+            Err(Errno::EPERM) if !gives_away() => {}
             other => other?,
         }
     }
-    // Links have no mode of their own. After chown, which takes set-id bits away.
-    if !metadata.file_type().is_symlink() {
-        use std::os::unix::fs::PermissionsExt as _;
-        fs::set_permissions(path, fs::Permissions::from_mode(mode))?;
+    // Links have no mode of their own, and no way to their time but their name.
+    if kind_of(&found) == libc::S_IFLNK {
+        return set_mtime(path, entry.mtime_ns);
     }
-    set_mtime(path, entry.mtime_ns)
+    let itself = PathBuf::from(format!("/proc/thread-self/fd/{}", place.as_raw_fd()));
+    // After the owner: that takes rights away.
+    fs::set_permissions(&itself, fs::Permissions::from_mode(entry.mode & HARMLESS))?;
+    Ok(utimensat(
+        AT_FDCWD,
+        &itself,
+        &TimeSpec::UTIME_OMIT,
+        &time_of(entry.mtime_ns),
+        UtimensatFlags::FollowSymlink,
+    )?)
 }
 
 pub(crate) fn set_mtime(path: &FsPath, mtime_ns: i64) -> Result<(), Fault> {
-    let time = TimeSpec::new(mtime_ns.div_euclid(1_000_000_000), mtime_ns.rem_euclid(1_000_000_000));
-    utimensat(nix::fcntl::AT_FDCWD, path, &TimeSpec::UTIME_OMIT, &time, UtimensatFlags::NoFollowSymlink)?;
-    Ok(())
+    let (kept, time) = (TimeSpec::UTIME_OMIT, time_of(mtime_ns));
+    Ok(utimensat(AT_FDCWD, path, &kept, &time, UtimensatFlags::NoFollowSymlink)?)
+}
+
+fn time_of(ns: i64) -> TimeSpec {
+    TimeSpec::new(ns.div_euclid(1_000_000_000), ns.rem_euclid(1_000_000_000))
 }
 
 /// The value of one of overlayfs's marks.
@@ -447,6 +462,42 @@ mod tests {
         let slow = |name: &str| step_by_step(&File::open(&top).unwrap(), &path(name), OFlag::O_RDONLY);
         assert!(slow("a/b/c/file").is_ok() && slow("a").is_ok());
         assert!(slow("l/in/file").is_err() && slow("l").is_err() && slow("relative/in").is_err());
+    }
+
+    #[test]
+    fn a_link_that_takes_the_name_of_a_file_leads_no_mode_or_owner_elsewhere() {
+        use crate::entry::{Entry, Kind};
+        use nix::fcntl::{RenameFlags, renameat2};
+        use std::os::unix::fs::MetadataExt as _;
+        use std::sync::atomic::{AtomicBool, Ordering};
+        let dir = tempfile::tempdir().unwrap();
+        let [victim, name, link] = ["victim", "name", "link"].map(|name| dir.path().join(name));
+        for file in [&victim, &name] {
+            fs::write(file, "1").unwrap();
+            fs::set_permissions(file, fs::Permissions::from_mode(0o600)).unwrap();
+        }
+        std::os::unix::fs::symlink(&victim, &link).unwrap();
+        let own = victim.metadata().unwrap();
+        let kind = Kind::File { size: 1, sha: None, database: false };
+        let entry = Entry { kind, mode: 0o6777, uid: own.uid(), gid: own.gid(), mtime_ns: 5, link: None };
+        let over = AtomicBool::new(false);
+        let flip = || renameat2(AT_FDCWD, &name, AT_FDCWD, &link, RenameFlags::RENAME_EXCHANGE).unwrap();
+        let dressed: Vec<_> = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    flip();
+                }
+            });
+            let dressed = (0..20_000).map(|_| dress(&name, &entry)).collect();
+            over.store(true, Ordering::Relaxed);
+            dressed
+        });
+        assert!(dressed.into_iter().all(|done| done.is_ok()));
+        assert_eq!(victim.metadata().unwrap().mode() & 0o7777, 0o600);
+        let file =
+            [name, link].map(|path| path.symlink_metadata().unwrap()).into_iter().find(|m| m.is_file());
+        let file = file.unwrap();
+        assert_eq!((file.mode() & 0o7777, file.mtime_nsec()), (0o777, 5), "without the rights of its owner");
     }
 
     #[test]

@@ -16,13 +16,13 @@
 use crate::files::{FileError, FileResult, trouble};
 use crate::report;
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, RenameFlags, renameat, renameat2};
+use nix::fcntl::{AT_FDCWD, OFlag, RenameFlags, renameat, renameat2};
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, FileTimes, Metadata, OpenOptions};
 use std::io::{Read, Write};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, lchown, symlink};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown, lchown, symlink};
 use std::path::Path;
 
 /// What is kept beside: `NAME.from-home-N`.
@@ -160,11 +160,14 @@ fn subdirectory(
 
 fn copy_directory(source: &Path, target: &Path, stat: &Metadata, moved: &mut Moved) -> FileResult<()> {
     fs::create_dir(target).map_err(trouble("make", target))?;
-    dress(target, stat)?;
+    let no_link = OFlag::O_NOFOLLOW | OFlag::O_DIRECTORY;
+    let made = OpenOptions::new().read(true).custom_flags(no_link.bits()).open(target);
+    let made = made.map_err(trouble("open", target))?;
+    dress(&made, target, stat)?;
     directory(source, target, moved)?;
     moved.entries += 1;
     // Filling it has changed its time. A directory is no worse for a wrong one.
-    let _ = File::open(target).and_then(|dir| dir.set_times(times(stat)));
+    let _ = made.set_times(times(stat));
     Ok(())
 }
 
@@ -238,7 +241,7 @@ fn copy(source: &Path, target: &Path) -> FileResult<()> {
         let mut output =
             options.write(true).create_new(true).mode(0o600).open(&draft).map_err(failed("write"))?;
         std::io::copy(&mut input, &mut output).map_err(failed("copy"))?;
-        dress(&draft, &stat)?;
+        dress(&output, &draft, &stat)?;
         // After the owner: changing that changes nothing here, writing would.
         output.set_times(times(&stat)).map_err(failed("set the time of"))?;
         output.flush().and_then(|()| output.sync_all()).map_err(failed("write"))?;
@@ -251,11 +254,12 @@ fn copy(source: &Path, target: &Path) -> FileResult<()> {
     File::open(dir).and_then(|dir| dir.sync_all()).map_err(trouble("write", dir))
 }
 
-/// Owner first: changing it takes away the set-user-id bits that the mode may hold.
-fn dress(path: &Path, stat: &Metadata) -> FileResult<()> {
-    lchown(path, Some(stat.uid()), Some(stat.gid())).map_err(trouble("change the owner of", path))?;
-    let mode = fs::Permissions::from_mode(stat.mode() & 0o7777);
-    fs::set_permissions(path, mode).map_err(trouble("change the mode of", path))
+/// Gives a file the owner and mode of another: the file that is open, whatever has its name by now. Whoever runs
+/// it gets no rights of its owner's.
+fn dress(file: &File, path: &Path, stat: &Metadata) -> FileResult<()> {
+    fchown(file, Some(stat.uid()), Some(stat.gid())).map_err(trouble("change the owner of", path))?;
+    let mode = fs::Permissions::from_mode(stat.mode() & 0o1777);
+    file.set_permissions(mode).map_err(trouble("change the mode of", path))
 }
 
 fn times(stat: &Metadata) -> FileTimes {
