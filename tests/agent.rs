@@ -242,3 +242,31 @@ fn openclaw_has_a_terminal_as_large_as_the_operators_and_pipes_stay_pipes() {
     machine.ok(&["mv", cvm_blueprint::paths::CONTROL_SOCKET, "/run/openclaw-cvm/elsewhere"]);
     assert!(!environment(&machine).contains("OPENCLAW_GATEWAY_TOKEN="));
 }
+
+#[test]
+fn a_file_on_the_volume_lends_nobodys_rights_and_the_gateway_has_limits() {
+    let machine = product(HEALTHY).start();
+    let pid = machine.service_in("gateway", &["ready"])["pid"].as_i64().expect("it runs");
+    let lends = |path: &str| {
+        machine.ok(&["sh", "-c", &format!("cp /usr/bin/id {path}; chmod 4755 {path}")]);
+        machine.ok(&[&AGENT[..], &[path, "-u"]].concat()).trim() == "0"
+    };
+    // In /data the agent's own tree is closed to others; its top is not.
+    assert!(!lends("/data/borrowed"));
+    assert!(lends("/srv/borrowed"), "the control");
+
+    let limits = machine.read(&format!("/proc/{pid}/limits"));
+    let of = |name: &str| {
+        let line = limits.lines().find_map(|line| line.strip_prefix(name)).expect("the kernel lists it");
+        line.split_whitespace().take(2).map(str::to_owned).collect::<Vec<_>>()
+    };
+    assert_eq!(
+        (of("Max processes"), of("Max core file size")),
+        (vec!["4096".to_owned(); 2], vec!["0".to_owned(); 2])
+    );
+    let doctor = machine.exec(&["cvm", "doctor", "--json"]);
+    let doctor = String::from_utf8_lossy(&doctor.stdout).into_owned();
+    for found in ["(nosuid, nodev)", "only root may take them", "4096 processes and threads of its user"] {
+        assert!(doctor.contains(found), "{found}: {doctor}");
+    }
+}

@@ -285,3 +285,44 @@ fn what_the_agent_writes_is_no_setting_of_roots() {
         assert!(machine.read(&format!("/tmp/ran-by-{by}")).starts_with("0\n"), "{by}: {}", ran());
     }
 }
+
+/// Behind dstack's gateway everybody comes from one address.
+#[test]
+fn an_operator_gets_in_while_two_hundred_strangers_hold_connections() {
+    let laptop = Laptop::new();
+    let machine = laptop.machine(HEALTHY).start();
+    up(&machine);
+    let knock = "for n in $(seq 200); do exec {c}<>/dev/tcp/127.0.0.1/22; done; echo all; sleep 1000";
+    let mut strangers =
+        machine.command(&["bash", "-c", knock]).stdout(Stdio::piped()).spawn().expect("nsenter runs");
+    let mut hear = BufReader::new(strangers.stdout.take().expect("piped")).lines();
+    assert_eq!(hear.next().expect("a line").expect("text"), "all");
+    for _ in 0..3 {
+        assert_eq!(says(&machine, "environment", "echo in").trim(), "in");
+    }
+    strangers.kill().expect("it is our child");
+    strangers.wait().expect("it is our child");
+}
+
+#[test]
+fn nobody_keeps_sshd_from_its_port() {
+    let laptop = Laptop::new();
+    let machine = laptop.machine(HEALTHY).start();
+    up(&machine);
+    let seize = ["setpriv", "--reuid=990", "--regid=990", "--clear-groups", "cvm-victim", "http", "22"];
+    machine.ok(&["cvm", "stop", "sshd", "--force"]);
+    // As the compose file has it, the agent may not take it.
+    assert!(!machine.exec(&seize).status.success());
+    // As an engine has it without that line.
+    machine.ok(&["sh", "-c", "echo 0 > /proc/sys/net/ipv4/ip_unprivileged_port_start"]);
+    let mut squatter = machine.command(&seize).stdout(Stdio::null()).spawn().expect("nsenter runs");
+    until("the agent holds port 22", PATIENCE, || {
+        let sockets = fs::read_to_string(format!("/proc/{}/net/tcp", machine.pid())).ok()?;
+        sockets.contains(":0016 00000000:0000 0A").then_some(())
+    });
+    machine.ok(&["cvm", "start", "sshd"]);
+    up(&machine);
+    assert_eq!(says(&machine, "environment", "echo in").trim(), "in");
+    machine.line("port 22 was held by pid");
+    assert!(!squatter.wait().expect("it is our child").success());
+}

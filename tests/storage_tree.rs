@@ -275,6 +275,8 @@ fn battery(mode: Mode) {
         assert!(machine.output().contains(reason));
         assert_eq!(difference(&before, &tree(&machine)), "");
     }
+    let options = machine.ok(&["findmnt", "--noheadings", "--output", "OPTIONS", "/data"]);
+    assert!(options.lines().last().is_some_and(|on_top| on_top.contains("nosuid,nodev")), "{options}");
     let at = machine.path(WORKSPACE);
     change_old(&at);
     add_new(&at);

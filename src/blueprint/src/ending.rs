@@ -56,7 +56,7 @@ impl Stage {
             Self::Fork => "creating the process",
             Self::Session => "making it a session of its own",
             Self::Files => "setting up its files",
-            Self::Priority => "setting its out-of-memory score",
+            Self::Priority => "setting its out-of-memory score and limits",
             Self::Account => "looking up its user in /etc/passwd",
             Self::Groups => "setting its groups",
             Self::User => "setting its user id",

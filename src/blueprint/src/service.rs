@@ -42,12 +42,26 @@ pub struct Service {
     pub readiness: Option<Probe>,
     /// Higher is killed earlier when memory runs out. PID 1 and sshd stay at 0.
     pub oom_score_adj: i16,
+    /// What the kernel refuses it and all that it starts.
+    pub limits: Option<Limits>,
     /// Lines of the boot log that operators look for.
     pub says_started: Option<&'static str>,
     pub says_ready: Option<&'static str>,
     /// Whether the machine counts as healthy without it.
     pub required: bool,
 }
+
+/// No core files, and so many processes of one user.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limits {
+    /// Threads count.
+    pub processes: u64,
+}
+
+/// The agent's: the gateway has some dozens of threads, a browser some hundreds, and a fork bomb all that it can
+/// get. There is no limit on memory: it would count what a process reserves, and an idle Node reserves 13 times
+/// what it uses. When memory runs out the kernel ends the gateway first, by `oom_score_adj`.
+pub const AGENT_LIMITS: Limits = Limits { processes: 4096 };
 
 /// Which variables a service gets. None gets the supervisor's own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -142,7 +156,7 @@ impl Service {
 
 /// All services of this configuration, in the order in which `status` shows them.
 pub fn services(config: &Config) -> Vec<Service> {
-    let mut all = vec![sshd()];
+    let mut all = vec![sshd(config.ssh.port.get())];
     if config.docker == Docker::On {
         all.push(dockerd());
     }
@@ -157,7 +171,7 @@ pub fn services(config: &Config) -> Vec<Service> {
     all
 }
 
-fn sshd() -> Service {
+fn sshd(port: u16) -> Service {
     Service {
         name: "sshd",
         what: "SSH for operators",
@@ -167,7 +181,7 @@ fn sshd() -> Service {
         environment: Environment::Plain,
         directory: "/",
         needs: &[StepName::Ssh],
-        prepare: None,
+        prepare: Some(Prepare::FreePort(port)),
         repair: None,
         // Operators wait for this one: it comes back fast, and never gives up.
         backoff: Backoff::seconds(1, 30, 60),
@@ -179,6 +193,7 @@ fn sshd() -> Service {
         startup: None,
         readiness: None,
         oom_score_adj: 0,
+        limits: None,
         says_started: Some("SSH daemon started."),
         says_ready: None,
         required: true,
@@ -208,6 +223,7 @@ fn dockerd() -> Service {
         startup: None,
         readiness: Some(Probe::UnixHttp { socket: paths::DOCKER_SOCKET.into(), path: "/_ping".into() }),
         oom_score_adj: 100,
+        limits: None,
         says_started: None,
         says_ready: Some("Docker daemon ready."),
         required: false,
@@ -235,6 +251,7 @@ fn standin() -> Service {
         startup: None,
         readiness: None,
         oom_score_adj: 0,
+        limits: None,
         says_started: None,
         says_ready: None,
         required: false,
@@ -265,6 +282,7 @@ fn storage(s3: &S3) -> Service {
         startup: None,
         readiness: None,
         oom_score_adj: 0,
+        limits: None,
         says_started: None,
         says_ready: None,
         required: true,
@@ -312,6 +330,7 @@ fn gateway(config: &Config) -> Service {
         readiness: Some(http("/readyz")),
         // The largest process by far, and the one that comes back without loss.
         oom_score_adj: 300,
+        limits: Some(AGENT_LIMITS),
         says_started: None,
         says_ready: None,
         required: true,
@@ -350,6 +369,7 @@ fn mux(config: &Config) -> Service {
         readiness: Some(health),
         // Small, and what it was doing is done again.
         oom_score_adj: 100,
+        limits: None,
         says_started: None,
         says_ready: None,
         required: true,

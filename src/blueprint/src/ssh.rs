@@ -60,15 +60,15 @@ AcceptEnv LANG LC_*
 PrintMotd no
 Subsystem sftp internal-sftp
 
-# The way in must stay open: strangers get little time and few places, and a session whose
-# other end is gone ends after three minutes.
+# The way in must stay open: strangers get little time, and there are places for many of them, so that some
+# are left for operators. A session whose other end is gone ends after three minutes.
 UseDNS no
 TCPKeepAlive no
 ClientAliveInterval 60
 ClientAliveCountMax 3
-LoginGraceTime 30
+LoginGraceTime 20
 MaxAuthTries 6
-MaxStartups 10:30:60
+MaxStartups 256:30:512
 
 # VERBOSE names the fingerprint of the key that came in.
 LogLevel VERBOSE
@@ -91,7 +91,7 @@ pub fn sshd_config(settings: &SshdSettings<'_>) -> String {
     if settings.knows_source_penalties {
         // On by default where it exists. Behind dstack's gateway all connections come from one
         // address, so a stranger's failures would lock the operators out for minutes. For the
-        // same reason there is no PerSourceMaxStartups.
+        // same reason there is no PerSourceMaxStartups: sshd's own default is none.
         text.push_str("PerSourcePenalties no\n");
     }
     text.push_str(SSHD_RULES);

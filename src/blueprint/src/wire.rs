@@ -14,7 +14,7 @@
 
 use crate::ending::End;
 pub use crate::packed::{PackedBytes, PackedEnvironment};
-use crate::service::{Leftovers, Probe};
+use crate::service::{Leftovers, Limits, Probe};
 use crate::status::Status;
 use crate::supervise::Level;
 use crate::volume::Claim;
@@ -43,6 +43,7 @@ pub struct KeeperSpec {
     pub directory: String,
     pub leftovers: Leftovers,
     pub oom_score_adj: i16,
+    pub limits: Option<Limits>,
     pub input: Input,
     /// Whether the main process gets the report pipe as file descriptor 3.
     pub passes_report: bool,

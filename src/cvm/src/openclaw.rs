@@ -27,6 +27,7 @@ use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use zeroize::Zeroizing;
 
 /// What belongs to the caller's terminal and language, not to the gateway.
 const OF_THE_CALLER: &[&str] = &["TERM", "LANG", "COLORTERM", "NO_COLOR", "SSH_TTY"];
@@ -71,7 +72,7 @@ fn guest(argv: impl Iterator<Item = OsString>) -> Result<Guest, Trouble> {
     let identity = Identity { uid: account.uid, gid: account.gid, groups: account.groups };
     Ok(Guest {
         argv: argv.map(|word| words(word.into_vec())).collect::<Result<_, _>>()?,
-        environment: pairs.map(words).collect::<Result<_, _>>()?,
+        environment: pairs.map(|pair| words(pair).map(Zeroizing::new)).collect::<Result<_, _>>()?,
         directory: words(directory(&identity, account.home).into_os_string().into_vec())?,
         identity,
     })

@@ -165,6 +165,7 @@ impl Children {
             descriptors,
             identity: None,
             oom_score_adj: None,
+            limits: None,
             session: Session::Own,
             dies_with_parent: false,
             // An order to end that comes before it listens waits for it.

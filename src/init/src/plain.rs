@@ -95,6 +95,7 @@ fn start(kernel: &mut impl Kernel, command: &[OsString]) -> Result<Pid, String> 
         descriptors: &[input.as_fd(), output.as_fd(), errors.as_fd()],
         identity: None,
         oom_score_adj: None,
+        limits: None,
         session: Session::Foreground,
         dies_with_parent: false,
         blocked: Blocked::None,

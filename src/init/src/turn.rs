@@ -181,9 +181,12 @@ impl<K: Kernel> World<K> {
         let now = self.now();
         self.orders.extend(self.machine.step(event, now));
         while let Some(action) = self.orders.pop_front() {
-            // What could not be started is an event of its own.
+            // What could not be started is an event of its own, and so is a port that is free. What follows from
+            // it comes before the rest: sshd starts before everything else.
             for event in self.act(action) {
-                self.orders.extend(self.machine.step(event, now));
+                for follows in self.machine.step(event, now).into_iter().rev() {
+                    self.orders.push_front(follows);
+                }
             }
         }
     }

@@ -200,6 +200,7 @@ fn start(
         descriptors: &descriptors,
         identity: identity.as_ref(),
         oom_score_adj: (spec.oom_score_adj != 0).then_some(spec.oom_score_adj),
+        limits: spec.limits,
         session: Session::Own,
         dies_with_parent: true,
         blocked: Blocked::None,

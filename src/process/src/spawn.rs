@@ -6,7 +6,9 @@
 
 use crate::signals;
 use cvm_blueprint::ending::Stage;
+use cvm_blueprint::service::Limits;
 use nix::errno::Errno;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
 use nix::unistd::{ForkResult, Pid, fork};
 use std::ffi::{CStr, CString};
@@ -23,6 +25,7 @@ pub struct Program<'a> {
     pub descriptors: &'a [BorrowedFd<'a>],
     pub identity: Option<&'a Identity>,
     pub oom_score_adj: Option<i16>,
+    pub limits: Option<Limits>,
     pub session: Session,
     /// Die when the parent does.
     pub dies_with_parent: bool,
@@ -144,6 +147,9 @@ fn prepare(
     if let Some(score) = program.oom_score_adj {
         set_oom_score(score).map_err(at(Stage::Priority))?;
     }
+    if let Some(limits) = program.limits {
+        set_limits(limits).map_err(at(Stage::Priority))?;
+    }
     if let Some(identity) = program.identity {
         become_user(identity)?;
     }
@@ -254,6 +260,14 @@ fn set_oom_score(score: i16) -> Result<(), Errno> {
     }
 }
 
+/// Of this process and of all that it starts. What the engine allows at most stays the most.
+fn set_limits(limits: Limits) -> Result<(), Errno> {
+    let (_, most) = getrlimit(Resource::RLIMIT_NPROC)?;
+    let processes = limits.processes.min(most);
+    setrlimit(Resource::RLIMIT_NPROC, processes, processes)?;
+    setrlimit(Resource::RLIMIT_CORE, 0, 0)
+}
+
 fn become_user(identity: &Identity) -> Result<(), (Stage, Errno)> {
     set_groups(&identity.groups).map_err(|e| (Stage::Groups, e))?;
     nix::unistd::setgid(identity.gid.into()).map_err(|e| (Stage::Groups, e))?;
@@ -284,6 +298,7 @@ mod tests {
             descriptors,
             identity: None,
             oom_score_adj: None,
+            limits: None,
             session: Session::Own,
             dies_with_parent: true,
             blocked: Blocked::None,

@@ -269,7 +269,7 @@ impl Chain {
         };
         let mut lines = Vec::new();
         let header = manifest::read_segment(&bucket.key, &bytes, self.owner, |line| {
-            lines.push(line.without_rights(self.owner))
+            lines.push(line.without_rights(self.owner));
         })
         .map_err(|e| broken(&e.to_string()))?;
         if (header.from, header.to, header.epoch) != (name.from, name.to, name.epoch) {

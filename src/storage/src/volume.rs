@@ -495,7 +495,7 @@ mod tests {
         assert!(dressed.into_iter().all(|done| done.is_ok()));
         assert_eq!(victim.metadata().unwrap().mode() & 0o7777, 0o600);
         let file =
-            [name, link].map(|path| path.symlink_metadata().unwrap()).into_iter().find(|m| m.is_file());
+            [name, link].map(|path| path.symlink_metadata().unwrap()).into_iter().find(fs::Metadata::is_file);
         let file = file.unwrap();
         assert_eq!((file.mode() & 0o7777, file.mtime_nsec()), (0o777, 5), "without the rights of its owner");
     }

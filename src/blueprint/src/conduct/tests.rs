@@ -254,14 +254,14 @@ fn sshd_is_not_started_before_it_is_known_whose_volume_it_is() {
     let of = Try { step: StepName::Ssh, number: 1 };
     assert_eq!(boot.send(Event::StepEnded { of, outcome: Ok(()) }), []);
     let done = boot.done(StepName::Volume);
-    assert_eq!(boot.deeds(&done), ["launch sshd", "prepare dockerd", "run home#1"]);
+    assert_eq!(boot.deeds(&done), ["prepare sshd", "prepare dockerd", "run home#1"]);
 }
 
 #[test]
 fn on_a_volume_of_somebody_elses_nothing_starts_but_sshd_until_an_operator_has_acted() {
     for (pairs, beside, after) in [
-        (&[][..], &["launch sshd"][..], &["prepare dockerd", "run home#1"][..]),
-        (&S3[..], &["launch sshd", "launch standin"], &["prepare dockerd", "launch storage"]),
+        (&[][..], &["prepare sshd"][..], &["prepare dockerd", "run home#1"][..]),
+        (&S3[..], &["prepare sshd", "launch standin"], &["prepare dockerd", "launch storage"]),
     ] {
         let mut boot = Boot::of(machine_of(&config(&[pairs, &[("ENABLE_DOCKER", "1")]].concat())));
         boot.send(Event::Boot);
@@ -269,7 +269,7 @@ fn on_a_volume_of_somebody_elses_nothing_starts_but_sshd_until_an_operator_has_a
         let done = boot.done(StepName::Ssh);
         assert_eq!(boot.deeds(&done), beside);
         for deed in beside {
-            boot.runs(deed.trim_start_matches("launch "));
+            boot.runs(deed.split(' ').next_back().expect("a verb and a name"));
         }
         assert_eq!(boot.pass(s(100_000)), [], "and nothing is tried by itself");
         assert_eq!(boot.status().phase, status::Phase::Degraded);
@@ -289,7 +289,7 @@ fn a_volume_that_does_not_answer_holds_sshd_up_no_longer_than_the_deadline_and_t
     let of = Try { step: StepName::Ssh, number: 1 };
     boot.send(Event::StepEnded { of, outcome: Ok(()) });
     let done = boot.pass(s(16));
-    assert_eq!(boot.deeds(&done), ["end volume#1", "kill volume#1", "launch sshd"]);
+    assert_eq!(boot.deeds(&done), ["end volume#1", "kill volume#1", "prepare sshd"]);
 }
 
 #[test]
@@ -297,7 +297,7 @@ fn sshd_is_started_before_everything_else() {
     let mut boot = Boot::local();
     boot.send(Event::Boot);
     let done = boot.done(StepName::Ssh);
-    assert_eq!(boot.deeds(&done), ["launch sshd", "prepare dockerd", "run home#1"]);
+    assert_eq!(boot.deeds(&done), ["prepare sshd", "prepare dockerd", "run home#1"]);
 }
 
 #[test]
@@ -312,9 +312,10 @@ fn a_boot_goes_through_its_steps_in_order_and_starts_the_gateway_last() {
     let expected = [
         "run ssh#1",
         "run volume#1",
-        "launch sshd",
+        "prepare sshd",
         "prepare dockerd",
         "run home#1",
+        "launch sshd",
         "run state#1",
         "prepare gateway",
         "launch gateway",
@@ -357,7 +358,7 @@ fn a_failed_ssh_step_is_a_warning_and_the_rest_goes_on() {
     let retried = boot.pass(s(2));
     assert_eq!(boot.deeds(&retried), ["run ssh#2"]);
     let done = boot.done(StepName::Ssh);
-    assert_eq!(boot.deeds(&done), ["launch sshd"], "SSH comes up as soon as it can");
+    assert_eq!(boot.deeds(&done), ["prepare sshd"], "SSH comes up as soon as it can");
 }
 
 #[test]
@@ -630,7 +631,7 @@ fn the_machine_is_healthy_exactly_while_everything_required_is_ready() {
         boot.done(step);
     }
     assert_eq!(boot.status().phase, status::Phase::Running);
-    assert_eq!(boot.complaints(), ["sshd is starting", "gateway is preparing"]);
+    assert_eq!(boot.complaints(), ["sshd is preparing", "gateway is preparing"]);
     boot.runs("sshd");
     boot.runs("gateway");
     assert_eq!(boot.complaints(), ["gateway runs but is not ready"]);
@@ -966,6 +967,7 @@ fn service(name: &'static str, needs: &'static [StepName], stop_order: u8) -> Se
         startup: None,
         readiness: None,
         oom_score_adj: 0,
+        limits: None,
         says_started: None,
         says_ready: None,
         required: true,

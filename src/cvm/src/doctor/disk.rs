@@ -131,7 +131,12 @@ mod tests {
 
     #[test]
     fn data_that_goes_with_the_container_is_a_failure() {
-        let mount = |kind: &str, read_only| Mount { point: "/data".into(), kind: kind.into(), read_only };
+        let mount = |kind: &str, read_only| Mount {
+            point: "/data".into(),
+            kind: kind.into(),
+            read_only,
+            lends_no_rights: true,
+        };
         let verdict = |mounts: &[Mount]| volume(mounts).verdict;
         assert_eq!(verdict(&[]), Verdict::Fail);
         assert_eq!(verdict(&[mount("tmpfs", false)]), Verdict::Fail);

@@ -92,6 +92,8 @@ pub(crate) struct Mount {
     pub point: String,
     pub kind: String,
     pub read_only: bool,
+    /// Neither set-user-ID bits nor devices count on it.
+    pub lends_no_rights: bool,
 }
 
 /// Mount points in the order in which they were mounted; the last one at a place counts.
@@ -99,11 +101,12 @@ pub(crate) fn mounts(mountinfo: &str) -> Vec<Mount> {
     let mount = |line: &str| {
         let (left, right) = line.split_once(" - ")?;
         let left: Vec<&str> = left.split(' ').collect();
-        let options = left.get(5)?;
+        let options: Vec<&str> = left.get(5)?.split(',').collect();
         Some(Mount {
             point: unescaped(left.get(4)?),
             kind: right.split(' ').next()?.to_owned(),
-            read_only: options.split(',').any(|o| o == "ro"),
+            read_only: options.contains(&"ro"),
+            lends_no_rights: options.contains(&"nosuid") && options.contains(&"nodev"),
         })
     };
     mountinfo.lines().filter_map(mount).collect()

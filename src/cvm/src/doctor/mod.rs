@@ -8,6 +8,7 @@
 //! Refuses to change anything that stays. May import: `args`, `look`, `out`, `socket`,
 //! `trouble`, `words`; rooms may import `finding`, `facts`, `http`, `socket`, `storage`, `words`.
 
+mod agent;
 mod capabilities;
 mod clock;
 mod disk;
@@ -49,6 +50,7 @@ const ROOMS: &[(&str, Room)] = &[
     ("clock", clock::check),
     ("ports", ports::check),
     ("capabilities", capabilities::check),
+    ("agent", agent::check),
     ("fuse", fuse::check),
     ("overlay", overlay::check),
     ("iptables", iptables::check),

@@ -146,7 +146,12 @@ mod tests {
 
     #[test]
     fn only_a_volume_that_is_no_overlay_is_tried() {
-        let mount = |kind: &str| Mount { point: "/data".into(), kind: kind.into(), read_only: false };
+        let mount = |kind: &str| Mount {
+            point: "/data".into(),
+            kind: kind.into(),
+            read_only: false,
+            lends_no_rights: true,
+        };
         assert_eq!(on_volume("/data", &[]).verdict, Verdict::Skip);
         assert_eq!(on_volume("/data", &[mount("ext4"), mount("overlay")]).verdict, Verdict::Skip);
     }

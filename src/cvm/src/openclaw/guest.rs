@@ -7,9 +7,10 @@
 //! Refuses to return while anything that it started lives. May import: `cvm-process`.
 
 use cvm_blueprint::ending::End;
+use cvm_blueprint::service::AGENT_LIMITS;
 use cvm_process::reap::{self, Reaped};
 use cvm_process::signals::{self, Signals};
-use cvm_process::spawn::{Identity, Program, Session, spawn};
+use cvm_process::spawn::{Blocked, Identity, Program, Session, spawn};
 use cvm_process::terminal::{self, Pair, Raw};
 use cvm_process::tree;
 use nix::errno::Errno;
@@ -20,6 +21,7 @@ use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
+use zeroize::Zeroizing;
 
 const HEARD: [i32; 6] =
     [libc::SIGCHLD, libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM, libc::SIGWINCH];
@@ -31,7 +33,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(5);
 pub(super) struct Guest {
     /// The first word is the program's path.
     pub(super) argv: Vec<CString>,
-    pub(super) environment: Vec<CString>,
+    pub(super) environment: Vec<Zeroizing<CString>>,
     pub(super) directory: CString,
     pub(super) identity: Identity,
 }
@@ -73,11 +75,14 @@ fn start(guest: &Guest, standard: [BorrowedFd<'_>; 3], slave: Option<&OwnedFd>) 
         descriptors: &standard.map(|fd| slave.filter(|_| is_terminal(fd)).map_or(fd, AsFd::as_fd)),
         identity: Some(&guest.identity),
         oom_score_adj: None,
+        limits: Some(AGENT_LIMITS),
         session: Session::Terminal,
         dies_with_parent: true,
+        blocked: Blocked::None,
+        news: None,
     };
     let name = path.to_string_lossy();
-    Ok(spawn(&program, |stage, errno| {
+    Ok(spawn(&program, |stage, errno, _| {
         let end = End::NotStarted { stage, errno: errno as i32 };
         eprintln!("cvm: openclaw: {name}: {end}");
         end.shell_status()
@@ -94,7 +99,9 @@ fn attend(main: Pid, signals: &mut Signals, mut screen: Option<&mut Screen<'_>>)
                 libc::SIGHUP => return End::Signal(libc::SIGHUP),
                 libc::SIGWINCH => screen.iter().for_each(|screen| screen.resize()),
                 // It leads its session, and so its group.
-                other => signals::send(Pid::from_raw(-main.as_raw()), other),
+                other => {
+                    signals::send(Pid::from_raw(-main.as_raw()), other);
+                }
             }
         }
         if let Some(screen) = &mut screen {

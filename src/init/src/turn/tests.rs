@@ -38,6 +38,7 @@ fn service(name: &'static str, stop_order: u8, grace: Duration) -> Service {
         startup: None,
         readiness: None,
         oom_score_adj: 0,
+        limits: None,
         says_started: None,
         says_ready: None,
         required: true,

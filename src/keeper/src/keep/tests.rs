@@ -28,6 +28,7 @@ fn keeper(dir: &tempfile::TempDir, liveness: bool) -> (Keeper<Fake>, OwnedFd) {
         directory: "/".into(),
         leftovers: Leftovers::Kill,
         oom_score_adj: 0,
+        limits: None,
         input: Input::Nothing,
         passes_report: false,
         stop: Stop::Signal,

@@ -93,6 +93,12 @@ fn volume(places: &Places, mounts: &Mounts, report: &mut Report) -> Outcome<()> 
              (in docker-compose.yml: `volumes: [data:/data]`)",
         );
     }
+    if mounts.is_mount_point(&path)
+        && let Err(errno) = mounts::lend_no_rights(&path)
+    {
+        // `cvm doctor` says it to operators, with what it takes.
+        report::detail(format!("/data is not mounted nosuid and nodev: {}", errno.desc()));
+    }
     let mode = std::fs::metadata(&path).map_or(0o755, |m| m.permissions().mode() & 0o7777);
     if mode & 0o011 != 0o011 {
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode | 0o011))

@@ -1,6 +1,9 @@
-//! Where something is mounted. Refuses to mount. May import: `places`.
+//! Where something is mounted, and with which rights. Refuses to mount anything new. May import: `places`.
 
 use crate::places::Places;
+use nix::errno::Errno;
+use nix::mount::{MsFlags, mount};
+use nix::sys::statvfs::{FsFlags, statvfs};
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
@@ -22,6 +25,24 @@ impl Mounts {
     pub(crate) fn at_or_below(&self, path: &Path) -> Option<PathBuf> {
         self.0.iter().find(|point| point.starts_with(path)).cloned()
     }
+}
+
+/// From now on no file of this mount lends its owner's rights, and none is a device. What it is mounted with
+/// besides stays.
+pub(crate) fn lend_no_rights(point: &Path) -> Result<(), Errno> {
+    let has = statvfs(point)?.flags();
+    if has.contains(FsFlags::ST_NOSUID | FsFlags::ST_NODEV) {
+        return Ok(());
+    }
+    let kept = [
+        (FsFlags::ST_RDONLY, MsFlags::MS_RDONLY),
+        (FsFlags::ST_NOEXEC, MsFlags::MS_NOEXEC),
+        (FsFlags::ST_NOATIME, MsFlags::MS_NOATIME),
+        (FsFlags::ST_NODIRATIME, MsFlags::MS_NODIRATIME),
+    ];
+    let kept = kept.iter().filter(|(is, _)| has.contains(*is)).map(|(_, flag)| *flag);
+    let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+    mount(None::<&str>, point, None::<&str>, flags | kept.collect(), None::<&str>)
 }
 
 /// `36 35 98:0 /root /mount/point options …`, with `\040` for a space.

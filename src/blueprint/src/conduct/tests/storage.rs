@@ -86,7 +86,7 @@ fn with_a_bucket_home_state_and_gateway_wait_for_the_worker_and_nothing_else_doe
     let mut boot = Boot::s3(&[]);
     boot.send(Event::Boot);
     let done = boot.done(StepName::Ssh);
-    assert_eq!(boot.deeds(&done), ["launch sshd", "launch standin", "launch storage"]);
+    assert_eq!(boot.deeds(&done), ["prepare sshd", "launch standin", "launch storage"]);
     assert_eq!(said(&done), [(Level::Info, "S3 storage configured (bucket: claws), setting up rclone...")]);
     for name in ["sshd", "standin", "storage"] {
         boot.runs(name);
