@@ -692,9 +692,23 @@ pub(crate) mod tests {
             let reader = queue.clone();
             let load: Pin<Box<dyn Future<Output = bool>>> =
                 Box::pin(async move { !reader.load(1).await.is_err_and(|failure| failure.is_damage()) });
-            let all = [load, accept(&queue, "new", b"{}".to_vec())];
-            assert_eq!(in_one_batch(&queue, all).await, [false, true]);
+            let all =
+                [accept(&queue, "before", b"{}".to_vec()), load, accept(&queue, "after", b"{}".to_vec())];
+            assert_eq!(in_one_batch(&queue, all).await, [true, false, true]);
             assert_eq!(queue.load(2).await.unwrap().unwrap().body, b"{}");
+        });
+    }
+
+    #[test]
+    fn what_is_read_does_not_wait_for_the_writer() {
+        let dir = tempfile::tempdir().unwrap();
+        runtime().block_on(async {
+            let (queue, _threads) = Queue::open(&dir.path().join("q.sqlite")).unwrap();
+            assert!(accept(&queue, "a", b"{}".to_vec()).await);
+            let held = hold_the_writer(&queue);
+            assert_eq!(queue.load(1).await.unwrap().unwrap().body, b"{}");
+            assert_eq!(queue.depth().await.unwrap().waiting, 1);
+            drop(held);
         });
     }
 
