@@ -2,7 +2,7 @@
 //! control in which it succeeds.
 
 use cvm_blueprint::paths::{NODE, OPENCLAW};
-use cvm_harness::machine::{Builder, PATIENCE};
+use cvm_harness::machine::{Builder, MASTER_KEY, PATIENCE, owner_word};
 use cvm_harness::{Machine, before, until};
 use nix::pty::{OpenptyResult, Winsize, openpty};
 use std::fs::{self, File};
@@ -20,6 +20,8 @@ const AGENT: [&str; 4] = ["setpriv", "--reuid=990", "--regid=990", "--clear-grou
 fn product(gateway: &str) -> Builder {
     Builder::product()
         .fake_gateway(gateway)
+        .environment("MASTER_KEY", MASTER_KEY)
+        .environment("CVM_OWNER", &owner_word(MASTER_KEY, "0"))
         .environment("ENABLE_DOCKER", "0")
         .environment("OPENCLAW_GATEWAY_RESTART_DELAY", "0")
 }

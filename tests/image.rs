@@ -5,7 +5,7 @@
 //! compiles them otherwise is built with `CVM_SOAK`. Tests take turns: there is one engine.
 
 use cvm_harness::engine::{Engine, IMAGE, SECRET_MARK};
-use cvm_harness::machine::{MASTER_KEY, PATIENCE, binaries, repository};
+use cvm_harness::machine::{MASTER_KEY, PATIENCE, binaries, owner_word, repository};
 use cvm_harness::{Builder, Garage, Network, Proxy, difference, digest, least_safe, until};
 use serde_json::Value;
 use std::collections::BTreeSet;
@@ -143,13 +143,14 @@ fn compose(engine: &Engine, environment: &[(&str, &str)], words: &[&str]) {
     compose_file(engine, &compose_lines(), environment, words);
 }
 
-/// Our compose file with the image of this build, whichever it has been pinned to.
+/// Our compose file with the image of this build and our owner, whatever it has been pinned to.
 fn compose_lines() -> Vec<String> {
     let text =
         fs::read_to_string(repository().join("docker-compose.yml")).expect("the compose file is there");
-    let ours = |line: &str| match line.strip_prefix("    image: ") {
-        Some(_) => format!("    image: {IMAGE}"),
-        None => line.to_owned(),
+    let ours = |line: &str| match line.split_once(':') {
+        Some(("    image", _)) => format!("    image: {IMAGE}"),
+        Some((name @ "      CVM_OWNER", _)) => format!("{name}: {}", owner_word(MASTER_KEY, "0")),
+        _ => line.to_owned(),
     };
     text.lines().map(ours).collect()
 }

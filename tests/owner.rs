@@ -2,12 +2,9 @@
 //! shell, no gateway, and nothing of the volume; and its owner, who has only mistyped something, reads
 //! what to do.
 
-use cvm_blueprint::config::Epoch;
-use cvm_blueprint::keys::{MasterKey, owner_word};
-use cvm_blueprint::secret::Secret;
 use cvm_blueprint::volume::Stranger;
 use cvm_harness::cloud::Cloud;
-use cvm_harness::machine::PATIENCE;
+use cvm_harness::machine::{PATIENCE, owner_word};
 use cvm_harness::{Builder, Machine, until};
 use std::fs;
 use std::os::unix::net::UnixListener;
@@ -75,12 +72,6 @@ impl Desk {
     }
 }
 
-/// What the compose file says of the owner.
-fn word(key: &str, epoch: &str) -> String {
-    let master = MasterKey::new(Secret::copy_of(key.as_bytes())).expect("it is not empty");
-    owner_word(&master, Epoch::parse(epoch).expect("a number")).to_string()
-}
-
 fn comes_in(machine: &Machine, name: &str) -> bool {
     let key = format!("/desk/{name}");
     let mut words = vec!["ssh", "-F", "none", "-p", "22", "-i", &key];
@@ -140,11 +131,15 @@ fn a_forged_environment_on_an_old_volume_gets_no_shell_and_no_gateway() {
     }
     serves(&desk.owners(desk.on_dstack()).start(), "owner");
 
+    // Nor on a new volume without a key: its next boot could be anybody's.
+    let keyless = desk.of(desk.on_dstack().unbind("/data"), "owner", "").bind(&desk.volume("new"), "/data");
+    refuses(&keyless.start(), Stranger::Keyless);
+
     // As the version before left it: there whoever comes first would have the volume.
     fs::remove_file(desk.volume("data").join(".cvm/volume.json")).expect("the volume remembers its key");
     refuses(&desk.forgers(desk.on_dstack(), FORGERS).start(), Stranger::Unproven);
     refuses(&desk.owners(desk.on_dstack()).start(), Stranger::Unproven);
-    let proven = desk.owners(desk.on_dstack()).environment("CVM_OWNER", &word(OWNERS, "0")).start();
+    let proven = desk.owners(desk.on_dstack()).environment("CVM_OWNER", &owner_word(OWNERS, "0")).start();
     serves(&proven, "owner");
     proven.line("The volume holds a state of a version that remembered no key");
     assert_eq!(proven.lines_with("CVM_OWNER is not set"), 0);
@@ -153,7 +148,7 @@ fn a_forged_environment_on_an_old_volume_gets_no_shell_and_no_gateway() {
 #[test]
 fn without_the_owners_key_nothing_starts_at_all_and_the_log_says_what_to_do() {
     let desk = Desk::new();
-    let owned = || desk.on_dstack().environment("CVM_OWNER", &word(OWNERS, "0"));
+    let owned = || desk.on_dstack().environment("CVM_OWNER", &owner_word(OWNERS, "0"));
     let typo = OWNERS.replace('q', "g");
     let environments: [fn(&Desk, Builder, &str) -> Builder; 4] = [
         |desk, machine, _| desk.forgers(machine, FORGERS),
@@ -166,7 +161,7 @@ fn without_the_owners_key_nothing_starts_at_all_and_the_log_says_what_to_do() {
         assert_eq!(machine.wait(), 78);
         let output = machine.output();
         assert_eq!(machine.lines_with("CVM_OWNER: "), 1, "{output}");
-        assert!(!output.contains("starting") && !output.contains(&word(OWNERS, "0")[..8]), "{output}");
+        assert!(!output.contains("starting") && !output.contains(&owner_word(OWNERS, "0")[..8]), "{output}");
         assert_eq!(fs::read_dir(desk.volume("data")).expect("it is there").count(), 0, "and is untouched");
         let mut checked = machine.again(|b| b.command(&["/usr/local/sbin/cvm-init", "--check"]));
         assert_eq!(checked.wait(), 78);
@@ -179,7 +174,7 @@ fn without_the_owners_key_nothing_starts_at_all_and_the_log_says_what_to_do() {
 fn an_old_environment_is_void_once_the_epoch_was_raised_with_its_old_compose_file_too() {
     let desk = Desk::new();
     let deployment = |word_of: &str, epoch: &str| {
-        let machine = desk.owners(desk.on_dstack()).environment("CVM_OWNER", &word(OWNERS, word_of));
+        let machine = desk.owners(desk.on_dstack()).environment("CVM_OWNER", &owner_word(OWNERS, word_of));
         machine.environment("CVM_OWNER_EPOCH", epoch).start()
     };
     for epoch in ["0", "1"] {
@@ -264,7 +259,7 @@ fn a_new_machine_learns_from_the_bucket_that_its_environment_is_void() {
     let desk = Desk::new();
     let deployment = |volume: &str, epoch: &str| {
         let machine = desk.owners(desk.with(cloud.machine(), volume));
-        machine.environment("CVM_OWNER", &word(OWNERS, epoch)).environment("CVM_OWNER_EPOCH", epoch)
+        machine.environment("CVM_OWNER", &owner_word(OWNERS, epoch)).environment("CVM_OWNER_EPOCH", epoch)
     };
     let mut first = deployment("first", "1").start();
     serves(&first, "owner");

@@ -15,6 +15,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+/// `CVM_OWNER` for whoever has this key, in this epoch.
+pub fn owner_word(master_key: &str, epoch: &str) -> String {
+    use cvm_blueprint::{config::Epoch, keys, secret::Secret};
+    let master = keys::MasterKey::new(Secret::copy_of(master_key.as_bytes())).expect("it is not empty");
+    keys::owner_word(&master, Epoch::parse(epoch).expect("a number")).to_string()
+}
+
 /// Everything here has happened long before on any machine that is not broken, however busy it is
 /// with others.
 pub const PATIENCE: Duration = Duration::from_secs(120);

@@ -1,7 +1,7 @@
 //! Whose volume this is: what it remembers of the key that it belongs to, and who may use it.
 //!
 //! ```text
-//! empty                                   -> takes this boot's key, or the absence of one
+//! empty                                   -> takes this boot's key, or (without dstack) the absence of one
 //! remembers this boot's key               -> good
 //! remembers another one, or a later epoch -> refused
 //! holds state, remembers nothing, or that there was no key:
@@ -77,6 +77,7 @@ pub enum Stranger {
     NoKey,
     OldEpoch,
     Unproven,
+    Keyless,
     Damaged,
 }
 
@@ -106,6 +107,10 @@ impl Stranger {
                  Print CVM_OWNER with `cvm derive owner` on your own machine, write it into the compose file with \
                  `image/pin --owner`, and deploy again with the same MASTER_KEY; the state stays as it is"
             }
+            Self::Keyless => {
+                "this environment has no MASTER_KEY, and on dstack the next boot on this volume could not be told from \
+                 somebody else's: no shell is opened and no gateway started. Set MASTER_KEY and deploy again"
+            }
             Self::Damaged => {
                 "what the volume remembers of its MASTER_KEY (/data/.cvm/volume.json) is damaged, so no shell is opened \
                  and no gateway started. Look at the disk; on a docker host of your own `docker exec CONTAINER cvm volume \
@@ -127,6 +132,7 @@ pub fn judge(claim: &Claim, found: Found) -> Result<Good, Stranger> {
     let own = |epoch: u32| Memory { key: claim.key.clone(), next: None, epoch };
     let memory = match found {
         Found::Damaged => return Err(Stranger::Damaged),
+        Found::Nothing if !trusted && claim.key.is_none() => return Err(Stranger::Keyless),
         Found::Nothing => return Ok(Good { memory: own(claim.epoch()), says: None }),
         Found::State if !trusted => return Err(Stranger::Unproven),
         Found::State => {
@@ -227,6 +233,8 @@ mod tests {
                 );
             }
         }
+        assert_eq!(refused(&claim(""), Found::Nothing), Stranger::Keyless, "it could not come back");
+        assert_eq!(kept(&at_home(""), Found::Nothing), Memory::default());
         assert_eq!(refused(&claim(""), remembers("a", 0)), Stranger::NoKey);
         assert_eq!(refused(&proven("", 0), remembers("a", 0)), Stranger::NoKey);
         assert_eq!(refused(&at_home(""), remembers("a", 0)), Stranger::NoKey);
@@ -290,7 +298,7 @@ mod tests {
     #[test]
     fn every_refusal_says_what_does_not_happen_and_what_to_do() {
         use Stranger::*;
-        for stranger in [OtherKey, NoKey, OldEpoch, Unproven, Damaged] {
+        for stranger in [OtherKey, NoKey, OldEpoch, Unproven, Keyless, Damaged] {
             let words = stranger.words();
             assert!(words.contains("no shell is opened") && words.len() < 700, "{words}");
             assert!(["eploy", "cvm volume adopt"].iter().any(|remedy| words.contains(remedy)), "{words}");

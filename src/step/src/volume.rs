@@ -178,8 +178,8 @@ mod tests {
         }
         fs::create_dir(fresh.temp.path().join("data/lost+found")).unwrap();
         fs::create_dir(fresh.temp.path().join("data/openclaw")).unwrap();
-        fresh.admits(&on_dstack("", false));
-        assert_eq!(fresh.memory(), Some(Memory::default()));
+        fresh.admits(&on_dstack("a", false));
+        assert_eq!(fresh.memory(), Some(Memory { key: on_dstack("a", false).key, ..Memory::default() }));
     }
 
     #[test]

@@ -50,7 +50,8 @@ fn keys(sshd: &Sshd) -> Outcome {
     let number: usize =
         sshd.authorized_keys.iter().filter_map(|name| facts::read(&path(name))).map(|t| count(&t)).sum();
     if number == 0 {
-        let remedy = "set SSH_AUTHORIZED_KEYS to your public key, and restart";
+        let remedy = "set SSH_AUTHORIZED_KEYS to your public key, and restart; if it is set, `cvm status` says of the step \
+                      `volume` why no key is let in";
         return fail("none: nobody can log in", remedy);
     }
     ok(number.to_string())
