@@ -38,6 +38,7 @@ use nix::poll::{PollFd, PollFlags, poll};
 use secret_files::Exposed;
 use std::ffi::OsString;
 use std::fmt::Write as _;
+use std::io::Write as _;
 use std::os::fd::AsFd;
 use std::process::ExitCode;
 use std::time::Instant;
@@ -54,7 +55,9 @@ Exit status:  0  stopped in order          64  wrong command line     70  defect
              71  processes left that the kernel holds    75  stopped, but the bucket lacks something
              78  wrong configuration, nothing was started
 With `-- CMD` the status is the command's own, 128 + N if signal N ended it,
-127 if it does not exist and 126 if it cannot be run.
+127 if it does not exist and 126 if it cannot be run. What the command leaves behind
+is waited for; after SIGTERM, SIGINT or SIGQUIT it gets the same signal when the
+command has ended, and SIGKILL 5 s later.
 
 Examples:
     docker run -e MASTER_KEY=... -v data:/data IMAGE
@@ -71,11 +74,11 @@ fn main() -> ExitCode {
         ["--", ..] => plain::run(arguments.get(1..).unwrap_or_default()),
         ["--check"] => check(),
         ["--help" | "-h"] => {
-            utter(HELP);
+            print(HELP);
             exit::CLEAN
         }
         ["--version" | "-V"] => {
-            utter(concat!("cvm-init ", env!("CARGO_PKG_VERSION"), "\n"));
+            print(concat!("cvm-init ", env!("CARGO_PKG_VERSION"), "\n"));
             exit::CLEAN
         }
         _ => {
@@ -91,18 +94,21 @@ fn check() -> u8 {
     match configuration(&environment) {
         Ok(Settings { config, warnings, .. }) => {
             for line in covered {
-                utter(&format!("note: {line}\n"));
+                print(&format!("note: {line}\n"));
             }
             for warning in warnings {
-                utter(&format!("warning: {warning}\n"));
+                print(&format!("warning: {warning}\n"));
             }
             for door in config.doors {
-                utter(&format!("warning: {door}\n"));
+                print(&format!("warning: {door}\n"));
             }
-            utter("The configuration is complete and correct.\n");
+            print("The configuration is complete and correct.\n");
             exit::CLEAN
         }
-        Err(problems) => refuse(&problems),
+        Err(problems) => {
+            print(&mistakes(&problems));
+            exit::CONFIG
+        }
     }
 }
 
@@ -159,7 +165,10 @@ fn supervise(began: Instant) -> u8 {
     let covered = secret_files::read(&mut environment, Exposed::Cover);
     let settings = match configuration(&environment) {
         Ok(settings) => settings,
-        Err(problems) => return refuse(&problems),
+        Err(problems) => {
+            utter(&mistakes(&problems));
+            return exit::CONFIG;
+        }
     };
     let mut world = prepare(settings, environment, kernel, began);
     for line in covered {
@@ -272,18 +281,23 @@ fn fingerprints(keys: &KeyRing) -> Vec<Fingerprint> {
 }
 
 /// Says every mistake at once. Nothing was started, so leaving is safe.
-fn refuse(problems: &[Problem]) -> u8 {
+fn mistakes(problems: &[Problem]) -> String {
     let count = problems.len();
     let noun = if count == 1 { "mistake" } else { "mistakes" };
     let mut text = format!("ERROR The configuration has {count} {noun}; nothing was started.\n");
     for problem in problems {
         let _ = writeln!(text, "ERROR   {problem}");
     }
-    utter(&text);
-    exit::CONFIG
+    text
 }
 
-/// Words to standard output before the loop runs: a pipe that is full gets a second to take
+/// Words to whoever called, as any program writes them: whether they arrive does not change the
+/// status we leave with.
+fn print(text: &str) {
+    let _ = std::io::stdout().write_all(text.as_bytes());
+}
+
+/// Words of process 1 to standard output before the loop runs: a pipe that is full gets a second to take
 /// them, and one that is broken does not change the status we leave with.
 fn utter(text: &str) {
     let Ok(stdout) = cvm_process::descriptor::own_nonblocking(1) else { return };

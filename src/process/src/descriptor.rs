@@ -3,7 +3,7 @@
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl, open};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::stat::Mode;
+use nix::sys::stat::{Mode, SFlag, fstat};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -68,13 +68,19 @@ pub fn set_nonblocking<F: AsFd>(fd: F) -> nix::Result<()> {
 ///
 /// `O_NONBLOCK` belongs to the open file, which we share with whoever started us and with every
 /// child: setting it on the inherited descriptor would change theirs too. Opening the same pipe
-/// or terminal anew through /proc gives a file of our own. What cannot be opened anew (a socket)
-/// is duplicated, and then written with `MSG_DONTWAIT` by [`write_some`].
+/// or terminal anew through /proc gives a file of our own. Anything else is duplicated: a socket
+/// is then written with `MSG_DONTWAIT` by [`write_some`], and a file has a place where the next
+/// one writes, which all who write to it must share.
 #[allow(unsafe_code)]
 pub fn own_nonblocking(fd: RawFd) -> nix::Result<OwnedFd> {
     let path = format!("/proc/self/fd/{fd}");
-    let flags = OFlag::O_WRONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC | OFlag::O_APPEND | OFlag::O_NOCTTY;
-    open(path.as_str(), flags, Mode::empty()).or_else(|_| {
+    let flags = OFlag::O_WRONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC | OFlag::O_NOCTTY;
+    let kind = SFlag::from_bits_truncate(fstat(borrow(fd)?)?.st_mode) & SFlag::S_IFMT;
+    let anew = match kind {
+        SFlag::S_IFIFO | SFlag::S_IFCHR => open(path.as_str(), flags, Mode::empty()),
+        _ => Err(Errno::EOPNOTSUPP),
+    };
+    anew.or_else(|_| {
         let copy = fcntl(borrow(fd)?, FcntlArg::F_DUPFD_CLOEXEC(3))?;
         // SAFETY: F_DUPFD_CLOEXEC has just returned this descriptor, and nobody else knows it.
         Ok(unsafe { OwnedFd::from_raw_fd(copy) })
@@ -110,4 +116,32 @@ pub fn inherited(fd: RawFd) -> nix::Result<OwnedFd> {
     // SAFETY: it is open, as the call above has shown, and by this function's contract nobody
     // else in this program owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_is_shared_is_written_one_after_the_other() {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(b"a").unwrap();
+        let own = own_nonblocking(file.as_raw_fd()).unwrap();
+        assert_eq!(write_some(&own, b"b"), Ok(1));
+        file.write_all(b"c").unwrap();
+        let mut text = String::new();
+        file.rewind().unwrap();
+        file.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "abc");
+    }
+
+    #[test]
+    fn a_pipe_is_opened_anew_and_its_other_writers_still_wait() {
+        let (_reader, writer) = pipe().unwrap();
+        let own = own_nonblocking(writer.as_raw_fd()).unwrap();
+        let flags = |fd: &OwnedFd| OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL).unwrap());
+        assert!(flags(&own).contains(OFlag::O_NONBLOCK) && !flags(&writer).contains(OFlag::O_NONBLOCK));
+        while write_some(&own, &[0; 4096]).is_ok() {}
+        assert_eq!(write_some(&own, b"x"), Err(Errno::EAGAIN));
+    }
 }
