@@ -485,7 +485,7 @@ impl History {
 /// A load in a machine, and what it notes outside of it.
 struct Load {
     life: usize,
-    _programs: Vec<Running>,
+    programs: Vec<Running>,
 }
 
 impl Load {
@@ -504,7 +504,7 @@ impl Load {
             let every = (50 + 50 * index).to_string();
             programs.push(Running::start(machine, &["cvm-victim", "rows", &db, mode, &every, &log]));
         }
-        Self { life, _programs: programs }
+        Self { life, programs }
     }
 
     /// What is wrong with what came back, given that all was said to be there of `flushed`; yields
@@ -532,16 +532,55 @@ impl Load {
     }
 }
 
-/// What the worker may not know of yet, on a machine that is busy with other things.
-const UNNOTICED: Duration = Duration::from_secs(3);
+/// What the worker has called in the bucket before the machine is lost: its word, not a span of time.
+struct Told {
+    /// All that ended before then.
+    certain: i64,
+    generation: u64,
+    /// Rows of each database.
+    rows: Vec<i64>,
+}
 
-/// Everything from before then is in the bucket, if the worker's word is worth anything.
-fn said_to_be_there(machine: &Machine) -> i64 {
-    let now = now_us();
-    let status = storage(machine);
-    assert_eq!(status["phase"], "ready", "{status:#}");
-    let age = status["oldest_unreplicated_ms"].as_i64().unwrap_or(0);
-    now - age * 1000 - i64::try_from(UNNOTICED.as_micros()).expect("it is short")
+impl Told {
+    fn now(machine: &Machine, certain: i64) -> Self {
+        let status = storage(machine);
+        assert_eq!(status["phase"], "ready", "{status:#}");
+        let generation = status["generation"].as_u64().expect("a number");
+        let rows = Load::BASES.iter().map(|mode| {
+            let got =
+                machine.exec(&["cvm", "storage", "get", &format!("openclaw/agents/{mode}/agent/a.sqlite")]);
+            // It may not have been pushed yet.
+            let got = got.status.success().then_some(got.stdout);
+            got.map_or(0, |bytes| examine_bytes(&bytes).unwrap_or_else(|why| panic!("{mode}: {why}")))
+        });
+        Self { certain, generation, rows: rows.collect() }
+    }
+
+    /// The next machine has it all.
+    fn holds(&self, machine: &Machine) {
+        let generation = storage(machine)["generation"].as_u64().expect("a number");
+        assert!(generation >= self.generation, "generation {generation} of {}", self.generation);
+        for (mode, told) in Load::BASES.iter().zip(&self.rows) {
+            let db = machine.path(&format!("/data/openclaw/agents/{mode}/agent/a.sqlite"));
+            let rows = fs::read(&db).map_or(Ok(0), |bytes| examine_bytes(&bytes));
+            assert!(rows.as_ref().is_ok_and(|rows| rows >= told), "{mode}: {rows:?} of {told} rows");
+        }
+    }
+}
+
+/// Nobody asks for it: a file is written after all others, and when the bucket has that, and status says
+/// that nothing is pending, it has the others too.
+fn comes_to_be_there(machine: &Machine, life: usize) -> i64 {
+    let written = now_us();
+    let last = format!("openclaw/workspace/last-{life}");
+    machine.ok(&["sh", "-c", &format!("echo {life} > /data/{last}")]);
+    until("the bucket has what was written last, and nothing is pending", LONG, || {
+        let has = machine.exec(&["cvm", "storage", "ls", &last]).status.success();
+        let status = storage(machine);
+        let says = status["pending_files"] == 0 && status["oldest_unreplicated_ms"].is_null();
+        (has && says).then_some(())
+    });
+    written
 }
 
 #[test]
@@ -551,15 +590,16 @@ fn a_machine_lost_at_any_moment_comes_back_whole() {
     let outside = tempfile::tempdir().expect("a temporary directory");
     let lives = if soak() { 50 } else { 6 };
     let mut dice = Dice(0xc0ff_ee00_0000_0001);
-    let mut last: Option<(Load, i64, i64)> = None;
+    let mut last: Option<(Load, Told, i64)> = None;
     let mut lags = Vec::new();
     let mut older: Vec<Vec<String>> = Vec::new();
     for life in 0..=lives {
         let machine = hasty(&cloud).bind(outside.path(), "/outside").start();
         machine.service_in("gateway", &["ready"]);
         no_incidents(&machine);
-        if let Some((load, certain, lost)) = last.take() {
-            lags.extend(load.compare(&machine, outside.path(), certain, lost));
+        if let Some((load, told, lost)) = last.take() {
+            told.holds(&machine);
+            lags.extend(load.compare(&machine, outside.path(), told.certain, lost));
         }
         // Nobody touches what earlier lives have left. A file has another time for a moment while its
         // data comes up, so they are looked at when all has; other lives are lost before it has.
@@ -576,13 +616,12 @@ fn a_machine_lost_at_any_moment_comes_back_whole() {
             no_incidents(&machine);
             break;
         }
-        let load = Load::start(&machine, life, dice.up_to(1 << 20));
+        let mut load = Load::start(&machine, life, dice.up_to(1 << 20));
         let mut certain = 0;
         dice.pause(Duration::from_secs(2));
         if life % 3 == 2 {
-            // Nobody asks, and all the same it is there but for what the worker says it is not.
-            dice.pause(UNNOTICED * 2);
-            std::thread::sleep(UNNOTICED);
+            load.programs.clear();
+            certain = comes_to_be_there(&machine, life);
         } else {
             for _ in 0..=dice.up_to(2) {
                 let began = now_us();
@@ -593,11 +632,11 @@ fn a_machine_lost_at_any_moment_comes_back_whole() {
             dice.pause(Duration::from_millis(1500));
         }
         no_incidents(&machine);
-        certain = certain.max(said_to_be_there(&machine));
+        let told = Told::now(&machine, certain);
         let end = now_us();
         let mut machine = machine;
         machine.destroy();
-        last = Some((load, certain, end));
+        last = Some((load, told, end));
     }
     lags.sort_unstable();
     eprintln!("{lives} machines lost; oldest lost transaction in ms: {lags:?}");
