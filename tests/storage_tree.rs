@@ -1642,7 +1642,7 @@ head = tag(b'chain', bytes.fromhex(last['head']), hashlib.sha256(body).digest())
 header = dict(last, to=last['to'] + 1, prev=last['head'], head=head)
 header['from'] = last['to']
 packed = gzip.compress(json.dumps(header).encode() + b'\\n' + body)
-open(new, 'wb').write(b'openclaw-cvm-manifest 1 ' + tag(b'segment', packed).hex().encode() + b'\\n' + packed)
+open(new, 'wb').write(b'openclaw-cvm-manifest 2 ' + tag(b'segment', packed).hex().encode() + b'\\n' + packed)
 print('%012d-%012d-%06d' % (header['from'], header['to'], header['epoch']))
 ";
     let rclone = stock_rclone(cloud);

@@ -4,7 +4,7 @@
 use cvm_harness::cloud::{Cloud, HEALTHY, flush, independent, restore_by_hand, storage};
 use cvm_harness::evidence::contains;
 use cvm_harness::machine::{MASTER_KEY, PATIENCE, binary, repository};
-use cvm_harness::tools::Rclone;
+use cvm_harness::tools::{Rclone, python};
 use cvm_harness::{Builder, Fault, Garage, Machine, Network, Proxy, Rule, before, digest, until};
 use std::collections::BTreeMap;
 use std::io::Write as _;
@@ -404,9 +404,7 @@ fn what_was_written_on_top_of_an_older_version_is_noticed_in_the_other_mode_too(
     assert!(read(&machine, path).is_some_and(|bytes| bytes.ends_with(b"more\n")));
     flush(&machine);
     assert_eq!(incidents(&machine), [path]);
-    decide(&machine, "keep", &[path.to_owned()]);
-    flush(&machine);
-    assert_eq!(incidents(&machine), Vec::<String>::new());
+    gives_the_bucket_away(&cloud, machine);
 }
 
 /// Beside a gateway that runs.
@@ -521,6 +519,16 @@ fn what_is_bad_in_the_bucket_does_not_become_good_by_being_moved() {
         assert!(read(&machine, &at(&format!("e/{name}"))) == Some(is), "{name}");
         assert!(listed.contains(&format!("e/{name}")), "{listed}");
     }
+    gives_the_bucket_away(&cloud, machine);
+}
+
+/// A stop has nothing to push: whatever incidents there are, the next machine does not wait.
+fn gives_the_bucket_away(cloud: &Cloud, mut machine: Machine) {
+    assert_ne!(incidents(&machine), Vec::<String>::new());
+    assert_eq!(machine.stop(), 0, "{}", machine.output());
+    let raw = Raw::new(&cloud.garage);
+    let record = raw.rclone.ok(&["cat", "crypt:.cvm/owner"]);
+    assert!(contains(&record, r#""released":true"#), "{}", String::from_utf8_lossy(&record));
 }
 
 fn set_aside(machine: &Machine) -> usize {
@@ -615,10 +623,155 @@ fn a_bucket_that_was_rolled_back_is_refused_by_who_knows_better() {
         assert_eq!(machine.stop(), 0);
     }
     // Another history of the same length is none.
-    let (generation, digest) = later.split_once(':').expect("an anchor has two parts");
-    let other: String = digest.chars().map(|c| if c == 'a' { 'b' } else { 'a' }).collect();
-    let machine = cloud.machine().environment("STATE_ANCHOR", &format!("{generation}:{other}")).start();
-    refused(&machine, &["STATE_ANCHOR"]);
+    for part in [1, 2] {
+        let machine = cloud.machine().environment("STATE_ANCHOR", &of_another(&later, part)).start();
+        refused(&machine, &["STATE_ANCHOR"]);
+    }
+    // Those of older versions have no third part.
+    for (anchor, is_good) in [(later.clone(), true), (of_another(&later, 1), false)] {
+        let (old, _) = anchor.rsplit_once(':').expect("an anchor has three parts");
+        let machine = cloud.machine().environment("STATE_ANCHOR", old).start();
+        if is_good {
+            machine.service_in("gateway", &["ready"]);
+        } else {
+            refused(&machine, &["STATE_ANCHOR"]);
+        }
+    }
+}
+
+/// An anchor of another history, or of another state.
+fn of_another(anchor: &str, part: usize) -> String {
+    let mut parts: Vec<String> = anchor.split(':').map(str::to_owned).collect();
+    assert_eq!(parts.len(), 3, "{anchor}");
+    parts[part] = parts[part].chars().map(|c| if c == 'a' { 'b' } else { 'a' }).collect();
+    parts.join(":")
+}
+
+/// The same bucket under another prefix, as somebody can have it who has no key.
+fn copy_to(garage: &Garage, prefix: &str) {
+    for (key, _) in garage.objects(&format!("{PREFIX}/")) {
+        let object = garage.object(&key).expect("it is listed");
+        garage.put_object(&key.replacen(PREFIX, prefix, 1), &object);
+    }
+}
+
+#[test]
+fn a_prefix_is_not_served_as_another_of_the_same_key() {
+    let cloud = Cloud::new();
+    drop(history(&cloud));
+    let other = "other-data";
+    copy_to(&cloud.garage, other);
+    let elsewhere = || cloud.machine().environment("S3_PREFIX", other);
+    let machine = elsewhere().start();
+    refused(&machine, &["ownership record", "S3_PREFIX=openclaw-data"]);
+    for verb in ["adopt", "accept-older"] {
+        is_refused(&machine, &[verb, "--yes"], "not decided by this");
+    }
+    drop(machine);
+    // Nor without the record, when nobody renews it; and no word of the environment's helps.
+    let record = Raw::new(&cloud.garage).key(".cvm/owner").replacen(PREFIX, other, 1);
+    cloud.garage.delete_raw(&record);
+    let machine = elsewhere().environment("S3_ADOPT", "1").start();
+    refused(&machine, &["the manifest in the bucket", "S3_PREFIX=openclaw-data"]);
+    drop(machine);
+    let said =
+        restore_by_hand(&cloud, &started(cloud.machine()), &["env", &format!("S3_PREFIX={other}")], "/tmp/w");
+    assert!(!said.status.success() && contains(&said.stderr, "S3_PREFIX=openclaw-data"), "{said:?}");
+}
+
+/// What an older version has left: nothing of it says of which prefix it is.
+fn as_an_older_version_left_it(raw: &Raw<'_>) {
+    const PROGRAM: &str = "
+import gzip, hashlib, hmac, json, os, sys
+top, master = sys.argv[1:]
+mac = lambda key, text: hmac.new(key, text, hashlib.sha256).digest()
+key = mac(mac(bytes(32), master.encode()), b'openclaw-cvm-manifest-v1\\x01')
+def tag(purpose, *parts):
+    return mac(key, purpose + b''.join(len(p).to_bytes(8, 'little') + p for p in parts)).hex()
+dense = lambda value: json.dumps(value, separators=(',', ':')).encode()
+for name in os.listdir(top + '/manifest'):
+    path = top + '/manifest/' + name
+    header, lines = gzip.decompress(open(path, 'rb').read().split(b'\\n', 1)[1]).split(b'\\n', 1)
+    header = json.loads(header)
+    del header['prefix'], header['state']
+    packed = gzip.compress(dense(header) + b'\\n' + lines)
+    open(path, 'wb').write(b'openclaw-cvm-manifest 1 ' + tag(b'segment', packed).encode() + b'\\n' + packed)
+record = json.load(open(top + '/owner'))['record']
+del record['prefix'], record['mark']
+open(top + '/owner', 'wb').write(dense({'record': record, 'tag': tag(b'owner', dense(record))}))
+";
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let top = dir.path().join("cvm").display().to_string();
+    raw.rclone.ok(&["copy", "crypt:.cvm", &top]);
+    python(PROGRAM, &[&top, MASTER_KEY]);
+    raw.rclone.ok(&["copy", "--ignore-times", &top, "crypt:.cvm"]);
+}
+
+#[test]
+fn a_manifest_that_does_not_say_of_which_prefix_it_is_is_written_anew_and_no_other_is_taken_then() {
+    let cloud = Cloud::new();
+    let mut volume = history(&cloud).again(|b| b);
+    volume.service_in("gateway", &["ready"]);
+    let anchor = anchor(&volume);
+    assert_eq!(volume.stop(), 0, "{}", volume.output());
+    let raw = Raw::new(&cloud.garage);
+    let is_bound = || {
+        let segments = raw.segments();
+        let says = |name: &String| {
+            raw.rclone.ok(&["cat", &format!("crypt:{name}")]).starts_with(b"openclaw-cvm-manifest 2 ")
+        };
+        !segments.is_empty() && segments.iter().all(says)
+    };
+    assert!(is_bound());
+    as_an_older_version_left_it(&raw);
+    let old = all(&cloud.garage);
+    assert!(!is_bound());
+    copy_to(&cloud.garage, "other-data");
+    // This volume has seen it say so, and who has a new anchor has.
+    let mut volume = volume.again(|b| b);
+    refused(&volume, &["this volume knows a newer one"]);
+    refused(
+        &cloud.machine().environment("STATE_ANCHOR", &anchor).start(),
+        &["STATE_ANCHOR is of a newer one"],
+    );
+    // A new machine has only the operator to ask: nothing tells it from that of another prefix.
+    let elsewhere = cloud.machine().environment("S3_PREFIX", "other-data").start();
+    refused(&elsewhere, &["does not say of which S3_PREFIX it is", "cvm storage adopt"]);
+    adopt(&elsewhere);
+    elsewhere.service_in("gateway", &["ready"]);
+    assert!(read(&elsewhere, "openclaw/workspace/1").is_some());
+    drop(elsewhere);
+    let machine = cloud.machine().start();
+    refused(&machine, &["cvm storage adopt"]);
+    adopt(&machine);
+    machine.service_in("gateway", &["ready"]);
+    flush(&machine);
+    assert!(is_bound() && storage(&machine)["state"].is_string(), "{:#}", storage(&machine));
+    assert_eq!(anchor_parts(&machine), 3);
+    drop(machine);
+    // A volume that an older version has left does not ask.
+    volume.destroy();
+    put_back(&cloud.garage, &old);
+    let index = volume.data().join(".cvm/storage/index");
+    let index = rusqlite::Connection::open(index).expect("the index is a database");
+    index.execute("DELETE FROM meta WHERE name IN ('state', 'another')", []).expect("it is not held");
+    drop(index);
+    let volume = volume.again(|b| b);
+    volume.service_in("gateway", &["ready"]);
+    assert_eq!(set_aside(&volume), 0);
+    flush(&volume);
+    assert!(is_bound());
+    assert_eq!(anchor_parts(&volume), 3);
+    let mut volume = volume;
+    assert_eq!(volume.stop(), 0, "{}", volume.output());
+    let machine = started(cloud.machine());
+    independent(&machine);
+    assert!(read(&machine, "openclaw/workspace/1").is_some());
+    machine.ok(&["cvm", "storage", "verify", "--deep"]);
+}
+
+fn anchor_parts(machine: &Machine) -> usize {
+    anchor(machine).split(':').count()
 }
 
 #[test]
@@ -841,9 +994,7 @@ fn an_anchor_that_was_wrong_costs_the_volume_nothing() {
     let mut machine = machine;
     assert_eq!(machine.stop(), 75, "{}", machine.output());
     cloud.proxy.refuse(false);
-    let (generation, digest) = anchor.split_once(':').expect("an anchor has two parts");
-    let other: String = digest.chars().map(|c| if c == 'a' { 'b' } else { 'a' }).collect();
-    let machine = machine.again(|b| b.environment("STATE_ANCHOR", &format!("{generation}:{other}")));
+    let machine = machine.again(|b| b.environment("STATE_ANCHOR", &of_another(&anchor, 1)));
     refused(&machine, &["STATE_ANCHOR"]);
     let machine = machine.again(|b| b.environment("STATE_ANCHOR", &anchor));
     machine.service_in("gateway", &["ready"]);

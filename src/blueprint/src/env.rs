@@ -82,7 +82,7 @@ pub const VARIABLES: &[Variable] = &[
     secret("AWS_SESSION_TOKEN", Storage, "session token, with temporary credentials"),
     secret("RCLONE_CRYPT_PASSWORD", Storage, "replaces the derived crypt password; rclone-obscured"),
     secret("RCLONE_CRYPT_PASSWORD2", Storage, "replaces the derived crypt salt; rclone-obscured"),
-    plain("STATE_ANCHOR", None, Storage, "GENERATION:DIGEST; a bucket older than this is refused"),
+    plain("STATE_ANCHOR", None, Storage, "GENERATION:DIGEST:STATE; a bucket older than this is refused"),
     plain(
         "S3_ADOPT",
         Some("0"),

@@ -276,6 +276,8 @@ pub struct StorageStatus {
     pub generation: u64,
     /// To be given as `STATE_ANCHOR`.
     pub anchor: Option<String>,
+    /// A random name of what is kept here, for as long as it is kept.
+    pub state: Option<String>,
     pub oldest_unreplicated_ms: Option<u64>,
     pub pending_files: u64,
     pub pending_bytes: u64,

@@ -2,13 +2,14 @@
 //!
 //! Refuses to write without the lease's word (the caller asks for it), and to delete a segment
 //! that is not covered by another. May import: `bucket`, `entry`, `fault`, `index`, `manifest`,
-//! `parallel`, `s3`.
+//! `owner` (its names), `parallel`, `s3`.
 
 use crate::bucket::{Bucket, MANIFEST as DIRECTORY};
 use crate::entry::Path;
 use crate::fault::{Accepted, Fault};
 use crate::index::Index;
-use crate::manifest::{self, Head, Header, Line, Name, Word};
+use crate::manifest::{self, Anchor, Binding, Head, Header, Line, Name, Word};
+use crate::owner;
 use crate::parallel;
 use crate::s3::When;
 use std::collections::{BTreeMap, HashMap};
@@ -26,6 +27,12 @@ const PARALLEL: usize = 8;
 pub(crate) struct Chain {
     pub(crate) head: Head,
     pub(crate) owner: (u32, u32),
+    /// Of what it is.
+    binding: Binding,
+    /// It begins with what an older version has written, which says of no prefix. It is written anew.
+    is_unbound: bool,
+    /// The volume has written down which state it is.
+    is_noted: bool,
     segments: Vec<Name>,
     /// Where the chain stood before the lines in `tail`.
     base: Head,
@@ -62,10 +69,13 @@ pub(crate) struct Loaded {
 
 impl Chain {
     /// Where a bucket without a manifest starts.
-    pub(crate) fn empty(owner: (u32, u32)) -> Self {
+    pub(crate) fn empty(owner: (u32, u32), binding: Binding) -> Self {
         Self {
             head: Head::default(),
             owner,
+            binding,
+            is_unbound: false,
+            is_noted: false,
             segments: Vec::new(),
             base: Head::default(),
             tail: BTreeMap::new(),
@@ -92,14 +102,28 @@ impl Chain {
         })
     }
 
-    /// Reads what the index does not know yet.
+    /// Which state it is; not known before a manifest of an older version was written anew.
+    pub(crate) fn state(&self) -> Option<&str> {
+        (!self.is_unbound).then_some(self.binding.state.as_str())
+    }
+
+    /// To be kept by an operator.
+    pub(crate) fn anchor(&self) -> Anchor {
+        Anchor { head: self.head, state: self.state().map(str::to_owned) }
+    }
+
+    /// Reads what the index does not know yet. `adopt`: a manifest of an older version is taken over
+    /// by who does not know it.
     pub(crate) fn load(
         bucket: &Bucket,
         index: &Index,
         owner: (u32, u32),
-        anchor: Option<Head>,
+        anchor: Option<Anchor>,
         accepted: &Accepted,
+        adopt: bool,
     ) -> Result<Loaded, Fault> {
+        let (anchor, anchored) = anchor.map_or((None, None), |Anchor { head, state }| (Some(head), state));
+        let fresh = || Ok::<_, Fault>(Self::empty(owner, begun_anew(&bucket.prefix)?));
         let known = index.head()?;
         let names = Self::names(bucket)?;
         let chain = manifest::chain(&names);
@@ -131,7 +155,7 @@ impl Chain {
             }
             other => other,
         };
-        let mut this = Self { segments: chain.clone(), ..Self::empty(owner) };
+        let mut this = Self { segments: chain.clone(), ..fresh()? };
         // From the segment that ends where the index stands; its digest is checked on the way. A bucket
         // that has but the first, of our own, is one of which a crash has cut off the answer.
         let at_boundary = match known.generation {
@@ -145,12 +169,12 @@ impl Chain {
             };
         if !continued {
             index.clear_for_another_tree()?;
-            this = Self { segments: chain.clone(), ..Self::empty(owner) };
+            this = Self { segments: chain.clone(), ..fresh()? };
             match this.read_all(bucket, index, anchor) {
                 Err(fault) if accepted.includes(&fault) => {
                     // Whatever the anchor says.
                     index.clear_for_another_tree()?;
-                    this = Self { segments: chain, ..Self::empty(owner) };
+                    this = Self { segments: chain, ..fresh()? };
                     match this.read_all(bucket, index, None) {
                         Err(fault) if accepted.includes(&fault) => {
                             this.cut_here();
@@ -162,6 +186,16 @@ impl Chain {
                 other => other?,
             }
         }
+        let volume = index.meta("state")?;
+        // The first one need not be read where it is known.
+        this.is_unbound |= volume.is_none() && chain_begins_unread(&this, continued, known);
+        let is_known = continued && !index.is_of_another_tree()?;
+        let expected = Expected { is_known, volume, anchor: anchored, adopt };
+        match expected.allows(this.state()) {
+            Err(fault) if accepted.includes(&fault) => {}
+            other => other?,
+        }
+        this.note_state(index)?;
         if accepted.is_any() {
             this.only_these(bucket, &names)?;
         }
@@ -182,10 +216,11 @@ impl Chain {
         // The great first one is only read when the index ends with it.
         let is_read = |name: &&Name| name.from != 0 || name.to >= known.generation;
         let names: Vec<Name> = self.segments.iter().filter(is_read).copied().collect();
-        let mut bytes = fetch(bucket, &names);
+        let (mut bytes, mut is_bound) = (fetch(bucket, &names), false);
         for name in names {
             let Name { from, to, .. } = name;
             let (header, lines) = self.read(bucket, name, bytes.remove(&name))?;
+            self.is_of(&header, &mut is_bound)?;
             let head = Head { generation: to, digest: header.head };
             if to == known.generation && header.head != known.digest {
                 return Ok(false);
@@ -217,10 +252,11 @@ impl Chain {
 
     fn read_all(&mut self, bucket: &Bucket, index: &Index, anchor: Option<Head>) -> Result<(), Fault> {
         let names = self.segments.clone();
-        let mut bytes = fetch(bucket, &names);
+        let (mut bytes, mut is_bound) = (fetch(bucket, &names), false);
         index.apply_each(names.into_iter().map(|name| {
             let Name { from, to, .. } = name;
             let (header, lines) = self.read(bucket, name, bytes.remove(&name))?;
+            self.is_of(&header, &mut is_bound)?;
             self.follows(&header)?;
             let head = Head { generation: to, digest: header.head };
             check_anchor(anchor, head)?;
@@ -247,14 +283,51 @@ impl Chain {
         foreign.into_iter().try_for_each(|name| bucket.delete(&format!("{DIRECTORY}/{name}")))
     }
 
+    /// What this manifest is of: of one state of this prefix, and once it says so it always does.
+    fn is_of(&mut self, header: &Header, is_bound: &mut bool) -> Result<(), Fault> {
+        match &header.of {
+            Some(of) if of.prefix != self.binding.prefix => Err(Fault::config(format!(
+                "the manifest in the bucket is that of S3_PREFIX={}, and opens under no other prefix: somebody has copied it, or serves one for the other",
+                of.prefix
+            ))),
+            Some(of) if *is_bound && *of != self.binding => Err(self.mixed(header)),
+            Some(of) => {
+                *is_bound = true;
+                self.binding = of.clone();
+                Ok(())
+            }
+            None if *is_bound => Err(self.mixed(header)),
+            None => {
+                self.is_unbound = true;
+                Ok(())
+            }
+        }
+    }
+
+    fn mixed(&self, header: &Header) -> Fault {
+        Fault::Suspicious(format!(
+            "the manifest does not hang together at generation {}: segments of two histories are mixed",
+            header.from
+        ))
+    }
+
+    /// From here on the volume takes no manifest for its own that does not say of what it is.
+    fn note_state(&mut self, index: &Index) -> Result<(), Fault> {
+        if !self.is_noted
+            && self.head.generation > 0
+            && let Some(state) = self.state()
+        {
+            index.set_meta("state", state)?;
+            self.is_noted = true;
+        }
+        Ok(())
+    }
+
     fn follows(&self, header: &Header) -> Result<(), Fault> {
         if header.from == self.head.generation && header.prev == self.head.digest {
             return Ok(());
         }
-        Err(Fault::Suspicious(format!(
-            "the manifest does not hang together at generation {}: segments of two histories are mixed",
-            header.from
-        )))
+        Err(self.mixed(header))
     }
 
     fn read(
@@ -305,8 +378,15 @@ impl Chain {
         if self.head.generation == 0 && lines.iter().any(|line| matches!(line.word, Word::WillBe(_))) {
             self.append(bucket, index, epoch, &[])?;
         }
-        let (bytes, head) =
-            manifest::next_segment(&bucket.key, self.head, epoch, now_ms(), lines, self.owner)?;
+        let (bytes, head) = manifest::next_segment(
+            &bucket.key,
+            self.head,
+            epoch,
+            now_ms(),
+            lines,
+            self.owner,
+            &self.binding,
+        )?;
         let name = Name { from: self.head.generation, to: head.generation, epoch };
         self.unsure = Some(Segment { name, bytes, head, lines: lines.to_vec() });
         self.settle(bucket, index)
@@ -332,18 +412,18 @@ impl Chain {
             self.segments.push(name);
             self.head = head;
         }
-        Ok(())
+        self.note_state(index)
     }
 
     /// Whether a boot would have to read many segments.
     pub(crate) fn wants_merging(&self) -> bool {
-        self.segments.len() > LOOSE_MAX
+        self.segments.len() > LOOSE_MAX || self.is_unbound
     }
 
     /// One segment in place of many. What it replaces is deleted afterwards.
     pub(crate) fn merge(&mut self, bucket: &Bucket, index: &Index, epoch: u64) -> Result<(), Fault> {
         let files = usize::try_from(index.totals()?.files).unwrap_or(usize::MAX);
-        let all = self.tail.len() > TAIL_MAX.min(files / 2 + 500);
+        let all = self.is_unbound || self.tail.len() > TAIL_MAX.min(files / 2 + 500);
         let to = self.head;
         let (from, lines) =
             if all { (Head::default(), everything(index)?) } else { (self.base, self.tail_lines()) };
@@ -359,6 +439,7 @@ impl Chain {
             time_ms: now_ms(),
             prev: from.digest,
             head: to.digest,
+            of: Some(self.binding.clone()),
         };
         let bytes = manifest::merged_segment(&bucket.key, &header, lines.iter(), self.owner)?;
         let name = Name { from: header.from, to: header.to, epoch };
@@ -367,6 +448,8 @@ impl Chain {
         self.segments.push(name);
         if all {
             self.base = to;
+            self.is_unbound = false;
+            self.note_state(index)?;
             self.forget_settled();
         }
         // Those too that an earlier merge could not delete; not those of a successor.
@@ -401,6 +484,50 @@ impl Chain {
             last.settled.iter().chain(&last.intents).map(line).collect::<Vec<_>>()
         };
         self.tail.iter().flat_map(|(path, last)| words(path, last)).collect()
+    }
+}
+
+/// Another state than any before.
+pub(crate) fn begun_anew(prefix: &str) -> Result<Binding, Fault> {
+    Ok(Binding { prefix: prefix.to_owned(), state: owner::random_name()? })
+}
+
+/// Whether what the volume knows spared it the beginning.
+fn chain_begins_unread(chain: &Chain, continued: bool, known: Head) -> bool {
+    continued && chain.segments.first().is_some_and(|first| first.to < known.generation)
+}
+
+/// Which manifests are taken for the one that is meant.
+struct Expected {
+    /// The volume has read it, or written it, up to some generation.
+    is_known: bool,
+    /// The state that the volume has last seen.
+    volume: Option<String>,
+    /// The state that the operator has kept.
+    anchor: Option<String>,
+    adopt: bool,
+}
+
+impl Expected {
+    fn allows(&self, state: Option<&str>) -> Result<(), Fault> {
+        let suspicious = |why: &str| Err(Fault::Suspicious(why.to_owned()));
+        match (state, &self.anchor) {
+            (Some(state), Some(anchor)) if state != anchor => {
+                suspicious("the bucket holds another state than that of STATE_ANCHOR: one that was begun anew")
+            }
+            (Some(_), _) => Ok(()),
+            (None, Some(_)) => suspicious(
+                "the manifest in the bucket is one of an older version, and STATE_ANCHOR is of a newer one: the bucket was set back",
+            ),
+            (None, None) if self.volume.is_some() => suspicious(
+                "the manifest in the bucket is one of an older version, and this volume knows a newer one: the bucket was set back",
+            ),
+            (None, None) if self.is_known || self.adopt => Ok(()),
+            (None, None) => Err(Fault::Unadopted(
+                "the manifest in the bucket is one of an older version, which does not say of which S3_PREFIX it is: a new machine cannot tell it from another one of this MASTER_KEY"
+                    .to_owned(),
+            )),
+        }
     }
 }
 
@@ -453,11 +580,59 @@ mod tests {
         Line { path: Path::new(path.as_bytes()).unwrap(), word }
     }
 
+    fn header(of: Option<&Binding>) -> Header {
+        let digest = Head::default().digest;
+        Header { from: 0, to: 1, epoch: 1, time_ms: 0, prev: digest, head: digest, of: of.cloned() }
+    }
+
+    #[test]
+    fn a_manifest_is_of_one_state_of_one_prefix_and_never_goes_back_to_saying_nothing() {
+        let [one, other] = ["p", "p"].map(|prefix| begun_anew(prefix).unwrap());
+        let elsewhere = begun_anew("elsewhere").unwrap();
+        assert_ne!(one, other, "two states of one prefix");
+        let read = |segments: &[Option<&Binding>]| {
+            let mut chain = Chain::empty((0, 0), begun_anew("p").unwrap());
+            let mut is_bound = false;
+            let all = segments.iter().try_for_each(|of| chain.is_of(&header(*of), &mut is_bound));
+            all.map(|()| (chain.state().map(str::to_owned), chain.wants_merging()))
+        };
+        assert_eq!(read(&[Some(&one), Some(&one)]), Ok((Some(one.state.clone()), false)));
+        assert!(matches!(read(&[Some(&one), Some(&other)]), Err(Fault::Suspicious(_))));
+        assert!(matches!(read(&[Some(&one), None]), Err(Fault::Suspicious(_))));
+        // One of an older version is written anew, also when that was cut short.
+        assert_eq!(read(&[None, None]), Ok((None, true)));
+        assert_eq!(read(&[None, Some(&one)]), Ok((None, true)));
+        // The attack, and the same without what stands in its way.
+        let says = |said| matches!(said, Err(Fault::Config(why)) if why.contains("S3_PREFIX=elsewhere"));
+        assert!(says(read(&[Some(&elsewhere)])) && says(read(&[None, Some(&elsewhere)])));
+        assert!(read(&[None]).is_ok(), "whatever prefix it is of");
+    }
+
+    #[test]
+    fn who_has_seen_that_a_manifest_says_of_what_it_is_takes_none_that_does_not() {
+        let some = |text: &str| Some(text.to_owned());
+        let expected = |is_known, volume, anchor, adopt| Expected { is_known, volume, anchor, adopt };
+        let adopts = |said| matches!(said, Err(Fault::Unadopted(_)));
+        let suspects = |said| matches!(said, Err(Fault::Suspicious(_)));
+        // A volume that an older version has left goes on; a new machine is told to adopt.
+        assert_eq!(expected(true, None, None, false).allows(None), Ok(()));
+        assert!(adopts(expected(false, None, None, false).allows(None)));
+        assert_eq!(expected(false, None, None, true).allows(None), Ok(()));
+        for adopt in [false, true] {
+            assert!(suspects(expected(true, some("a"), None, adopt).allows(None)));
+            assert!(suspects(expected(true, None, some("a"), adopt).allows(None)));
+            assert!(suspects(expected(true, some("a"), some("a"), adopt).allows(Some("b"))));
+            assert_eq!(expected(false, None, some("a"), adopt).allows(Some("a")), Ok(()));
+            // Another machine may have begun anew meanwhile; then the volume has another past.
+            assert_eq!(expected(false, some("a"), None, adopt).allows(Some("b")), Ok(()));
+        }
+    }
+
     #[test]
     fn a_summary_has_no_promises_and_the_tail_behind_it_has_nothing_else() {
         let dir = tempfile::tempdir().unwrap();
         let index = Index::open(&dir.path().join("index")).unwrap();
-        let mut chain = Chain::empty((0, 0));
+        let mut chain = Chain::empty((0, 0), begun_anew("p").unwrap());
         let lines = [
             line("was", Word::Is(entry(1))),
             line("was", Word::WillBe(entry(2))),

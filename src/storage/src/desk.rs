@@ -8,7 +8,7 @@ use crate::boots::This;
 use crate::bucket::Bucket;
 use crate::fault::Fault;
 use crate::index::{Index, Totals};
-use crate::manifest::{Digest, Head};
+use crate::manifest::{Anchor, Digest};
 use crate::owner::uptime;
 use crate::steps::Steps;
 use crate::volume::Volume;
@@ -211,10 +211,11 @@ impl Desk {
         self.board().status.held_by = who;
     }
 
-    pub(crate) fn head(&self, head: Head, totals: Totals) {
+    pub(crate) fn head(&self, anchor: &Anchor, totals: Totals) {
         let status = &mut self.board().status;
-        status.generation = head.generation;
-        status.anchor = (head.generation > 0).then(|| head.anchor());
+        status.generation = anchor.head.generation;
+        status.anchor = (status.generation > 0).then(|| anchor.to_string());
+        status.state.clone_from(&anchor.state);
         (status.files, status.bytes) = (totals.files, totals.bytes);
     }
 

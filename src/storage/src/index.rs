@@ -129,7 +129,7 @@ impl Index {
     }
 
     pub(crate) fn head(&self) -> Result<Head, Fault> {
-        Ok(self.meta("head")?.and_then(|text| Head::parse_anchor(&text)).unwrap_or_default())
+        Ok(self.meta("head")?.and_then(|text| Head::parse(&text)).unwrap_or_default())
     }
 
     /// Forgets everything about the tree, not who this volume is.
@@ -537,7 +537,7 @@ fn further_down(dir: &Path) -> [Vec<u8>; 2] {
 fn apply_lines(db: &Connection, lines: &[Line], head: Option<Head>) -> rusqlite::Result<()> {
     lines.iter().try_for_each(|line| apply_line(db, line))?;
     if let Some(head) = head {
-        db.execute("INSERT OR REPLACE INTO meta VALUES ('head', ?)", [head.anchor()])?;
+        db.execute("INSERT OR REPLACE INTO meta VALUES ('head', ?)", [head.to_string()])?;
     }
     Ok(())
 }

@@ -5,8 +5,8 @@
 //!
 //! ```text
 //! .cvm/manifest/FROM-TO-EPOCH   a segment: everything that changed between generation FROM and TO
-//! a segment                "openclaw-cvm-manifest 1 HMAC\n" and a gzip of JSON lines
-//! the first line           the header: from, to, epoch, and the chain of digests
+//! a segment                "openclaw-cvm-manifest 2 HMAC\n" and a gzip of JSON lines
+//! the first line           the header: from, to, epoch, the chain of digests, and of what it is: prefix and state
 //! every other line         one path: an entry, an intent, or a removal
 //! ```
 //!
@@ -32,7 +32,9 @@ use std::fmt;
 use std::io::{BufRead, BufReader, Read, Write};
 use zeroize::Zeroizing;
 
-const MAGIC: &str = "openclaw-cvm-manifest 1 ";
+const MAGIC: &str = "openclaw-cvm-manifest 2 ";
+/// Of versions that did not say of what prefix a segment is.
+const UNBOUND_MAGIC: &str = "openclaw-cvm-manifest 1 ";
 /// Unpacked; a million entries are a fifth of it.
 const UNPACKED_MAX: u64 = 2 << 30;
 
@@ -106,15 +108,52 @@ pub(crate) struct Head {
 }
 
 impl Head {
-    /// As the operator keeps it: `GENERATION:DIGEST`.
-    pub(crate) fn anchor(&self) -> String {
-        format!("{}:{}", self.generation, self.digest)
-    }
-
-    pub(crate) fn parse_anchor(text: &str) -> Option<Self> {
+    pub(crate) fn parse(text: &str) -> Option<Self> {
         let (generation, digest) = text.split_once(':')?;
         Some(Self { generation: generation.parse().ok()?, digest: Digest::parse(digest)? })
     }
+}
+
+/// `GENERATION:DIGEST`.
+impl fmt::Display for Head {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.generation, self.digest)
+    }
+}
+
+/// What an operator keeps of a bucket: where it stood, and which state it is. Older versions did not
+/// know the second.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Anchor {
+    pub(crate) head: Head,
+    pub(crate) state: Option<String>,
+}
+
+impl Anchor {
+    pub(crate) fn parse(text: &str) -> Option<Self> {
+        let (head, state) = match text.match_indices(':').nth(1) {
+            Some((at, _)) => (text.get(..at)?, Some(text.get(at + 1..)?.to_owned())),
+            None => (text, None),
+        };
+        Some(Self { head: Head::parse(head)?, state })
+    }
+}
+
+/// `GENERATION:DIGEST:STATE`.
+impl fmt::Display for Anchor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.head)?;
+        self.state.as_ref().map_or(Ok(()), |state| write!(f, ":{state}"))
+    }
+}
+
+/// Of what a segment is. No provider can show it as one of another prefix, or of a state that was
+/// begun anew under the same one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Binding {
+    pub(crate) prefix: String,
+    /// Random, for as long as there is a manifest.
+    pub(crate) state: String,
 }
 
 /// Which part of the history a segment holds.
@@ -128,6 +167,9 @@ pub(crate) struct Header {
     /// The chain before and after.
     pub(crate) prev: Digest,
     pub(crate) head: Digest,
+    /// Older versions did not say.
+    #[serde(flatten)]
+    pub(crate) of: Option<Binding>,
 }
 
 /// What one line says of one path.
@@ -230,6 +272,7 @@ pub(crate) fn next_segment(
     time_ms: u64,
     lines: &[Line],
     owner: (u32, u32),
+    of: &Binding,
 ) -> std::io::Result<(Vec<u8>, Head)> {
     let body = body_of(lines.iter(), owner);
     let head = Head {
@@ -243,6 +286,7 @@ pub(crate) fn next_segment(
         time_ms,
         prev: prev.digest,
         head: head.digest,
+        of: Some(of.clone()),
     };
     Ok((seal(key, &header, &body)?, head))
 }
@@ -263,7 +307,8 @@ fn seal(key: &ManifestKey, header: &Header, body: &[u8]) -> std::io::Result<Vec<
     gzip.write_all(b"\n")?;
     gzip.write_all(body)?;
     let packed = gzip.finish()?;
-    let mut segment = format!("{MAGIC}{}\n", key.tag("segment", &[&packed])).into_bytes();
+    let magic = if header.of.is_some() { MAGIC } else { UNBOUND_MAGIC };
+    let mut segment = format!("{magic}{}\n", key.tag("segment", &[&packed])).into_bytes();
     segment.extend_from_slice(&packed);
     Ok(segment)
 }
@@ -289,8 +334,12 @@ pub(crate) fn read_segment(
     let end = bytes.iter().take(200).position(|b| *b == b'\n').ok_or(Broken::NotOne)?;
     let (first, packed) = bytes.split_at_checked(end + 1).ok_or(Broken::NotOne)?;
     let first = std::str::from_utf8(first).map_err(|_| Broken::NotOne)?;
-    let tag =
-        first.strip_prefix(MAGIC).and_then(|hex| Digest::parse(hex.trim_end())).ok_or(Broken::NotOne)?;
+    let (is_bound, tag) = match (first.strip_prefix(MAGIC), first.strip_prefix(UNBOUND_MAGIC)) {
+        (Some(tag), _) => (true, tag),
+        (_, Some(tag)) => (false, tag),
+        (None, None) => return Err(Broken::NotOne),
+    };
+    let tag = Digest::parse(tag.trim_end()).ok_or(Broken::NotOne)?;
     if key.tag("segment", &[packed]) != tag {
         return Err(Broken::Forged);
     }
@@ -309,7 +358,7 @@ pub(crate) fn read_segment(
         let written: Written<'_> = serde_json::from_slice(&text).map_err(|_| Broken::Newer)?;
         take(written.line(owner).ok_or(Broken::Newer)?);
     }
-    header.ok_or(Broken::Newer)
+    header.filter(|header| header.of.is_some() == is_bound).ok_or(Broken::Newer)
 }
 
 /// A line as it is written. Names are short because there are a hundred thousand of them.
@@ -439,6 +488,10 @@ mod tests {
 
     const ME: (u32, u32) = (990, 990);
 
+    fn of() -> Binding {
+        Binding { prefix: "p".to_owned(), state: "s".to_owned() }
+    }
+
     fn file(path: &[u8], uid: u32) -> Line {
         let kind = Kind::File { size: 3, sha: Some(Digest([1; 32])), database: false };
         let entry = Entry { kind, mode: 0o640, uid, gid: 990, mtime_ns: -5, link: Some(4) };
@@ -462,7 +515,7 @@ mod tests {
             word => word,
         };
         lines.push(soon);
-        let (bytes, head) = next_segment(&key(), Head::default(), 3, 17, &lines, ME).unwrap();
+        let (bytes, head) = next_segment(&key(), Head::default(), 3, 17, &lines, ME, &of()).unwrap();
         let (header, back) = read(&bytes, ME).unwrap();
         assert_eq!(back, lines);
         assert_eq!((header.from, header.to, header.epoch, header.head), (0, 1, 3, head.digest));
@@ -471,7 +524,8 @@ mod tests {
     #[test]
     fn the_gateways_files_are_its_own_whatever_its_number_is() {
         let (bytes, _) =
-            next_segment(&key(), Head::default(), 1, 0, &[file(b"a", 990), file(b"b", 0)], ME).unwrap();
+            next_segment(&key(), Head::default(), 1, 0, &[file(b"a", 990), file(b"b", 0)], ME, &of())
+                .unwrap();
         let (_, lines) = read(&bytes, (1234, 5)).unwrap();
         let owners: Vec<_> = lines
             .iter()
@@ -485,7 +539,8 @@ mod tests {
 
     #[test]
     fn a_forged_segment_is_not_unpacked() {
-        let (mut bytes, _) = next_segment(&key(), Head::default(), 1, 0, &[file(b"a", 990)], ME).unwrap();
+        let (mut bytes, _) =
+            next_segment(&key(), Head::default(), 1, 0, &[file(b"a", 990)], ME, &of()).unwrap();
         let other = ManifestKey::new(Zeroizing::new(vec![8; 32]));
         assert_eq!(read_segment(&other, &bytes, ME, |_| ()).unwrap_err(), Broken::Forged);
         let last = bytes.len() - 1;
@@ -513,8 +568,34 @@ mod tests {
     #[test]
     fn an_anchor_reads_back() {
         let head = Head { generation: 12, digest: Digest([0xab; 32]) };
-        assert_eq!(Head::parse_anchor(&head.anchor()), Some(head));
-        assert_eq!(Head::parse_anchor("12:ab"), None);
+        assert_eq!(Head::parse(&head.to_string()), Some(head));
+        // Those that older versions have shown, and ours.
+        for state in [None, Some("0123".to_owned())] {
+            let anchor = Anchor { head, state };
+            assert_eq!(Anchor::parse(&anchor.to_string()), Some(anchor));
+        }
+        for bad in ["12:ab", "12", &format!("{head}").replace(':', "-")] {
+            assert_eq!(Anchor::parse(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_segment_says_of_what_it_is_or_is_one_of_an_older_version() {
+        let sealed = |of: Option<Binding>| {
+            let Head { digest, .. } = Head::default();
+            let header = Header { from: 0, to: 1, epoch: 1, time_ms: 0, prev: digest, head: digest, of };
+            seal(&key(), &header, b"").unwrap()
+        };
+        let (bound, unbound) = (sealed(Some(of())), sealed(None));
+        assert_eq!(read(&bound, ME).unwrap().0.of, Some(of()));
+        assert_eq!(read(&unbound, ME).unwrap().0.of, None);
+        // Neither passes for the other.
+        let passed_off = |bytes: &[u8], from: &str, to: &str| {
+            assert!(bytes.starts_with(from.as_bytes()));
+            read(&[to.as_bytes(), &bytes[from.len()..]].concat(), ME).unwrap_err()
+        };
+        assert_eq!(passed_off(&bound, MAGIC, UNBOUND_MAGIC), Broken::Newer);
+        assert_eq!(passed_off(&unbound, UNBOUND_MAGIC, MAGIC), Broken::Newer);
     }
 
     proptest! {

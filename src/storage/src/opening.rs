@@ -15,13 +15,13 @@ mod ownership;
 pub(crate) mod setback;
 
 use crate::bucket::{Bucket, Survey};
-use crate::chain::{Chain, LINES, Loaded};
+use crate::chain::{self, Chain, LINES, Loaded};
 use crate::desk::{Desk, Open};
 use crate::entry::{Entry, Kind, Path};
 use crate::fault::{Accepted, Fault};
 use crate::fetch::Wanted;
 use crate::index::{Index, Row};
-use crate::manifest::{Head, Line, Word};
+use crate::manifest::{Anchor, Line, Word};
 use crate::mount::{self, NoMount, StandIn};
 use crate::owner::{self, Lease, Me, uptime};
 use crate::scan::{Fetched, Found, Scanner};
@@ -174,6 +174,7 @@ pub(crate) fn open(
     tried.and(before.record.as_ref(), &held)?;
     let taken = uptime();
     let reached = before.record.as_ref().map_or(0, |record| record.generation);
+    let is_unbound = before.record.as_ref().is_some_and(owner::Record::is_unbound);
     let lease = Lease::take(&bucket, &held.me, &before.when, before.epoch, reached, beat)?;
     if let Some(doubt) = lease.doubt(before.forced, before.read_at) {
         let until = uptime() + doubt;
@@ -188,7 +189,7 @@ pub(crate) fn open(
     }
     desk.identity(&held.me.instance, lease.epoch());
     desk.did("ownership");
-    let ready = tree(spec, desk, bucket, held, lease, survey, word, taken, reached, newest.0);
+    let ready = tree(spec, desk, bucket, held, lease, survey, word, taken, reached, is_unbound, newest.0);
     if ready.is_err() {
         desk.opened(None);
     }
@@ -206,14 +207,22 @@ fn tree(
     word: Said<'_>,
     taken: Duration,
     reached: u64,
+    is_unbound: bool,
     newest: u64,
 ) -> Result<Ready, Fault> {
     let owner = uid_gid(&spec.user);
-    let anchor = spec.anchor.as_deref().and_then(Head::parse_anchor);
+    let anchor = spec.anchor.as_deref().and_then(Anchor::parse);
     let Held { volume, index, me, _lock: lock } = held;
     let loaded = match survey {
-        Survey::Managed => Chain::load(&bucket, &index, owner, anchor, word.accepted)?,
-        _ => Loaded { chain: Chain::empty(owner), intents: Vec::new(), continued: false, is_cut: false },
+        Survey::Managed => {
+            Chain::load(&bucket, &index, owner, anchor, word.accepted, spec.adopt || word.adopt)?
+        }
+        _ => Loaded {
+            chain: Chain::empty(owner, chain::begun_anew(&bucket.prefix)?),
+            intents: Vec::new(),
+            continued: false,
+            is_cut: false,
+        },
     };
     let Loaded { mut chain, intents, continued, is_cut } = loaded;
     if is_cut {
@@ -224,6 +233,12 @@ fn tree(
         && index.number("cut")? != reached
     {
         word.accepted.or_refuse(why)?;
+    }
+    if is_unbound && survey == Survey::Managed && chain.state().is_some() {
+        word.accepted.or_refuse(
+            "the ownership record is one of an older version, and the manifest is of a newer one: the record was set back"
+                .to_owned(),
+        )?;
     }
     // An earlier try may have come as far as the index, and not as far as here.
     let continued = continued && !index.is_of_another_tree()?;
@@ -241,7 +256,7 @@ fn tree(
     desk.did("manifest");
     // What still holds is found again.
     desk.forget_incidents();
-    desk.head(chain.head, index.totals()?);
+    desk.head(&chain.anchor(), index.totals()?);
     let alive = continued && mount::overlay_is_alive() && index.meta("independent")?.is_some();
     if continued && !alive {
         setback::put_right(desk, &bucket, &index, &volume, &me.place, &intended(&intents))?;
@@ -472,7 +487,7 @@ fn adopt(
             Entry { kind, mode: 0o600, uid: owner.0, gid: owner.1, mtime_ns: object.mtime_ns, link: None };
         lines.push(Line { path, word: Word::Is(entry) });
     }
-    let now = i64::try_from(crate::chain::now_ms()).unwrap_or(0).saturating_mul(1_000_000);
+    let now = i64::try_from(chain::now_ms()).unwrap_or(0).saturating_mul(1_000_000);
     let directory = |path| Line {
         path,
         word: Word::Is(Entry {

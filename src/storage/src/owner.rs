@@ -55,6 +55,7 @@ pub(crate) trait Store {
     fn read(&self, name: &str) -> Result<Option<Found>, Fault>;
     fn write(&self, name: &str, bytes: &[u8], when: &When) -> Result<Option<String>, Fault>;
     fn key(&self) -> &ManifestKey;
+    fn prefix(&self) -> &str;
 }
 
 impl Store for Bucket {
@@ -68,6 +69,10 @@ impl Store for Bucket {
 
     fn key(&self) -> &ManifestKey {
         &self.key
+    }
+
+    fn prefix(&self) -> &str {
+        &self.prefix
     }
 }
 
@@ -106,6 +111,16 @@ pub(crate) struct Record {
     /// The highest that an owner of this bucket has had. Versions before did not write it.
     #[serde(default, skip_serializing_if = "is_first")]
     pub(crate) owner_epoch: u32,
+    /// Under which it is the record. Older versions did not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    prefix: Option<String>,
+}
+
+impl Record {
+    /// It is one of an older version.
+    pub(crate) fn is_unbound(&self) -> bool {
+        self.prefix.is_none()
+    }
 }
 
 #[allow(clippy::trivially_copy_pass_by_ref)] // as serde wants it
@@ -182,6 +197,11 @@ pub(crate) fn read(bucket: &dyn Store) -> Result<Option<(Record, Option<String>)
     let signed: Signed = serde_json::from_slice(&bytes).map_err(|_| suspicious())?;
     if tag(bucket, &signed.record) != signed.tag {
         return Err(suspicious());
+    }
+    if let Some(prefix) = signed.record.prefix.as_ref().filter(|prefix| *prefix != bucket.prefix()) {
+        return Err(Fault::config(format!(
+            "the ownership record in the bucket is that of S3_PREFIX={prefix}, and stands under no other prefix: somebody has copied it, or serves one for the other"
+        )));
     }
     Ok(Some((signed.record, etag)))
 }
@@ -266,6 +286,7 @@ impl Lease {
             generation,
             mark: random_name()?,
             owner_epoch: me.owner_epoch,
+            prefix: Some(bucket.prefix().to_owned()),
         };
         let asked = Moment::now();
         let etag = match write(bucket, &record, when) {
@@ -457,12 +478,14 @@ mod tests {
             generation: 0,
             mark: String::new(),
             owner_epoch: 0,
+            prefix: None,
         }
     }
 
     /// One object, on a server that knows conditions or does not.
     struct Fake {
         key: ManifestKey,
+        prefix: &'static str,
         conditional: bool,
         object: Mutex<Option<(Vec<u8>, u64)>>,
         reads: AtomicUsize,
@@ -471,7 +494,7 @@ mod tests {
     impl Fake {
         fn new(conditional: bool) -> Self {
             let key = ManifestKey::new(zeroize::Zeroizing::new(vec![7; 32]));
-            Self { key, conditional, object: Mutex::default(), reads: AtomicUsize::new(0) }
+            Self { key, prefix: "one", conditional, object: Mutex::default(), reads: AtomicUsize::new(0) }
         }
 
         fn reads(&self) -> usize {
@@ -503,6 +526,10 @@ mod tests {
 
         fn key(&self) -> &ManifestKey {
             &self.key
+        }
+
+        fn prefix(&self) -> &str {
+            self.prefix
         }
     }
 
@@ -629,6 +656,19 @@ mod tests {
         assert_eq!(serde_json::from_str::<Record>(&text).unwrap(), of(0));
         let text = serde_json::to_string(&of(2)).unwrap();
         assert_eq!(serde_json::from_str::<Record>(&text).unwrap(), of(2));
+    }
+
+    #[test]
+    fn a_record_stands_under_no_other_prefix_than_its_own() {
+        let mut fake = Fake::new(true);
+        let lease = Lease::of(&fake);
+        assert!(read(&fake).unwrap().is_some_and(|(record, _)| !record.is_unbound()));
+        fake.prefix = "two";
+        assert!(matches!(read(&fake), Err(Fault::Config(why)) if why.contains("S3_PREFIX=one")));
+        assert!(matches!(lease.look(&fake), Err(Fault::Config(_))));
+        // One of an older version says nothing of it, and so stands under any.
+        write(&fake, &record("other", "there", true), &When::Always).unwrap();
+        assert!(read(&fake).unwrap().is_some_and(|(record, _)| record.is_unbound()));
     }
 
     #[test]

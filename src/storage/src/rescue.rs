@@ -9,7 +9,7 @@ use crate::entry::{Entry, Path};
 use crate::fault::{Accepted, Fault};
 use crate::fetch::{self, Fetcher, Got, Wanted};
 use crate::index::Index;
-use crate::manifest::{Head, Word};
+use crate::manifest::{Anchor, Word};
 use crate::{opening, owner, volume};
 use cvm_blueprint::storage::StorageSpec;
 use std::io::{IsTerminal as _, Write as _};
@@ -25,6 +25,9 @@ pub(crate) fn say(fault: &Fault) -> String {
     let remedy = match fault {
         Fault::Suspicious(_) => {
             "look at the bucket and its versions; `cvm storage restore --accept` restores what the manifest names"
+        }
+        Fault::Unadopted(_) => {
+            "if you know that it is the one you mean, `cvm storage restore --accept` restores it"
         }
         other => other.remedy(),
     };
@@ -115,7 +118,7 @@ fn load(
     accept: bool,
 ) -> Result<(Index, Loaded), Fault> {
     let whose = opening::uid_gid(&spec.user);
-    let anchor = spec.anchor.as_deref().and_then(Head::parse_anchor);
+    let anchor = spec.anchor.as_deref().and_then(Anchor::parse);
     let mut accepted = Accepted::default();
     let mut attempt = 0_u32;
     loop {
@@ -126,7 +129,7 @@ fn load(
                 Err(fault) if accepted.includes(&fault) => 0,
                 record => record?.map_or(0, |(record, _)| record.generation),
             };
-            let loaded = Chain::load(bucket, &index, whose, anchor, &accepted)?;
+            let loaded = Chain::load(bucket, &index, whose, anchor.clone(), &accepted, accept)?;
             loaded.chain.lacks(reached).map_or(Ok(()), |why| accepted.or_refuse(why))?;
             Ok((index, loaded))
         };

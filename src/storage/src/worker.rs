@@ -22,6 +22,7 @@ use crate::desk::{Desk, Open};
 use crate::ending::{self, Ending};
 use crate::entry::Path;
 use crate::fault::{Accepted, Fault};
+use crate::manifest::Anchor;
 use crate::mount;
 use crate::opening::{self, Ready, Said};
 use crate::owner::uptime;
@@ -294,8 +295,8 @@ struct Tree<'a> {
     /// Rounds in a row in which something moved while it was looked at.
     moving: u32,
     chase: Chase,
-    /// The generation that the desk and the lease know of.
-    told: Option<u64>,
+    /// What the desk and the lease know of.
+    told: Option<Anchor>,
     /// Rounds in a row that could not write down every removal.
     held: u32,
     /// The oldest change of a round that missed what was on the move, or of rounds in a row that could

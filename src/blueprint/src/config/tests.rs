@@ -161,6 +161,9 @@ fn an_anchor_is_a_generation_and_a_digest() {
     let anchor = s3(&with(&S3, &[("STATE_ANCHOR", &text)])).anchor.unwrap();
     assert_eq!((anchor.generation(), anchor.digest()), (17, digest.as_str()));
     assert_eq!(anchor.to_string(), format!("17:{digest}"));
+    let state = "0123456789abcdef".repeat(2);
+    let whole = format!("17:{digest}:{state}");
+    assert_eq!(s3(&with(&S3, &[("STATE_ANCHOR", &whole)])).anchor.unwrap().to_string(), whole);
     let short = &digest[1..];
     for text in [
         digest.clone(),
@@ -169,6 +172,9 @@ fn an_anchor_is_a_generation_and_a_digest() {
         format!(":{digest}"),
         format!("1:{short}"),
         format!("1:{short}g"),
+        format!("1:{digest}:"),
+        format!("1:{digest}:{digest}"),
+        format!("{whole}:1"),
         format!("99999999999999999999:{digest}"),
     ] {
         assert!(problem(&S3, &[("STATE_ANCHOR", &text)]).starts_with("STATE_ANCHOR: must be"), "{text}");

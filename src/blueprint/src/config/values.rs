@@ -237,18 +237,24 @@ pub struct Anchor {
     generation: u64,
     /// Lower case.
     digest: String,
+    /// Which state it is of, in lower case. Older versions did not show it.
+    state: Option<String>,
 }
 
 impl Anchor {
     const DIGEST_LEN: usize = 64;
+    const STATE_LEN: usize = 32;
 
     pub fn parse(text: &str) -> Result<Self, Fault> {
-        let rule = "must be a generation above 0, a colon, and 64 hex digits";
-        let parsed = text.split_once(':').and_then(|(generation, digest)| {
+        let rule = "must be a generation above 0, 64 hex digits, and 32 hex digits, with colons between them";
+        let is_hex = |text: &str, length| text.len() == length && text.bytes().all(|b| b.is_ascii_hexdigit());
+        let parsed = text.split_once(':').and_then(|(generation, rest)| {
+            let (digest, state) = rest.split_once(':').map_or((rest, None), |(digest, s)| (digest, Some(s)));
             let decimal = generation.bytes().all(|byte| byte.is_ascii_digit());
             let generation = generation.parse().ok().filter(|number| decimal && *number > 0)?;
-            let hex = digest.len() == Self::DIGEST_LEN && digest.bytes().all(|b| b.is_ascii_hexdigit());
-            hex.then(|| Self { generation, digest: digest.to_ascii_lowercase() })
+            let right = is_hex(digest, Self::DIGEST_LEN) && state.is_none_or(|s| is_hex(s, Self::STATE_LEN));
+            let state = state.map(str::to_ascii_lowercase);
+            right.then(|| Self { generation, digest: digest.to_ascii_lowercase(), state })
         });
         parsed.ok_or_else(|| Fault::with_value(rule, text, "take the anchor that `cvm status` shows"))
     }
@@ -264,7 +270,8 @@ impl Anchor {
 
 impl std::fmt::Display for Anchor {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}:{}", self.generation, self.digest)
+        write!(f, "{}:{}", self.generation, self.digest)?;
+        self.state.as_ref().map_or(Ok(()), |state| write!(f, ":{state}"))
     }
 }
 

@@ -104,12 +104,12 @@ impl Tree<'_> {
         if let Some(Fault::Fenced(why)) = rest.fault {
             return Err(Fault::Fenced(why));
         }
-        let generation = self.ready.chain.head.generation;
-        if self.told != Some(generation) {
+        let anchor = self.ready.chain.anchor();
+        if self.told.as_ref() != Some(&anchor) {
             let whole = self.ready.open.index.totals()?;
-            self.worker.desk.head(self.ready.chain.head, whole);
-            self.ready.lease.has_come_to(generation);
-            self.told = Some(generation);
+            self.worker.desk.head(&anchor, whole);
+            self.ready.lease.has_come_to(anchor.head.generation);
+            self.told = Some(anchor);
         }
         let again = rest.young.iter().chain(&rest.elsewhere);
         round.after.extend(again.map(|path| path.split().0.to_vec()));
