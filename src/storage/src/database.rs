@@ -23,7 +23,8 @@ use nix::sys::stat::FileStat;
 use nix::unistd::{Gid, Uid};
 use rusqlite::config::DbConfig;
 use rusqlite::{Connection, ErrorCode, OpenFlags};
-use std::fmt::Write as _;
+use std::ffi::OsStr;
+use std::fmt::{self, Write as _};
 use std::fs::File;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::Path;
@@ -31,6 +32,12 @@ use std::time::Duration;
 
 /// How long a writer may hold a database before this try is given up; there is a next one.
 const BUSY: Duration = Duration::from_secs(2);
+/// How old a database and the journal of a transaction that was cut off are when nobody is about to finish
+/// copying them.
+const SETTLES: Duration = Duration::from_secs(5);
+/// With this `integrity_check` begins what it says of pages.
+const ABOUT_PAGES: &[u8] = b"*** in database";
+pub(crate) const NOT_ONE: &str = "it is not a database";
 
 /// Why there is no good copy now.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,6 +46,25 @@ pub(crate) enum NoCopy {
     Later(String),
     /// It is damaged; the bucket keeps the last good one.
     Damaged(String),
+    /// It begins like a database, and nothing else of it is as in one.
+    NotOne,
+}
+
+/// What is wrong with a database that can be read: that is its application's to mend.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Remark {
+    /// `integrity_check` finds rows that break a rule, or an index that lacks some.
+    BreaksItsRules,
+    OnlyItsApplicationChecks,
+}
+
+impl fmt::Display for Remark {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::BreaksItsRules => "integrity_check finds rows that break a rule of its schema",
+            Self::OnlyItsApplicationChecks => "only its application can check it",
+        })
+    }
 }
 
 pub(crate) fn has_magic(file: &Path) -> bool {
@@ -92,10 +118,19 @@ impl Owner {
 }
 
 /// Writes one committed state of the database at `from`, which is `owner`'s, to `to`, which is new.
-pub(crate) fn copy(from: &Path, to: &Path, owner: Owner) -> Result<(), NoCopy> {
-    for suffix in ["-wal", "-shm"] {
-        beside(from, suffix)?;
-    }
+pub(crate) fn copy(from: &Path, to: &Path, owner: Owner) -> Result<Option<Remark>, NoCopy> {
+    copy_unless_new(from, to, owner, SETTLES)
+}
+
+/// What is beside it is rolled back only when neither has changed for so long.
+fn copy_unless_new(
+    from: &Path,
+    to: &Path,
+    owner: Owner,
+    settles: Duration,
+) -> Result<Option<Remark>, NoCopy> {
+    let log = beside(from, "-wal")?;
+    beside(from, "-shm")?;
     let journal = beside(from, "-journal")?;
     let owner = match journal.filter(|_| owner.user.is_root()).and_then(|stat| Owner::but_root(&stat)) {
         Some(other) => other,
@@ -113,18 +148,63 @@ pub(crate) fn copy(from: &Path, to: &Path, owner: Owner) -> Result<(), NoCopy> {
         .then(|| Acting::of(owner.user, owner.group))
         .transpose()
         .map_err(|e| NoCopy::Later(format!("it cannot be opened as its owner: {}", e.desc())))?;
-    let source = open(from).map_err(|e| judge(&e))?;
-    {
-        let backup = rusqlite::backup::Backup::new(&source, &mut target).map_err(|e| judge(&e))?;
-        // All pages in one step: one state, and a reader of the log like any other.
-        match backup.step(-1).map_err(|e| judge(&e))? {
-            rusqlite::backup::StepResult::Done => {}
-            _ => return Err(NoCopy::Later("another program holds it".to_owned())),
-        }
+    if log.is_none() && journal.is_none() && is_at_rest(from, &mut target)? {
+        drop(acting);
+        return check_open(&target);
     }
-    drop(source);
+    let is_new = |stat: &FileStat| Duration::from_nanos(volume::age_ns(stat)) < settles;
+    match back_up(from, &mut target, OpenFlags::SQLITE_OPEN_READ_ONLY) {
+        // A transaction was cut off, or somebody is copying both of them to here: to roll back what is half
+        // copied would damage what becomes of it.
+        Err(error) if wants_rolling_back(&error) => {
+            let database = volume::look(from).map_err(|e| NoCopy::Later(e.to_string()))?;
+            if database.iter().chain(&journal).any(is_new) {
+                return Err(NoCopy::Later("a journal that is new lies beside it".to_owned()));
+            }
+            back_up(from, &mut target, OpenFlags::SQLITE_OPEN_READ_WRITE)
+        }
+        other => other,
+    }
+    .map_err(|e| judge(&e))?;
     drop(acting);
     check_open(&target)
+}
+
+/// Copies one that keeps a log when it is open, and has none: nobody has it open. So it is read as it is, for
+/// who opens it otherwise makes the log and what belongs to it. True when nobody has opened it meanwhile.
+fn is_at_rest(from: &Path, to: &mut Connection) -> Result<bool, NoCopy> {
+    let look = || volume::look(from).map_err(|e| NoCopy::Later(e.to_string()));
+    let mut head = [0; 20];
+    let has_head = volume::open_file(from).is_ok_and(|file| file.read_exact_at(&mut head, 0).is_ok());
+    if !has_head || !head.ends_with(&[2, 2]) {
+        return Ok(false);
+    }
+    let before = look()?;
+    let as_it_is = Path::new(OsStr::new(&as_it_is(from))).to_owned();
+    let outcome = back_up(&as_it_is, to, OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_URI);
+    let is_same = match (before, look()?) {
+        (Some(before), Some(after)) => {
+            volume::ctime_ns(&before) == volume::ctime_ns(&after) && before.st_ino == after.st_ino
+        }
+        _ => false,
+    };
+    let is_at_rest = is_same && beside(from, "-wal")?.is_none() && beside(from, "-journal")?.is_none();
+    if is_at_rest { outcome.map(|()| true).map_err(|e| judge(&e)) } else { Ok(false) }
+}
+
+/// Opened without writing, `SQLite` says this of a journal that it would have to roll back.
+fn wants_rolling_back(error: &rusqlite::Error) -> bool {
+    error.sqlite_error().is_some_and(|error| error.extended_code == rusqlite::ffi::SQLITE_READONLY_ROLLBACK)
+}
+
+/// All pages in one step: one state, and a reader of the log like any other.
+fn back_up(from: &Path, to: &mut Connection, how: OpenFlags) -> rusqlite::Result<()> {
+    let source = open(from, how)?;
+    let backup = rusqlite::backup::Backup::new(&source, to)?;
+    match backup.step(-1)? {
+        rusqlite::backup::StepResult::Done => Ok(()),
+        _ => Err(rusqlite::Error::SqliteFailure(rusqlite::ffi::Error::new(rusqlite::ffi::SQLITE_BUSY), None)),
+    }
 }
 
 /// What `SQLite` keeps beside a database.
@@ -140,12 +220,11 @@ fn beside(database: &Path, suffix: &str) -> Result<Option<FileStat>, NoCopy> {
     }
 }
 
-/// Writable, because a journal that a crash left behind must be rolled back first, as `SQLite` does
+/// Writable only where a journal that a crash left behind must be rolled back first, as `SQLite` does
 /// for whoever comes first; and without a checkpoint when we close.
-fn open(file: &Path) -> rusqlite::Result<Connection> {
+fn open(file: &Path, how: OpenFlags) -> rusqlite::Result<Connection> {
     opened::only_files();
-    let flags =
-        OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX | OpenFlags::SQLITE_OPEN_NOFOLLOW;
+    let flags = how | OpenFlags::SQLITE_OPEN_NO_MUTEX | OpenFlags::SQLITE_OPEN_NOFOLLOW;
     let source = Connection::open_with_flags(file, flags)?;
     source.busy_timeout(BUSY)?;
     source.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
@@ -160,7 +239,10 @@ pub(crate) fn check(file: &Path) -> Result<(), String> {
     let flags =
         OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX | OpenFlags::SQLITE_OPEN_URI;
     let db = Connection::open_with_flags(as_it_is(file), flags).map_err(|e| words(&e))?;
-    check_open(&db).map_err(|(NoCopy::Damaged(why) | NoCopy::Later(why))| why)
+    check_open(&db).map(drop).map_err(|no| match no {
+        NoCopy::Damaged(why) | NoCopy::Later(why) => why,
+        NoCopy::NotOne => NOT_ONE.to_owned(),
+    })
 }
 
 fn as_it_is(file: &Path) -> String {
@@ -172,41 +254,51 @@ fn as_it_is(file: &Path) -> String {
     uri + "?immutable=1"
 }
 
-fn check_open(db: &Connection) -> Result<(), NoCopy> {
+/// Damage is what keeps pages from being read. Whatever else is wrong is its application's to mend.
+fn check_open(db: &Connection) -> Result<Option<Remark>, NoCopy> {
     let _ = db.set_db_config(DbConfig::SQLITE_DBCONFIG_TRUSTED_SCHEMA, false);
     // It quotes names, which may be damaged too.
-    let is_ok =
-        |row: &rusqlite::Row<'_>| Ok(row.get_ref(0)?.as_bytes().is_ok_and(|verdict| verdict == b"ok"));
-    match db.query_row("PRAGMA integrity_check(1)", [], is_ok) {
-        Ok(true) => Ok(()),
-        Ok(false) => Err(NoCopy::Damaged("integrity_check finds damage".to_owned())),
-        Err(error) if asks_for_its_application(&error) => read_tables(db),
+    let verdict = |row: &rusqlite::Row<'_>| {
+        Ok(row.get_ref(0)?.as_bytes().map_or(Verdict::Other, |words| match words {
+            b"ok" => Verdict::Fine,
+            words if words.starts_with(ABOUT_PAGES) => Verdict::Damaged,
+            _ => Verdict::Other,
+        }))
+    };
+    // What it says of pages comes first.
+    match db.query_row("PRAGMA integrity_check(1)", [], verdict) {
+        Ok(Verdict::Fine) => Ok(None),
+        Ok(Verdict::Damaged) => Err(NoCopy::Damaged("integrity_check finds damage".to_owned())),
+        Ok(Verdict::Other) => Ok(Some(Remark::BreaksItsRules)),
+        // A function, an order or a tokenizer that its application has.
         Err(error) if error.sqlite_error_code() == Some(ErrorCode::Unknown) => {
-            Err(NoCopy::Damaged("integrity_check cannot read it".to_owned()))
+            read_tables(db)?;
+            Ok(Some(Remark::OnlyItsApplicationChecks))
         }
         Err(error) => Err(judge(&error)),
     }
 }
 
-/// For a function or an order that its application has: without that, only that it can be read is known.
-fn asks_for_its_application(error: &rusqlite::Error) -> bool {
-    let (rusqlite::Error::SqliteFailure(_, Some(words)) | rusqlite::Error::SqlInputError { msg: words, .. }) =
-        error
-    else {
-        return false;
-    };
-    let asks = ["no such collation sequence", "no such function", "unsafe use of"];
-    error.sqlite_error_code() == Some(ErrorCode::Unknown) && asks.iter().any(|what| words.starts_with(what))
+enum Verdict {
+    Fine,
+    Damaged,
+    Other,
 }
 
 fn read_tables(db: &Connection) -> Result<(), NoCopy> {
     let tables = "SELECT name FROM sqlite_schema WHERE type = 'table' AND rootpage > 0";
     let names =
         || db.prepare(tables)?.query_map([], |row| row.get(0))?.collect::<rusqlite::Result<Vec<String>>>();
-    for name in names().map_err(|e| judge(&e))? {
+    let is_unknown = |error: &rusqlite::Error| error.sqlite_error_code() == Some(ErrorCode::Unknown);
+    let names = names().map_err(|error| match error {
+        // A format that nobody has.
+        error if is_unknown(&error) => NoCopy::Damaged("SQLite does not know its format".to_owned()),
+        error => judge(&error),
+    })?;
+    for name in names {
         let all = format!("SELECT count(*) FROM \"{}\" NOT INDEXED", name.replace('"', "\"\""));
         match db.query_row(&all, [], |_| Ok(())) {
-            Err(error) if !asks_for_its_application(&error) => return Err(judge(&error)),
+            Err(error) if !is_unknown(&error) => return Err(judge(&error)),
             _ => {}
         }
     }
@@ -215,7 +307,8 @@ fn read_tables(db: &Connection) -> Result<(), NoCopy> {
 
 fn judge(error: &rusqlite::Error) -> NoCopy {
     match error.sqlite_error_code() {
-        Some(ErrorCode::NotADatabase | ErrorCode::DatabaseCorrupt) => NoCopy::Damaged(words(error)),
+        Some(ErrorCode::NotADatabase) => NoCopy::NotOne,
+        Some(ErrorCode::DatabaseCorrupt) => NoCopy::Damaged(words(error)),
         _ => NoCopy::Later(words(error)),
     }
 }
@@ -223,7 +316,7 @@ fn judge(error: &rusqlite::Error) -> NoCopy {
 /// `SQLite`'s code, not its message, which may quote the schema.
 fn words(error: &rusqlite::Error) -> String {
     match error.sqlite_error_code() {
-        Some(ErrorCode::NotADatabase) => "it is not a database".to_owned(),
+        Some(ErrorCode::NotADatabase) => NOT_ONE.to_owned(),
         Some(ErrorCode::DatabaseCorrupt) => "it is damaged".to_owned(),
         Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => "another program holds it".to_owned(),
         Some(ErrorCode::CannotOpen) => "it cannot be opened".to_owned(),
@@ -237,6 +330,7 @@ impl From<NoCopy> for Fault {
     fn from(no: NoCopy) -> Self {
         match no {
             NoCopy::Later(why) | NoCopy::Damaged(why) => Self::Other(why),
+            NoCopy::NotOne => Self::other(NOT_ONE),
         }
     }
 }
@@ -252,10 +346,11 @@ mod tests {
         (dir, a, b)
     }
 
-    fn copied(from: &Path, to: &Path) -> Result<(), NoCopy> {
+    fn copied(from: &Path, to: &Path) -> Result<Option<Remark>, NoCopy> {
         let name = entry::Path::new(from.file_name().unwrap().as_encoded_bytes()).unwrap();
         let owner = Owner::of(from.parent().unwrap(), &name, &volume::open_file(from).unwrap()).unwrap();
-        copy(from, to, owner)
+        // Whatever is beside it, nobody is about to copy more of it.
+        copy_unless_new(from, to, owner, Duration::ZERO)
     }
 
     fn may_be_entered(dir: &Path) {
@@ -340,6 +435,85 @@ mod tests {
         let before = (std::fs::read(&a).unwrap(), std::fs::read(&wal).unwrap());
         copied(&a, &b).unwrap();
         assert!(before == (std::fs::read(&a).unwrap(), std::fs::read(&wal).unwrap()));
+    }
+
+    #[test]
+    fn a_journal_that_has_just_been_copied_beside_it_is_not_rolled_back() {
+        let (dir, a, b) = files();
+        let db = Connection::open(&a).unwrap();
+        // A transaction that does not fit into memory: what it has changed is in the file already.
+        db.execute_batch("PRAGMA cache_size=5; CREATE TABLE t(x); INSERT INTO t VALUES (1); BEGIN;").unwrap();
+        for _ in 0..100 {
+            db.execute("INSERT INTO t VALUES (zeroblob(3000))", []).unwrap();
+        }
+        let half = dir.path().join("half");
+        let journal = dir.path().join("half-journal");
+        std::fs::copy(&a, &half).unwrap();
+        std::fs::copy(dir.path().join("a-journal"), &journal).unwrap();
+        let both = || [&half, &journal].map(|file| std::fs::read(file).ok());
+        let before = both();
+        let owner = Owner::of(dir.path(), &entry::Path::new(b"half").unwrap(), &File::open(&half).unwrap());
+        let outcome = copy(&half, &b, owner.unwrap());
+        assert!(matches!(&outcome, Err(NoCopy::Later(why)) if why.contains("journal")), "{outcome:?}");
+        assert!(both() == before, "it is somebody else's, who is not done yet");
+        // When nobody touches them any more, what is committed goes up.
+        std::fs::remove_file(&b).unwrap();
+        assert_eq!(copied(&half, &b), Ok(None));
+        assert_eq!(count(&b), 1);
+        // Of one that is in use nothing is rolled back, however new its journal is.
+        db.execute_batch("ROLLBACK; BEGIN; INSERT INTO t VALUES (2)").unwrap();
+        std::fs::remove_file(&b).unwrap();
+        let owner = Owner::of(dir.path(), &entry::Path::new(b"a").unwrap(), &File::open(&a).unwrap());
+        assert_eq!(copy(&a, &b, owner.unwrap()), Ok(None));
+        assert_eq!(count(&b), 1);
+    }
+
+    #[test]
+    fn nothing_is_made_beside_a_database_that_nobody_has_open() {
+        let (dir, a, b) = files();
+        Connection::open(&a).unwrap().execute_batch("PRAGMA journal_mode=WAL; CREATE TABLE t(x)").unwrap();
+        assert_eq!(copied(&a, &b), Ok(None));
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 2, "the database, and the copy");
+    }
+
+    #[test]
+    fn what_breaks_a_rule_of_its_schema_is_no_damage_and_is_remarked_on() {
+        for (what, make) in [
+            (
+                "CHECK",
+                "CREATE TABLE t(x CHECK (x > 0)); PRAGMA ignore_check_constraints=ON; INSERT INTO t VALUES (-1)",
+            ),
+            (
+                "NOT NULL",
+                "CREATE TABLE t(x); INSERT INTO t VALUES (NULL); PRAGMA writable_schema=ON;
+                 UPDATE sqlite_schema SET sql = 'CREATE TABLE t(x NOT NULL)' WHERE name = 't'",
+            ),
+            (
+                "STRICT",
+                "CREATE TABLE t(x TEXT); INSERT INTO t VALUES (x'00'); PRAGMA writable_schema=ON;
+                 UPDATE sqlite_schema SET sql = 'CREATE TABLE t(x INT) STRICT' WHERE name = 't'",
+            ),
+            (
+                "a tokenizer that only its application has",
+                "CREATE TABLE t(x); INSERT INTO t VALUES (1); PRAGMA writable_schema=ON;
+                 INSERT INTO sqlite_schema VALUES ('table', 'f', 'f', 0,
+                     'CREATE VIRTUAL TABLE f USING fts5(y, tokenize = ''its own'')')",
+            ),
+        ] {
+            let (_dir, a, b) = files();
+            Connection::open(&a).unwrap().execute_batch(make).unwrap();
+            let outcome = copied(&a, &b);
+            assert!(outcome.is_ok(), "{what}: {outcome:?}");
+            assert!(matches!(&outcome, Ok(Some(_))), "{what}: {outcome:?}");
+            assert_eq!((count(&b), check(&b)), (1, Ok(())), "{what}");
+            // Pages that cannot be read are damage all the same.
+            let mut bytes = std::fs::read(&a).unwrap();
+            let last = bytes.len() - 4096;
+            bytes[last..].fill(0xaa);
+            std::fs::write(&a, bytes).unwrap();
+            std::fs::remove_file(&b).unwrap();
+            assert!(matches!(copied(&a, &b), Err(NoCopy::Damaged(_))), "{what}");
+        }
     }
 
     #[test]
@@ -478,7 +652,9 @@ mod tests {
     }
 
     /// What it says, from a thread that may wait for ever.
-    fn at_once(what: impl FnOnce() -> Result<(), NoCopy> + Send + 'static) -> Result<(), NoCopy> {
+    fn at_once(
+        what: impl FnOnce() -> Result<Option<Remark>, NoCopy> + Send + 'static,
+    ) -> Result<Option<Remark>, NoCopy> {
         let (tell, done) = std::sync::mpsc::channel();
         std::thread::spawn(move || tell.send(what()));
         done.recv_timeout(Duration::from_secs(60)).expect("nobody waits")

@@ -32,7 +32,7 @@ use crate::order::{self, Passed, ToRead, Unread};
 use crate::owner::{Lease, uptime};
 use crate::parallel;
 use crate::stage::{self, Before, Outcome, Staged};
-use crate::volume::{Room, Volume};
+use crate::volume::{self, Room, Volume};
 use crate::way::Way;
 use cvm_process::handle::{Fate, Handle};
 use exchange::{Exchange, Living};
@@ -269,7 +269,7 @@ impl Pusher<'_> {
             };
             numbered.push((number, read, was));
         }
-        let looked = stage::now_ns();
+        let looked = volume::now_ns();
         let is_written_out = numbered.len() > disk::ONE_BY_ONE;
         if is_written_out {
             disk::write_out_everything(volume)?;
@@ -314,6 +314,7 @@ impl Pusher<'_> {
                     let seen = handle.filter(|seen| staged.known.handle.as_ref() != Some(seen));
                     rest.so_far.moved.extend(seen.filter(|seen| seen.fate(&top) != Fate::Gone));
                     rest.young.extend(staged.young.then(|| path.clone()));
+                    rest.remarks.extend(staged.remark.map(|remark| (path.clone(), remark)));
                     let same = is_same(was.as_deref(), &staged.entry);
                     if same {
                         known.push((path.clone(), staged.known));

@@ -5,7 +5,7 @@
 //! `lineage`, `manifest`, `rules`, `scan`, `volume`.
 
 use crate::copying;
-use crate::database::{self, NoCopy};
+use crate::database::{self, NoCopy, Remark};
 use crate::disk;
 use crate::entry::{Entry, Kind, Path};
 use crate::fault::Fault;
@@ -62,6 +62,8 @@ pub(crate) struct Staged {
     pub(crate) known: Known,
     /// It has to be looked at once more.
     pub(crate) young: bool,
+    /// Of a database that is not as its schema wants it.
+    pub(crate) remark: Option<Remark>,
     pub(crate) copy: Private,
 }
 
@@ -111,8 +113,10 @@ pub(crate) fn stage(
     let at = path.below(&volume.upper);
     let private = Private::new(volume, name);
     let to = &private.at;
+    // Its first bytes may be all that it has of a database.
+    let mut only_begins_like_one = false;
     for attempt in 1..=TRIES {
-        let looked = since.filter(|_| attempt == 1).unwrap_or_else(now_ns);
+        let looked = since.filter(|_| attempt == 1).unwrap_or_else(volume::now_ns);
         if since.is_none() || attempt > 1 {
             // A store to a page that is written out shows in the file's times, as none does to one that
             // waits for that; so from here on nothing is missed.
@@ -137,7 +141,11 @@ pub(crate) fn stage(
             if !is_the_same {
                 return Ok(None);
             }
-            let is = if empty { database && scan::is_begun(&at) } else { database::begins_like_one(&source) };
+            let is = if empty {
+                database && scan::is_begun(&at)
+            } else {
+                !only_begins_like_one && database::begins_like_one(&source)
+            };
             // Closed before SQLite has it.
             Ok(Some(if is {
                 Source::Database(database::Owner::of(&volume.tree, path, &source)?)
@@ -160,7 +168,7 @@ pub(crate) fn stage(
             // Another file that begins like something is what it is.
             if begins_with_nothing(file) {
                 return Ok(emptied(
-                    age_ns(&before),
+                    volume::age_ns(&before),
                     if empty { "it is empty" } else { "it begins with zeros" },
                 ));
             }
@@ -173,16 +181,28 @@ pub(crate) fn stage(
             return Ok(Outcome::Later("the volume has no room for a copy of it".to_owned()));
         }
         let _ = std::fs::remove_file(to);
+        let mut remark = None;
         let (size, sha) = match source {
             // Through the merged tree: SQLite's locks live on the path that its writers use.
             Source::Database(owner) => match database::copy(&path.below(&volume.tree), to, owner) {
-                Ok(()) => hash(to)?,
+                Ok(says) => {
+                    remark = says;
+                    hash(to)?
+                }
                 Err(NoCopy::Later(why)) => return Ok(Outcome::Later(why)),
+                // What was a database is one with damage, as long as it is the same file.
+                Err(NoCopy::NotOne)
+                    if attempt < TRIES && (matches!(was, Before::AnyFile) || was.is_not(&at)) =>
+                {
+                    only_begins_like_one = true;
+                    continue;
+                }
+                Err(NoCopy::NotOne) => return Ok(Outcome::Damaged(database::NOT_ONE.to_owned())),
                 Err(NoCopy::Damaged(why)) => return Ok(Outcome::Damaged(why)),
             },
             Source::Plain(source) => match copy(source, to) {
                 // Made in this moment: bytes of it are not a state of it.
-                Ok(_) if database::has_magic(to) && attempt < TRIES => continue,
+                Ok(_) if !only_begins_like_one && database::has_magic(to) && attempt < TRIES => continue,
                 other => other?,
             },
         };
@@ -196,12 +216,13 @@ pub(crate) fn stage(
             // It goes up with the object, for those who read the bucket with stock rclone.
             volume::set_mtime(to, entry.mtime_ns)?;
             // A file that changed meanwhile is not known by any sign, and so looked at again.
-            let young = !still || is_young(volume, &at, &before, database, [looked, now_ns()]);
+            let young = !still || is_young(volume, &at, &before, database, [looked, volume::now_ns()]);
             let sign = if young { Sign { change: 0, ..sign } } else { sign };
             // What is committed after the copy is in it too, and on the disk before the copy is sent.
             let state = if database { State::of(&volume.upper, path).map(Box::new) } else { None };
             let known = Known { sign, handle, state };
-            return Ok(Outcome::Ready(Staged { path: path.clone(), entry, known, young, copy: private }));
+            let path = path.clone();
+            return Ok(Outcome::Ready(Staged { path, entry, known, young, remark, copy: private }));
         }
     }
     Ok(Outcome::Vanished)
@@ -218,7 +239,7 @@ fn takes(at: &FsPath, stat: &FileStat, database: bool) -> u64 {
 /// next change may carry the same time.
 pub(crate) fn known_now(volume: &Volume, at: &FsPath, stat: &FileStat, database: bool) -> Known {
     let mut known = scan::known_by(at, stat, database);
-    if volume.is_coarse() && is_young(volume, at, stat, database, [now_ns(); 2]) {
+    if volume.is_coarse() && is_young(volume, at, stat, database, [volume::now_ns(); 2]) {
         known.sign.change = 0;
     }
     known
@@ -237,11 +258,6 @@ fn is_young(volume: &Volume, at: &FsPath, stat: &FileStat, database: bool, looke
     changed.any(|changed| changed > from.saturating_sub(tick) && changed < to.saturating_add(tick))
 }
 
-pub(crate) fn now_ns() -> i64 {
-    nix::time::clock_gettime(nix::time::ClockId::CLOCK_REALTIME)
-        .map_or(0, |now| now.tv_sec().saturating_mul(1_000_000_000).saturating_add(now.tv_nsec()))
-}
-
 /// As one that is made anew does, or copied back to a place that was reserved for it.
 fn begins_with_nothing(file: &File) -> bool {
     let mut head = [0u8; SQLITE_MAGIC.len()];
@@ -251,11 +267,6 @@ fn begins_with_nothing(file: &File) -> bool {
 /// A database that has had nothing in it for so long.
 fn emptied(age_ns: u64, what: &str) -> Outcome {
     if age_ns < NEW_NS { Outcome::Later(format!("{what} yet")) } else { Outcome::Damaged(what.to_owned()) }
-}
-
-/// Since its last change; what changed in the future has not changed for long.
-fn age_ns(stat: &FileStat) -> u64 {
-    u64::try_from(now_ns().saturating_sub(volume::ctime_ns(stat))).unwrap_or(u64::MAX)
 }
 
 /// Copies up to where the file ended when it was opened; holes stay holes.
@@ -369,6 +380,19 @@ mod tests {
         assert!(
             matches!(staged(&volume, "db", true, true), Outcome::Ready(Staged { entry, .. }) if entry.size() > 0)
         );
+    }
+
+    #[test]
+    fn what_only_begins_like_a_database_is_a_file_unless_it_was_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let volume = Volume::plain(dir.path()).unwrap();
+        let content = [SQLITE_MAGIC.as_slice(), b"and then a story"].concat();
+        fs::write(dir.path().join("file"), &content).unwrap();
+        let copy = staged(&volume, "file", true, false);
+        assert!(matches!(&copy, Outcome::Ready(copy) if !copy.entry.is_database()));
+        assert_eq!(fs::read(volume.staging().join("copy")).unwrap(), content);
+        drop(copy);
+        assert!(matches!(staged(&volume, "file", true, true), Outcome::Damaged(_)));
     }
 
     #[test]

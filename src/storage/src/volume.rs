@@ -362,6 +362,16 @@ pub(crate) fn ctime_ns(stat: &FileStat) -> i64 {
     stat.st_ctime.saturating_mul(1_000_000_000).saturating_add(stat.st_ctime_nsec)
 }
 
+pub(crate) fn now_ns() -> i64 {
+    nix::time::clock_gettime(nix::time::ClockId::CLOCK_REALTIME)
+        .map_or(0, |now| now.tv_sec().saturating_mul(1_000_000_000).saturating_add(now.tv_nsec()))
+}
+
+/// Since its last change; what changed in the future has not changed for long.
+pub(crate) fn age_ns(stat: &FileStat) -> u64 {
+    u64::try_from(now_ns().saturating_sub(ctime_ns(stat))).unwrap_or(u64::MAX)
+}
+
 /// Whether this process may give files to others.
 pub(crate) fn gives_away() -> bool {
     nix::unistd::Uid::effective().is_root()

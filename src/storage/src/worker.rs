@@ -18,6 +18,7 @@ mod rounds;
 
 use crate::boots::Boots;
 use crate::chain::now_ms;
+use crate::database::Remark;
 use crate::desk::{Desk, Open};
 use crate::ending::{self, Ending};
 use crate::entry::Path;
@@ -286,6 +287,8 @@ struct Tree<'a> {
     stand_in_at: Option<Duration>,
     /// Paths with an incident of the tree's own.
     troubled: HashMap<Path, String>,
+    /// What the log says of databases that go up although something is wrong with them.
+    remarked: HashMap<Path, Remark>,
     /// What the bucket does not have right.
     bad: HashSet<Path>,
     /// What a review has found wrong in the bucket and good in the tree.
@@ -339,6 +342,7 @@ impl<'a> Tree<'a> {
             fenced: Arc::new(AtomicBool::new(false)),
             stand_in_at: mount::is_served_here().then(uptime),
             troubled: HashMap::new(),
+            remarked: HashMap::new(),
             bad: HashSet::new(),
             mending: HashSet::new(),
             waiting: HashMap::new(),

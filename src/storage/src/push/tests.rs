@@ -1,7 +1,6 @@
 use super::*;
 use crate::manifest::Digest;
 use crate::scan;
-use crate::volume;
 use std::collections::BTreeMap;
 use std::fs;
 

@@ -1,5 +1,6 @@
 //! What a round has to do, and what is left of it.
 
+use crate::database::Remark;
 use crate::entry::{Entry, Kind, Path};
 use crate::fault::Fault;
 use crate::index::Index;
@@ -173,6 +174,8 @@ pub(crate) struct Rest {
     pub(crate) stays: HashSet<Path>,
     /// To be looked at once more, for their times are too fresh to tell one change from the next.
     pub(crate) young: Vec<Path>,
+    /// What is wrong with databases that go up all the same.
+    pub(crate) remarks: Vec<(Path, Remark)>,
     /// Files that were not where the scan looked, by their old names and by those of now: both have
     /// to be looked at again.
     pub(crate) elsewhere: Vec<Path>,

@@ -497,6 +497,11 @@ impl Tree<'_> {
             round.troubles.insert(path.clone(), what.clone());
             self.troubled.insert(path.clone(), what);
         }
+        for (path, remark) in &rest.remarks {
+            if self.remarked.insert(path.clone(), *remark) != Some(*remark) {
+                tracing::warn!("{path}: {remark}; it is in the bucket as it is");
+            }
+        }
         let index = &self.ready.open.index;
         if let (Ok(bad), Ok(tainted)) = (index.bad(), index.tainted()) {
             let all = bad.iter().map(|(path, _)| path).chain(tainted.iter().map(|(path, _)| path));
