@@ -428,7 +428,7 @@ impl<'e> Reader<'e> {
             }
             (Some(false), false) => {
                 let hint = format!(
-                    "for a new instance, {MAKE_STRONG}. One that has state needs the key that it has: set {NAME}=1 until \
+                    "for a new instance, {MAKE_STRONG}. One that has state needs the key that it has: set {NAME}=1, below `environment` in the compose file, until \
                      you have moved"
                 );
                 self.problems.push(Problem::new(
@@ -612,7 +612,7 @@ impl<'e> Reader<'e> {
                 for name in std::mem::take(&mut self.unencrypted) {
                     let rule = "must be https, unless it is an address of this machine's loopback: over http \
                                 everybody on the way reads and changes what is sent";
-                    let hint = "give https://HOST; where there is no other way, set ALLOW_HTTP=1";
+                    let hint = "give https://HOST; where there is no other way, set ALLOW_HTTP=1, in the compose file below `environment`";
                     self.problems.push(Problem::new(name, rule, hint));
                 }
             }
