@@ -314,6 +314,11 @@ mod tests {
         File::open("/dev/null").unwrap().into()
     }
 
+    fn outlive(child: Pid) {
+        use nix::sys::wait::{Id, WaitPidFlag, waitid};
+        let _ = waitid(Id::Pid(child), WaitPidFlag::WEXITED);
+    }
+
     /// What was written before the last writer ended.
     fn all_of(reader: OwnedFd) -> String {
         let mut text = String::new();
@@ -333,7 +338,7 @@ mod tests {
         });
         drop(writer);
         let text = all_of(reader);
-        nix::sys::wait::waitpid(pid.unwrap(), None).unwrap();
+        outlive(pid.unwrap());
         text
     }
 
@@ -376,7 +381,7 @@ mod tests {
                 let _ = news.map(|pipe| nix::unistd::write(pipe, &[b'0' + stage.to_byte()]));
                 1
             });
-            let _ = pid.map(|pid| nix::sys::wait::waitpid(pid, None));
+            let _ = pid.map(outlive);
             // SAFETY: nothing of the test's is to run here.
             unsafe { libc::_exit(0) }
         }
