@@ -22,6 +22,18 @@ pub(crate) struct Sign {
     pub(crate) change: i64,
 }
 
+impl Sign {
+    /// By which nothing is recognised, though it still says when the file has changed.
+    pub(crate) fn of_nothing(self) -> Self {
+        Self { change: self.change.max(0).saturating_neg(), ..self }
+    }
+
+    /// When a file that is no database has changed; 0 when that is not known.
+    pub(crate) fn changed(&self) -> i64 {
+        self.change.saturating_abs()
+    }
+}
+
 /// A file on this volume that is what the bucket has.
 #[derive(Debug, Clone)]
 pub(crate) struct Known {
@@ -670,6 +682,15 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let index = Index::open(&dir.path().join("index")).unwrap();
         (dir, index)
+    }
+
+    #[test]
+    fn by_a_sign_of_nothing_nothing_is_recognised_and_a_files_time_is_known() {
+        for change in [7, -7, i64::MAX, i64::MIN] {
+            let sign = Sign { size: 1, mtime_ns: 2, change };
+            assert_ne!(sign.of_nothing(), sign);
+        }
+        assert_eq!(Sign { size: 1, mtime_ns: 2, change: 7 }.of_nothing().changed(), 7);
     }
 
     #[test]

@@ -217,7 +217,7 @@ pub(crate) fn stage(
             volume::set_mtime(to, entry.mtime_ns)?;
             // A file that changed meanwhile is not known by any sign, and so looked at again.
             let young = !still || is_young(volume, &at, &before, database, [looked, volume::now_ns()]);
-            let sign = if young { Sign { change: 0, ..sign } } else { sign };
+            let sign = if young { sign.of_nothing() } else { sign };
             // What is committed after the copy is in it too, and on the disk before the copy is sent.
             let state = if database { State::of(&volume.upper, path).map(Box::new) } else { None };
             let known = Known { sign, handle, state };
@@ -240,7 +240,7 @@ fn takes(at: &FsPath, stat: &FileStat, database: bool) -> u64 {
 pub(crate) fn known_now(volume: &Volume, at: &FsPath, stat: &FileStat, database: bool) -> Known {
     let mut known = scan::known_by(at, stat, database);
     if volume.is_coarse() && is_young(volume, at, stat, database, [volume::now_ns(); 2]) {
-        known.sign.change = 0;
+        known.sign = known.sign.of_nothing();
     }
     known
 }

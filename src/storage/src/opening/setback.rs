@@ -71,7 +71,8 @@ fn is_older(volume: &Volume, index: &Index, path: &Path, row: &Row) -> Result<bo
         return Ok(false);
     };
     let then = if row.entry.is_database() { index.state(path)? } else { None };
-    let changed = if row.entry.is_database() { then.map_or(0, |then| then.changed()) } else { sign.change };
+    let changed =
+        if row.entry.is_database() { then.map_or(0, |then| then.changed()) } else { sign.changed() };
     let at = path.below(&volume.upper);
     let Some(stat) = volume::look(&at)? else { return is_missing_before(volume, path, changed) };
     if volume::kind_of(&stat) != libc::S_IFREG {
