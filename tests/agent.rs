@@ -62,7 +62,7 @@ fn the_guest_agent_answers_root_alone_wherever_the_compose_file_mounts_it() {
     assert!(answers(&machine, &AGENT, "/srv/open.sock"), "the control");
     assert!(!answers(&machine, &AGENT, closed));
     assert!(answers(&machine, &[], closed));
-    assert_eq!(machine.lines_with("dstack"), 0, "{}", machine.output());
+    assert_eq!(machine.lines_with("dstack's socket"), 0, "{}", machine.output());
 
     // As older files do: alone, under the name of its predecessor, and with its directory.
     let machine = machine.again(|builder| {

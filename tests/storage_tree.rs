@@ -932,7 +932,7 @@ fn what_the_gateway_reads_first_is_fetched_without_what_it_does_not() {
     for n in 0..210 {
         put(machine.path(&format!("/data/openclaw/credentials/{n}")), format!("secret {n}"));
     }
-    for n in 0..20 {
+    for n in 0..60 {
         put(machine.path(WORKSPACE).join(format!("late/{n}")), format!("late {n}"));
     }
     flush(&machine);
