@@ -9,7 +9,7 @@ use crate::database::{self, NoCopy, Remark};
 use crate::disk;
 use crate::entry::{Entry, Kind, Path};
 use crate::fault::Fault;
-use crate::index::{Known, Sign};
+use crate::index::Known;
 use crate::lifting::Seen;
 use crate::lineage::State;
 use crate::manifest::Digest;
@@ -164,17 +164,8 @@ pub(crate) fn stage(
             Err(error) => return Err(error.into()),
         };
         database = matches!(source, Source::Database(_));
-        if let (Before::Database(_), Source::Plain(file)) = (was, &source) {
-            // Another file that begins like something is what it is.
-            if begins_with_nothing(file) {
-                return Ok(emptied(
-                    volume::age_ns(&before),
-                    if empty { "it is empty" } else { "it begins with zeros" },
-                ));
-            }
-            if !was.is_not(&at) {
-                return Ok(Outcome::Damaged("it does not begin like one any more".to_owned()));
-            }
+        if let Some(outcome) = is_one_no_more(was, &source, &at, &before) {
+            return Ok(outcome);
         }
         let Known { sign, handle, .. } = scan::known_by(&at, &before, database);
         if takes(&at, &before, database) > room {
@@ -226,6 +217,17 @@ pub(crate) fn stage(
         }
     }
     Ok(Outcome::Vanished)
+}
+
+/// What was a database and does not begin like one any more, unless another file has taken its name.
+fn is_one_no_more(was: &Before, source: &Source, at: &FsPath, stat: &FileStat) -> Option<Outcome> {
+    let (Before::Database(_), Source::Plain(file)) = (was, source) else { return None };
+    // Another file that begins like something is what it is.
+    if begins_with_nothing(file) {
+        let what = if stat.st_size == 0 { "it is empty" } else { "it begins with zeros" };
+        return Some(emptied(volume::age_ns(stat), what));
+    }
+    (!was.is_not(at)).then(|| Outcome::Damaged("it does not begin like one any more".to_owned()))
 }
 
 /// On the disk: holes stay holes. What a database's log holds may be in the copy besides.
@@ -313,6 +315,7 @@ fn hash_of(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::index::Sign;
     use std::fs;
 
     fn staged(volume: &Volume, name: &str, database: bool, was_database: bool) -> Outcome {
