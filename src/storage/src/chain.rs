@@ -290,13 +290,13 @@ impl Chain {
                 "the manifest in the bucket is that of S3_PREFIX={}, and opens under no other prefix: somebody has copied it, or serves one for the other",
                 of.prefix
             ))),
-            Some(of) if *is_bound && *of != self.binding => Err(self.mixed(header)),
+            Some(of) if *is_bound && *of != self.binding => Err(Self::mixed(header)),
             Some(of) => {
                 *is_bound = true;
                 self.binding = of.clone();
                 Ok(())
             }
-            None if *is_bound => Err(self.mixed(header)),
+            None if *is_bound => Err(Self::mixed(header)),
             None => {
                 self.is_unbound = true;
                 Ok(())
@@ -304,7 +304,7 @@ impl Chain {
         }
     }
 
-    fn mixed(&self, header: &Header) -> Fault {
+    fn mixed(header: &Header) -> Fault {
         Fault::Suspicious(format!(
             "the manifest does not hang together at generation {}: segments of two histories are mixed",
             header.from
@@ -327,7 +327,7 @@ impl Chain {
         if header.from == self.head.generation && header.prev == self.head.digest {
             return Ok(());
         }
-        Err(self.mixed(header))
+        Err(Self::mixed(header))
     }
 
     fn read(
