@@ -2,7 +2,7 @@
 //! shell, no gateway, and nothing of the volume; and its owner, who has only mistyped something, reads
 //! what to do.
 
-use cvm_blueprint::volume::Stranger;
+use cvm_blueprint::volume::{MEMORIES, Stranger};
 use cvm_harness::cloud::Cloud;
 use cvm_harness::machine::{PATIENCE, owner_word};
 use cvm_harness::{Builder, Machine, until};
@@ -136,7 +136,9 @@ fn a_forged_environment_on_an_old_volume_gets_no_shell_and_no_gateway() {
     refuses(&keyless.start(), Stranger::Keyless);
 
     // As the version before left it: there whoever comes first would have the volume.
-    fs::remove_file(desk.volume("data").join(".cvm/volume.json")).expect("the volume remembers its key");
+    for name in MEMORIES {
+        fs::remove_file(desk.volume("data").join(".cvm").join(name)).expect("the volume remembers its key");
+    }
     refuses(&desk.forgers(desk.on_dstack(), FORGERS).start(), Stranger::Unproven);
     refuses(&desk.owners(desk.on_dstack()).start(), Stranger::Unproven);
     let proven = desk.owners(desk.on_dstack()).environment("CVM_OWNER", &owner_word(OWNERS, "0")).start();

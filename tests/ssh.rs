@@ -119,6 +119,30 @@ fn new_listener(machine: &Machine, old: i64) -> i64 {
     })
 }
 
+/// A /run on a disk outlives the container's process, and the step that takes the keys away may not run.
+#[test]
+fn the_keys_of_a_former_life_open_nothing_where_the_volume_is_never_asked() {
+    let laptop = Laptop::new();
+    let step = "/usr/local/lib/openclaw-cvm/cvm-step";
+    let without_the_volume = "#!/bin/sh\ntask=$(cat)\ncase $task in *claim*) exit 1;; esac\n\
+                              printf '%s\\n' \"$task\" | /real/cvm-step\n";
+    let run = laptop.home.path().join("run");
+    fs::create_dir(&run).expect("the directory is writable");
+    let keys = run.join("authorized_keys");
+    fs::write(&keys, laptop.public("environment")).expect("the directory is writable");
+    let machine = laptop
+        .machine(HEALTHY)
+        .bind(&run, "/run/openclaw-cvm")
+        .bind(&binaries(), "/real")
+        .file(step, without_the_volume, 0o755)
+        .start();
+    machine.line("Boot step volume failed");
+    up(&machine);
+    assert!(!keys.exists());
+    let tried = ssh(&machine, "environment", &[], "true").output().expect("nsenter runs");
+    assert!(text(&tried).contains("Permission denied (publickey)."), "{}", text(&tried));
+}
+
 #[test]
 fn the_derived_host_key_and_the_owners_key_open_a_useful_and_clean_session() {
     let laptop = Laptop::new();

@@ -6,6 +6,7 @@
 //! remembers another one, or a later epoch -> refused
 //! holds state, remembers nothing, or that there was no key:
 //!     good with a proven owner, or where there is no dstack; else refused
+//! remembers something that cannot be read -> good with a proven owner, who is told; else refused
 //! ```
 //!
 //! Without this an environment that somebody else has written would boot on the old volume, with
@@ -17,8 +18,9 @@
 use crate::secret::Secret;
 use serde::{Deserialize, Serialize};
 
-/// Its file, in our own directory on the volume.
-pub const MEMORY: &str = "volume.json";
+/// Its file, in our own directory on the volume, and the copy that counts when the file cannot be read.
+/// Each is written whole, one after the other.
+pub const MEMORIES: [&str; 2] = ["volume.json", "volume.json.copy"];
 /// What a boot says of itself, for `cvm volume`; in our directory of this boot.
 pub const CLAIM: &str = "volume-claim.json";
 
@@ -60,6 +62,15 @@ pub enum Found {
     Damaged,
 }
 
+impl Found {
+    /// By what lies in [`MEMORIES`], in their order; none: there is neither.
+    pub fn in_files<T: AsRef<[u8]>>(files: &[Option<T>]) -> Option<Self> {
+        let mut there = files.iter().flatten().map(AsRef::as_ref).peekable();
+        there.peek()?;
+        Some(there.find_map(|bytes| serde_json::from_slice(bytes).ok()).map_or(Self::Damaged, Self::Memory))
+    }
+}
+
 /// A boot that may use the volume.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Good {
@@ -67,6 +78,8 @@ pub struct Good {
     pub memory: Memory,
     /// A line for the boot log.
     pub says: Option<&'static str>,
+    /// What an operator has to know for as long as this boot lasts.
+    pub remark: Option<&'static str>,
 }
 
 /// Why a boot may not use the volume: no key of its environment opens a shell, and nothing that stands
@@ -77,6 +90,8 @@ pub enum Stranger {
     NoKey,
     OldEpoch,
     Unproven,
+    /// The same, of a volume without a key in an environment without one.
+    UnprovenKeyless,
     Keyless,
     Damaged,
 }
@@ -89,17 +104,17 @@ impl Stranger {
                 "the volume belongs to another MASTER_KEY than the one of this environment, so no shell is opened and \
                  no gateway started. Correct MASTER_KEY and deploy again. If the key is meant to change: deploy with the \
                  old one, and there tell the volume of the new one by `cvm volume adopt`; on a docker host of your own \
-                 `docker exec CONTAINER cvm volume adopt` does it at once"
+                 `docker exec -it CONTAINER cvm volume adopt` does it at once"
             }
             Self::NoKey => {
                 "the volume belongs to a MASTER_KEY, and this environment has none, so no shell is opened and no gateway \
-                 started. Set MASTER_KEY again and deploy; on a docker host of your own `docker exec CONTAINER cvm volume \
-                 adopt` goes on without one"
+                 started. Set MASTER_KEY again and deploy; on a docker host of your own `docker exec -it CONTAINER cvm \
+                 volume adopt` goes on without one"
             }
             Self::OldEpoch => {
                 "CVM_OWNER_EPOCH is lower than one that this volume has seen, so this may be an old environment that \
                  somebody has put back: no shell is opened and no gateway started. Deploy with the epoch of your last \
-                 deployment, or a higher one"
+                 deployment, or a higher one, and with the CVM_OWNER of that epoch set: without it an epoch counts as 0"
             }
             Self::Unproven => {
                 "the volume holds a state and remembers no MASTER_KEY, and on dstack anybody who reaches the host can \
@@ -107,14 +122,21 @@ impl Stranger {
                  Print CVM_OWNER with `cvm derive owner` on your own machine, write it into the compose file with \
                  `image/pin --owner`, and deploy again with the same MASTER_KEY; the state stays as it is"
             }
+            Self::UnprovenKeyless => {
+                "the volume holds a state and this environment has no MASTER_KEY, and on dstack anybody who reaches the \
+                 host can write an environment: no shell is opened and no gateway started before the owner has proven \
+                 himself. Make a key with `openssl rand -base64 32`, set it as MASTER_KEY, write CVM_OWNER (`cvm derive \
+                 owner`) into the compose file with `image/pin --owner`, and deploy again: the state stays as it is, the \
+                 gateway's token and the SSH host key change then. Or prove yourself by CVM_OWNER_TOKEN"
+            }
             Self::Keyless => {
                 "this environment has no MASTER_KEY, and on dstack the next boot on this volume could not be told from \
                  somebody else's: no shell is opened and no gateway started. Set MASTER_KEY and deploy again"
             }
             Self::Damaged => {
-                "what the volume remembers of its MASTER_KEY (/data/.cvm/volume.json) is damaged, so no shell is opened \
-                 and no gateway started. Look at the disk; on a docker host of your own `docker exec CONTAINER cvm volume \
-                 adopt` makes it anew"
+                "what the volume remembers of its MASTER_KEY is damaged (/data/.cvm/volume.json, and its copy beside it), so \
+                 no shell is opened and no gateway started. Deploy with CVM_OWNER set, and the volume is this MASTER_KEY's \
+                 again; on a docker host of your own `docker exec -it CONTAINER cvm volume adopt` makes it anew"
             }
         }
     }
@@ -125,20 +147,26 @@ const TAKEN_OVER: &str = "The volume holds a state of a version that remembered 
 const NOW_KEYED: &str = "The volume was used without MASTER_KEY; from now on it belongs to this one";
 const CHANGED: &str =
     "The volume belongs to the new MASTER_KEY from now on, and the old one does not open it any more";
+const DAMAGED: &str = "What the volume remembered of its MASTER_KEY was damaged (/data/.cvm/volume.json and its copy), \
+                       and so was the highest CVM_OWNER_EPOCH. The owner has proven himself, and from now on the volume \
+                       belongs to this MASTER_KEY and epoch. Look at the disk: `cvm doctor`";
 
 pub fn judge(claim: &Claim, found: Found) -> Result<Good, Stranger> {
     // Without dstack whoever writes the environment has the volume anyway.
     let trusted = claim.proven || !claim.dstack;
     let own = |epoch: u32| Memory { key: claim.key.clone(), next: None, epoch };
+    let good = |memory, says| Good { memory, says, remark: None };
+    let unproven = if claim.key.is_some() { Stranger::Unproven } else { Stranger::UnprovenKeyless };
     let memory = match found {
-        Found::Damaged => return Err(Stranger::Damaged),
-        Found::Nothing if !trusted && claim.key.is_none() => return Err(Stranger::Keyless),
-        Found::Nothing => return Ok(Good { memory: own(claim.epoch()), says: None }),
-        Found::State if !trusted => return Err(Stranger::Unproven),
-        Found::State => {
-            let says = claim.key.is_some().then_some(TAKEN_OVER);
-            return Ok(Good { memory: own(claim.epoch()), says });
+        // Who is not its owner may have damaged it, without dstack too.
+        Found::Damaged if !claim.proven => return Err(Stranger::Damaged),
+        Found::Damaged => {
+            return Ok(Good { memory: own(claim.epoch()), says: None, remark: Some(DAMAGED) });
         }
+        Found::Nothing if !trusted && claim.key.is_none() => return Err(Stranger::Keyless),
+        Found::Nothing => return Ok(good(own(claim.epoch()), None)),
+        Found::State if !trusted => return Err(unproven),
+        Found::State => return Ok(good(own(claim.epoch()), claim.key.is_some().then_some(TAKEN_OVER))),
         Found::Memory(memory) => memory,
     };
     if claim.epoch() < memory.epoch {
@@ -147,15 +175,13 @@ pub fn judge(claim: &Claim, found: Found) -> Result<Good, Stranger> {
     let epoch = claim.epoch();
     match (&claim.key, &memory.key) {
         (None, Some(_)) => Err(Stranger::NoKey),
-        (_, None) if !trusted => Err(Stranger::Unproven),
-        (Some(key), Some(kept)) if same(key, kept) => {
-            Ok(Good { memory: Memory { epoch, ..memory }, says: None })
-        }
+        (_, None) if !trusted => Err(unproven),
+        (Some(key), Some(kept)) if same(key, kept) => Ok(good(Memory { epoch, ..memory }, None)),
         (Some(key), Some(_)) if memory.next.as_ref().is_some_and(|next| same(key, next)) => {
-            Ok(Good { memory: own(epoch), says: Some(CHANGED) })
+            Ok(good(own(epoch), Some(CHANGED)))
         }
         (Some(_), Some(_)) => Err(Stranger::OtherKey),
-        (key, None) => Ok(Good { memory: own(epoch), says: key.is_some().then_some(NOW_KEYED) }),
+        (key, None) => Ok(good(own(epoch), key.is_some().then_some(NOW_KEYED))),
     }
 }
 
@@ -243,9 +269,8 @@ mod tests {
     #[test]
     fn on_dstack_an_old_volume_waits_for_its_owner_to_prove_himself() {
         for found in [Found::State, remembers("", 0)] {
-            for forged in [claim("b"), claim("")] {
-                assert_eq!(refused(&forged, found.clone()), Stranger::Unproven, "{found:?}");
-            }
+            assert_eq!(refused(&claim("b"), found.clone()), Stranger::Unproven, "{found:?}");
+            assert_eq!(refused(&claim(""), found.clone()), Stranger::UnprovenKeyless, "{found:?}");
             // The control: with the proof, and where there is nobody to keep out.
             for owner in [proven("a", 0), at_home("a")] {
                 let good = judge(&owner, found.clone()).unwrap();
@@ -282,8 +307,37 @@ mod tests {
 
     #[test]
     fn a_memory_that_cannot_be_read_is_not_taken_for_none() {
-        for any in [claim("a"), proven("a", 0), at_home("a")] {
+        for any in [claim("a"), claim(""), at_home("a"), at_home("")] {
             assert_eq!(refused(&any, Found::Damaged), Stranger::Damaged);
+        }
+    }
+
+    #[test]
+    fn a_proven_owner_gets_a_volume_back_whose_memory_is_damaged_and_is_told() {
+        let owner = proven("a", 3);
+        let good = judge(&owner, Found::Damaged).unwrap();
+        assert_eq!(good.memory, Memory { key: claim("a").key, next: None, epoch: 3 });
+        assert!(good.remark.is_some_and(|text| text.contains("damaged") && text.contains("CVM_OWNER_EPOCH")));
+        assert!(judge(&owner, Found::Memory(good.memory)).unwrap().remark.is_none(), "once");
+    }
+
+    #[test]
+    fn the_copy_counts_when_the_file_cannot_be_read_and_nothing_when_neither_can() {
+        let memory = |key: &str| Memory { key: claim(key).key, ..Memory::default() };
+        let text = |key: &str| Some(serde_json::to_vec(&memory(key)).unwrap());
+        let damaged = || Some(b"{\"key\"".to_vec());
+        for (files, found) in [
+            ([text("a"), text("b")], Some(Found::Memory(memory("a")))),
+            ([text("a"), damaged()], Some(Found::Memory(memory("a")))),
+            ([text("a"), None], Some(Found::Memory(memory("a")))),
+            ([damaged(), text("b")], Some(Found::Memory(memory("b")))),
+            ([None, text("b")], Some(Found::Memory(memory("b")))),
+            ([damaged(), Some(Vec::new())], Some(Found::Damaged)),
+            ([damaged(), None], Some(Found::Damaged)),
+            ([None, damaged()], Some(Found::Damaged)),
+            ([None, None], None),
+        ] {
+            assert_eq!(Found::in_files(&files), found, "{files:?}");
         }
     }
 
@@ -298,11 +352,17 @@ mod tests {
     #[test]
     fn every_refusal_says_what_does_not_happen_and_what_to_do() {
         use Stranger::*;
-        for stranger in [OtherKey, NoKey, OldEpoch, Unproven, Keyless, Damaged] {
+        for stranger in [OtherKey, NoKey, OldEpoch, Unproven, UnprovenKeyless, Keyless, Damaged] {
             let words = stranger.words();
             assert!(words.contains("no shell is opened") && words.len() < 700, "{words}");
-            assert!(["eploy", "cvm volume adopt"].iter().any(|remedy| words.contains(remedy)), "{words}");
+            assert!(words.contains("eploy"), "there is no docker exec on dstack: {words}");
+            assert!(!words.contains("docker exec CONTAINER"), "it asks, and wants a terminal: {words}");
         }
+        let of = |stranger: Stranger, named: &str| assert!(stranger.words().contains(named), "{stranger:?}");
+        of(OldEpoch, "CVM_OWNER of that epoch");
+        of(Damaged, "CVM_OWNER set");
+        of(UnprovenKeyless, "CVM_OWNER_TOKEN");
+        assert!(!UnprovenKeyless.words().contains("same MASTER_KEY"), "it has none");
     }
 
     #[test]

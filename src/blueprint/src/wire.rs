@@ -164,6 +164,8 @@ pub enum Task {
     DockerPrepare,
     FreePort {
         port: u16,
+        /// Whose it is.
+        service: String,
     },
     /// End what a killed keeper left behind.
     Sweep {

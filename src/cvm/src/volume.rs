@@ -13,7 +13,7 @@ use crate::socket;
 use crate::trouble::{Exit, Trouble};
 use crate::words;
 use cvm_blueprint::paths;
-use cvm_blueprint::volume::{CLAIM, Claim, Found, MEMORY, Memory, adopted, judge, may_adopt};
+use cvm_blueprint::volume::{CLAIM, Claim, Found, MEMORIES, Memory, adopted, judge, may_adopt};
 use cvm_blueprint::wire::Verb;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
@@ -31,13 +31,18 @@ pub(crate) fn run(what: &VolumeCommand) -> Result<Exit, Trouble> {
 }
 
 fn adopt(args: &AdoptArgs, claim: &Claim, roots: &[PathBuf]) -> Result<Exit, Trouble> {
-    let own = roots.iter().find(|own| own.join(MEMORY).exists());
+    let own = roots.iter().find(|own| MEMORIES.iter().any(|name| own.join(name).exists()));
     let own = own.or(roots.last()).ok_or_else(|| Trouble::new(Exit::Bad, WHAT, "there is no volume"))?;
-    let found = match fs::read(own.join(MEMORY)) {
-        Ok(bytes) => serde_json::from_slice(&bytes).map_or(Found::Damaged, Found::Memory),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Found::State,
-        Err(error) => return Err(trouble(&error)),
-    };
+    let mut files = Vec::new();
+    for name in MEMORIES {
+        files.push(match fs::read(own.join(name)) {
+            Ok(bytes) => Some(bytes),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => return Err(trouble(&error)),
+        });
+    }
+    let found = Found::in_files(&files).unwrap_or(Found::State);
+    let is_damaged = found == Found::Damaged;
     let good = judge(claim, found);
     if let Some(next) = &args.fingerprint {
         let Ok(good) = good else {
@@ -50,7 +55,7 @@ fn adopt(args: &AdoptArgs, claim: &Claim, roots: &[PathBuf]) -> Result<Exit, Tro
             "The next boot with that key takes the volume over. Until then it belongs to the present key.\n";
         return out::print(text).map(|()| Exit::Good);
     }
-    if good.is_ok() {
+    if good.is_ok() && !is_damaged {
         return out::print("The volume belongs to this boot's key already; nothing was done.\n")
             .map(|()| Exit::Good);
     }
@@ -94,7 +99,11 @@ fn trouble(error: &io::Error) -> Trouble {
 
 /// The old or the new, whenever the power goes.
 fn write(own: &Path, memory: &Memory) -> io::Result<()> {
-    let draft = own.join(format!(".{MEMORY}.cvm-new"));
+    MEMORIES.iter().try_for_each(|name| write_to(own, name, memory))
+}
+
+fn write_to(own: &Path, name: &str, memory: &Memory) -> io::Result<()> {
+    let draft = own.join(format!(".{name}.cvm-new"));
     match fs::remove_file(&draft) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
@@ -102,7 +111,7 @@ fn write(own: &Path, memory: &Memory) -> io::Result<()> {
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&draft)?;
     file.write_all(&serde_json::to_vec(memory)?)?;
     file.sync_all()?;
-    fs::rename(&draft, own.join(MEMORY))?;
+    fs::rename(&draft, own.join(name))?;
     File::open(own)?.sync_all()
 }
 
@@ -123,7 +132,7 @@ mod tests {
     }
 
     fn memory(own: &Path) -> Memory {
-        serde_json::from_slice(&fs::read(own.join(MEMORY)).unwrap()).unwrap()
+        serde_json::from_slice(&fs::read(own.join(MEMORIES[0])).unwrap()).unwrap()
     }
 
     fn of(fingerprint: Option<&str>) -> AdoptArgs {
@@ -152,11 +161,28 @@ mod tests {
     }
 
     #[test]
+    fn a_damaged_memory_is_made_anew_and_one_with_a_good_copy_is_not_damaged() {
+        let (_temp, roots) = room();
+        write(&roots[1], &adopted(&claim("a", false))).unwrap();
+        let home = Claim { dstack: false, ..claim("b", false) };
+        fs::write(roots[1].join(MEMORIES[0]), "{").unwrap();
+        let refused = adopt(&of(None), &claim("b", false), &roots).unwrap_err();
+        assert_eq!(refused.exit, Exit::Refused);
+        fs::write(roots[1].join(MEMORIES[1]), "{").unwrap();
+        // Without a supervisor the order to it fails; what comes before is done.
+        let _ = adopt(&of(None), &home, &roots);
+        for name in MEMORIES {
+            let memory: Memory = serde_json::from_slice(&fs::read(roots[1].join(name)).unwrap()).unwrap();
+            assert_eq!(memory, adopted(&home));
+        }
+    }
+
+    #[test]
     fn with_an_overlay_in_its_place_the_volume_is_found() {
         let (_temp, roots) = room();
         fs::create_dir_all(&roots[0]).unwrap();
         write(&roots[0], &adopted(&claim("a", false))).unwrap();
         adopt(&of(Some("b")), &claim("a", false), &roots).unwrap();
-        assert!(memory(&roots[0]).next.is_some() && !roots[1].join(MEMORY).exists());
+        assert!(memory(&roots[0]).next.is_some() && !roots[1].join(MEMORIES[0]).exists());
     }
 }

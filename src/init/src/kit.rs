@@ -154,7 +154,7 @@ impl Kit {
     pub(crate) fn prepare(&self, prepare: Prepare, service: &str, run: &str) -> KeeperSpec {
         let task = match prepare {
             Prepare::Dockerd => Task::DockerPrepare,
-            Prepare::FreePort(port) => Task::FreePort { port },
+            Prepare::FreePort(port) => Task::FreePort { port, service: service.to_owned() },
         };
         self.task(&format!("{service}-prepare"), run, &task)
     }

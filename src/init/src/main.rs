@@ -31,7 +31,7 @@ use cvm_blueprint::owner::{self, Proof};
 use cvm_blueprint::status::{self, About, Fingerprint};
 use cvm_blueprint::volume::Claim;
 use cvm_blueprint::wire::Remark;
-use cvm_blueprint::{plan, service};
+use cvm_blueprint::{paths, plan, service};
 use cvm_process::kernel::Linux;
 use cvm_process::signals;
 use nix::poll::{PollFd, PollFlags, poll};
@@ -40,6 +40,7 @@ use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::os::fd::AsFd;
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -202,6 +203,9 @@ fn prepare(
         tracing::warn!("{door}");
     }
     let remarks = remarks_on_dstack();
+    if let Err(error) = forget_former_keys(Path::new(paths::AUTHORIZED_KEYS)) {
+        tracing::error!("{} of a former life stays: {error}", paths::AUTHORIZED_KEYS);
+    }
     let keys = config.master_key.as_ref().map(|master| {
         tracing::info!("Deriving keys from MASTER_KEY...");
         let keys = KeyRing::derive(master);
@@ -239,6 +243,15 @@ fn prepare(
     let mut world = turn::World::new(machine, kit, children, kernel, voice, about, began);
     world.start_logger();
     world
+}
+
+/// Who could log in before this container was started again: its /run may be on a disk. The step of the
+/// volume may fail before it gets as far as that, and sshd starts all the same.
+fn forget_former_keys(path: &Path) -> std::io::Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
 }
 
 /// Before the first child.

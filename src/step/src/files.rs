@@ -11,7 +11,7 @@ use crate::report::{Failure, shown};
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, RenameFlags, openat, renameat, renameat2};
 use nix::sys::stat::{FileStat, Mode, SFlag, fchmod, fstat, fstatat, mkdirat};
-use nix::unistd::{UnlinkatFlags, fchown, fsync, unlinkat};
+use nix::unistd::{UnlinkatFlags, fchown, fsync, getegid, geteuid, unlinkat};
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{Read, Write};
@@ -167,6 +167,25 @@ impl Dir {
             fchmod(&self.fd, Mode::from_bits_truncate(mode)).map_err(own("change the mode of"))?;
         }
         Ok(())
+    }
+
+    /// Whoever is not us cannot rename or replace what is ours in here; says whether somebody could before.
+    pub(crate) fn shut(&self) -> FileResult<bool> {
+        const OF_OTHERS: u32 = 0o022;
+        const STICKY: u32 = 0o1000;
+        let own = |what: &'static str| self.trouble(what, OsStr::new(""));
+        let now = fstat(&self.fd).map_err(own("look at"))?;
+        let (us, group) = (geteuid(), getegid());
+        let is_ours = now.st_uid == us.as_raw();
+        if is_ours && (now.st_mode & OF_OTHERS == 0 || now.st_mode & STICKY != 0) {
+            return Ok(false);
+        }
+        if !is_ours {
+            fchown(&self.fd, Some(us), Some(group)).map_err(own("change the owner of"))?;
+        }
+        let mode = now.st_mode & 0o7777 & !OF_OTHERS;
+        fchmod(&self.fd, Mode::from_bits_truncate(mode)).map_err(own("change the mode of"))?;
+        Ok(true)
     }
 
     /// What lies at `name`: a link is itself, not what it leads to.

@@ -99,7 +99,7 @@ fn carry_out(task: Task, report: &mut Report) -> Outcome<()> {
         Task::Home { user, docker } => home::prepare(&places, &user, docker, report),
         Task::State(task) => state::prepare(&places, &task, report),
         Task::DockerPrepare => docker::prepare(&places, report),
-        Task::FreePort { port } => port::free(&places, port, report),
+        Task::FreePort { port, service } => port::free(&places, port, &service, report),
         Task::Sweep { run, listens_on } => sweep::sweep(&places, &run, listens_on, report),
     }
 }

@@ -1,7 +1,7 @@
-//! Frees the gateway's port: ends whoever listens there, with everything below it.
+//! Frees a service's port: ends whoever listens there, with everything below it.
 //!
 //! A gateway can restart itself and leave the old one holding the port; the new one would then
-//! fail for ever. Whoever it is, the port is the gateway's.
+//! fail for ever. Whoever it is, the port is the service's.
 //!
 //! Refuses to end PID 1, this process and its ancestors. May import: `places`, `processes`,
 //! `report`.
@@ -24,7 +24,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// Somebody may take the port again while we free it.
 const ROUNDS: u32 = 3;
 
-pub(crate) fn free(places: &Places, port: u16, report: &mut Report) -> Outcome<()> {
+pub(crate) fn free(places: &Places, port: u16, service: &str, report: &mut Report) -> Outcome<()> {
     for _ in 0..ROUNDS {
         if is_free(port) {
             return Ok(());
@@ -39,10 +39,11 @@ pub(crate) fn free(places: &Places, port: u16, report: &mut Report) -> Outcome<(
             }
             return Err(Failure::again(format!(
                 "port {port} is taken by a process that cannot be seen from here (another container in the same \
-                 network?); stop it, or set another port for the gateway"
+                 network?); stop it{}",
+                or_another_port(service)
             )));
         }
-        spare_ourselves(&table, &holders, port)?;
+        spare_ourselves(&table, &holders, port, service)?;
         for holder in &holders {
             report.warn(format!("port {port} was held by pid {} ({}); ended it", holder.pid, holder.name));
         }
@@ -89,13 +90,24 @@ pub(crate) fn holds(places: &Places, pid: i32, sockets: &BTreeSet<u64>) -> bool 
     })
 }
 
-fn spare_ourselves(table: &Table, holders: &[Process], port: u16) -> Outcome<()> {
+/// The second half of a remedy, for a service whose port can be chosen.
+fn or_another_port(service: &str) -> &'static str {
+    match service {
+        "sshd" => ", or give sshd another port with SSH_PORT",
+        "gateway" => ", or give the gateway another port with OPENCLAW_GATEWAY_PORT",
+        _ => "",
+    }
+}
+
+fn spare_ourselves(table: &Table, holders: &[Process], port: u16, service: &str) -> Outcome<()> {
     let lineage = table.lineage(processes::own_pid());
     match holders.iter().find(|holder| lineage.contains(&holder.pid)) {
         None => Ok(()),
         Some(own) => Err(Failure::again(format!(
-            "port {port} is held by pid {} ({}), which this container cannot do without; set another port for the gateway",
-            own.pid, own.name
+            "port {port} is held by pid {} ({}), which this container cannot do without, and {service} wants it{}",
+            own.pid,
+            own.name,
+            or_another_port(service)
         ))),
     }
 }
@@ -160,7 +172,7 @@ mod tests {
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         assert!(is_free_in_the_end(port));
         let mut report = Report::default();
-        free(&Places::default(), port, &mut report).unwrap();
+        free(&Places::default(), port, "gateway", &mut report).unwrap();
         assert!(report.notes.is_empty());
     }
 
@@ -168,8 +180,9 @@ mod tests {
     fn our_own_process_is_never_ended() {
         let own = TcpListener::bind("[::1]:0").unwrap();
         let port = own.local_addr().unwrap().port();
-        let failure = free(&Places::default(), port, &mut Report::default()).unwrap_err();
+        let failure = free(&Places::default(), port, "gateway", &mut Report::default()).unwrap_err();
         assert!(failure.retry && failure.why.contains("cannot do without"), "{}", failure.why);
+        assert!(failure.why.contains("OPENCLAW_GATEWAY_PORT"), "{}", failure.why);
     }
 
     #[test]
@@ -187,7 +200,7 @@ mod tests {
         assert_eq!(below.len(), 2);
         let grandchild = processes::look_up(&Places::default(), below[1]).unwrap();
         let mut report = Report::default();
-        free(&Places::default(), port, &mut report).unwrap();
+        free(&Places::default(), port, "gateway", &mut report).unwrap();
         assert!(!processes::still_runs(&Places::default(), &grandchild));
         assert!(report.notes[0].text.contains(&format!("pid {pid} (python3")), "{}", report.notes[0].text);
         child.wait().unwrap();
@@ -203,8 +216,9 @@ mod tests {
             "   0: 0100007F:{port:04X} 00000000:0000 0A 00000000:00000000 00:00000000 00000000 0 0 4711 1 0\n"
         );
         fs::write(temp.path().join("proc/net/tcp"), line).unwrap();
-        let failure = free(&Places::below(temp.path()), port, &mut Report::default()).unwrap_err();
+        let failure = free(&Places::below(temp.path()), port, "sshd", &mut Report::default()).unwrap_err();
         assert!(failure.retry && failure.why.contains(&format!("port {port}")));
+        assert!(failure.why.contains("SSH_PORT") && !failure.why.contains("gateway"), "{}", failure.why);
     }
 
     #[test]

@@ -182,7 +182,10 @@ fn on_volume(own_state: &Path, proposed: &Seed) -> Result<(Seed, Option<String>)
 
 /// Nobody comes in, until it is known whose volume this is.
 pub(crate) fn admit_nobody(run: &Dir) -> Outcome<()> {
-    Ok(run.write(name_of(paths::AUTHORIZED_KEYS), b"", Kind::OF_THIS_BOOT)?)
+    let name = name_of(paths::AUTHORIZED_KEYS);
+    // A /run that takes nothing keeps nothing either.
+    run.remove(OsStr::new(name))?;
+    Ok(run.write(name, b"", Kind::OF_THIS_BOOT)?)
 }
 
 /// Who may log in: asked for once the volume has turned out to be this environment's.

@@ -13,12 +13,14 @@ use crate::places::Places;
 use crate::report::{Failure, Outcome, Report};
 use crate::ssh::{self, Keys};
 use cvm_blueprint::paths;
-use cvm_blueprint::volume::{CLAIM, Claim, Found, MEMORY, judge};
+use cvm_blueprint::volume::{CLAIM, Claim, Found, MEMORIES, judge};
 use cvm_blueprint::wire;
+use nix::errno::Errno;
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
 use std::path::Path;
+use zeroize::Zeroizing;
 
 const MEMORY_MAX: usize = 64 * 1024;
 
@@ -27,13 +29,24 @@ pub(crate) fn open(places: &Places, claim: &Claim, keys: Keys<'_>, report: &mut 
     // Before the volume is looked at, which may take for ever: a former life may have left keys here.
     ssh::admit_nobody(&run)?;
     run.write(CLAIM, &wire::line(claim), Kind::OF_THIS_BOOT)?;
-    let found = find(places)?;
-    let good = judge(claim, found.clone()).map_err(|stranger| Failure::for_good(stranger.words()))?;
+    shut_the_top(places, report)?;
+    let files = read(places)?;
+    let found = match Found::in_files(&files) {
+        Some(found) => found,
+        None => without_memory(places)?,
+    };
+    let good = judge(claim, found).map_err(|stranger| Failure::for_good(stranger.words()))?;
     ssh::admit(places, &run, keys, report)?;
-    if found != Found::Memory(good.memory.clone()) {
-        // A volume that takes nothing costs the gateway; who may mend it is in already.
-        let own = Dir::ensure(&places.at(paths::OWN_STATE), 0o700, None)?;
-        own.write(MEMORY, &wire::line(&good.memory), Kind::KEPT)?;
+    if let Some(text) = good.remark {
+        report.remark("volume", text);
+    }
+    // A volume that takes nothing costs the gateway; who may mend it is in already.
+    let kept = Some(Found::Memory(good.memory.clone()));
+    for (name, there) in MEMORIES.into_iter().zip(files) {
+        if Found::in_files(&[there]) != kept {
+            let own = Dir::ensure(&places.at(paths::OWN_STATE), 0o700, None)?;
+            own.write(name, &wire::line(&good.memory), Kind::KEPT)?;
+        }
     }
     if let Some(line) = good.says {
         report.info(line);
@@ -41,16 +54,57 @@ pub(crate) fn open(places: &Places, claim: &Claim, keys: Keys<'_>, report: &mut 
     Ok(())
 }
 
-fn find(places: &Places) -> Outcome<Found> {
-    let own = places.at(paths::OWN_STATE);
-    let bytes = match Dir::open(&own) {
-        Ok(own) => own.read(MEMORY, MEMORY_MAX)?,
-        Err(error) if error.errno == nix::errno::Errno::ENOENT => None,
+/// Who may write into the top of the volume can rename our own directory, whoever that belongs to, and put
+/// one of his in its place. A sticky top keeps everybody from that.
+fn shut_the_top(places: &Places, report: &mut Report) -> Outcome<()> {
+    for path in [paths::DATA, paths::OWN_STATE] {
+        let directory = match Dir::open(&places.at(path)) {
+            Ok(directory) => directory,
+            Err(error) if error.errno == Errno::ENOENT => continue,
+            Err(error) => return Err(error.into()),
+        };
+        let was_open = directory.shut().map_err(|error| {
+            Failure::again(format!(
+                "{error}. Others than root may write there, and could put another {} into its place, so no shell is \
+                 opened and no gateway started: on the host, make it root's, with mode 0755",
+                paths::OWN_STATE
+            ))
+        })?;
+        if was_open {
+            report.remark(
+                "volume",
+                &format!(
+                    "{path} could be changed by others than root, so the agent may have put files of its own into {}; \
+                     now {path} is root's, and only root writes there",
+                    paths::OWN_STATE
+                ),
+            );
+        }
+    }
+    Ok(())
+}
+
+/// What lies in [`MEMORIES`].
+fn read(places: &Places) -> Outcome<[Option<Zeroizing<Vec<u8>>>; 2]> {
+    let own = match Dir::open(&places.at(paths::OWN_STATE)) {
+        Ok(own) => own,
+        Err(error) if error.errno == Errno::ENOENT => return Ok([None, None]),
         Err(error) => return Err(error.into()),
     };
-    if let Some(bytes) = bytes {
-        return Ok(serde_json::from_slice(&bytes).map_or(Found::Damaged, Found::Memory));
+    match MEMORIES.map(|name| own.read(name, MEMORY_MAX)) {
+        [Ok(file), Ok(copy)] => Ok([file, copy]),
+        // What the disk does not give is asked for again, unless the other one is good.
+        [Ok(Some(good)), Err(_)] if Found::in_files(&[Some(&*good)]) != Some(Found::Damaged) => {
+            Ok([Some(good), None])
+        }
+        [Err(_), Ok(Some(good))] if Found::in_files(&[Some(&*good)]) != Some(Found::Damaged) => {
+            Ok([None, Some(good)])
+        }
+        [Err(error), _] | [_, Err(error)] => Err(error.into()),
     }
+}
+
+fn without_memory(places: &Places) -> Outcome<Found> {
     let data = places.at(paths::DATA);
     let holds = holds_state(&data).map_err(trouble("read", &data))?;
     Ok(if holds { Found::State } else { Found::Nothing })
@@ -62,7 +116,7 @@ fn holds_state(data: &Path) -> io::Result<bool> {
     let of_this_boot = |name: &OsStr| {
         let name = name.to_string_lossy();
         // With what a kill has left of writing them.
-        [ssh::SEED, MEMORY].iter().any(|own| name.trim_start_matches('.').starts_with(own))
+        [ssh::SEED, MEMORIES[0]].iter().any(|own| name.trim_start_matches('.').starts_with(own))
     };
     let own = Path::new(paths::OWN_STATE).file_name().unwrap_or_default();
     for name in names(data)? {
@@ -125,7 +179,7 @@ mod tests {
         }
 
         fn memory(&self) -> Option<Memory> {
-            let path = self.places.at(paths::OWN_STATE).join(MEMORY);
+            let path = self.places.at(paths::OWN_STATE).join(MEMORIES[0]);
             fs::read(path).ok().map(|bytes| serde_json::from_slice(&bytes).unwrap())
         }
 
@@ -168,7 +222,7 @@ mod tests {
         {
             let machine = Machine::new().with(state, "{}");
             machine.refuses(&on_dstack("b", false), Stranger::Unproven);
-            machine.refuses(&on_dstack("", false), Stranger::Unproven);
+            machine.refuses(&on_dstack("", false), Stranger::UnprovenKeyless);
             machine.admits(&on_dstack("a", true));
             machine.refuses(&on_dstack("b", true), Stranger::OtherKey);
         }
@@ -197,11 +251,90 @@ mod tests {
     }
 
     #[test]
-    fn a_damaged_memory_is_refused_and_kept() {
-        let machine = Machine::new().with("data/.cvm/volume.json", "{\"key\"");
-        let failure = machine.boot(&on_dstack("a", true)).unwrap_err();
+    fn a_damaged_memory_is_refused_and_kept_until_the_owner_proves_himself() {
+        let files = MEMORIES.map(|name| format!("data/.cvm/{name}"));
+        let machine = Machine::new().with(&files[0], "{\"key\"").with(&files[1], "");
+        let failure = machine.boot(&on_dstack("a", false)).unwrap_err();
         assert_eq!((failure.why.as_str(), machine.admitted().as_str()), (Stranger::Damaged.words(), ""));
-        assert_eq!(fs::read(machine.temp.path().join("data/.cvm/volume.json")).unwrap(), b"{\"key\"");
+        assert_eq!(fs::read(machine.temp.path().join(&files[0])).unwrap(), b"{\"key\"");
+        let mut report = Report::default();
+        let keys = Keys { given: KEY, trust_host_keys: false };
+        open(&machine.places, &on_dstack("a", true), keys, &mut report).unwrap();
+        assert!(report.facts.remarks[0].text.contains("damaged"), "{:?}", report.facts.remarks);
+        machine.admits(&on_dstack("a", false));
+        machine.refuses(&on_dstack("b", true), Stranger::OtherKey);
+    }
+
+    #[test]
+    fn one_of_the_two_memories_is_enough_and_brings_the_other_back() {
+        let files = MEMORIES.map(|name| format!("data/.cvm/{name}"));
+        let machine = Machine::new();
+        machine.admits(&on_dstack("a", false));
+        let at = |path: &str| machine.temp.path().join(path);
+        let whole = fs::read(at(&files[0])).unwrap();
+        for hit in &files {
+            let harms: [&dyn Fn(); 3] = [
+                &|| fs::write(at(hit), "{\"key\"").unwrap(),
+                &|| fs::remove_file(at(hit)).unwrap(),
+                // Nothing that can be read.
+                &|| fs::write(at(hit), vec![b' '; MEMORY_MAX + 1]).unwrap(),
+            ];
+            for harm in harms {
+                harm();
+                let failure = machine.boot(&on_dstack("b", false)).unwrap_err();
+                assert_eq!(failure.why, Stranger::OtherKey.words(), "{hit}");
+                machine.admits(&on_dstack("a", false));
+                assert_eq!(files.each_ref().map(|file| fs::read(at(file)).unwrap()), [&*whole, &*whole]);
+            }
+        }
+    }
+
+    #[test]
+    fn the_agent_cannot_put_a_directory_of_its_own_into_the_place_of_ours() {
+        use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
+        const AGENT: u32 = 1000;
+        let owner = |path: &Path| {
+            let meta = fs::metadata(path).unwrap();
+            (meta.uid(), meta.gid(), meta.mode() & 0o7777)
+        };
+        let open_tops: [(u32, u32, u32); 4] =
+            [(AGENT, AGENT, 0o755), (0, 0, 0o777), (0, AGENT, 0o775), (AGENT, AGENT, 0o1777)];
+        for (uid, gid, mode) in open_tops {
+            let machine = Machine::new();
+            machine.admits(&on_dstack("a", false));
+            let data = machine.temp.path().join("data");
+            chown(&data, Some(uid), Some(gid)).expect("this test needs root");
+            fs::set_permissions(&data, fs::Permissions::from_mode(mode)).unwrap();
+            let mut report = Report::default();
+            let keys = Keys { given: KEY, trust_host_keys: false };
+            open(&machine.places, &on_dstack("a", false), keys, &mut report).unwrap();
+            let (now, _, bits) = owner(&data);
+            assert_eq!((now, bits & 0o022), (0, 0), "{uid} {mode:o}");
+            assert!(report.facts.remarks[0].text.contains("only root writes"), "{:?}", report.facts.remarks);
+        }
+        // Its own directory, of a time when the top was open.
+        let machine = Machine::new();
+        machine.admits(&on_dstack("a", false));
+        let own = machine.places.at(paths::OWN_STATE);
+        chown(&own, Some(AGENT), Some(AGENT)).unwrap();
+        machine.admits(&on_dstack("a", false));
+        assert_eq!(owner(&own).0, 0);
+        // Root's and sticky: nobody renames what is another's, and whoever made it so may need it.
+        let data = machine.temp.path().join("data");
+        fs::set_permissions(&data, fs::Permissions::from_mode(0o1777)).unwrap();
+        machine.admits(&on_dstack("a", false));
+        assert_eq!(owner(&data).2, 0o1777);
+    }
+
+    #[test]
+    fn in_a_run_that_takes_nothing_the_keys_of_a_former_life_open_nothing() {
+        let machine = Machine::new();
+        machine.admits(&on_dstack("a", false));
+        let keys = machine.places.at(paths::AUTHORIZED_KEYS);
+        // Something that cannot be replaced, in the place of a draft.
+        fs::create_dir(keys.with_file_name(".authorized_keys.cvm-new")).unwrap();
+        assert!(machine.boot(&on_dstack("b", false)).unwrap_err().retry);
+        assert!(!keys.exists());
     }
 
     #[test]

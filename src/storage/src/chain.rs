@@ -512,9 +512,9 @@ impl Expected {
     fn allows(&self, state: Option<&str>) -> Result<(), Fault> {
         let suspicious = |why: &str| Err(Fault::Suspicious(why.to_owned()));
         match (state, &self.anchor) {
-            (Some(state), Some(anchor)) if state != anchor => {
-                suspicious("the bucket holds another state than that of STATE_ANCHOR: one that was begun anew")
-            }
+            (Some(state), Some(anchor)) if state != anchor => suspicious(
+                "the bucket holds another state than that of STATE_ANCHOR: one that was begun anew",
+            ),
             (Some(_), _) => Ok(()),
             (None, Some(_)) => suspicious(
                 "the manifest in the bucket is one of an older version, and STATE_ANCHOR is of a newer one: the bucket was set back",
@@ -523,9 +523,8 @@ impl Expected {
                 "the manifest in the bucket is one of an older version, and this volume knows a newer one: the bucket was set back",
             ),
             (None, None) if self.is_known || self.adopt => Ok(()),
-            (None, None) => Err(Fault::Unadopted(
-                "the manifest in the bucket is one of an older version, which does not say of which S3_PREFIX it is: a new machine cannot tell it from another one of this MASTER_KEY"
-                    .to_owned(),
+            (None, None) => Err(Fault::unadopted(
+                "the manifest in the bucket is one of an older version, which does not say of which S3_PREFIX it is: a new machine cannot tell it from another one of this MASTER_KEY",
             )),
         }
     }
@@ -612,7 +611,7 @@ mod tests {
     fn who_has_seen_that_a_manifest_says_of_what_it_is_takes_none_that_does_not() {
         let some = |text: &str| Some(text.to_owned());
         let expected = |is_known, volume, anchor, adopt| Expected { is_known, volume, anchor, adopt };
-        let adopts = |said| matches!(said, Err(Fault::Unadopted(_)));
+        let adopts = |said| matches!(said, Err(Fault::Unadopted { .. }));
         let suspects = |said| matches!(said, Err(Fault::Suspicious(_)));
         // A volume that an older version has left goes on; a new machine is told to adopt.
         assert_eq!(expected(true, None, None, false).allows(None), Ok(()));

@@ -31,7 +31,11 @@ pub(crate) enum Fault {
     /// What is in the bucket is not what the manifest says, or older than what we know.
     Suspicious(String),
     /// What is in the bucket cannot be checked, and nobody has said that it is to be taken over.
-    Unadopted(String),
+    Unadopted {
+        why: String,
+        /// Beside `STATE_ANCHOR`, with which `S3_ADOPT=1` is refused.
+        anchored: bool,
+    },
     /// Files without which the gateway must not start are not in the bucket as they should be.
     Lacking(String),
     /// Somebody else owns the bucket.
@@ -46,6 +50,18 @@ pub(crate) enum Fault {
 impl Fault {
     pub(crate) fn config(text: impl Into<String>) -> Self {
         Self::Config(text.into())
+    }
+
+    pub(crate) fn unadopted(text: impl Into<String>) -> Self {
+        Self::Unadopted { why: text.into(), anchored: false }
+    }
+
+    /// The same, where an operator has set `STATE_ANCHOR`, or has not.
+    pub(crate) fn beside_anchor(self, anchored: bool) -> Self {
+        match self {
+            Self::Unadopted { why, .. } => Self::Unadopted { why, anchored },
+            other => other,
+        }
     }
 
     pub(crate) fn other(text: impl Into<String>) -> Self {
@@ -80,7 +96,11 @@ impl Fault {
     pub(crate) fn may_pass(&self) -> bool {
         !matches!(
             self,
-            Self::Config(_) | Self::WrongKey(_) | Self::Suspicious(_) | Self::Unadopted(_) | Self::Lacking(_)
+            Self::Config(_)
+                | Self::WrongKey(_)
+                | Self::Suspicious(_)
+                | Self::Unadopted { .. }
+                | Self::Lacking(_)
         )
     }
 
@@ -100,7 +120,7 @@ impl Fault {
             | Self::Config(_)
             | Self::WrongKey(_)
             | Self::Suspicious(_)
-            | Self::Unadopted(_)
+            | Self::Unadopted { .. }
             | Self::Lacking(_)
             | Self::Fenced(_)
             | Self::Disk(_)
@@ -126,7 +146,7 @@ impl Fault {
             | Self::NotImplemented
             | Self::WrongKey(_)
             | Self::Suspicious(_)
-            | Self::Unadopted(_)
+            | Self::Unadopted { .. }
             | Self::Lacking(_)
             | Self::Other(_) => false,
         }
@@ -161,7 +181,10 @@ impl Fault {
             Self::Suspicious(_) => {
                 "look at the bucket and its versions; `cvm storage accept-older` goes on with what it holds now"
             }
-            Self::Unadopted(_) => {
+            Self::Unadopted { anchored: true, .. } => {
+                "if you know that this bucket is yours as it is, `cvm storage adopt` takes it over"
+            }
+            Self::Unadopted { anchored: false, .. } => {
                 "if you know that this bucket is yours as it is, `cvm storage adopt` takes it over, and so does a boot with S3_ADOPT=1"
             }
             Self::Lacking(_) => {
@@ -225,7 +248,7 @@ impl fmt::Display for Fault {
             Self::Config(why)
             | Self::WrongKey(why)
             | Self::Suspicious(why)
-            | Self::Unadopted(why)
+            | Self::Unadopted { why, .. }
             | Self::Lacking(why)
             | Self::Fenced(why)
             | Self::Other(why) => f.write_str(why),
@@ -279,6 +302,14 @@ mod tests {
         assert_eq!(Fault::of_answer(412, ""), Fault::Conflict);
         assert_eq!(Fault::of_answer(503, "<html>"), Fault::Busy(503));
         assert!(!Fault::of_answer(301, "").may_pass());
+    }
+
+    #[test]
+    fn beside_an_anchor_no_remedy_is_named_that_is_refused_there() {
+        let remedy = |anchored| Fault::unadopted("why").beside_anchor(anchored).remedy();
+        assert!(remedy(false).contains("S3_ADOPT=1") && remedy(false).contains("cvm storage adopt"));
+        assert!(!remedy(true).contains("S3_ADOPT") && remedy(true).contains("cvm storage adopt"));
+        assert_eq!(Fault::Clock.beside_anchor(true), Fault::Clock);
     }
 
     #[test]

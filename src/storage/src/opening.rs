@@ -146,9 +146,8 @@ pub(crate) fn open(
         word.accepted.or_refuse("STATE_ANCHOR is given, and the bucket has no manifest".to_owned())?;
     }
     if survey == Survey::Unmanaged && !(spec.adopt || word.adopt) {
-        return Err(Fault::Unadopted(
-            "the bucket holds objects of this MASTER_KEY and no manifest: either the old entrypoint has written them, or somebody has taken the manifest away, and nobody can check them"
-                .to_owned(),
+        return Err(Fault::unadopted(
+            "the bucket holds objects of this MASTER_KEY and no manifest: either the old entrypoint has written them, or somebody has taken the manifest away, and nobody can check them",
         ));
     }
     // Before the record is read: what is written after it has an epoch that it knows.

@@ -178,7 +178,8 @@ pub(crate) fn refuse_older(record: Option<&Record>, me: &Me) -> Result<(), Fault
     }
     Err(Fault::config(
         "CVM_OWNER_EPOCH is lower than one that the ownership record in the bucket has seen, so this may be an old \
-         environment that somebody has put back; deploy with the epoch of your last deployment, or a higher one",
+         environment that somebody has put back; deploy with the epoch of your last deployment, or a higher one, and with the \
+         CVM_OWNER of that epoch set: without it an epoch counts as 0",
     ))
 }
 
@@ -650,6 +651,7 @@ mod tests {
         }
         let refused = refuse_older(Some(&of(2)), &mine(1)).unwrap_err();
         assert!(!refused.may_pass() && !refused.to_string().contains('2'), "{refused}");
+        assert!(refused.to_string().contains("CVM_OWNER of that epoch"), "{refused}");
         // The tag is over these bytes: a version before reads and writes the same.
         let text = serde_json::to_string(&of(0)).unwrap();
         assert!(!text.contains("owner_epoch"), "{text}");

@@ -26,7 +26,7 @@ pub(crate) fn say(fault: &Fault) -> String {
         Fault::Suspicious(_) => {
             "look at the bucket and its versions; `cvm storage restore --accept` restores what the manifest names"
         }
-        Fault::Unadopted(_) => {
+        Fault::Unadopted { .. } => {
             "if you know that it is the one you mean, `cvm storage restore --accept` restores it"
         }
         other => other.remedy(),

@@ -160,7 +160,7 @@ impl Worker {
         });
         // A heartbeat of the owner's came between, which the operator's word counts for too.
         self.takeover |= forced && matches!(outcome, Err(Fault::Conflict));
-        outcome
+        outcome.map_err(|fault| fault.beside_anchor(self.spec.anchor.is_some()))
     }
 
     /// What the bucket does not have, as far as can be known without it.
@@ -182,7 +182,7 @@ impl Worker {
                 self.accepted.refusal(refusal);
                 Ok(format!("The next try goes on although {refusal}"))
             }
-            (Ask::Adopt { seen }, Some(Fault::Unadopted(_))) => {
+            (Ask::Adopt { seen }, Some(Fault::Unadopted { .. })) => {
                 is_as_seen(&desk, seen.as_deref())?;
                 self.adopt = true;
                 Ok("The bucket is taken over as it is".to_owned())

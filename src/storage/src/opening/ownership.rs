@@ -69,7 +69,7 @@ pub(super) fn without_manifest(
         Survey::Bereft if word.adopt => Ok(Survey::Unmanaged),
         Survey::Bereft => {
             let why = "the bucket holds objects and the record of an owner, and their manifest is gone";
-            Err(Fault::Unadopted(why.to_owned()))
+            Err(Fault::unadopted(why))
         }
         other => Ok(other),
     }
@@ -128,18 +128,26 @@ pub(super) fn wait_for_it(
 /// An environment that is void has opened SSH on a volume that did not know it: its keys are taken away,
 /// and the volume knows from now on.
 fn close_door(volume: &Volume, epoch: u32) {
-    use cvm_blueprint::volume::{MEMORY, Memory};
+    use cvm_blueprint::volume::{Found, MEMORIES, Memory};
     let tell = || -> std::io::Result<()> {
         match std::fs::remove_file(cvm_blueprint::paths::AUTHORIZED_KEYS) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
-        let path = volume.own.with_file_name(MEMORY);
-        let memory: Memory = serde_json::from_slice(&std::fs::read(&path)?)?;
-        let draft = path.with_extension("json.cvm-new");
-        std::fs::write(&draft, serde_json::to_vec(&Memory { epoch: epoch.max(memory.epoch), ..memory })?)?;
-        std::fs::File::open(&draft)?.sync_all()?;
-        std::fs::rename(&draft, &path)
+        let paths = MEMORIES.map(|name| volume.own.with_file_name(name));
+        let Some(Found::Memory(memory)) =
+            Found::in_files(&paths.each_ref().map(|path| std::fs::read(path).ok()))
+        else {
+            return Err(std::io::Error::other("the volume does not say whose it is"));
+        };
+        let memory = serde_json::to_vec(&Memory { epoch: epoch.max(memory.epoch), ..memory })?;
+        for path in paths {
+            let draft = path.with_added_extension("cvm-new");
+            std::fs::write(&draft, &memory)?;
+            std::fs::File::open(&draft)?.sync_all()?;
+            std::fs::rename(&draft, &path)?;
+        }
+        Ok(())
     };
     if let Err(error) = tell() {
         tracing::error!("keys of an environment that is void could not be taken away: {error}");
