@@ -2,12 +2,13 @@
 //! this volume is known to be that. Without it a volume is a stranger to its bucket.
 //!
 //! Refuses: to be ahead of the bucket (rows change after the manifest has been written), and to
-//! touch the tree. May import: `entry`, `fault`, `manifest`.
+//! touch the tree. May import: `entry`, `fault`, `lineage`, `manifest`, `volume`.
 
 use crate::entry::{Entry, Kind, Path};
 use crate::fault::Fault;
 use crate::lineage::State;
 use crate::manifest::{Digest, Head, Line, Word};
+use crate::volume::now_ns;
 use cvm_process::handle::Handle;
 use rusqlite::{Connection, OptionalExtension as _, Row as SqlRow, params};
 use std::collections::{HashMap, HashSet};
@@ -70,6 +71,11 @@ pub(crate) struct Totals {
     pub(crate) files: u64,
     pub(crate) bytes: u64,
 }
+
+/// What the clock said when files were last made known, and whether it has gone back since the last stop in
+/// order.
+const CLOCK: &str = "clock";
+const CLOCK_WENT_BACK: &str = "clock_went_back";
 
 /// Values of the column `unsure`; 1 is an entry that is settled and about to be another.
 const SURE: i64 = 0;
@@ -249,6 +255,7 @@ impl Index {
              WHERE dir = ?1 AND name = ?2";
         let mut db = self.db();
         let transaction = db.transaction()?;
+        note_clock(&transaction, now_ns())?;
         for (path, Known { sign, handle, state }) in files {
             let (dir, name) = path.split();
             let handle = handle.as_ref().map(Handle::as_bytes);
@@ -264,6 +271,32 @@ impl Index {
             };
         }
         transaction.commit()?;
+        Ok(())
+    }
+
+    /// Remembers it when the clock has gone back: times of files do not say any more which change came first.
+    pub(crate) fn look_at_clock(&self) -> Result<(), Fault> {
+        let mut db = self.db();
+        let now = now_ns();
+        if last_clock(&db)?.is_some_and(|last| last > now) {
+            let transaction = db.transaction()?;
+            note_clock(&transaction, now)?;
+            transaction.commit()?;
+        }
+        Ok(())
+    }
+
+    /// Up to which time files were made known; nothing, where the clock has gone back.
+    pub(crate) fn known_until(&self) -> Result<Option<i64>, Fault> {
+        if self.meta(CLOCK_WENT_BACK)?.is_some() {
+            return Ok(None);
+        }
+        Ok(last_clock(&self.db())?.filter(|last| *last <= now_ns()))
+    }
+
+    /// Nothing is pending whose time would have to be compared.
+    pub(crate) fn forget_that_clock_went_back(&self) -> Result<(), Fault> {
+        self.db().execute("DELETE FROM meta WHERE name = ?", [CLOCK_WENT_BACK])?;
         Ok(())
     }
 
@@ -467,8 +500,8 @@ impl Index {
         self.select("WHERE bad IS NOT NULL", [])
     }
 
-    /// What the gateway has made of this file began as something bad. That stays so, whatever is
-    /// pushed and removed, until somebody has looked.
+    /// What the gateway has made of this file began as something bad, or the disk had an older state of it.
+    /// That stays so, whatever is pushed and removed, until somebody has looked.
     pub(crate) fn taint(&self, path: &Path, why: &str) -> Result<(), Fault> {
         let sql = "INSERT OR REPLACE INTO taint VALUES (?, ?)";
         self.db().prepare_cached(sql)?.execute(params![path.as_bytes(), why])?;
@@ -539,6 +572,20 @@ impl Index {
             run(params![dir, name, DOUBTED])
         })
     }
+}
+
+fn last_clock(db: &Connection) -> rusqlite::Result<Option<i64>> {
+    let sql = "SELECT CAST(value AS INTEGER) FROM meta WHERE name = ?";
+    db.prepare_cached(sql)?.query_row([CLOCK], |r| r.get(0)).optional()
+}
+
+fn note_clock(db: &Connection, now: i64) -> rusqlite::Result<()> {
+    let mut set = db.prepare_cached("INSERT OR REPLACE INTO meta VALUES (?, ?)")?;
+    if last_clock(db)?.is_some_and(|last| last > now) {
+        set.execute([CLOCK_WENT_BACK, "1"])?;
+    }
+    set.execute([CLOCK, &now.to_string()])?;
+    Ok(())
 }
 
 /// Between which values of `dir` everything is that lies deeper than directly in a directory.

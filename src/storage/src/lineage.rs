@@ -1,13 +1,16 @@
-//! Which of two states of a database on this volume is the later one, as far as its files tell.
+//! Whether one state of a database on this volume is an earlier one than another of the same file.
 //!
 //! ```text
-//! the same log             it only grows: fewer committed frames are an earlier state
-//! another log              each one that follows in the same file has the next number
-//! no log any more          what was in it went into the database's file, which has changed since then
-//! no log then and now      the counter in the file's header grows with each transaction
+//! the same log          it only grows: an earlier state has fewer committed frames, and nothing behind them
+//! another log           each one that follows in the same file has the next number
+//! no log                the counter in the file's header is lower, and so is the time of its last change
 //! ```
 //!
-//! Refuses to write, to wait for locks, and to guess: what does not show to be earlier is not.
+//! Nothing is earlier whose file has changed since the other state: somebody has put it there, or a log was
+//! written back into it.
+//!
+//! Refuses to write, to wait for locks, and to guess: what is not proven to be earlier is not. So the index
+//! beside a log (`-shm`) is not read: after a loss of power it is what the kernel happened to write out.
 //! May import: `copying`, `entry`, `volume`.
 
 use crate::copying;
@@ -15,14 +18,13 @@ use crate::entry::Path;
 use crate::volume;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
-use std::io::{BufReader, Read};
+use std::io::{self, BufReader, ErrorKind, Read};
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::Path as FsPath;
 
-/// Of the log's header, of each frame's, and of the index beside it.
+/// Of the log's header, and of each frame's.
 const HEADER: usize = 32;
 const FRAME: usize = 24;
-const SHARED: usize = 136;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct State {
@@ -38,11 +40,13 @@ struct Log {
     salts: [u32; 2],
     /// Committed ones.
     frames: u32,
-    /// All of them are in the database's file too.
-    is_written_back: bool,
+    /// Behind its frames the file ends, or has never been written. A log that is begun anew is written over
+    /// the one before, and a cut in the middle of that leaves frames of both.
+    ends_in_nothing: bool,
 }
 
 impl State {
+    /// Nothing, where that is not clear.
     pub(crate) fn of(top: &FsPath, path: &Path) -> Option<Self> {
         let read = |file: File| {
             let stat = file.metadata().ok()?;
@@ -53,7 +57,7 @@ impl State {
             Some((changed, counter.unwrap_or(0)))
         };
         let (changed, counter) = copying::open(top, path, read).ok()???;
-        Some(Self { changed, counter, log: Log::of(top, path) })
+        Some(Self { changed, counter, log: Log::of(top, path).ok()? })
     }
 
     /// When the database's file has changed.
@@ -61,24 +65,19 @@ impl State {
         self.changed
     }
 
+    pub(crate) fn without_log(self) -> Self {
+        Self { log: None, ..self }
+    }
+
     pub(crate) fn is_earlier_than(&self, then: &Self) -> bool {
-        let had = then.log.filter(|log| log.frames > 0 && !log.is_written_back);
-        let has = self.log.filter(|log| log.frames > 0);
-        if let (Some(now), Some(then)) = (self.log, then.log) {
-            let later = then.number.wrapping_sub(now.number);
-            if later == 0 && now.salts == then.salts {
-                return now.frames < then.frames;
-            }
-            // The first of the salts is counted up with the number.
-            let [now_salt, then_salt] = [now.salts[0], then.salts[0]];
-            if later > 0 && later < u32::MAX / 2 && then_salt.wrapping_sub(now_salt) == later {
-                return true;
-            }
+        if self.changed > then.changed {
+            return false;
         }
-        match (had, has) {
-            (Some(_), _) => self.changed <= then.changed,
-            (None, None) => self.changed < then.changed || is_before(self.counter, then.counter),
-            (None, Some(_)) => self.changed < then.changed,
+        match (self.log, then.log) {
+            (Some(now), Some(then)) => now.is_earlier_than(&then),
+            // It may hold what came later.
+            (Some(_), None) => false,
+            (None, _) => self.changed < then.changed && is_before(self.counter, then.counter),
         }
     }
 }
@@ -88,62 +87,62 @@ fn is_before(now: u32, then: u32) -> bool {
 }
 
 impl Log {
-    fn of(top: &FsPath, database: &Path) -> Option<Self> {
-        let beside = |suffix: &[u8]| {
-            let path = Path::new(&[database.as_bytes(), suffix].concat())?;
-            volume::open_below(top, &path).ok()
+    fn of(top: &FsPath, database: &Path) -> io::Result<Option<Self>> {
+        let path = Path::new(&[database.as_bytes(), b"-wal"].concat()).ok_or(ErrorKind::InvalidInput)?;
+        let file = match volume::open_below(top, &path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            other => other?,
         };
-        let file = beside(b"-wal")?;
+        if file.metadata()?.len() == 0 {
+            return Ok(None);
+        }
         let mut header = [0; HEADER];
-        file.read_exact_at(&mut header, 0).ok()?;
-        let (magic, number) = (big(&header, 0)?, big(&header, 12)?);
-        let salts = [big(&header, 16)?, big(&header, 20)?];
+        file.read_exact_at(&mut header, 0)?;
+        Self::read(file, &header).map(Some).ok_or_else(|| ErrorKind::InvalidData.into())
+    }
+
+    /// All of its committed frames whose sums are right.
+    fn read(log: File, header: &[u8; HEADER]) -> Option<Self> {
+        let (magic, number) = (big(header, 0)?, big(header, 12)?);
+        let salts = [big(header, 16)?, big(header, 20)?];
         if magic & !1 != 0x377f_0682 {
             return None;
         }
-        let known = beside(b"-shm").and_then(|shared| counted(&shared, salts));
-        let (frames, is_written_back) = match known {
-            Some((frames, written_back)) => (frames, written_back >= frames),
-            None => (count(file, &header)?, false),
+        let is_big = magic & 1 == 1;
+        let page = usize::try_from(big(header, 8)?).ok().filter(|size| (512..=65536).contains(size))?;
+        let mut sum = summed([0, 0], header.get(..24)?, is_big);
+        if sum != [big(header, 24)?, big(header, 28)?] {
+            return None;
+        }
+        let mut log = BufReader::new(log);
+        log.read_exact(&mut [0; HEADER]).ok()?;
+        let mut frame = vec![0; FRAME + page];
+        let (mut frames, mut committed) = (0, 0);
+        let ends_in_nothing = loop {
+            match log.read_exact(&mut frame) {
+                Err(error) if error.kind() == ErrorKind::UnexpectedEof => break true,
+                other => other.ok()?,
+            }
+            sum = summed(summed(sum, frame.get(..8)?, is_big), frame.get(FRAME..)?, is_big);
+            if frame.get(8..16) != header.get(16..24) || sum != [big(&frame, 16)?, big(&frame, 20)?] {
+                break frame.iter().all(|byte| *byte == 0);
+            }
+            frames += 1;
+            if big(&frame, 4)? != 0 {
+                committed = frames;
+            }
         };
-        Some(Self { number, salts, frames, is_written_back })
+        Some(Self { number, salts, frames: committed, ends_in_nothing })
     }
-}
 
-/// What the index beside a log says while the database is open: frames, and those written back.
-fn counted(shared: &File, salts: [u32; 2]) -> Option<(u32, u32)> {
-    let mut bytes = [0; SHARED];
-    shared.read_exact_at(&mut bytes, 0).ok()?;
-    let native = |at: usize| Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
-    // Whoever writes it writes it twice.
-    let is_whole = bytes.get(..48)? == bytes.get(48..96)? && bytes.get(12) == Some(&1);
-    let its_salts = [big(&bytes, 32)?, big(&bytes, 36)?];
-    (is_whole && its_salts == salts).then_some((native(16)?, native(96)?))
-}
-
-/// Committed frames whose sums are right.
-fn count(log: File, header: &[u8; HEADER]) -> Option<u32> {
-    let is_big = big(header, 0)? & 1 == 1;
-    let page = usize::try_from(big(header, 8)?).ok().filter(|size| (512..=65536).contains(size))?;
-    let mut sum = summed([0, 0], header.get(..24)?, is_big);
-    if sum != [big(header, 24)?, big(header, 28)?] {
-        return None;
-    }
-    let mut log = BufReader::new(log);
-    log.read_exact(&mut [0; HEADER]).ok()?;
-    let mut frame = vec![0; FRAME + page];
-    let (mut frames, mut committed) = (0, 0);
-    while log.read_exact(&mut frame).is_ok() && frame.get(8..16) == header.get(16..24) {
-        sum = summed(summed(sum, frame.get(..8)?, is_big), frame.get(FRAME..)?, is_big);
-        if sum != [big(&frame, 16)?, big(&frame, 20)?] {
-            break;
+    fn is_earlier_than(&self, then: &Self) -> bool {
+        let later = then.number.wrapping_sub(self.number);
+        if later == 0 {
+            return self.salts == then.salts && self.frames < then.frames && self.ends_in_nothing;
         }
-        frames += 1;
-        if big(&frame, 4)? != 0 {
-            committed = frames;
-        }
+        // The first of the salts is counted up with the number.
+        later < u32::MAX / 2 && then.salts[0].wrapping_sub(self.salts[0]) == later
     }
-    Some(committed)
 }
 
 /// `SQLite`'s sum of a log, in the order of bytes that the log's header names.
@@ -209,30 +208,35 @@ mod tests {
     const WAL: &str = "PRAGMA journal_mode=WAL; PRAGMA wal_autocheckpoint=0";
 
     #[test]
-    fn fewer_frames_of_the_same_log_are_an_earlier_state_with_and_without_its_index() {
+    fn fewer_frames_of_the_same_log_are_an_earlier_state_where_nothing_is_behind_them() {
         let bench = Bench::new(WAL);
         bench.row();
-        bench.on_disk("early");
         let early = bench.state();
         bench.row();
         let late = bench.state();
-        bench.on_disk("late");
         assert!(
             early.is_earlier_than(&late) && !late.is_earlier_than(&early) && !late.is_earlier_than(&late)
         );
-        assert_eq!(bench.of("late").log.unwrap().frames, late.log.unwrap().frames);
-        assert!(bench.of("early").is_earlier_than(&late) && !bench.of("late").is_earlier_than(&late));
-        // A frame that is torn, and those after it, are not there.
-        let log = bench.dir.path().join("late-wal");
-        let mut bytes = fs::read(&log).unwrap();
-        let last = bytes.len() - 1;
+        bench.on_disk("cut");
+        let log = bench.dir.path().join("cut-wal");
+        let cut = || State { changed: late.changed, ..bench.of("cut") };
+        assert_eq!(cut().log, late.log);
+        // A frame that something else was written over need not be lost: all of it may be in the database.
+        let whole = fs::read(&log).unwrap();
+        let last = whole.len() - 1;
+        let mut bytes = whole.clone();
         bytes[last] ^= 1;
-        fs::write(&log, bytes).unwrap();
-        assert!(bench.of("late").is_earlier_than(&late));
-        // And so is a log that is gone, while the file is as it was.
-        fs::remove_file(log).unwrap();
-        let gone = State { changed: late.changed, ..bench.of("late") };
-        assert!(gone.is_earlier_than(&late));
+        fs::write(&log, &bytes).unwrap();
+        assert!(cut().log.unwrap().frames < late.log.unwrap().frames && !cut().is_earlier_than(&late));
+        // One that was never written, or is cut off, is lost.
+        bytes[last - FRAME - 4095..].fill(0);
+        fs::write(&log, &bytes).unwrap();
+        assert!(cut().is_earlier_than(&late));
+        fs::write(&log, &whole[..last]).unwrap();
+        assert!(cut().is_earlier_than(&late));
+        // What is no log says nothing.
+        fs::write(&log, [7; 64]).unwrap();
+        assert_eq!(State::of(bench.dir.path(), &Path::new(b"cut").unwrap()), None);
     }
 
     #[test]
@@ -246,7 +250,8 @@ mod tests {
         bench.row();
         let next = bench.state();
         assert!(!next.is_earlier_than(&before) && !next.is_earlier_than(&written_back));
-        assert!(before.is_earlier_than(&next), "{before:?} {next:?}");
+        let back = State { changed: next.changed, ..before };
+        assert!(back.is_earlier_than(&next), "{before:?} {next:?}");
         let Bench { dir, db } = bench;
         drop(db);
         let closed = State::of(dir.path(), &Path::new(b"db").unwrap()).unwrap();
@@ -261,14 +266,75 @@ mod tests {
     }
 
     #[test]
-    fn without_a_log_the_counter_tells() {
+    fn without_a_log_both_the_counter_and_the_time_are_earlier_or_nothing_is() {
         let bench = Bench::new("PRAGMA journal_mode=DELETE");
         bench.row();
-        bench.on_disk("early");
         let early = bench.state();
         bench.row();
         let late = bench.state();
-        assert!(early.is_earlier_than(&late) && !late.is_earlier_than(&early));
-        assert!(bench.of("early").is_earlier_than(&late), "whatever the time of the file is");
+        let back = State { changed: late.changed - 1, ..early };
+        assert!(back.is_earlier_than(&late) && !late.is_earlier_than(&back));
+        for unclear in [
+            State { changed: late.changed, ..early },
+            State { changed: late.changed + 1, ..early },
+            State { changed: late.changed - 1, ..late },
+        ] {
+            assert!(!unclear.is_earlier_than(&late), "{unclear:?}");
+        }
+        // A log that was not there then may hold what came later.
+        let wal = Bench::new(WAL).state();
+        assert!(!State { log: wal.log, ..back }.is_earlier_than(&late));
+    }
+
+    #[test]
+    fn an_index_of_the_log_that_the_power_left_behind_says_nothing() {
+        let bench = Bench::new(WAL);
+        let beside = |suffix: &str| bench.dir.path().join(format!("db{suffix}"));
+        for _ in 0..100 {
+            bench.row();
+        }
+        let left_behind = fs::read(beside("-shm")).unwrap();
+        for _ in 0..50 {
+            bench.row();
+        }
+        let pushed = bench.state();
+        for _ in 0..10 {
+            bench.row();
+        }
+        bench.on_disk("cut");
+        fs::write(bench.dir.path().join("cut-shm"), left_behind).unwrap();
+        let now = State { changed: pushed.changed, ..bench.of("cut") };
+        assert!(!now.is_earlier_than(&pushed), "{now:?} {pushed:?}");
+    }
+
+    #[test]
+    fn a_log_that_shows_to_be_later_is_later_whatever_the_times_say() {
+        let bench = Bench::new(WAL);
+        bench.row();
+        let before = bench.state();
+        bench.db.query_row("PRAGMA wal_checkpoint(RESTART)", [], |_| Ok(())).unwrap();
+        bench.row();
+        for changed in [before.changed, before.changed - 1] {
+            assert!(!State { changed, ..bench.state() }.is_earlier_than(&before));
+        }
+    }
+
+    #[test]
+    fn one_that_was_written_to_since_is_believed_however_old_its_content_is() {
+        for pragmas in ["PRAGMA journal_mode=DELETE", WAL] {
+            let bench = Bench::new(pragmas);
+            bench.row();
+            bench.on_disk("backup");
+            bench.row();
+            let pushed = bench.state();
+            let backup = bench.dir.path().join("backup");
+            while bench.of("backup").changed <= pushed.changed {
+                fs::write(&backup, fs::read(&backup).unwrap()).unwrap();
+            }
+            let mut now = bench.of("backup");
+            assert!(!now.is_earlier_than(&pushed), "{pragmas}");
+            now.changed = pushed.changed - 1;
+            assert!(now.is_earlier_than(&pushed), "{pragmas}: by its time alone it is believed");
+        }
     }
 }

@@ -172,6 +172,8 @@ pub(crate) fn stage(
             return Ok(Outcome::Later("the volume has no room for a copy of it".to_owned()));
         }
         let _ = std::fs::remove_file(to);
+        // Before the copy: what is sent is this state or a later one, and on the disk before it is sent.
+        let state = if database { state_of(volume, path, looked) } else { None };
         let mut remark = None;
         let (size, sha) = match source {
             // Through the merged tree: SQLite's locks live on the path that its writers use.
@@ -209,8 +211,6 @@ pub(crate) fn stage(
             // A file that changed meanwhile is not known by any sign, and so looked at again.
             let young = !still || is_young(volume, &at, &before, database, [looked, volume::now_ns()]);
             let sign = if young { sign.of_nothing() } else { sign };
-            // What is committed after the copy is in it too, and on the disk before the copy is sent.
-            let state = if database { State::of(&volume.upper, path).map(Box::new) } else { None };
             let known = Known { sign, handle, state };
             let path = path.clone();
             return Ok(Outcome::Ready(Staged { path, entry, known, young, remark, copy: private }));
@@ -228,6 +228,13 @@ fn is_one_no_more(was: &Before, source: &Source, at: &FsPath, stat: &FileStat) -
         return Some(emptied(volume::age_ns(stat), what));
     }
     (!was.is_not(at)).then(|| Outcome::Damaged("it does not begin like one any more".to_owned()))
+}
+
+/// The state of a database. Where the next change of its file may carry the same time, its log tells nothing.
+fn state_of(volume: &Volume, path: &Path, looked: i64) -> Option<Box<State>> {
+    let state = State::of(&volume.upper, path)?;
+    let is_settled = state.changed() < looked.saturating_sub(volume.tick_ns);
+    Some(Box::new(if is_settled { state } else { state.without_log() }))
 }
 
 /// On the disk: holes stay holes. What a database's log holds may be in the copy besides.
@@ -346,6 +353,20 @@ mod tests {
         assert_eq!(lie_there(&volume), 1);
         drop(copy);
         assert_eq!(lie_there(&volume), 0);
+    }
+
+    #[test]
+    fn of_a_database_whose_time_the_next_change_may_carry_the_log_is_not_remembered() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut volume = Volume::plain(dir.path()).unwrap();
+        let db = rusqlite::Connection::open(dir.path().join("db")).unwrap();
+        db.execute_batch("PRAGMA journal_mode=WAL; CREATE TABLE t(x)").unwrap();
+        for (tick_ns, is_remembered) in [(3_600_000_000_000, false), (0, true)] {
+            volume.tick_ns = tick_ns;
+            let Outcome::Ready(staged) = staged(&volume, "db", true, false) else { panic!("no copy") };
+            let state = serde_json::to_value(staged.known.state.unwrap()).unwrap();
+            assert_eq!(state["log"].is_object(), is_remembered, "{state}");
+        }
     }
 
     #[test]

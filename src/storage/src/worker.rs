@@ -381,6 +381,9 @@ impl<'a> Tree<'a> {
                 Err(RecvTimeoutError::Timeout) => None,
                 Err(RecvTimeoutError::Disconnected) => Some(Order::Stop),
             };
+            if let Err(fault) = self.ready.open.index.look_at_clock() {
+                self.worker.desk.failed(&fault, None);
+            }
             let mut next = order;
             while let Some(order) = next {
                 if let Some(end) = self.take(order) {

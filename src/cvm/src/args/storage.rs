@@ -79,7 +79,8 @@ Exit codes: 0 given up, 1 not confirmed or not done, 3 there is no storage worke
 
     /// Take files as they are that may be built on something that was wrong in the bucket
     ///
-    /// Names are those of the incidents in `cvm storage status`. Nothing is deleted.
+    /// Names are those of the incidents in `cvm storage status`. Nothing is deleted. It also ends the incident
+    /// of a file whose older state was set aside; that copy stays.
     #[command(after_help = "\
 Examples:
   cvm storage keep openclaw/workspace/notes     shows what is kept, and asks

@@ -5,11 +5,16 @@
 //! was mounted anew: then they must not go into the bucket as if they were new. Each is set aside, and
 //! what the bucket has takes its place. Nothing is deleted.
 //!
+//! Only what is proven to be older is. Most of that is by the times of files, which nobody but the clock
+//! sets; so where the clock has gone back, nothing is. An older file that somebody has put in the place of
+//! a newer one is another file, or has just been written to: it is meant.
+//!
 //! A volume that was set back as a whole, with its index, is found out by the manifest's generations
 //! (`ownership`).
 
 use super::layers::take_over;
 use super::{Intended, wanted};
+use crate::below;
 use crate::bucket::Bucket;
 use crate::chain::now_ms;
 use crate::database::{self, Owner};
@@ -17,10 +22,10 @@ use crate::desk::Desk;
 use crate::entry::{Entry, Kind, Path};
 use crate::fault::Fault;
 use crate::fetch::{self, Fetcher, Got};
-use crate::index::{Index, Row};
+use crate::index::{Index, Row, Rows};
 use crate::lineage::State;
-use crate::stage;
 use crate::volume::{self, Volume, Within};
+use crate::{scan, stage};
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt as _;
@@ -28,17 +33,18 @@ use std::path::Path as FsPath;
 
 /// Where the volume was mounted when its tree was last in use, and not given up in order.
 const IN_USE: &str = "in_use_at";
-const REMEDY: &str = "look at the disk, or at who put older files on it; take what you need from what is set aside and delete the rest; `cvm storage accept` ends this message";
 /// The database's own go with it.
 const BESIDE: [&str; 4] = ["-wal", "-shm", "-journal", ""];
 
 /// Once the tree stands: `place` is this mount of the volume, in this life of the kernel.
 pub(super) fn is_in_use(index: &Index, place: &str) -> Result<(), Fault> {
+    index.look_at_clock()?;
     index.set_meta(IN_USE, place)
 }
 
 /// After a stop that left nothing to do. What is changed on the volume from here on is meant.
 pub(crate) fn is_left_in_order(index: &Index) -> Result<(), Fault> {
+    index.forget_that_clock_went_back()?;
     index.set_meta(IN_USE, "")
 }
 
@@ -56,51 +62,79 @@ pub(super) fn put_right(
     }
     let in_layer = fs::read_dir(volume.own.join("upper"))?.next().is_some();
     let volume = if in_layer { volume.overlaid(&volume.tree) } else { Volume::plain(&volume.root)? };
-    let mut older = Vec::new();
-    for (path, row) in index.all()? {
-        if is_older(&volume, index, &path, &row)? && !has_the_same(&volume, &path, &row, intended) {
-            older.push((path, row));
-        }
-    }
+    let older = older(&volume, index, intended)?;
     if older.is_empty() { Ok(()) } else { exchange(desk, bucket, index, &volume, intended, &older) }
 }
 
-/// Whether what is there shows that it comes from before the bucket was told of this file.
-fn is_older(volume: &Volume, index: &Index, path: &Path, row: &Row) -> Result<bool, Fault> {
+fn older(volume: &Volume, index: &Index, intended: &Intended) -> Result<Rows, Fault> {
+    let mut older = Vec::new();
+    let Some(until) = index.known_until()?.filter(|_| !keeps_times_in_memory(volume)) else {
+        return Ok(older);
+    };
+    for (path, row) in index.all()? {
+        if is_older(volume, index, &path, &row, until)? && !has_the_same(volume, &path, &row, intended) {
+            older.push((path, row));
+        }
+    }
+    Ok(older)
+}
+
+/// Mounted with `lazytime`: what is written to a file is on the disk long before its new time.
+fn keeps_times_in_memory(volume: &Volume) -> bool {
+    use std::os::unix::fs::MetadataExt as _;
+    let (Ok(mounts), Ok(at)) = (fs::read_to_string("/proc/self/mountinfo"), fs::metadata(&volume.upper))
+    else {
+        return true;
+    };
+    let (major, minor) = (nix::sys::stat::major(at.dev()), nix::sys::stat::minor(at.dev()));
+    let device = format!("{major}:{minor}");
+    let is_lazy = |line: &str| line.split(' ').any(|word| word.split(',').any(|option| option == "lazytime"));
+    mounts.lines().any(|line| line.split(' ').nth(2) == Some(&device) && is_lazy(line))
+}
+
+/// Whether what is there shows that it comes from before the bucket was told of this file. `until` is when
+/// the index was last told of any: a later time in it is one of a clock that was wrong.
+fn is_older(volume: &Volume, index: &Index, path: &Path, row: &Row, until: i64) -> Result<bool, Fault> {
     let Some(sign) = row.sign.filter(|_| row.entry.is_file() && !row.lower && row.bad.is_none()) else {
         return Ok(false);
     };
     let then = if row.entry.is_database() { index.state(path)? } else { None };
     let changed =
         if row.entry.is_database() { then.map_or(0, |then| then.changed()) } else { sign.changed() };
+    if changed > until {
+        return Ok(false);
+    }
     let at = path.below(&volume.upper);
-    let Some(stat) = volume::look(&at)? else { return is_missing_before(volume, path, changed) };
+    let Some(stat) = volume::look(&at)? else { return no_name_was_changed_since(volume, path, changed) };
     if volume::kind_of(&stat) != libc::S_IFREG {
         return Ok(false);
     }
+    let is_the_same_file = index.handle(path)?.is_some_and(|was| scan::handle_of(&at) == Some(was));
     Ok(match then {
         Some(then) if database::has_magic(&at) || stat.st_size == 0 => {
-            State::of(&volume.upper, path).is_some_and(|now| now.is_earlier_than(&then))
+            is_the_same_file && State::of(&volume.upper, path).is_some_and(|now| now.is_earlier_than(&then))
         }
-        _ => volume::ctime_ns(&stat) < changed,
+        // Of another file the directories have to show that nobody has put it there since.
+        _ => {
+            volume::ctime_ns(&stat) < changed
+                && (is_the_same_file || no_name_was_changed_since(volume, path, changed)?)
+        }
     })
 }
 
-/// Who removes or moves a file changes its directory: one that has not changed since then never had it
-/// in this past.
-fn is_missing_before(volume: &Volume, path: &Path, changed: i64) -> Result<bool, Fault> {
+/// Who makes, removes or moves something changes the directory that it is in. Where none on the way to a
+/// path has changed since, nobody has done that to it, or to a directory that it is in.
+fn no_name_was_changed_since(volume: &Volume, path: &Path, changed: i64) -> Result<bool, Fault> {
+    let is_older_directory =
+        |stat| volume::kind_of(&stat) == libc::S_IFDIR && volume::ctime_ns(&stat) < changed;
     let mut above = path.parent();
-    loop {
-        let at = above.as_ref().map_or_else(|| volume.upper.clone(), |dir| dir.below(&volume.upper));
-        match (volume::look(&at)?, above) {
-            (Some(stat), _) => {
-                let is_directory = volume::kind_of(&stat) == libc::S_IFDIR;
-                return Ok(is_directory && volume::ctime_ns(&stat) < changed);
-            }
-            (None, None) => return Ok(false),
-            (None, Some(dir)) => above = dir.parent(),
+    while let Some(dir) = above {
+        if volume::look(&dir.below(&volume.upper))?.is_some_and(|stat| !is_older_directory(stat)) {
+            return Ok(false);
         }
+        above = dir.parent();
     }
+    Ok(volume::look(&volume.upper)?.is_some_and(is_older_directory))
 }
 
 /// Whether it is what the bucket has all the same.
@@ -144,13 +178,15 @@ fn exchange(
     }
     for one in &got {
         let Got::Good(path, entry) = one else { continue };
-        put_aside(volume, path, entry.is_database(), &aside)?;
-        let dir = directory_of(volume, index, path)?;
-        fs::rename(path.below(&scratch), dir.name(path.name()))?;
         let what = format!(
             "the disk had an older state of it than the bucket, as after a loss of power that it does not survive; what the bucket has is in its place, and what was there is in .cvm/storage/aside/{name} on the volume"
         );
-        desk.incident(&path.to_string(), &what, REMEDY);
+        // Until an operator has looked.
+        index.taint(path, &what)?;
+        put_aside(volume, path, entry.is_database(), &aside)?;
+        let dir = directory_of(volume, index, path)?;
+        fs::rename(path.below(&scratch), dir.name(path.name()))?;
+        desk.incident(&path.to_string(), &what, below::REMEDY);
     }
     desk.warn(format!(
         "The disk had {} files older than the bucket; what the bucket has was put in their place, and they are set aside in .cvm/storage/aside/{name} on the volume",
@@ -200,4 +236,165 @@ fn directory_of(volume: &Volume, index: &Index, path: &Path) -> Result<Within, F
         }
     }
     Ok(within)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::index::{Known, Sign};
+    use crate::manifest::{Digest, Line, Word};
+    use rusqlite::Connection;
+
+    const HOUR_NS: i64 = 3_600_000_000_000;
+
+    struct Bench {
+        _dir: tempfile::TempDir,
+        volume: Volume,
+        index: Index,
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let volume = Volume::plain(dir.path()).unwrap();
+            let index = Index::open(&volume.own.join("index")).unwrap();
+            Self { _dir: dir, volume, index }
+        }
+
+        fn at(&self, name: &str) -> std::path::PathBuf {
+            self.volume.upper.join(name)
+        }
+
+        fn ctime(&self, name: &str) -> i64 {
+            volume::ctime_ns(&volume::look(&self.at(name)).unwrap().unwrap())
+        }
+
+        /// Until changes carry another time.
+        fn tick(&self) {
+            let at = self.volume.own.join("ticks");
+            let touch = || {
+                fs::write(&at, "1").unwrap();
+                volume::ctime_ns(&volume::look(&at).unwrap().unwrap())
+            };
+            let before = touch();
+            while touch() == before {}
+        }
+
+        /// The bucket has another state of the file that is there now, which had changed at that time.
+        fn has_pushed(&self, name: &str, database: bool, changed: i64) {
+            let (path, at) = (Path::new(name.as_bytes()).unwrap(), self.at(name));
+            let kind = Kind::File { size: 9, sha: Some(Digest([9; 32])), database };
+            let entry = Entry { kind, mode: 0o600, uid: 0, gid: 0, mtime_ns: 0, link: None };
+            self.index.apply(&[Line { path: path.clone(), word: Word::Is(entry) }], None).unwrap();
+            let stat = volume::look(&at).unwrap().unwrap();
+            let known = scan::known_by(&at, &stat, database);
+            let state = database.then(|| {
+                let mut state = serde_json::to_value(State::of(&self.volume.upper, &path).unwrap()).unwrap();
+                state["changed"] = changed.into();
+                serde_json::from_value(state).unwrap()
+            });
+            let known = Known { sign: Sign { change: changed, ..known.sign }, state, ..known };
+            self.index.set_known(&[(path, known)]).unwrap();
+        }
+
+        fn older(&self) -> Vec<String> {
+            let older = older(&self.volume, &self.index, &Intended::new()).unwrap();
+            older.into_iter().map(|(path, _)| path.to_string()).collect()
+        }
+    }
+
+    const NONE: [&str; 0] = [];
+
+    #[test]
+    fn where_the_clock_has_gone_back_nothing_is_older_until_a_stop_in_order() {
+        let bench = Bench::new();
+        fs::write(bench.at("f"), "1").unwrap();
+        let later = bench.ctime("f") + 1;
+        bench.tick();
+        // A time that is later than that of any commit is one of a clock that was wrong.
+        bench.has_pushed("f", false, later + HOUR_NS);
+        assert_eq!(bench.older(), NONE);
+        bench.has_pushed("f", false, later);
+        assert_eq!(bench.older(), ["f"], "a disk that gives back what was there before");
+        // The last commit was made in what is the future now: the clock has gone back meanwhile.
+        bench.index.set_meta("clock", &(volume::now_ns() + HOUR_NS).to_string()).unwrap();
+        assert_eq!(bench.older(), NONE);
+        // It is remembered, also when later commits have the time of now.
+        bench.has_pushed("f", false, later);
+        assert_eq!(bench.older(), NONE);
+        is_in_use(&bench.index, "here").unwrap();
+        assert_eq!(bench.older(), NONE);
+        is_left_in_order(&bench.index).unwrap();
+        assert_eq!(bench.older(), ["f"]);
+        // Whoever begins to use the volume, or looks after it, notices too.
+        let future = || bench.index.set_meta("clock", &(volume::now_ns() + HOUR_NS).to_string()).unwrap();
+        future();
+        is_in_use(&bench.index, "here").unwrap();
+        assert_eq!(bench.older(), NONE);
+        is_left_in_order(&bench.index).unwrap();
+        future();
+        bench.index.look_at_clock().unwrap();
+        assert_eq!(bench.older(), NONE);
+    }
+
+    #[test]
+    fn a_database_that_another_has_taken_the_place_of_is_believed() {
+        let bench = Bench::new();
+        let open = |name: &str| Connection::open(bench.at(name)).unwrap();
+        open("db").execute_batch("CREATE TABLE t(x); INSERT INTO t VALUES (1)").unwrap();
+        fs::copy(bench.at("db"), bench.at("backup")).unwrap();
+        open("db").execute_batch("INSERT INTO t VALUES (2); INSERT INTO t VALUES (3)").unwrap();
+        bench.has_pushed("db", true, bench.ctime("db"));
+        bench.tick();
+        // Its own file, as an earlier state of it: the times are those of a disk that has forgotten.
+        fs::write(bench.at("db"), fs::read(bench.at("backup")).unwrap()).unwrap();
+        assert_eq!(bench.older(), NONE, "restored by a copy");
+        bench.tick();
+        let state = || bench.index.state(&Path::new(b"db").unwrap()).unwrap().unwrap();
+        let told = |changed: i64| {
+            let mut then = serde_json::to_value(state()).unwrap();
+            then["changed"] = changed.into();
+            let handle = bench.index.handle(&Path::new(b"db").unwrap()).unwrap();
+            let sign = Sign { size: 9, mtime_ns: 0, change: changed };
+            let known = Known { sign, handle, state: serde_json::from_value(then).unwrap() };
+            bench.index.set_known(&[(Path::new(b"db").unwrap(), known)]).unwrap();
+        };
+        told(bench.ctime("db") + 1);
+        assert_eq!(bench.older(), ["db"]);
+        // Restored by a rename.
+        fs::rename(bench.at("backup"), bench.at("db")).unwrap();
+        bench.tick();
+        told(bench.ctime("db") + 1);
+        assert_eq!(bench.older(), NONE);
+    }
+
+    #[test]
+    fn what_came_with_a_directory_that_was_moved_is_believed() {
+        let bench = Bench::new();
+        for name in ["b", "b/d", "a", "a/d"] {
+            fs::create_dir(bench.at(name)).unwrap();
+        }
+        fs::write(bench.at("b/d/other"), "1").unwrap();
+        bench.tick();
+        for name in ["a/d/other", "a/d/gone"] {
+            fs::write(bench.at(name), "2").unwrap();
+            bench.has_pushed(name, false, bench.ctime(name));
+        }
+        bench.tick();
+        fs::rename(bench.at("a"), bench.at("c")).unwrap();
+        fs::rename(bench.at("b"), bench.at("a")).unwrap();
+        assert_eq!(bench.older(), NONE);
+        // Had no directory changed since, nobody could have put it there.
+        bench.tick();
+        fs::write(bench.at("late"), "3").unwrap();
+        bench.tick();
+        let now = volume::now_ns();
+        for name in ["a/d/other", "a/d/gone"] {
+            let path = Path::new(name.as_bytes()).unwrap();
+            let handle = bench.index.handle(&path).unwrap();
+            let known = Known { sign: Sign { size: 9, mtime_ns: 0, change: now }, handle, state: None };
+            bench.index.set_known(&[(path, known)]).unwrap();
+        }
+        assert_eq!(bench.older(), ["a/d/gone", "a/d/other"]);
+    }
 }
