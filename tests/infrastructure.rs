@@ -419,8 +419,9 @@ fn the_digest_notices_every_kind_of_difference() {
         ("the mode of the top", |d| {
             fs::set_permissions(d, PermissionsExt::from_mode(0o711)).expect("a mode");
         }),
-        ("the owner", |d| chown(d.join("sub/file"), Some(1234), None).expect("an owner")),
-        ("the group", |d| chown(d.join("sub"), None, Some(1234)).expect("a group")),
+        // Users of the agent's containers: all others look like the agent.
+        ("the owner", |d| chown(d.join("sub/file"), Some(201_234), None).expect("an owner")),
+        ("the group", |d| chown(d.join("sub"), None, Some(201_234)).expect("a group")),
         ("a file more", |d| fs::write(d.join("sub/empty/more"), "").expect("a file")),
         ("a file less", |d| fs::remove_file(d.join("sub/file")).expect("a file")),
         ("another target", |d| {

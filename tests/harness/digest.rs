@@ -61,8 +61,8 @@ fn line(path: &Path, full: &Path, first_of: &mut HashMap<(u64, u64), String>) ->
     let mut line = format!(
         "\"{name}\" {kind} {:o} {}:{} {size}",
         about.mode() & 0o1777,
-        owner(path, about.uid()),
-        owner(path, about.gid())
+        owner(about.uid()),
+        owner(about.gid())
     );
     if !path.as_os_str().is_empty() {
         let _ = write!(line, " {}.{:09}", about.mtime(), about.mtime_nsec());
@@ -77,12 +77,10 @@ fn line(path: &Path, full: &Path, first_of: &mut HashMap<(u64, u64), String>) ->
     Ok(line)
 }
 
-/// As a restore gives it: in the agent's directories, what is neither the agent's nor a user's of its
-/// containers becomes the agent's.
-fn owner(path: &Path, id: u32) -> u32 {
+/// As a restore gives it: what is neither the agent's nor a user's of its containers becomes the agent's.
+fn owner(id: u32) -> u32 {
     use cvm_blueprint::accounts::{CONTAINER_IDS, GATEWAY_ID};
-    let is_the_agents = path.starts_with("openclaw") || path.starts_with(".config");
-    if is_the_agents && !CONTAINER_IDS.contains(&id) { GATEWAY_ID } else { id }
+    if CONTAINER_IDS.contains(&id) { id } else { GATEWAY_ID }
 }
 
 /// A word for the type, the size where it means something, and the content.

@@ -10,29 +10,45 @@ use crate::volume::{self, Volume, Within};
 use nix::fcntl::OFlag;
 use nix::sys::stat::FileStat;
 use std::collections::HashSet;
+use std::collections::hash_map::DefaultHasher;
 use std::fs::{File, OpenOptions};
+use std::hash::{Hash as _, Hasher as _};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path as FsPath;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 #[derive(Debug, Default)]
-pub(crate) struct Lifting(Mutex<HashSet<Path>>);
+pub(crate) struct Lifting {
+    files: Mutex<HashSet<Path>>,
+    /// For each directory one of these.
+    directories: [Mutex<()>; 32],
+}
 
 impl Lifting {
     /// What is above of a file, unless its data is just brought up.
     pub(crate) fn look(&self, path: &Path, at: &FsPath) -> Result<Seen, Fault> {
-        let set = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let set = self.files.lock().unwrap_or_else(PoisonError::into_inner);
         if set.contains(path) { Ok(Seen::InTheMaking) } else { Ok(Seen::Is(volume::look(at)?)) }
     }
 
     pub(crate) fn during<T>(&self, path: &Path, work: impl FnOnce() -> T) -> T {
-        let mut set = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut set = self.files.lock().unwrap_or_else(PoisonError::into_inner);
         set.insert(path.clone());
         drop(set);
         let outcome = work();
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(path);
+        self.files.lock().unwrap_or_else(PoisonError::into_inner).remove(path);
         outcome
+    }
+
+    /// Until it is dropped, nobody else brings up a file in this directory. The kernel puts back the time of
+    /// the directory when it has made a file there; of two at once the second would put back the time that
+    /// the first has made.
+    fn alone_in(&self, directory: Option<&Path>) -> MutexGuard<'_, ()> {
+        let mut hasher = DefaultHasher::new();
+        directory.map(Path::as_bytes).hash(&mut hasher);
+        let index = usize::try_from(hasher.finish() % self.directories.len() as u64).unwrap_or_default();
+        self.directories[index].lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -54,6 +70,7 @@ pub(crate) fn lift(volume: &Volume, path: &Path, mtime_ns: Option<i64>) -> Resul
     let (at, upper) = (dir.name(path.name()), path.below(&volume.upper));
     volume.lifting.during(path, || {
         let above = volume::look(&upper)?.map(|stat| volume::mtime_ns(&stat));
+        let alone = above.is_none().then(|| volume.lifting.alone_in(path.parent().as_ref()));
         match open_for_writing(&at) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
             Err(error) if error.kind() == io::ErrorKind::ExecutableFileBusy => {
@@ -61,6 +78,7 @@ pub(crate) fn lift(volume: &Volume, path: &Path, mtime_ns: Option<i64>) -> Resul
             }
             other => other?,
         };
+        drop(alone);
         let now = volume::look(&upper)?.map(|stat| volume::mtime_ns(&stat));
         if let Some(time) = above.or(mtime_ns).filter(|time| now.is_some_and(|now| now != *time)) {
             volume::set_mtime(&at, time)?;

@@ -240,7 +240,7 @@ impl Rclone {
             "mount/mount",
             &json!({ "fs": self.remote.made(), "mountPoint": point, "mountType": "mount",
                 "vfsOpt": { "ReadOnly": true, "DirCacheTime": never, "PollInterval": "0s", "CacheMode": "off",
-                    "UID": modes.uid, "GID": modes.gid, "FilePerms": format!("{:o}", modes.file), "DirPerms": format!("{:o}", modes.directory),
+                    "UID": modes.uid, "GID": modes.gid, "Umask": "0", "FilePerms": format!("{:o}", modes.file), "DirPerms": format!("{:o}", modes.directory),
                     "NoSeek": false, "ReadAhead": 0, "ChunkSize": "16Mi", "ChunkSizeLimit": "64Mi" },
                 "mountOpt": { "AllowOther": true, "AttrTimeout": never, "DeviceName": "openclaw-cvm" } }),
         )
