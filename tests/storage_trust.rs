@@ -730,6 +730,7 @@ fn a_manifest_that_does_not_say_of_which_prefix_it_is_is_written_anew_and_no_oth
     // This volume has seen it say so, and who has a new anchor has.
     let mut volume = volume.again(|b| b);
     refused(&volume, &["this volume knows a newer one"]);
+    volume.destroy();
     refused(
         &cloud.machine().environment("STATE_ANCHOR", &anchor).start(),
         &["STATE_ANCHOR is of a newer one"],
@@ -750,7 +751,6 @@ fn a_manifest_that_does_not_say_of_which_prefix_it_is_is_written_anew_and_no_oth
     assert_eq!(anchor_parts(&machine), 3);
     drop(machine);
     // A volume that an older version has left does not ask.
-    volume.destroy();
     put_back(&cloud.garage, &old);
     let index = volume.data().join(".cvm/storage/index");
     let index = rusqlite::Connection::open(index).expect("the index is a database");
@@ -1443,7 +1443,9 @@ fn a_review_of_the_bucket_holds_up_no_push_and_takes_none_for_a_fault() {
     independent(&machine);
     let before = raw.get(path);
     cloud.proxy.clear_log();
-    cloud.proxy.add(Rule::new(Fault::Latency(Duration::from_secs(8))).method("GET"));
+    // The drill reads files, and a push asks only whether the bucket is still its own.
+    let slow = Rule::new(Fault::Latency(Duration::from_secs(8))).method("GET").path(&raw.key("openclaw"));
+    cloud.proxy.add(slow);
     let mut drill = machine.command(&["cvm", "storage", "drill"]).spawn().expect("nsenter runs");
     let verb = || Some(()).filter(|()| cloud.proxy.log().iter().any(|e| e.method == "GET"));
     until("the drill has asked for something", PATIENCE, verb);
