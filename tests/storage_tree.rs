@@ -1424,15 +1424,14 @@ fn a_bucket_of_the_old_entrypoint_is_adopted() {
 
 #[test]
 fn the_mode_that_most_files_have_is_restored_whatever_it_lets_others_do() {
-    use std::os::unix::fs::PermissionsExt as _;
     let cloud = Cloud::new();
     let machine = Fuse.start(&cloud);
     let at = machine.path(WORKSPACE);
     for n in 0..200 {
         put(at.join(format!("shared/{n}")), n.to_string());
-        std::fs::set_permissions(at.join(format!("shared/{n}")), PermissionsExt::from_mode(0o666)).unwrap();
+        fs::set_permissions(at.join(format!("shared/{n}")), PermissionsExt::from_mode(0o666)).unwrap();
     }
-    std::fs::set_permissions(at.join("shared"), PermissionsExt::from_mode(0o777)).unwrap();
+    fs::set_permissions(at.join("shared"), PermissionsExt::from_mode(0o777)).unwrap();
     flush(&machine);
     let expected = tree(&machine);
     let machine = restored(&cloud, machine, Fuse);
