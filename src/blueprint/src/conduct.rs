@@ -2,10 +2,11 @@
 //!
 //! ```text
 //! Up ── SIGTERM ──> Closing(order 1, 5, 9 …) ── all at rest ──> Sweeping(TERM → KILL) ── nobody left ──> Over
-//!
-//! Each group has its grace, and all groups share [`OVERHEAD`] for trees that are slow to die. A group that
-//! has used both up is left behind for the sweep, so the whole stop ends within [`Machine::stop_budget`].
 //! ```
+//!
+//! Each group of services has its grace, and all groups share five seconds for process trees that are slow to
+//! die. A group that has used both up is left to the sweep, so the whole stop ends within
+//! [`Machine::stop_budget`].
 //!
 //! A pure state machine over the machines of the single services. It owns which step may
 //! run, which service may start, and in which order things end.

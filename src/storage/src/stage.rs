@@ -254,9 +254,10 @@ pub(crate) fn known_now(volume: &Volume, at: &FsPath, stat: &FileStat, database:
     known
 }
 
-/// Whether the next change may carry the same time. Such a file is read once more. Of a log it is the time of its content that counts: each copy
-/// that is taken as root gives the log to the database's owner, and is itself no change. A time far in
-/// the future, which anybody can give a log, is no time that the next change will carry.
+/// Whether the next change may carry the same time. Such a file is read once more. Of a log it is the time of
+/// its content that counts: each copy that is taken as root gives the log to the database's owner, and is
+/// itself no change. A time far in the future, which anybody can give a log, is no time that the next change
+/// will carry.
 /// `looked` is when the look began, and when it ended: what changed after that, in the same tick, may have
 /// been missed by a copy that began then, however long it took.
 fn is_young(volume: &Volume, at: &FsPath, stat: &FileStat, database: bool, looked: [i64; 2]) -> bool {
