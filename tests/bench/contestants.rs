@@ -79,8 +79,8 @@ pub(crate) fn bare(command: &[&str]) -> Builder {
 /// has it. Its process 1 notes the time before its first exec.
 pub(crate) fn product() -> Builder {
     with_user(Builder::product())
-        .copy(&binaries().join("cvm-victim"), cvm_blueprint::paths::NODE)
-        .file(cvm_blueprint::paths::OPENCLAW, "", 0o644)
+        .copy(&binaries().join("cvm-victim"), cvm_protocol::paths::NODE)
+        .file(cvm_protocol::paths::OPENCLAW, "", 0o644)
         .environment("MASTER_KEY", cvm_harness::machine::MASTER_KEY)
         // The script has it too.
         .environment("ENABLE_DOCKER", "1")
@@ -100,7 +100,7 @@ pub(crate) fn with_user(builder: Builder) -> Builder {
 /// The shell script that does the same, one step after the other.
 pub(crate) fn script() -> Builder {
     Builder::product()
-        .copy(&binaries().join("cvm-victim"), cvm_blueprint::paths::NODE)
+        .copy(&binaries().join("cvm-victim"), cvm_protocol::paths::NODE)
         .bind(&repository().join("target/openclaw"), "/opt/real")
         .copy(&repository().join("tests/bench/boot.sh"), "/boot.sh")
         .environment("MASTER_KEY", cvm_harness::machine::MASTER_KEY)

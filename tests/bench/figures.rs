@@ -225,7 +225,7 @@ pub(crate) fn restart() -> Vec<Figure> {
     for round in 0..2 * ROUNDS {
         for (machine, ours) in machines.iter().zip(&mut ours) {
             let victim = until("the gateway's stub runs", PATIENCE, || {
-                let is_stub = |arguments: &str| arguments.starts_with(cvm_blueprint::paths::NODE);
+                let is_stub = |arguments: &str| arguments.starts_with(cvm_protocol::paths::NODE);
                 machine.processes().into_iter().find(|p| is_stub(&p.arguments))
             });
             let outside = machine.outside(victim.pid.into());

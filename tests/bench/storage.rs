@@ -57,10 +57,10 @@ impl Bed {
     fn rclone(&self) -> Rclone {
         let garage = &self.cloud.garage;
         let bucket = garage.s3().at(self.outside.address()).bucket(garage.bucket());
-        let key = cvm_blueprint::keys::MasterKey::new(cvm_blueprint::secret::Secret::copy_of(
+        let key = cvm_secrets::keys::MasterKey::new(cvm_secrets::secret::Secret::copy_of(
             cvm_harness::machine::MASTER_KEY.as_bytes(),
         ));
-        let keys = cvm_blueprint::keys::KeyRing::derive(&key.expect("a key"));
+        let keys = cvm_secrets::keys::KeyRing::derive(&key.expect("a key"));
         Rclone::new(&bucket, "openclaw-data", keys.crypt_password.expose(), keys.crypt_salt.expose())
     }
 }

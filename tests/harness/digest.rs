@@ -79,7 +79,7 @@ fn line(path: &Path, full: &Path, first_of: &mut HashMap<(u64, u64), String>) ->
 
 /// As a restore gives it: what is neither the agent's nor a user's of its containers becomes the agent's.
 fn owner(id: u32) -> u32 {
-    use cvm_blueprint::accounts::{CONTAINER_IDS, GATEWAY_ID};
+    use cvm_protocol::accounts::{CONTAINER_IDS, GATEWAY_ID};
     if CONTAINER_IDS.contains(&id) { id } else { GATEWAY_ID }
 }
 

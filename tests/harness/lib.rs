@@ -19,6 +19,8 @@
 //! * [`versioned`]: files that say which version of themselves they are.
 //! * [`wait`]: waiting for something to become true, with words for when it does not.
 
+#[cfg(test)]
+mod arrows;
 pub mod chat;
 pub mod cloud;
 pub mod dice;
@@ -37,8 +39,6 @@ pub mod s3;
 pub mod sandbox;
 pub mod serve;
 pub mod sqlite;
-#[cfg(test)]
-mod tests;
 pub mod tools;
 pub mod versioned;
 pub mod wait;

@@ -229,7 +229,7 @@ fn bind_into(root: &Path, bind: &Bind) -> Result<()> {
 
 /// A child must not inherit what the starter ignores or blocks.
 fn fresh_signals() {
-    cvm_process::spawn::reset_handlers();
+    cvm_sys::spawn::reset_handlers();
     let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None);
 }
 

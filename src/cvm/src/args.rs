@@ -14,7 +14,7 @@ use crate::look;
 use crate::out;
 use crate::trouble::{Exit, Trouble};
 use clap::{Args, Parser, Subcommand};
-use cvm_blueprint::config::Epoch;
+use cvm_secrets::owner::Epoch;
 use std::ffi::OsString;
 use std::io::IsTerminal as _;
 use std::path::PathBuf;
@@ -258,7 +258,7 @@ pub(crate) struct LogsArgs {
     #[arg(long, short = 'n', default_value = "100", value_parser = lines)]
     pub lines: Lines,
     /// Where the logs are
-    #[arg(long, default_value = cvm_blueprint::paths::LOGS, value_name = "DIR")]
+    #[arg(long, default_value = cvm_protocol::paths::LOGS, value_name = "DIR")]
     pub directory: PathBuf,
 }
 

@@ -5,8 +5,8 @@
 
 use crate::trouble::{Exit, Trouble};
 use crate::words;
-use cvm_blueprint::wire;
-use cvm_process::descriptor;
+use cvm_protocol::json_lines;
+use cvm_sys::memfd;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -36,7 +36,7 @@ const PASSED: &[&str] = &[
 /// The program of the same build, with `spec` on its standard input.
 pub(crate) fn program<T: Serialize>(what: &str, name: &str, spec: &T) -> Result<(PathBuf, Command), Trouble> {
     let program = place(what, name)?;
-    let sealed = descriptor::sealed(c"spec", &wire::line(spec)).map_err(|e| failed(what, &program, &e))?;
+    let sealed = memfd::sealed(c"spec", &json_lines::line(spec)).map_err(|e| failed(what, &program, &e))?;
     let kept = PASSED.iter().filter_map(|name| Some((*name, std::env::var_os(name)?)));
     let mut command = Command::new(&program);
     command.stdin(Stdio::from(sealed)).env_clear().envs(kept);

@@ -12,9 +12,11 @@ use crate::input;
 use crate::out;
 use crate::prompt;
 use crate::trouble::{Exit, Trouble, mistakes, warn};
-use cvm_blueprint::config::{Config, Epoch, MasterKey, S3, Storage, is_strong};
-use cvm_blueprint::env::{Environment, file_twin};
-use cvm_blueprint::keys::{self, KeyRing};
+use cvm_secrets::keys::MasterKey;
+use cvm_secrets::keys::{self, KeyRing};
+use cvm_secrets::owner::Epoch;
+use cvm_system::config::{Config, S3, Storage, is_strong};
+use cvm_system::env::{Environment, file_twin};
 use std::ffi::OsStr;
 use std::fmt::Write as _;
 use std::io::IsTerminal as _;
@@ -57,8 +59,8 @@ fn owner(master: &MasterKey, epoch: u32) -> Result<Zeroizing<String>, Trouble> {
                     \"$CVM_OWNER_TOKEN\" | sha256sum` prints";
         return Err(Trouble::new(Exit::Usage, "derive owner: MASTER_KEY", cause).hint(hint));
     }
-    let epoch = Epoch::parse(&epoch.to_string());
-    let epoch = epoch.map_err(|_| Trouble::new(Exit::Usage, "derive owner", "there is no such epoch"))?;
+    let epoch = Epoch::new(epoch)
+        .ok_or_else(|| Trouble::new(Exit::Usage, "derive owner", "there is no such epoch"))?;
     Ok(Zeroizing::new(format!("{}\n", keys::owner_word(master, epoch))))
 }
 
@@ -98,7 +100,7 @@ fn derived(what: &Derived, keys: &KeyRing) -> Result<Zeroizing<String>, Trouble>
 }
 
 fn obscured(clear: &str) -> Result<Zeroizing<String>, Trouble> {
-    cvm_obscure::obscure(clear.as_bytes())
+    cvm_secrets::obscured::obscure(clear.as_bytes())
         .map_err(|_| Trouble::new(Exit::Bad, "derive", "the kernel gives no random numbers"))
 }
 
@@ -277,7 +279,7 @@ mod tests {
                 assert_eq!(derived(&what(clear(false)), &keys).unwrap().as_str(), format!("{}\n", of(name)));
                 let hidden = derived(&what(clear(true)), &keys).unwrap();
                 assert_eq!(
-                    cvm_obscure::reveal(hidden.trim_end().as_bytes()).unwrap()[..],
+                    cvm_secrets::obscured::reveal(hidden.trim_end().as_bytes()).unwrap()[..],
                     *of(name).as_bytes()
                 );
             }
@@ -371,9 +373,9 @@ mod tests {
         assert_eq!(value(&text, "remote"), "openclaw-bucket:claws/a/b");
         assert_eq!(value(&text, "secret_access_key"), "not/a+secret=");
         assert_eq!((value(&text, "type"), value(&text, "session_token")), ("s3|crypt".into(), String::new()));
-        let password = cvm_obscure::reveal(value(&text, "password").as_bytes()).unwrap();
+        let password = cvm_secrets::obscured::reveal(value(&text, "password").as_bytes()).unwrap();
         assert_eq!(&password[..], b"fWxyhzuLSQizHmoLLNCIFuPKNGAgWm3D5LziNPZ2UdM=");
-        let mine = cvm_obscure::obscure(b"mine").unwrap();
+        let mine = cvm_secrets::obscured::obscure(b"mine").unwrap();
         let text = conf(&[("RCLONE_CRYPT_PASSWORD", &mine), ("RCLONE_CRYPT_PASSWORD2", &mine)]);
         assert_eq!(
             (value(&text, "password").as_str(), value(&text, "password2").as_str()),

@@ -12,7 +12,7 @@ use crate::out;
 use crate::socket;
 use crate::trouble::{Exit, Trouble};
 use crate::words::clean;
-use cvm_blueprint::status::Status;
+use cvm_protocol::status::Status;
 use std::fmt::Write as _;
 use std::time::Duration;
 

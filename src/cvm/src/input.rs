@@ -4,7 +4,7 @@
 //! May import: `words`.
 
 use crate::words;
-use cvm_blueprint::env::Environment;
+use cvm_system::env::Environment;
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::ffi::OsStrExt as _;

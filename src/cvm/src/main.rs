@@ -15,8 +15,6 @@
 //!
 //! Refuses: to change anything but through the supervisor (who leaves volumes alone, so `volume` does it), to print a secret other than the
 //! one that was asked for by name, and to panic because nobody reads its output.
-//! May import: `cvm-blueprint`, `cvm-obscure`, and of `cvm-process` the memory file in which secrets
-//! are handed on, and what runs openclaw.
 
 mod args;
 mod beside;
@@ -52,7 +50,7 @@ use trouble::{Exit, Trouble};
 
 fn main() -> ExitCode {
     // It may have been given the container's whole environment.
-    cvm_process::private::keep_private();
+    cvm_sys::private::keep_private();
     let mut arguments: Vec<std::ffi::OsString> = std::env::args_os().collect();
     if openclaw::is_meant_by(arguments.first().map(std::ffi::OsString::as_os_str)) {
         return end(openclaw::run(arguments.drain(1..).collect()));

@@ -14,12 +14,13 @@ mod guest;
 use crate::socket;
 use crate::trouble::{Exit, Trouble, warn};
 use crate::words;
-use cvm_blueprint::accounts::{Account, GATEWAY_ID};
-use cvm_blueprint::env::variable;
-use cvm_blueprint::paths;
-use cvm_blueprint::wire::{Body, PackedEnvironment, Verb};
-use cvm_process::acting::Acting;
-use cvm_process::spawn::Identity;
+use cvm_protocol::accounts::{Account, GATEWAY_ID};
+use cvm_protocol::control::{Body, Verb};
+use cvm_protocol::paths;
+use cvm_secrets::base64_bytes::PackedEnvironment;
+use cvm_sys::as_user::AsUser;
+use cvm_sys::spawn::Identity;
+use cvm_system::env::variable;
 use guest::Guest;
 use nix::unistd::geteuid;
 use std::ffi::{CString, OsStr, OsString};
@@ -129,7 +130,7 @@ fn account_of(user: &str) -> Result<Option<Account>, Trouble> {
 
 /// The caller's directory if that user may be in it, else its home, else the root directory.
 fn directory(user: &Identity, home: String) -> PathBuf {
-    let Ok(_acting) = Acting::of(user.uid.into(), user.gid.into()) else { return home.into() };
+    let Ok(_acting) = AsUser::of(user.uid.into(), user.gid.into()) else { return home.into() };
     // Entered anew by its path: being in it already says nothing about another user.
     let caller = std::env::current_dir().ok().filter(|caller| std::env::set_current_dir(caller).is_ok());
     caller.unwrap_or_else(|| if Path::new(&home).is_dir() { home.into() } else { "/".into() })

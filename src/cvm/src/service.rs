@@ -11,8 +11,8 @@ use crate::out;
 use crate::socket;
 use crate::trouble::{Exit, Trouble};
 use crate::words::{clean, span};
-use cvm_blueprint::status::{Service, Status};
-use cvm_blueprint::wire::{Body, Verb};
+use cvm_protocol::control::{Body, Verb};
+use cvm_protocol::status::{Service, Status};
 use std::io::{IsTerminal as _, Write as _};
 use std::time::{Duration, Instant};
 
@@ -142,7 +142,7 @@ fn follow(order: Order, before: &Service, limit: Duration) -> Result<Exit, Troub
 }
 
 fn words_of(span: Duration) -> String {
-    cvm_blueprint::time::words(span)
+    cvm_protocol::time::words(span)
 }
 
 fn find<'s>(status: &'s Status, name: &str) -> Option<&'s Service> {

@@ -7,10 +7,11 @@
 
 use crate::trouble::{Exit, Trouble};
 use crate::words;
-use cvm_blueprint::paths;
-use cvm_blueprint::status::Status;
-use cvm_blueprint::time::words as words_of;
-use cvm_blueprint::wire::{self, Body, Request, Response, VERSION, Verb};
+use cvm_protocol::control::{Body, Request, Response, VERSION, Verb};
+use cvm_protocol::json_lines;
+use cvm_protocol::paths;
+use cvm_protocol::status::Status;
+use cvm_protocol::time::words as words_of;
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use serde::Deserialize;
@@ -138,7 +139,7 @@ impl Failure {
 fn exchange(path: &Path, time: Duration, verb: Verb) -> Result<Zeroizing<Vec<u8>>, Failure> {
     let until = Instant::now() + time;
     let mut stream = open(path, time, until)?;
-    let request = wire::line(&Request { v: VERSION, verb });
+    let request = json_lines::line(&Request { v: VERSION, verb });
     let left = until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
     stream.set_write_timeout(Some(left)).map_err(|e| Failure::Other(words::of_io(&e)))?;
     match stream.write_all(&request) {

@@ -9,7 +9,7 @@
 //! May import: `words`.
 
 use crate::words;
-use cvm_blueprint::env::Problem;
+use cvm_system::env::Problem;
 use std::io::Write as _;
 use std::process::ExitCode;
 

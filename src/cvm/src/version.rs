@@ -6,7 +6,7 @@ use crate::out;
 use crate::socket;
 use crate::trouble::{Exit, Trouble};
 use crate::words::clean;
-use cvm_blueprint::wire::VERSION;
+use cvm_protocol::control::VERSION;
 
 pub(crate) fn run() -> Result<Exit, Trouble> {
     out::print(&format!("cvm {} (control protocol {VERSION})\n", env!("CARGO_PKG_VERSION")))?;

@@ -7,7 +7,7 @@ use crate::look::Look;
 use crate::out;
 use crate::trouble::{Exit, Trouble};
 use crate::words::now_ms;
-use cvm_blueprint::time::rfc3339;
+use cvm_protocol::time::rfc3339;
 use std::time::Duration;
 
 /// Shows what `frame` yields, every `pause`. `json`: a line each, neither stamped nor redrawn.

@@ -6,7 +6,7 @@
 //!
 //! Refuses to measure in bytes: a width is a number of characters. May import: nothing of ours.
 
-use cvm_blueprint::time;
+use cvm_protocol::time;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// One line without control characters.

@@ -299,7 +299,7 @@ fn under_its_other_name_it_is_openclaw() {
     let directory = tempfile::tempdir().unwrap();
     let link = directory.path().join("openclaw");
     std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_cvm"), &link).unwrap();
-    if std::path::Path::new(cvm_blueprint::paths::OPENCLAW).exists() {
+    if std::path::Path::new(cvm_protocol::paths::OPENCLAW).exists() {
         return; // then it would run it
     }
     // Its own arguments are not read here: `--version` is no version of ours.

@@ -2,10 +2,14 @@
 //! and what the supervisor writes itself is understood, with anything laid around it.
 #![no_main]
 
-use cvm_blueprint::bootstrap::{GatewaySettings, TokenState, generated_config, inspect_config};
+use bootstrap::{GatewaySettings, TokenState, generated_config, inspect_config};
 use libfuzzer_sys::fuzz_target;
 
 const TOKEN: &str = "xb60JGSYzqa9njB6VObVhc1aY1DUfuC1";
+
+#[allow(dead_code)] // the device identity
+#[path = "../../../src/supervisor/tasks/src/state/bootstrap/mod.rs"]
+mod bootstrap;
 
 fuzz_target!(|data: &[u8]| {
     let text = String::from_utf8_lossy(data);

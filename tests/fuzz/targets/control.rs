@@ -2,13 +2,14 @@
 //! writes back as it was.
 #![no_main]
 
-use cvm_blueprint::wire::{self, Request};
+use cvm_protocol::json_lines;
+use cvm_protocol::control::Request;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|data: &[u8]| {
     match Request::parse(data) {
         Ok(request) => {
-            let line = wire::line(&request);
+            let line = json_lines::line(&request);
             assert_eq!(Request::parse(line.trim_ascii_end()).as_ref(), Ok(&request));
         }
         Err(bad) => assert!(!bad.to_string().is_empty()),

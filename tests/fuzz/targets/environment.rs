@@ -2,8 +2,8 @@
 //! secret.
 #![no_main]
 
-use cvm_blueprint::config::Config;
-use cvm_blueprint::env::{Environment, VARIABLES};
+use cvm_system::config::Config;
+use cvm_system::env::{Environment, VARIABLES};
 use libfuzzer_sys::fuzz_target;
 
 /// Marks values that must not come out again. Long enough that no message has it by chance.

@@ -3,9 +3,9 @@
 #![no_main]
 
 #[allow(dead_code)]
-#[path = "../../../src/mux/src/event.rs"]
+#[path = "../../../src/mux/client/src/event.rs"]
 mod event;
-#[path = "../../../src/mux/src/mention.rs"]
+#[path = "../../../src/mux/client/src/mention.rs"]
 mod mention;
 
 use event::{Head, Message, Source};

@@ -3,7 +3,7 @@
 #![no_main]
 
 #[allow(dead_code)]
-#[path = "../../../src/mux/src/token.rs"]
+#[path = "../../../src/mux/client/src/token.rs"]
 mod token;
 
 use base64::Engine as _;

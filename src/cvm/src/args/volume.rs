@@ -1,6 +1,6 @@
 //! The command line of `cvm volume`.
 //!
-//! Refuses to do any of it. Imports `volume` of the blueprint.
+//! Refuses to do any of it.
 
 // The comments below are the text of the help, where backticks would be shown.
 #![allow(clippy::doc_markdown)]
@@ -40,7 +40,7 @@ pub(crate) struct AdoptArgs {
 }
 
 fn fingerprint(text: &str) -> Result<String, String> {
-    if cvm_blueprint::volume::is_fingerprint(text) {
+    if cvm_protocol::volume::is_fingerprint(text) {
         return Ok(text.to_owned());
     }
     Err("give 64 hex digits in lower case, as `cvm derive volume-fingerprint` prints them".to_owned())

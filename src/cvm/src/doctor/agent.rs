@@ -2,7 +2,7 @@
 
 use super::facts::{self, Mount};
 use super::finding::{Notebook, Outcome, ok, skip, warn};
-use cvm_blueprint::paths::DATA;
+use cvm_protocol::paths::DATA;
 
 pub(crate) fn check(notebook: &mut Notebook<'_>) {
     notebook.check("rights of files on /data", || {

@@ -12,8 +12,8 @@ use super::facts;
 use super::finding::{Notebook, Outcome, fail, ok, skip, warn};
 use crate::logs;
 use crate::words;
-use cvm_blueprint::paths;
-use cvm_blueprint::time::rfc3339;
+use cvm_protocol::paths;
+use cvm_protocol::time::rfc3339;
 use std::path::Path;
 
 /// 2026-11-01T00:00:00Z: this program did not exist before.

@@ -4,9 +4,9 @@
 use super::finding::{Notebook, Outcome, ok, skip, warn};
 use super::{facts, overlay};
 use crate::http;
-use cvm_blueprint::paths::DOCKER_SOCKET;
-use cvm_blueprint::status::Service;
-use cvm_process::namespace;
+use cvm_protocol::paths::DOCKER_SOCKET;
+use cvm_protocol::status::Service;
+use cvm_sys::namespace;
 use nix::errno::Errno;
 use std::path::Path;
 use std::time::Duration;

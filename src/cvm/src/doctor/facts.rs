@@ -3,12 +3,12 @@
 //! Refuses to guess what it cannot read: an absent fact is None. May import: `socket`.
 
 use crate::socket;
-use cvm_blueprint::accounts::Account;
-use cvm_blueprint::config::MUX_INBOUND_PORT;
-use cvm_blueprint::env::variable;
-use cvm_blueprint::paths;
-use cvm_blueprint::status::{Service, Status};
-use cvm_blueprint::wire::{Body, Verb};
+use cvm_protocol::accounts::Account;
+use cvm_protocol::control::{Body, Verb};
+use cvm_protocol::mux::MUX_INBOUND_PORT;
+use cvm_protocol::paths;
+use cvm_protocol::status::{Service, Status};
+use cvm_system::env::variable;
 use std::time::Duration;
 use zeroize::Zeroizing;
 

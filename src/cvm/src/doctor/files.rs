@@ -7,7 +7,7 @@
 use super::facts;
 use super::finding::{Notebook, Outcome, fail, ok, skip, warn};
 use crate::words;
-use cvm_blueprint::paths::STATE;
+use cvm_protocol::paths::STATE;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};

@@ -6,7 +6,7 @@
 use super::facts;
 use super::finding::{Notebook, Outcome, ok, skip, warn};
 use crate::words::clean;
-use cvm_blueprint::paths;
+use cvm_protocol::paths;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 

@@ -6,7 +6,7 @@ use super::facts;
 use super::finding::{Notebook, Outcome, fail, ok, skip, warn};
 use crate::http::{self, Answer};
 use crate::words::{clean, count, now_ms, span};
-use cvm_blueprint::mux::{MUX_CLIENT, MuxStatus};
+use cvm_protocol::mux::{MUX_CLIENT, MuxStatus};
 
 /// A run of the agent takes minutes, and so may wait those behind it.
 const OLD_MS: u64 = 15 * 60 * 1000;

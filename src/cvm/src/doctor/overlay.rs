@@ -5,8 +5,8 @@
 
 use super::facts::{self, Mount};
 use super::finding::{Notebook, Outcome, ok, skip, warn};
-use cvm_blueprint::paths::{DATA, VOLUME};
-use cvm_process::namespace;
+use cvm_protocol::paths::{DATA, VOLUME};
+use cvm_sys::namespace;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use std::path::{Path, PathBuf};

@@ -9,7 +9,7 @@
 use super::facts;
 use super::finding::{Notebook, Outcome, fail, ok, skip, warn};
 use crate::words::clean;
-use cvm_blueprint::status::{Service, Status};
+use cvm_protocol::status::{Service, Status};
 
 /// A process tree is not deeper; a loop in a table that changes while it is read would be.
 const ANCESTORS_MAX: usize = 64;

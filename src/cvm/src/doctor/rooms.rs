@@ -122,7 +122,7 @@ impl Asked {
     fn give_up(&mut self, findings: &mut Vec<Finding>) {
         self.over = true;
         let _ = self.child.kill();
-        let time = cvm_blueprint::time::words(CHECK_TIME);
+        let time = cvm_protocol::time::words(CHECK_TIME);
         findings.push(self.failure(&format!("it did not answer within {time}")));
     }
 

@@ -16,9 +16,9 @@ const BANNER_MAX: u64 = 255;
 pub(crate) fn check(notebook: &mut Notebook<'_>) {
     let sshd = facts::sshd();
     notebook.check("configuration", || match &sshd {
-        Some(_) => ok(cvm_blueprint::paths::SSHD_CONFIG),
+        Some(_) => ok(cvm_protocol::paths::SSHD_CONFIG),
         None => fail(
-            format!("{} is not there or not whole", cvm_blueprint::paths::SSHD_CONFIG),
+            format!("{} is not there or not whole", cvm_protocol::paths::SSHD_CONFIG),
             "the boot step `ssh` writes it: `cvm status` says why it did not",
         ),
     });

@@ -5,7 +5,7 @@ use super::facts::PATIENCE;
 use super::finding::{Notebook, Outcome, fail, ok, warn};
 use crate::socket;
 use crate::words::{count, span};
-use cvm_blueprint::status::{Phase, Service, Status};
+use cvm_protocol::status::{Phase, Service, Status};
 
 pub(crate) fn check(notebook: &mut Notebook<'_>) {
     notebook.about("control socket");

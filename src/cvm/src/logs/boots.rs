@@ -8,7 +8,7 @@ use crate::look::Look;
 use crate::sink::Sink;
 use crate::storage::{Client, Patience, decoded, print_to_the_end, to_the_end};
 use crate::trouble::{Exit, Trouble};
-use cvm_blueprint::storage::{Answer, Ask};
+use cvm_protocol::storage::{Answer, Ask};
 use std::collections::VecDeque;
 
 /// What one wants to read of a machine that is gone: how it ended.

@@ -4,15 +4,15 @@
 //! gets one of its own, and what is typed and shown goes through us; it has a session of its own; and what it
 //! leaves running ends with it. A pipe or a file that stands in the terminal's place is handed on as it is.
 //!
-//! Refuses to return while anything that it started lives. May import: `cvm-process`.
+//! Refuses to return while anything that it started lives.
 
-use cvm_blueprint::ending::End;
-use cvm_blueprint::service::AGENT_LIMITS;
-use cvm_process::reap::{self, Reaped};
-use cvm_process::signals::{self, Signals};
-use cvm_process::spawn::{Blocked, Identity, Program, Session, spawn};
-use cvm_process::terminal::{self, Pair, Raw};
-use cvm_process::tree;
+use cvm_protocol::exit_status::End;
+use cvm_protocol::keeper::AGENT_LIMITS;
+use cvm_sys::process_tree;
+use cvm_sys::reap::{self, Reaped};
+use cvm_sys::signals::{self, Signals};
+use cvm_sys::spawn::{Blocked, Identity, Limits, Program, Session, spawn};
+use cvm_sys::terminal::{self, Pair, Raw};
 use nix::errno::Errno;
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -46,7 +46,7 @@ pub(super) fn run(guest: &Guest) -> io::Result<u8> {
     let [input, output, errors] = standard;
     let operators = [output, errors, input].into_iter().find(|fd| is_terminal(*fd));
     let pair = operators.map(Pair::like).transpose()?;
-    tree::adopt_orphans()?;
+    process_tree::adopt_orphans()?;
     let mut signals = Signals::take(&HEARD)?;
     let main = start(guest, standard, pair.as_ref().map(|pair| &pair.slave))?;
     let mut screen = pair.zip(operators).map(|(pair, operators)| Screen::new(pair, operators, input));
@@ -75,7 +75,7 @@ fn start(guest: &Guest, standard: [BorrowedFd<'_>; 3], slave: Option<&OwnedFd>) 
         descriptors: &standard.map(|fd| slave.filter(|_| is_terminal(fd)).map_or(fd, AsFd::as_fd)),
         identity: Some(&guest.identity),
         oom_score_adj: None,
-        limits: Some(AGENT_LIMITS),
+        limits: Some(Limits { processes: AGENT_LIMITS.processes }),
         session: Session::Terminal,
         dies_with_parent: true,
         blocked: Blocked::None,
@@ -83,7 +83,7 @@ fn start(guest: &Guest, standard: [BorrowedFd<'_>; 3], slave: Option<&OwnedFd>) 
     };
     let name = path.to_string_lossy();
     Ok(spawn(&program, |stage, errno, _| {
-        let end = End::NotStarted { stage, errno: errno as i32 };
+        let end = End::not_started(stage.to_byte(), errno as i32);
         eprintln!("cvm: openclaw: {name}: {end}");
         end.shell_status()
     })?)
@@ -110,7 +110,7 @@ fn attend(main: Pid, signals: &mut Signals, mut screen: Option<&mut Screen<'_>>)
         }
         while let Reaped::One(pid, end) = reap::next() {
             if pid == main {
-                return end;
+                return end.into();
             }
         }
     }
@@ -131,7 +131,7 @@ fn end_all() {
             Reaped::One(..) => {}
             Reaped::Childless => return,
             Reaped::Later => {
-                tree::kill_descendants();
+                process_tree::kill_descendants();
                 std::thread::sleep(LOOK_EVERY);
             }
         }

@@ -8,8 +8,8 @@ use crate::look::{Look, Tone};
 use crate::storage::{self, Glance};
 use crate::table::{self, Cell, Column, NONE, Row, STAYS, labelled};
 use crate::words::{clean, count, fine, span, width, wrap};
-use cvm_blueprint::mux::MuxStatus;
-use cvm_blueprint::status::{Phase, Service, Status, Step};
+use cvm_protocol::mux::MuxStatus;
+use cvm_protocol::status::{Phase, Service, Status, Step};
 
 /// `glance` is what the storage worker says, where there has to be one; `now_ms` is since 1970.
 pub(crate) fn page(status: &Status, glance: Option<&Glance>, now_ms: u64, look: Look) -> String {

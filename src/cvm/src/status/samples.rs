@@ -1,9 +1,9 @@
 //! Snapshots for tests, written by hand.
 
-use cvm_blueprint::doors::Door;
-use cvm_blueprint::mux::MuxStatus;
-use cvm_blueprint::status::{Fingerprint, Phase, Service, Status, Step, Storage};
-use cvm_blueprint::wire::Remark;
+use cvm_protocol::doors::Door;
+use cvm_protocol::mux::MuxStatus;
+use cvm_protocol::status::Remark;
+use cvm_protocol::status::{Fingerprint, Phase, Service, Status, Step, Storage};
 
 pub(crate) fn service(name: &str, state: &str) -> Service {
     Service {

@@ -9,10 +9,10 @@
 use crate::socket::{self, Failure};
 use crate::trouble::{Exit, Trouble};
 use crate::words;
-use cvm_blueprint::paths;
-use cvm_blueprint::storage::{ANSWER_MAX, Answer, Ask, QUESTION_MAX, Question, VERSION};
-use cvm_blueprint::time::words as words_of;
-use cvm_blueprint::wire;
+use cvm_protocol::json_lines;
+use cvm_protocol::paths;
+use cvm_protocol::storage::{ANSWER_MAX, Answer, Ask, QUESTION_MAX, Question, VERSION};
+use cvm_protocol::time::words as words_of;
 use nix::unistd::geteuid;
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
@@ -61,7 +61,7 @@ impl Client {
     }
 
     fn ask_at(path: &Path, what: &str, verb: Ask, patience: Patience) -> Result<Self, Trouble> {
-        let question = wire::line(&Question { v: VERSION, verb });
+        let question = json_lines::line(&Question { v: VERSION, verb });
         if question.len() > QUESTION_MAX {
             return Err(Trouble::new(Exit::Usage, what, "the path is too long to ask for"));
         }

@@ -7,7 +7,7 @@ use super::{follow, page};
 use crate::args::StorageDecideArgs;
 use crate::trouble::{Exit, Trouble};
 use crate::words::clean;
-use cvm_blueprint::storage::{Ask, StorageStatus};
+use cvm_protocol::storage::{Ask, StorageStatus};
 use std::io::{BufRead as _, IsTerminal as _, Read as _, Write as _};
 
 /// An answer is a word.

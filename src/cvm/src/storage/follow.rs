@@ -8,7 +8,7 @@ use super::progress::Shower;
 use crate::out;
 use crate::trouble::{Exit, Trouble};
 use crate::words::clean;
-use cvm_blueprint::storage::{Answer, Ask};
+use cvm_protocol::storage::{Answer, Ask};
 use std::time::Duration;
 
 pub(super) fn run(order: &str, verb: Ask, total: Option<Duration>) -> Result<Exit, Trouble> {

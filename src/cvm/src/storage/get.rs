@@ -16,7 +16,7 @@ use crate::trouble::{Exit, Trouble};
 use crate::words::{self, size};
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
-use cvm_blueprint::storage::{Answer, Ask};
+use cvm_protocol::storage::{Answer, Ask};
 use std::fs::{File, OpenOptions};
 use std::io::Write as _;
 use std::os::unix::fs::OpenOptionsExt as _;

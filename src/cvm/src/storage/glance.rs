@@ -6,7 +6,7 @@ use super::client::{Client, Patience};
 use crate::look::{Look, Tone};
 use crate::table::labelled;
 use crate::words::{count, fine, size};
-use cvm_blueprint::storage::{Answer, Ask, Mode, StorageStatus};
+use cvm_protocol::storage::{Answer, Ask, Mode, StorageStatus};
 use std::time::Duration;
 
 /// What the supervisor calls the mode that has a storage worker.

@@ -10,8 +10,8 @@ use crate::look::{Look, Tone};
 use crate::out::Out;
 use crate::trouble::{Exit, Trouble};
 use crate::words::{clean, size};
-use cvm_blueprint::storage::{Answer, Ask, Entry};
-use cvm_blueprint::time::rfc3339;
+use cvm_protocol::storage::{Answer, Ask, Entry};
+use cvm_protocol::time::rfc3339;
 use std::io::Write as _;
 
 pub(super) fn run(args: &StorageLsArgs) -> Result<Exit, Trouble> {

@@ -30,7 +30,7 @@ pub(crate) use page::OLD_MS;
 
 use crate::args::StorageCommand;
 use crate::trouble::{Exit, Trouble};
-use cvm_blueprint::storage::Ask;
+use cvm_protocol::storage::Ask;
 
 pub(crate) fn run(command: &StorageCommand) -> Result<Exit, Trouble> {
     match command {

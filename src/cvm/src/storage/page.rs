@@ -16,7 +16,7 @@ use crate::table::labelled;
 use crate::trouble::{Exit, Trouble};
 use crate::watch::watch;
 use crate::words::{count, fine, size, span};
-use cvm_blueprint::storage::{Answer, Ask, Drill, Incident, Mode, Progress, StorageStatus};
+use cvm_protocol::storage::{Answer, Ask, Drill, Incident, Mode, Progress, StorageStatus};
 use std::time::Duration;
 
 const WHAT: &str = "storage status";

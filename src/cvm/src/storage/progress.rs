@@ -7,7 +7,7 @@
 
 use crate::look::{Look, Tone};
 use crate::words::{clean, count, size, width};
-use cvm_blueprint::storage::Progress;
+use cvm_protocol::storage::Progress;
 use std::io::Write as _;
 use std::time::{Duration, Instant};
 

@@ -11,10 +11,11 @@ use crate::beside;
 use crate::input;
 use crate::trouble::{Exit, Trouble, mistakes, warn};
 use crate::words;
-use cvm_blueprint::config::{Config, Storage};
-use cvm_blueprint::env::Environment;
-use cvm_blueprint::keys::KeyRing;
-use cvm_blueprint::storage::StorageSpec;
+use cvm_protocol::storage::StorageSpec;
+use cvm_secrets::keys::KeyRing;
+use cvm_system::config::{Config, Storage};
+use cvm_system::env::Environment;
+use cvm_system::specifications::storage_spec;
 use std::io::ErrorKind;
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
@@ -62,7 +63,7 @@ fn specification(environment: &Environment) -> Result<StorageSpec, Trouble> {
         let hint = "set S3_BUCKET, MASTER_KEY and the credentials as they are set for the VM";
         return Err(Trouble::new(Exit::Usage, WHAT, "S3_BUCKET is not set, so there is no bucket").hint(hint));
     };
-    Ok(StorageSpec::of(s3, &KeyRing::derive(master), config.gateway.user.as_str()))
+    Ok(storage_spec(s3, &KeyRing::derive(master), config.gateway.user.as_str()))
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! What a storage worker may say, for tests, written by hand.
 
-use cvm_blueprint::storage::{Drill, Incident, Mode, Progress, StorageStatus};
+use cvm_protocol::storage::{Drill, Incident, Mode, Progress, StorageStatus};
 
 pub(crate) fn good() -> StorageStatus {
     StorageStatus {

@@ -1,7 +1,7 @@
 //! The client against workers that misbehave in every way.
 
 use super::*;
-use cvm_blueprint::storage::Progress;
+use cvm_protocol::storage::Progress;
 use std::os::unix::net::UnixListener;
 use std::thread::JoinHandle;
 

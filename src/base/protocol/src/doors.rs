@@ -1,0 +1,29 @@
+//! Doors: what the configuration opens that is shut by default, for as long as it is open.
+//!
+//! One list serves the boot log, `cvm-init --check`, `cvm status` and `cvm doctor`.
+
+use serde::{Deserialize, Serialize};
+use std::fmt;
+
+/// A protection that is off, and how to have it back. Holds no value of a secret.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Door {
+    /// The setting that opens it, such as `ENABLE_DOCKER=1`.
+    pub name: String,
+    /// Who can now do what.
+    pub risk: String,
+    /// How to shut it.
+    pub remedy: String,
+}
+
+impl Door {
+    pub fn new(name: &str, risk: impl Into<String>, remedy: &str) -> Self {
+        Self { name: name.to_owned(), risk: risk.into(), remedy: remedy.to_owned() }
+    }
+}
+
+impl fmt::Display for Door {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Open door: {}: {} (to shut it: {})", self.name, self.risk, self.remedy)
+    }
+}

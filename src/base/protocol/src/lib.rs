@@ -1,0 +1,21 @@
+//! Every message between our processes, and what several of them must agree on: paths, accounts, how a process
+//! ended, what a volume remembers.
+//!
+//! Types and pure functions: no I/O, no clock.
+
+pub mod accounts;
+pub mod authorized_keys;
+pub mod control;
+pub mod doors;
+pub mod exit_status;
+pub mod json_lines;
+pub mod keeper;
+pub mod mux;
+pub mod paths;
+pub mod report;
+pub mod status;
+pub mod storage;
+pub mod task;
+pub mod text;
+pub mod time;
+pub mod volume;

@@ -1,0 +1,116 @@
+//! What the loops of PID 1, of a keeper and of plain mode ask of the kernel, as one small set, so
+//! that a unit test can answer in the kernel's place: see `fake`.
+//!
+//! Reading and writing descriptors is not part of it: a test can make a pipe.
+
+use crate::process_tree;
+use crate::reap::{self, Reaped};
+use crate::signals::{self, Signals};
+use crate::spawn::{self, Program, Stage};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::unistd::Pid;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
+
+pub trait Kernel {
+    fn now(&self) -> Instant;
+
+    /// Returns when one of `fds` is ready, when a signal has arrived, at `until`, or earlier.
+    fn wait(&mut self, fds: Vec<PollFd<'_>>, until: Option<Instant>);
+
+    /// Signals that have arrived since the last call, each number once.
+    fn signals(&mut self) -> Vec<i32>;
+
+    /// Reaps one child, without waiting.
+    fn reap(&mut self) -> Reaped;
+
+    /// See [`spawn::spawn`].
+    fn spawn(
+        &mut self,
+        program: &Program<'_>,
+        on_failure: impl FnOnce(Stage, Errno, Option<BorrowedFd<'_>>) -> u8,
+    ) -> nix::Result<Pid>;
+
+    /// A process that is gone is no failure. `-1` is every process but ourselves.
+    fn kill(&mut self, pid: Pid, signal: i32);
+
+    /// The children of this process, zombies too.
+    fn children(&self) -> Vec<Pid>;
+
+    fn signal_descendants(&mut self, signal: i32);
+
+    /// Ends every process below this one, and says how many they were.
+    fn kill_descendants(&mut self) -> u32;
+}
+
+/// The real one.
+pub struct Linux(Signals);
+
+impl Linux {
+    /// Installs handlers for `wanted`: see [`Signals::take`].
+    pub fn taking(wanted: &[i32]) -> std::io::Result<Self> {
+        Signals::take(wanted).map(Self)
+    }
+}
+
+impl Kernel for Linux {
+    fn now(&self) -> Instant {
+        Instant::now()
+    }
+
+    fn wait(&mut self, fds: Vec<PollFd<'_>>, until: Option<Instant>) {
+        let mut all = fds;
+        all.push(readable(self.0.as_fd()));
+        let timeout = until.map_or(PollTimeout::NONE, |until| {
+            let left = until.saturating_duration_since(Instant::now());
+            // Rounded up: who wakes before the time would find nothing to do, and spin.
+            let wait = if left.is_zero() { left } else { left + Duration::from_millis(1) };
+            PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX)
+        });
+        // An interrupted or failed wait is a short one.
+        let _ = poll(&mut all, timeout);
+    }
+
+    fn signals(&mut self) -> Vec<i32> {
+        self.0.drain()
+    }
+
+    fn reap(&mut self) -> Reaped {
+        reap::next()
+    }
+
+    fn spawn(
+        &mut self,
+        program: &Program<'_>,
+        on_failure: impl FnOnce(Stage, Errno, Option<BorrowedFd<'_>>) -> u8,
+    ) -> nix::Result<Pid> {
+        spawn::spawn(program, on_failure)
+    }
+
+    fn kill(&mut self, pid: Pid, signal: i32) {
+        signals::send(pid, signal);
+    }
+
+    fn children(&self) -> Vec<Pid> {
+        process_tree::children()
+    }
+
+    fn signal_descendants(&mut self, signal: i32) {
+        process_tree::signal_descendants(signal);
+    }
+
+    fn kill_descendants(&mut self) -> u32 {
+        process_tree::kill_descendants()
+    }
+}
+
+/// A wish to read.
+pub fn readable(fd: BorrowedFd<'_>) -> PollFd<'_> {
+    PollFd::new(fd, PollFlags::POLLIN)
+}
+
+/// A wish to write.
+pub fn writable(fd: BorrowedFd<'_>) -> PollFd<'_> {
+    PollFd::new(fd, PollFlags::POLLOUT)
+}

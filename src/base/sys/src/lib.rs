@@ -1,0 +1,28 @@
+//! The kernel: forking and reaping, signals, descriptors, the process table, namespaces, and opening files as
+//! somebody else. One subject a file.
+//!
+//! Nearly all that is `unsafe` is here; each use says why it is sound.
+//! std's `Command` is not used: its `spawn` waits until the child has exec'd, which on a
+//! dead mount is for ever, and its `Child` does not live beside a wait for any child.
+//!
+//! Imports no other crate of ours, decides nothing, starts no threads and reads no configuration.
+
+pub mod as_user;
+pub mod descriptor;
+#[cfg(feature = "fake")]
+pub mod fake;
+pub mod file_handle;
+pub mod fuse_dcache;
+pub mod kernel;
+pub mod memfd;
+pub mod namespace;
+pub mod port;
+pub mod private;
+pub mod process_tree;
+pub mod process_work;
+pub mod reap;
+pub mod scm_rights;
+pub mod signals;
+pub mod spawn;
+pub mod terminal;
+pub mod xattr;

@@ -1,0 +1,334 @@
+//! What PID 1 keeps after the boot border: how to describe each service and each step to a
+//! keeper, with the secrets that this one needs and no others.
+//!
+//! `MASTER_KEY` and the bucket's passwords are not among them: they are wiped with the
+//! environment. The storage worker and the mux client are started for ever, so their
+//! specifications lie ready in sealed memory files, of which only the descriptors are kept.
+
+use cvm_machine::description::{self, Prepare, Service, Ties};
+use cvm_machine::plan::StepName;
+use cvm_protocol::authorized_keys::AuthorizedKey;
+use cvm_protocol::json_lines::line;
+use cvm_protocol::keeper::{Input, KeeperSpec, Log, ProbeSpec, Stop};
+use cvm_protocol::keeper::{Leftovers, Probe};
+use cvm_protocol::paths;
+use cvm_protocol::storage::StorageSpec;
+use cvm_protocol::task::{DockerUse, StateTask, Task};
+use cvm_protocol::volume::Claim;
+use cvm_secrets::base64_bytes::{PackedBytes, PackedEnvironment};
+use cvm_secrets::keys::{DeviceSeed, GatewayToken, HostKeySeed, KeyRing};
+use cvm_secrets::secret::Secret;
+use cvm_sys::memfd;
+use cvm_system::config::{
+    Config, Docker, FirstBoot, Gateway, Log as LogSettings, LogFormat, Ssh, Storage, WorkspaceFiles,
+};
+use cvm_system::env::Environment;
+use cvm_system::specifications::{mux_spec, storage_spec};
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// The contract's size of a log file; one old one is kept.
+const LOG_BYTES: u64 = 10 * 1024 * 1024;
+/// One probe's answer. A gateway that is busy for this long is asked again.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Between questions while the answer is no: what "ready" may be late by.
+const PROBE_EAGER: Duration = Duration::from_millis(250);
+/// Between questions while the answer is yes.
+const PROBE_CALM: Duration = Duration::from_secs(15);
+
+pub(crate) struct Kit {
+    gateway: Gateway,
+    first_boot: FirstBoot,
+    ssh: Ssh,
+    docker: Docker,
+    log: LogSettings,
+    passthrough: Vec<(Vec<u8>, Secret)>,
+    token: Option<GatewayToken>,
+    device_seed: Option<DeviceSeed>,
+    host_key_seed: Option<HostKeySeed>,
+    /// What this boot says of itself to the volume.
+    claim: Claim,
+    /// What the storage worker is to be told.
+    bucket: Option<OwnedFd>,
+    /// What the mux client is to be told.
+    mux: Option<OwnedFd>,
+    /// Where the binaries of this build lie.
+    home: PathBuf,
+}
+
+impl Kit {
+    pub(crate) fn new(
+        config: Config,
+        environment: &Environment,
+        keys: Option<KeyRing>,
+        claim: Claim,
+        home: PathBuf,
+    ) -> Self {
+        let bucket = keys.as_ref().and_then(|keys| bucket_of(&config, keys, claim.epoch));
+        let mux = keys.as_ref().and_then(|keys| mux_of(&config, keys));
+        let passthrough = environment.passthrough().map(|(n, v)| (n.to_vec(), v.duplicate())).collect();
+        let (token, device_seed, host_key_seed) = match keys {
+            Some(keys) => (Some(keys.gateway_token), Some(keys.device_seed), Some(keys.host_key_seed)),
+            None => (None, None, None),
+        };
+        // By name: the master key and the bucket's credentials end here.
+        let Config { gateway, first_boot, ssh, docker, log, .. } = config;
+        Self {
+            gateway,
+            first_boot,
+            ssh,
+            docker,
+            log,
+            passthrough,
+            token,
+            device_seed,
+            host_key_seed,
+            claim,
+            bucket,
+            mux,
+            home,
+        }
+    }
+
+    /// The random token of a machine without `MASTER_KEY`, as the state step found it.
+    pub(crate) fn learn_token(&mut self, token: &PackedBytes) {
+        self.token = token.unpack().and_then(|bytes| GatewayToken::parse(&bytes));
+    }
+
+    pub(crate) fn service(&self, service: &Service, run: &str) -> KeeperSpec {
+        let liveness = service.liveness.as_ref().map(|(limits, probe)| {
+            // Often enough to notice four times within the silence that is allowed.
+            let calm = PROBE_CALM.min(limits.silence / 4);
+            spec_of(probe, PROBE_EAGER.min(calm), calm)
+        });
+        KeeperSpec {
+            name: service.name.into(),
+            run: run.into(),
+            argv: self.argv(&service.argv),
+            environment: self.environment(service.environment, &service.user),
+            user: service.user.clone(),
+            directory: service.directory.into(),
+            leftovers: service.leftovers,
+            oom_score_adj: service.oom_score_adj,
+            limits: service.limits,
+            input: if service.ties.speaks() { Input::Descriptor } else { Input::Nothing },
+            passes_report: service.ties.speaks(),
+            stop: if service.ties == Ties::Storage { Stop::Lifeline } else { Stop::Signal },
+            log: self.log(service.name),
+            liveness,
+            startup: service.startup.as_ref().map(|p| spec_of(p, PROBE_EAGER, PROBE_CALM)),
+            readiness: service.readiness.as_ref().map(|p| spec_of(p, PROBE_EAGER, PROBE_CALM)),
+        }
+    }
+
+    /// What goes with the description of a service.
+    pub(crate) fn handed(&self, service: &Service) -> Option<BorrowedFd<'_>> {
+        match service.ties {
+            Ties::None => None,
+            Ties::Storage => self.bucket.as_ref().map(AsFd::as_fd),
+            Ties::Mux => self.mux.as_ref().map(AsFd::as_fd),
+        }
+    }
+
+    /// A program without a slash lies beside our own.
+    fn argv(&self, words: &[String]) -> Vec<String> {
+        let mut argv = words.to_vec();
+        if let Some(program) = argv.first_mut().filter(|program| !program.contains('/')) {
+            *program = self.home.join(&program).to_string_lossy().into_owned();
+        }
+        argv
+    }
+
+    /// The same surroundings as the service, for its repair command.
+    pub(crate) fn repair(&self, service: &Service, run: &str) -> KeeperSpec {
+        let argv = service.repair.clone().unwrap_or_default();
+        KeeperSpec { argv, liveness: None, startup: None, readiness: None, ..self.service(service, run) }
+    }
+
+    /// None for a step that no process carries out.
+    pub(crate) fn step(&self, step: StepName, run: &str) -> Option<KeeperSpec> {
+        Some(self.task(step.as_str(), run, &self.task_of(step)?))
+    }
+
+    pub(crate) fn prepare(&self, prepare: Prepare, service: &str, run: &str) -> KeeperSpec {
+        let task = match prepare {
+            Prepare::Dockerd => Task::DockerPrepare,
+            Prepare::FreePort(port) => Task::FreePort { port, service: service.to_owned() },
+        };
+        self.task(&format!("{service}-prepare"), run, &task)
+    }
+
+    pub(crate) fn sweep(&self, service: &Service, run: &str) -> KeeperSpec {
+        let listens_on = match service.leftovers {
+            Leftovers::Kill => None,
+            // Login sessions stay; a listener that stayed would keep the port from the next one.
+            Leftovers::Leave => Some(self.ssh.port.get()),
+        };
+        let task = Task::Sweep { run: run.to_owned(), listens_on };
+        // A name of its own: what it looks for must not find itself.
+        self.task(&format!("{}-sweep", service.name), &format!("{run}-sweep"), &task)
+    }
+
+    fn task_of(&self, step: StepName) -> Option<Task> {
+        Some(match step {
+            StepName::Ssh => Task::Ssh {
+                port: self.ssh.port.get(),
+                seed: self.host_key_seed.as_ref().map(|s| PackedBytes::pack(s.expose())),
+                trust_host_keys: self.ssh.trust_host_keys,
+            },
+            StepName::Volume => Task::Volume {
+                claim: self.claim.clone(),
+                extra_keys: lines(self.ssh.authorized_keys.iter().map(AuthorizedKey::line)),
+                trust_host_keys: self.ssh.trust_host_keys,
+            },
+            StepName::Storage => return None,
+            StepName::Home => Task::Home {
+                user: self.gateway.user.as_str().into(),
+                docker: match self.docker {
+                    Docker::On => DockerUse::Allowed,
+                    Docker::Off => DockerUse::None,
+                    Docker::OffByDefault => DockerUse::NoneByDefault,
+                },
+            },
+            StepName::State => Task::State(StateTask {
+                user: self.gateway.user.as_str().into(),
+                port: self.gateway.port.get(),
+                redpill: self.gateway.redpill,
+                config: self.first_boot.config.as_ref().map(|c| PackedBytes::pack(c.expose())),
+                workspace: self.first_boot.workspace.as_ref().map(packed_files),
+                device_seed: self.device_seed.as_ref().map(|s| PackedBytes::pack(s.expose())),
+                token: self.token.as_ref().map(|t| PackedBytes::pack(t.expose().as_bytes())),
+            }),
+        })
+    }
+
+    fn task(&self, name: &str, run: &str, task: &Task) -> KeeperSpec {
+        KeeperSpec {
+            name: name.into(),
+            run: run.into(),
+            argv: self.argv(&["cvm-task".to_owned(), name.to_owned()]),
+            environment: self.environment(description::Environment::Plain, "root"),
+            user: "root".into(),
+            directory: "/".into(),
+            leftovers: Leftovers::Kill,
+            oom_score_adj: 0,
+            limits: None,
+            input: Input::Bytes(PackedBytes::pack(&line(task))),
+            passes_report: true,
+            stop: Stop::Signal,
+            // A step's own words go into one file for all of them.
+            log: Log { copy_to_stdout: false, ..self.log("steps") },
+            liveness: None,
+            startup: None,
+            readiness: None,
+        }
+    }
+
+    fn log(&self, name: &str) -> Log {
+        Log {
+            file: format!("{}/{name}.log", paths::LOGS),
+            rotate_bytes: LOG_BYTES,
+            copy_to_stdout: self.log.services,
+            json: matches!(self.log.format, LogFormat::Json),
+        }
+    }
+
+    fn environment(&self, kind: description::Environment, user: &str) -> PackedEnvironment {
+        let path = match kind {
+            description::Environment::Dockerd => format!("{}:{}", paths::DOCKERD_BIN, paths::PATH),
+            description::Environment::Plain
+            | description::Environment::Storage
+            | description::Environment::Gateway => paths::PATH.to_owned(),
+        };
+        let home = home_of(user);
+        let mut pairs: Vec<(&[u8], &[u8])> = Vec::new();
+        if kind == description::Environment::Gateway {
+            pairs.extend(self.gateway_pairs());
+        }
+        if kind == description::Environment::Storage {
+            pairs.extend([
+                (&b"GOGC"[..], &b"50"[..]),
+                (b"GOMEMLIMIT", b"128MiB"),
+                // Of its many threads each would keep what it once used.
+                (b"MALLOC_ARENA_MAX", b"2"),
+            ]);
+        }
+        if kind == description::Environment::Dockerd {
+            // A container that is not privileged sees the kernel's settings read-only, and dockerd
+            // would start none because it cannot turn IPv6 off in it.
+            pairs.push((b"DOCKER_ALLOW_IPV6_ON_IPV4_INTERFACE", b"1"));
+        }
+        // A user's LANG is passed through; a service without one still speaks UTF-8.
+        let has_lang = pairs.iter().any(|(name, _)| *name == b"LANG");
+        let own = [("PATH", path.as_str()), ("HOME", &home), ("USER", user), ("LOGNAME", user)];
+        pairs.extend(own.iter().map(|(n, v)| (n.as_bytes(), v.as_bytes())));
+        if !has_lang {
+            pairs.push((b"LANG", b"C.UTF-8"));
+        }
+        PackedEnvironment::pack(&pairs)
+    }
+
+    fn gateway_pairs(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
+        const SWITCHES: [(&str, &str); 6] = [
+            // Restarts stay in the process that is supervised.
+            ("OPENCLAW_NO_RESPAWN", "1"),
+            // Its doctor leaves service files alone.
+            ("OPENCLAW_SERVICE_REPAIR_POLICY", "external"),
+            // Neither updates itself nor manages services: both are the image's business.
+            ("OPENCLAW_SUPERVISOR_MODE", "external"),
+            ("OPENCLAW_DISABLE_BONJOUR", "1"),
+            ("OPENCLAW_STATE_DIR", paths::STATE),
+            ("OPENCLAW_CONFIG_PATH", "/data/openclaw/openclaw.json"),
+        ];
+        let passed = self.passthrough.iter().map(|(n, v)| (n.as_slice(), v.expose()));
+        let token = self.token.iter().map(|t| (&b"OPENCLAW_GATEWAY_TOKEN"[..], t.expose().as_bytes()));
+        passed.chain(SWITCHES.iter().map(|(n, v)| (n.as_bytes(), v.as_bytes()))).chain(token)
+    }
+
+    /// For the operator's `openclaw`: as whom, and with what, the gateway runs.
+    pub(crate) fn gateway_access(&self) -> (String, PackedEnvironment) {
+        let user = self.gateway.user.as_str();
+        (user.to_owned(), self.environment(description::Environment::Gateway, user))
+    }
+}
+
+/// The line for the storage worker, out of this process's memory: what it is made from and the
+/// line itself are wiped when this returns.
+fn bucket_of(config: &Config, keys: &KeyRing, owner_epoch: u32) -> Option<OwnedFd> {
+    let Storage::S3(s3) = &config.storage else { return None };
+    let spec = StorageSpec { owner_epoch, ..storage_spec(s3, keys, config.gateway.user.as_str()) };
+    let sealed = memfd::sealed(c"bucket", &line(&spec));
+    // Without it each start of the worker fails and says so.
+    sealed.inspect_err(|why| tracing::error!("The storage worker cannot be told of its bucket: {why}")).ok()
+}
+
+/// The same for the mux client.
+fn mux_of(config: &Config, keys: &KeyRing) -> Option<OwnedFd> {
+    let spec =
+        mux_spec(config.mux.as_ref()?, &config.gateway, keys, matches!(config.storage, Storage::S3(_)));
+    let sealed = memfd::sealed(c"mux", &line(&spec));
+    sealed.inspect_err(|why| tracing::error!("The mux client cannot be told of its server: {why}")).ok()
+}
+
+fn spec_of(probe: &Probe, eager: Duration, calm: Duration) -> ProbeSpec {
+    let ms = |d: Duration| u64::try_from(d.as_millis()).unwrap_or(u64::MAX);
+    ProbeSpec { probe: probe.clone(), eager_ms: ms(eager), calm_ms: ms(calm), timeout_ms: ms(PROBE_TIMEOUT) }
+}
+
+/// By convention; the step that makes the account uses the same.
+fn home_of(user: &str) -> String {
+    if user == "root" { "/root".to_owned() } else { format!("/home/{user}") }
+}
+
+fn lines<'a>(lines: impl Iterator<Item = &'a str>) -> String {
+    lines.collect::<Vec<_>>().join("\n")
+}
+
+/// Path to text as a JSON object. The text was UTF-8 when the configuration was checked.
+fn packed_files(files: &WorkspaceFiles) -> PackedBytes {
+    let map: BTreeMap<&str, &str> =
+        files.iter().map(|(path, text)| (path, text.expose_str().unwrap_or_default())).collect();
+    PackedBytes::pack(&line(&map))
+}

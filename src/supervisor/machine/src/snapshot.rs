@@ -1,0 +1,258 @@
+//! The snapshot of the machine's state that operators are shown. Reads everything, and nobody reads it back.
+
+use crate::machine::{self, Machine, Next, ServiceRecord, StepRecord, StepState, Tree};
+use crate::moment::Moment;
+use crate::plan::Weight;
+use crate::service::{Life, State};
+use cvm_protocol::doors::Door;
+use cvm_protocol::mux::MuxStatus;
+use cvm_protocol::status::{Fingerprint, Phase, Remark, Service, Status, Step, Storage};
+use cvm_protocol::time::words;
+use std::time::Duration;
+
+/// What the machine cannot know of itself.
+#[derive(Debug, Clone)]
+pub struct About {
+    pub version: String,
+    pub storage: Storage,
+    pub keys: Vec<Fingerprint>,
+    pub doors: Vec<Door>,
+    pub remarks: Vec<Remark>,
+    /// Log lines dropped, for each service.
+    pub dropped_lines: Vec<u64>,
+    /// The last word of the mux client.
+    pub mux: Option<MuxStatus>,
+}
+
+/// The snapshot of this moment.
+pub fn snapshot(machine: &Machine, about: &About, now: Moment) -> Status {
+    let boot: Vec<Step> = machine.steps().iter().map(|r| step(r, now)).collect();
+    let dropped = about.dropped_lines.iter().copied().chain(std::iter::repeat(0));
+    let services: Vec<Service> =
+        machine.services().iter().zip(dropped).map(|(r, lost)| service(machine, r, lost, now)).collect();
+    let unhealthy = complaints(machine, &boot, &services);
+    Status {
+        version: about.version.clone(),
+        phase: phase(machine),
+        uptime_ms: now.as_millis(),
+        storage: with_tree(&about.storage, machine.tree()),
+        keys: about.keys.clone(),
+        doors: about.doors.clone(),
+        remarks: about.remarks.clone(),
+        boot,
+        services,
+        mux: about.mux.clone(),
+        healthy: unhealthy.is_empty(),
+        unhealthy,
+    }
+}
+
+fn with_tree(storage: &Storage, tree: Option<&Tree>) -> Storage {
+    Storage {
+        how: tree.map(|t| t.mode.as_str().to_owned()),
+        reason: tree.and_then(|t| t.reason.clone()),
+        independent: tree.map(|t| t.independent),
+        ..storage.clone()
+    }
+}
+
+fn phase(machine: &Machine) -> Phase {
+    if machine.phase() != machine::Phase::Up {
+        return Phase::Stopping;
+    }
+    let required = || machine.steps().iter().filter(|r| r.step.weight == Weight::Required);
+    if required().any(|r| matches!(r.state, StepState::Failed { .. })) {
+        Phase::Degraded
+    } else if required().all(|r| matches!(r.state, StepState::Done { .. })) {
+        Phase::Running
+    } else {
+        Phase::Booting
+    }
+}
+
+fn complaints(machine: &Machine, boot: &[Step], services: &[Service]) -> Vec<String> {
+    let mut all = Vec::new();
+    if machine.phase() != machine::Phase::Up {
+        all.push("the machine is stopping".to_owned());
+    }
+    for step in boot.iter().filter(|s| s.required) {
+        if let Some(why) = &step.why {
+            all.push(format!("boot step {}: {why}", step.name));
+        }
+    }
+    for service in services.iter().filter(|s| s.required && !matches!(s.state.as_str(), "up" | "ready")) {
+        let why = service.why.as_ref().map(|w| format!(": {w}")).unwrap_or_default();
+        all.push(format!("{} is {}{why}", service.name, service.state));
+    }
+    for service in services.iter().filter(|s| s.required && s.state == "up" && s.next_action != NOTHING) {
+        all.push(format!("{} runs but is not ready", service.name));
+    }
+    for service in services.iter().filter(|s| s.required && s.crash_loop && s.state != "ready") {
+        all.push(format!(
+            "{} is in a crash loop: {} failures in a row",
+            service.name, service.failures_in_a_row
+        ));
+    }
+    all
+}
+
+fn millis(span: Duration) -> u64 {
+    u64::try_from(span.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn step(record: &StepRecord, now: Moment) -> Step {
+    let mut shown = Step {
+        name: record.step.name.as_str().to_owned(),
+        state: String::new(),
+        required: record.step.weight == Weight::Required,
+        began_ms: None,
+        took_ms: None,
+        tries: record.tries,
+        why: None,
+        next_try_in_ms: None,
+    };
+    let state = match &record.state {
+        StepState::Pending => "waiting",
+        StepState::Running { since } | StepState::Killing { since, .. } => {
+            shown.began_ms = Some(since.as_millis());
+            "running"
+        }
+        StepState::Done { began, took } => {
+            shown.began_ms = Some(began.as_millis());
+            shown.took_ms = Some(millis(*took));
+            "done"
+        }
+        StepState::Failed { began, took, why, next } => {
+            shown.began_ms = Some(began.as_millis());
+            shown.took_ms = Some(millis(*took));
+            shown.why = Some(why.clone());
+            if let Next::TryAt(at) = next {
+                shown.next_try_in_ms = Some(millis(at.since(now)));
+            }
+            "failed"
+        }
+    };
+    state.clone_into(&mut shown.state);
+    shown
+}
+
+/// What `next_action` says when nothing is due.
+const NOTHING: &str = "-";
+
+fn service(machine: &Machine, record: &ServiceRecord, dropped_lines: u64, now: Moment) -> Service {
+    let unit = &record.unit;
+    let name = record.service.name;
+    let mut shown = Service {
+        name: name.to_owned(),
+        what: record.service.what.to_owned(),
+        state: String::new(),
+        why: None,
+        pid: None,
+        up_ms: None,
+        first_exec_ms: record.first_exec.map(Moment::as_millis),
+        first_ready_ms: record.first_ready.map(Moment::as_millis),
+        restarts: unit.restarts(),
+        failures_in_a_row: unit.failures(),
+        crash_loop: unit.in_crash_loop(),
+        last_end: None,
+        last_end_ago_ms: None,
+        next_start_in_ms: None,
+        next_action: NOTHING.to_owned(),
+        required: record.service.required,
+        dropped_lines,
+    };
+    if let Some(past) = unit.last() {
+        let text = match (&past.why, &past.end) {
+            (Some(why), _) => why.clone(),
+            (None, Some(end)) => end.to_string(),
+            (None, None) => "ended".to_owned(),
+        };
+        shown.last_end = Some(format!("{text}, after {}", words(past.ran)));
+        shown.last_end_ago_ms = Some(millis(now.since(past.at)));
+    }
+    let (state, next) = match unit.state() {
+        State::Idle => blocked(machine, record, &mut shown),
+        State::Preparing { .. } => ("preparing", "starts when its preparation is done".to_owned()),
+        State::Starting { .. } => ("starting", NOTHING.to_owned()),
+        State::Running { pid, since, ready, life, .. } => {
+            shown.pid = Some(*pid);
+            shown.up_ms = Some(millis(now.since(*since)));
+            let failing = unit.failing();
+            shown.why = (!failing.is_empty()).then(|| format!("not ready: {}", failing.join(", ")));
+            running(record, *ready, *since, *life)
+        }
+        State::Repairing { .. } => {
+            ("repairing", "starts once more when its repair command is done".to_owned())
+        }
+        State::Ending { pid, phase: crate::service::Phase::Stuck, .. } => {
+            shown.pid = *pid;
+            shown.why =
+                Some("something of its last run may still be alive; nothing is started over it".to_owned());
+            (
+                "stuck",
+                "looked for again every 10 s; if it stays: `dmesg`, the disk, a restart of the container"
+                    .to_owned(),
+            )
+        }
+        State::Ending { pid, until, .. } => {
+            shown.pid = *pid;
+            ("stopping", format!("next measure in {}", words(until.since(now))))
+        }
+        State::Waiting { .. } if unit.is_held() => {
+            shown.why = unit.last().and_then(|p| p.why.clone());
+            ("waiting", "starts when nothing stands on its last tree any more".to_owned())
+        }
+        State::Waiting { until } => {
+            shown.why = unit.last().and_then(|p| p.why.clone());
+            shown.next_start_in_ms = Some(millis(until.since(now)));
+            ("waiting", format!("starts in {}", words(until.since(now))))
+        }
+        State::Parked { why } => {
+            shown.why = Some(why.clone());
+            ("parked", format!("mend it, then `cvm start {name}`"))
+        }
+        State::Down => ("stopped", format!("`cvm start {name}`")),
+    };
+    state.clone_into(&mut shown.state);
+    shown.next_action = next;
+    shown
+}
+
+fn blocked(machine: &Machine, record: &ServiceRecord, shown: &mut Service) -> (&'static str, String) {
+    match machine.missing_for(&record.service) {
+        Some(missing) => {
+            let name = missing.step.name.as_str();
+            shown.why = match &missing.state {
+                StepState::Failed { why, .. } => Some(format!("boot step {name}: {why}")),
+                _ => Some(format!("boot step {name} is not done yet")),
+            };
+            let next = match &missing.state {
+                StepState::Failed { next: Next::Operator, .. } => {
+                    format!("mend it, then `cvm start {}`", record.service.name)
+                }
+                StepState::Failed { next: Next::Underway, .. } => {
+                    format!("starts when boot step {name} is done; the storage worker goes on trying")
+                }
+                _ => format!("starts when boot step {name} is done"),
+            };
+            ("blocked", next)
+        }
+        None => ("blocked", "starts when boot step ssh has ended".to_owned()),
+    }
+}
+
+fn running(record: &ServiceRecord, ready: bool, since: Moment, life: Life) -> (&'static str, String) {
+    let Some(limit) = record.unit.silence_limit(since, life) else {
+        let next = if ready { NOTHING } else { "becomes ready" };
+        return if ready && record.service.readiness.is_some() {
+            ("ready", next.into())
+        } else {
+            ("up", next.into())
+        };
+    };
+    if ready {
+        return ("ready", NOTHING.to_owned());
+    }
+    let at = words(Duration::from_millis(limit.as_millis()));
+    ("up", format!("becomes ready; ended if it stays silent until uptime {at}"))
+}

@@ -1,0 +1,508 @@
+//! With a bucket: the tree comes, goes and comes back, the worker dies in every way, and the
+//! last line says what is missing.
+
+use super::*;
+use cvm_protocol::storage::Mode;
+
+const LOST: &str = "another instance has taken the bucket";
+const ENDED: &str = "the storage worker ended; the tree is rebuilt";
+
+fn ready(independent: bool) -> StorageReport {
+    StorageReport::Ready { mode: Mode::Fuse, reason: None, independent }
+}
+
+fn not_ready(why: &str, retry: bool) -> StorageReport {
+    StorageReport::NotReady { why: why.into(), retry }
+}
+
+impl Boot {
+    fn s3(more: &[(&str, &str)]) -> Self {
+        Self::of(machine_of(&config(&[&S3[..], more].concat())))
+    }
+
+    /// As far as the worker runs and has said nothing.
+    fn awaiting() -> Self {
+        let mut boot = Self::s3(&[]);
+        boot.send(Event::Boot);
+        boot.done(StepName::Ssh);
+        for name in ["sshd", "standin", "storage"] {
+            boot.runs(name);
+        }
+        boot
+    }
+
+    /// Everything is up on the tree of a bucket.
+    fn on_a_tree(independent: bool) -> Self {
+        let mut boot = Self::awaiting();
+        boot.says(ready(independent));
+        boot.gets_up();
+        boot
+    }
+
+    /// What follows a tree that is good, until the gateway is ready.
+    fn gets_up(&mut self) {
+        self.done(StepName::Home);
+        self.done(StepName::State);
+        self.runs("gateway");
+        let run = self.run("gateway");
+        self.answers("gateway", Happens::Readiness { run, ready: true });
+        assert_eq!(self.complaints(), [""; 0]);
+    }
+
+    fn says(&mut self, report: StorageReport) -> Vec<Action> {
+        self.says_in(self.run("storage"), report)
+    }
+
+    fn says_in(&mut self, run: Run, report: StorageReport) -> Vec<Action> {
+        self.send(Event::Storage { id: self.id("storage"), run, report })
+    }
+
+    fn state_of(&self, name: StepName) -> String {
+        let step = self.status().boot.into_iter().find(|s| s.name == name.as_str()).unwrap();
+        step.state
+    }
+
+    /// The whole way down; the worker says `last` before it ends.
+    fn stopped_after(&mut self, last: Option<&StorageReport>) -> Vec<Action> {
+        let mut all = self.send(Event::Terminate);
+        for name in ["gateway", "storage", "standin", "sshd"] {
+            if self.unit(name).run().is_none() {
+                continue;
+            }
+            if name == "storage" {
+                all.extend(last.into_iter().flat_map(|report| self.says(report.clone())));
+            }
+            all.extend(self.ends(name, End::Code(0)));
+        }
+        all.extend(self.send(Event::Childless));
+        all
+    }
+}
+
+// === The way up ===
+
+#[test]
+fn with_a_bucket_home_state_and_gateway_wait_for_the_worker_and_nothing_else_does() {
+    let mut boot = Boot::s3(&[]);
+    boot.send(Event::Boot);
+    let done = boot.done(StepName::Ssh);
+    assert_eq!(boot.deeds(&done), ["prepare sshd", "launch standin", "launch storage"]);
+    assert_eq!(said(&done), [(Level::Info, "S3 storage configured (bucket: claws), setting up rclone...")]);
+    for name in ["sshd", "standin", "storage"] {
+        boot.runs(name);
+    }
+    assert_eq!(boot.state_of(StepName::Storage), "running");
+    let shown = boot.shown("gateway");
+    assert_eq!(shown.why.as_deref(), Some("boot step storage is not done yet"));
+    // A restore may take days: no clock ends it.
+    assert_eq!(boot.pass(s(1_000_000)), []);
+}
+
+#[test]
+fn when_the_tree_is_good_the_steps_that_need_it_run_and_then_the_gateway() {
+    let mut boot = Boot::awaiting();
+    boot.pass(s(100));
+    let done = boot.says(ready(false));
+    assert_eq!(boot.deeds(&done), ["run home#1"]);
+    let StepState::Done { took, .. } = boot.step(StepName::Storage).state else { panic!() };
+    assert_eq!(took, s(100), "since it began");
+    boot.gets_up();
+    let storage = boot.status().storage;
+    assert_eq!((storage.how.as_deref(), storage.independent), (Some("fuse"), Some(false)));
+    assert_eq!(boot.says(ready(true)), [], "once more, since something of it has changed");
+    assert_eq!(boot.status().storage.independent, Some(true));
+    assert!(boot.unit("gateway").run().is_some());
+}
+
+#[test]
+fn notes_of_the_worker_are_said_as_they_are() {
+    let mut boot = Boot::awaiting();
+    let note = StorageReport::Note { level: Level::Info, text: "Attempting FUSE mount...".into() };
+    assert_eq!(boot.says(note), [Action::Say(Level::Info, "Attempting FUSE mount...".into())]);
+}
+
+#[test]
+fn what_a_server_says_cannot_become_a_line_of_its_own() {
+    let mut boot = Boot::awaiting();
+    let done = boot.says(not_ready("403\n2026-11-21 INFO all is well\u{1b}[2J", true));
+    let [(_, line)] = said(&done)[..] else { panic!("{done:?}") };
+    assert!(!line.contains(char::is_control), "{line:?}");
+}
+
+#[test]
+fn what_keeps_the_tree_from_coming_is_said_once_and_shown() {
+    let mut boot = Boot::awaiting();
+    let refused = boot.says(not_ready("the bucket does not answer", true));
+    let line = "Boot step storage failed: the bucket does not answer; the storage worker goes on trying";
+    assert_eq!(said(&refused), [(Level::Error, line)]);
+    assert_eq!(boot.deeds(&refused), [""; 0]);
+    assert_eq!(boot.says(not_ready("the bucket does not answer", true)), []);
+    let shown = boot.shown("gateway");
+    assert_eq!(shown.why.as_deref(), Some("boot step storage: the bucket does not answer"));
+    assert!(shown.next_action.contains("the storage worker goes on trying"), "{}", shown.next_action);
+    assert_eq!(boot.status().phase, status::Phase::Degraded);
+    let waits = boot.says(StorageReport::Waits { why: "another has it".into() });
+    assert_eq!(said(&waits), [(Level::Warn, "Boot step storage waits: another has it")]);
+    let refused = boot.says(not_ready("the key is wrong", false));
+    assert_eq!(
+        said(&refused),
+        [(Level::Error, "Boot step storage failed: the key is wrong; an operator is needed")]
+    );
+    assert_eq!(boot.shown("gateway").next_action, "mend it, then `cvm start gateway`");
+    assert_eq!(boot.says(not_ready("the bucket does not answer", true)), [], "said before");
+    let done = boot.says(ready(false));
+    assert_eq!(boot.deeds(&done), ["run home#1"]);
+}
+
+#[test]
+fn a_worker_that_dies_before_there_was_a_tree_is_started_again_with_backoff() {
+    let mut boot = Boot::awaiting();
+    let done = boot.ends("storage", End::Signal(11));
+    assert!(said(&done).iter().any(|(_, text)| text.contains(ENDED)), "{done:?}");
+    assert_eq!(boot.shown("gateway").why, Some(format!("boot step storage: {ENDED}")));
+    let done = boot.pass(s(1));
+    assert_eq!(boot.deeds(&done), ["launch storage"]);
+    boot.runs("storage");
+    boot.says(not_ready("the bucket does not answer", true));
+    let done = boot.ends("storage", End::Signal(11));
+    assert!(!said(&done).iter().any(|(_, text)| text.contains(ENDED)), "its own words say more");
+    assert_eq!(boot.shown("gateway").why.as_deref(), Some("boot step storage: the bucket does not answer"));
+}
+
+#[test]
+fn words_of_an_earlier_worker_change_nothing() {
+    let mut boot = Boot::awaiting();
+    let old = boot.run("storage");
+    boot.ends("storage", End::Code(1));
+    boot.pass(s(1));
+    for report in [ready(true), not_ready("x", false), StorageReport::Drained { files: 0, bytes: 0 }] {
+        assert_eq!(boot.says_in(old, report), []);
+    }
+    assert_eq!(boot.state_of(StepName::Storage), "failed");
+}
+
+// === The tree goes and comes back ===
+
+#[test]
+fn a_tree_that_is_lost_takes_the_gateway_down_and_the_next_one_brings_it_back() {
+    let mut boot = Boot::on_a_tree(true);
+    let lost = boot.says(not_ready(LOST, false));
+    let line = format!("The storage is lost: {LOST}; what stands on it is stopped; an operator is needed");
+    assert_eq!(said(&lost), [(Level::Error, line.as_str())]);
+    assert_eq!(boot.deeds(&lost), ["TERM gateway"]);
+    for step in [StepName::Home, StepName::State] {
+        assert_eq!(boot.state_of(step), "waiting");
+    }
+    boot.ends("gateway", End::Code(0));
+    assert_eq!(boot.shown("gateway").state, "blocked");
+    assert_eq!(boot.shown("gateway").why, Some(format!("boot step storage: {LOST}")));
+    assert_eq!(boot.status().storage.how, None);
+    let done = boot.pass(s(10_000));
+    assert_eq!(boot.deeds(&done), [""; 0], "not by itself");
+    let back = boot.says(ready(false));
+    assert_eq!(boot.deeds(&back), ["run home#2"]);
+    boot.gets_up();
+}
+
+#[test]
+fn a_tree_that_comes_back_while_the_gateway_is_still_ending_waits_for_its_end() {
+    let mut boot = Boot::on_a_tree(false);
+    boot.says(not_ready(LOST, true));
+    let back = boot.says(ready(false));
+    assert_eq!(boot.deeds(&back), [""; 0], "the old gateway is still there");
+    let done = boot.ends("gateway", End::Code(0));
+    assert_eq!(boot.deeds(&done), ["kill tree of gateway", "run home#2"]);
+    boot.gets_up();
+}
+
+#[test]
+fn a_gateway_in_any_state_comes_back_with_the_tree_unless_an_operator_stopped_it() {
+    let mut waiting = Boot::on_a_tree(false);
+    waiting.ends("gateway", End::Code(1));
+    assert_eq!(waiting.shown("gateway").state, "waiting");
+    waiting.says(not_ready(LOST, true));
+    assert_eq!(waiting.shown("gateway").state, "blocked");
+    waiting.says(ready(false));
+    waiting.gets_up();
+
+    let mut stopped = Boot::on_a_tree(false);
+    stopped.order("gateway", Order::Stop);
+    stopped.ends("gateway", End::Code(0));
+    stopped.says(not_ready(LOST, true));
+    stopped.says(ready(false));
+    stopped.done(StepName::Home);
+    assert_eq!(stopped.done(StepName::State), []);
+    assert_eq!(stopped.shown("gateway").state, "stopped");
+
+    let mut stopping = Boot::on_a_tree(false);
+    stopping.order("gateway", Order::Stop);
+    stopping.says(not_ready(LOST, true));
+    stopping.ends("gateway", End::Code(0));
+    assert_eq!(stopping.shown("gateway").state, "stopped", "the operator's word stands");
+    stopping.order("gateway", Order::Start);
+    assert_eq!(stopping.shown("gateway").state, "blocked");
+    stopping.says(ready(false));
+    stopping.gets_up();
+}
+
+#[test]
+fn a_step_on_a_tree_that_is_lost_is_ended_and_done_again() {
+    let mut boot = Boot::awaiting();
+    boot.says(ready(false));
+    boot.done(StepName::Home);
+    let lost = boot.says(not_ready(LOST, true));
+    assert_eq!(boot.deeds(&lost), ["end state#1"]);
+    let back = boot.says(ready(false));
+    assert_eq!(boot.deeds(&back), [""; 0], "one of its steps is still alive");
+    let done = boot.ended(StepName::State, Ok(()));
+    assert_eq!(boot.deeds(&done), ["run home#2"], "done on the old tree is not done");
+    boot.gets_up();
+}
+
+#[test]
+fn an_operators_start_runs_no_step_without_the_tree_it_works_on() {
+    let mut boot = Boot::awaiting();
+    boot.says(ready(false));
+    boot.says(not_ready(LOST, true));
+    // The kernel holds it.
+    boot.pass(s(10));
+    assert_eq!(boot.state_of(StepName::Home), "failed");
+    let done = boot.order("gateway", Order::Start);
+    assert_eq!(boot.deeds(&done), [""; 0]);
+    boot.ended(StepName::Home, Err(unreported(&End::Signal(9))));
+    let back = boot.says(ready(false));
+    assert_eq!(boot.deeds(&back), ["run home#2"]);
+}
+
+// === The worker dies ===
+
+#[test]
+fn when_the_worker_dies_under_an_independent_tree_nobody_notices() {
+    let mut boot = Boot::on_a_tree(true);
+    let gateway = boot.run("gateway");
+    let done = boot.ends("storage", End::Signal(9));
+    assert_eq!(boot.deeds(&done), [""; 0]);
+    assert_eq!(boot.state_of(StepName::Storage), "done");
+    let done = boot.pass(s(1));
+    assert_eq!(boot.deeds(&done), ["launch storage"], "although the gateway stands on the tree");
+    boot.runs("storage");
+    boot.says(ready(true));
+    assert_eq!(boot.run("gateway"), gateway);
+}
+
+#[test]
+fn an_outage_after_the_worker_died_stops_nobody_on_an_independent_tree() {
+    let mut boot = Boot::on_a_tree(true);
+    let gateway = boot.run("gateway");
+    boot.ends("storage", End::Signal(9));
+    boot.pass(s(1));
+    boot.runs("storage");
+    let silent = || StorageReport::Unheard { why: "the bucket cannot be reached".into() };
+    let done = boot.says(silent());
+    assert_eq!(boot.deeds(&done), [""; 0]);
+    assert!(
+        matches!(&said(&done)[..], [(Level::Warn, text)] if text.contains("Nothing is replicated")),
+        "{done:?}"
+    );
+    assert_eq!(boot.says(silent()), [], "said once");
+    assert_eq!(boot.state_of(StepName::Storage), "done");
+    // Again, after it was good.
+    boot.says(ready(true));
+    assert_eq!(boot.says(silent()).len(), 1);
+    assert_eq!(boot.run("gateway"), gateway);
+    // What is known against it counts as ever.
+    let done = boot.says(not_ready(LOST, true));
+    assert_eq!(boot.deeds(&done), ["TERM gateway"]);
+}
+
+#[test]
+fn an_outage_is_no_tree_where_there_is_none_that_outlives_its_worker() {
+    let silent = || StorageReport::Unheard { why: "the bucket cannot be reached".into() };
+    let mut boot = Boot::awaiting();
+    boot.says(silent());
+    assert_eq!(boot.state_of(StepName::Storage), "failed");
+    assert_eq!(boot.shown("gateway").state, "blocked");
+    boot.says(ready(true));
+    boot.gets_up();
+    let mut boot = Boot::on_a_tree(false);
+    let done = boot.says(silent());
+    assert_eq!(boot.deeds(&done), ["TERM gateway"]);
+}
+
+#[test]
+fn when_the_worker_dies_and_the_tree_with_it_the_next_one_waits_until_nobody_stands_on_the_old_tree() {
+    for end in [End::Signal(9), End::Code(0), End::Code(1), End::OutOfMemory] {
+        let mut boot = Boot::on_a_tree(false);
+        let done = boot.ends("storage", end);
+        assert_eq!(boot.deeds(&done), ["TERM gateway"], "and no worker");
+        assert!(said(&done).iter().any(|(_, text)| text.contains(ENDED)), "{done:?}");
+        // The gateway takes its time.
+        let done = boot.pass(s(29));
+        assert!(!boot.deeds(&done).contains(&"launch storage".to_owned()));
+        assert_eq!(boot.shown("storage").state, "waiting");
+        let done = boot.ends("gateway", End::Code(0));
+        assert_eq!(boot.deeds(&done), ["kill tree of gateway", "launch storage"]);
+        boot.runs("storage");
+        let back = boot.says(ready(false));
+        assert_eq!(boot.deeds(&back), ["run home#2"]);
+        boot.gets_up();
+    }
+}
+
+#[test]
+fn a_worker_whose_keeper_died_is_no_different() {
+    let mut boot = Boot::on_a_tree(false);
+    let run = boot.run("storage");
+    let done = boot.answers("storage", Happens::Gone { run, end: End::Unseen });
+    assert_eq!(boot.deeds(&done), ["TERM gateway", "sweep storage"]);
+    boot.answers("storage", Happens::Swept { run });
+    let done = boot.pass(s(29));
+    assert_eq!(boot.deeds(&done), [""; 0]);
+    let done = boot.ends("gateway", End::Code(0));
+    assert_eq!(boot.deeds(&done), ["kill tree of gateway", "launch storage"]);
+}
+
+#[test]
+fn a_gateway_that_cannot_be_ended_keeps_the_next_worker_away() {
+    let mut boot = Boot::on_a_tree(false);
+    boot.ends("storage", End::Signal(9));
+    let done = boot.pass(s(10_000));
+    assert!(!boot.deeds(&done).contains(&"launch storage".to_owned()), "{done:?}");
+    assert_eq!(boot.shown("gateway").state, "stuck");
+    let run = boot.run("gateway");
+    let done = boot.answers("gateway", Happens::Swept { run });
+    assert_eq!(boot.deeds(&done), ["launch storage"]);
+}
+
+// === Operators ===
+
+#[test]
+fn an_order_to_stop_the_worker_takes_everybody_from_its_tree_first() {
+    for (order, last) in [(Order::Stop, "stopped"), (Order::Restart, "starting")] {
+        let mut boot = Boot::on_a_tree(false);
+        let done = boot.order("storage", order);
+        assert_eq!(boot.deeds(&done), ["TERM gateway"]);
+        let done = boot.ends("gateway", End::Code(0));
+        assert_eq!(boot.deeds(&done), ["kill tree of gateway", "TERM storage"]);
+        boot.says(StorageReport::Drained { files: 0, bytes: 0 });
+        boot.ends("storage", End::Code(0));
+        assert_eq!(boot.shown("storage").state, last);
+    }
+}
+
+#[test]
+fn under_an_independent_tree_the_worker_is_stopped_at_once_and_nobody_else() {
+    let mut boot = Boot::on_a_tree(true);
+    let done = boot.order("storage", Order::Stop);
+    assert_eq!(boot.deeds(&done), ["TERM storage"]);
+    boot.ends("storage", End::Code(0));
+    assert_eq!(
+        (boot.shown("storage").state.as_str(), boot.shown("gateway").state.as_str()),
+        ("stopped", "ready")
+    );
+}
+
+#[test]
+fn a_start_of_the_gateway_starts_a_worker_that_was_stopped() {
+    let mut boot = Boot::awaiting();
+    boot.order("storage", Order::Stop);
+    boot.ends("storage", End::Code(0));
+    assert_eq!(
+        boot.shown("gateway").why.as_deref(),
+        Some("boot step storage: the storage worker was stopped")
+    );
+    let done = boot.order("gateway", Order::Start);
+    assert_eq!(boot.deeds(&done), ["launch storage"]);
+    boot.runs("storage");
+    boot.says(ready(false));
+    boot.gets_up();
+}
+
+// === The way down ===
+
+#[test]
+fn the_worker_is_stopped_after_all_that_write_and_before_the_standin_and_sshd() {
+    let mut boot = Boot::on_a_tree(false);
+    let done = boot.stopped_after(Some(&StorageReport::Drained { files: 0, bytes: 0 }));
+    let terms: Vec<_> = boot.deeds(&done).into_iter().filter(|d| !d.starts_with("kill")).collect();
+    assert_eq!(terms, ["TERM gateway", "TERM storage", "TERM standin", "TERM sshd", "TERM all", "exit"]);
+}
+
+#[test]
+fn the_last_line_says_what_the_bucket_lacks_and_the_status_too() {
+    let cases = [
+        (Some((0, 0)), "exit", None),
+        (Some((3, 4096)), "exit undrained", Some("Not everything is in the bucket: 3 files, 4096 bytes")),
+        (None, "exit undrained", Some("the storage worker ended without saying what is missing")),
+    ];
+    for (drained, exit, line) in cases {
+        for independent in [false, true] {
+            let mut boot = Boot::on_a_tree(independent);
+            let last = drained.map(|(files, bytes)| StorageReport::Drained { files, bytes });
+            let done = boot.stopped_after(last.as_ref());
+            assert_eq!(boot.deeds(&done).last().map(String::as_str), Some(exit));
+            let lines = said(&done);
+            let (_, spoken) = lines.last().unwrap();
+            match line {
+                Some(line) => {
+                    assert!(spoken.contains(line) && spoken.contains("at the next boot"), "{spoken}");
+                }
+                None => assert!(spoken.starts_with("Stopped in order"), "{spoken}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn a_machine_that_never_had_a_tree_lacks_nothing() {
+    let mut boot = Boot::awaiting();
+    boot.says(not_ready("the key is wrong", false));
+    let done = boot.stopped_after(None);
+    assert_eq!(boot.deeds(&done).last().map(String::as_str), Some("exit"));
+}
+
+#[test]
+fn a_worker_that_is_away_at_the_stop_has_not_said_what_is_missing() {
+    let mut boot = Boot::on_a_tree(true);
+    boot.says(StorageReport::Drained { files: 0, bytes: 0 });
+    boot.ends("storage", End::Code(1));
+    let done = boot.stopped_after(None);
+    assert_eq!(boot.deeds(&done).last().map(String::as_str), Some("exit undrained"), "the gateway wrote on");
+}
+
+#[test]
+fn a_worker_stopped_by_an_operator_after_everybody_else_has_said_all() {
+    let mut boot = Boot::on_a_tree(false);
+    boot.order("storage", Order::Stop);
+    boot.ends("gateway", End::Code(0));
+    boot.says(StorageReport::Drained { files: 0, bytes: 0 });
+    boot.ends("storage", End::Code(0));
+    let done = boot.stopped_after(None);
+    assert_eq!(boot.deeds(&done).last().map(String::as_str), Some("exit"));
+}
+
+#[test]
+fn a_second_stop_signal_does_not_wait_for_the_bucket() {
+    let mut boot = Boot::on_a_tree(false);
+    boot.send(Event::Terminate);
+    boot.ends("gateway", End::Code(0));
+    let done = boot.send(Event::Terminate);
+    assert!(boot.deeds(&done).contains(&"kill tree of storage".to_owned()), "{done:?}");
+}
+
+#[test]
+fn a_tree_lost_on_the_way_down_changes_no_order() {
+    let mut boot = Boot::on_a_tree(false);
+    boot.send(Event::Terminate);
+    let done = boot.says(not_ready(LOST, false));
+    assert_eq!(boot.deeds(&done), [""; 0]);
+    assert_eq!(said(&done).len(), 1);
+    let done = boot.ends("gateway", End::Code(0));
+    assert_eq!(boot.deeds(&done), ["kill tree of gateway", "TERM storage"]);
+}
+
+#[test]
+fn a_stop_has_time_for_the_drain() {
+    let budget = |more: &[(&str, &str)]| Boot::s3(more).machine.stop_budget();
+    assert_eq!(budget(&[("S3_DRAIN_TIMEOUT", "120")]), budget(&[]) + s(100));
+}

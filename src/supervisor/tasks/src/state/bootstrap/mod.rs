@@ -1,0 +1,241 @@
+//! What a first boot writes, and what a later boot reads from what it finds.
+//!
+//! Refuses: to write a secret where a reference does (the generated configuration names
+//! variables), to change a configuration that exists (it is looked at, no more), and to fail on
+//! one it does not understand, because the gateway is the judge of that.
+
+mod json5;
+
+use serde_json::json;
+
+use cvm_protocol::text::shown;
+use cvm_secrets::keys::{DeviceSeed, armoured};
+use cvm_secrets::secret::Secret;
+use json5::{Found, Scalar};
+
+/// How the token stands in a configuration: as the gateway's own substitution of the variable
+/// that the supervisor sets.
+const TOKEN_REFERENCE: &str = "${OPENCLAW_GATEWAY_TOKEN}";
+const TOKEN_VARIABLE: &str = "OPENCLAW_GATEWAY_TOKEN";
+
+const REDPILL_BASE_URL: &str = "https://api.redpill.ai/v1";
+
+/// A row to begin with. Others of the provider's models are added the same way.
+const REDPILL_MODEL: (&str, &str) = ("phala/gpt-oss-120b", "GPT OSS 120B (RedPill)");
+
+/// RFC 8410: the fixed bytes before an Ed25519 public key in its SPKI form,
+const SPKI_HEAD: [u8; 12] = [0x30, 0x2a, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x03, 0x21, 0x00];
+/// and before a seed in its PKCS#8 form.
+const PKCS8_HEAD: [u8; 16] =
+    [0x30, 0x2e, 0x02, 0x01, 0x00, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x04, 0x22, 0x04, 0x20];
+const PEM_LINE_LEN: usize = 64;
+
+/// What the generated configuration depends on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct GatewaySettings {
+    pub(crate) port: u16,
+    /// `REDPILL_API_KEY` is in the gateway's environment.
+    pub(crate) redpill: bool,
+}
+
+/// The `openclaw.json` of an instance that was given none.
+pub(crate) fn generated_config(settings: &GatewaySettings) -> String {
+    let mut config = json!({
+        "gateway": {
+            "mode": "local",
+            "bind": "lan",
+            "port": settings.port,
+            // By reference: nothing to leak from the file, and no second truth to drift.
+            "auth": { "mode": "token", "token": TOKEN_REFERENCE },
+            // How the mux client talks to the gateway.
+            "http": { "endpoints": { "chatCompletions": { "enabled": true } } },
+        },
+        // Updates come with the image.
+        "update": { "checkOnStart": false },
+    });
+    if settings.redpill {
+        config["models"] = json!({
+            "mode": "merge",
+            "providers": {
+                "redpill": {
+                    "baseUrl": REDPILL_BASE_URL,
+                    "apiKey": "${REDPILL_API_KEY}",
+                    "api": "openai-completions",
+                    "models": [{ "id": REDPILL_MODEL.0, "name": REDPILL_MODEL.1 }],
+                },
+            },
+        });
+    }
+    let mut text = serde_json::to_string_pretty(&config).expect("a JSON value with text keys can be written");
+    text.push('\n');
+    text
+}
+
+/// The legacy `identity/device.json`, which the gateway imports into its database at start.
+pub(crate) fn device_identity_json(seed: &DeviceSeed, created_at_ms: u64) -> Secret {
+    let public = Secret::copy_of(&[&SPKI_HEAD[..], &seed.public_key()].concat());
+    let private = Secret::filled(PKCS8_HEAD.len() + 32, |room| {
+        room[..PKCS8_HEAD.len()].copy_from_slice(&PKCS8_HEAD);
+        room[PKCS8_HEAD.len()..].copy_from_slice(seed.expose());
+    });
+    let private_pem = armoured(&private, "PRIVATE KEY", PEM_LINE_LEN);
+    let public_pem = armoured(&public, "PUBLIC KEY", PEM_LINE_LEN);
+    let device_id = seed.device_id();
+    let created = created_at_ms.to_string();
+    // By hand, because serde_json would build a copy of the private key that nobody wipes. All
+    // texts are hex, digits or PEM, so a line break is the only thing to escape.
+    let mut parts: Vec<&[u8]> = vec![b"{\n  \"version\": 1,\n  \"deviceId\": \"", device_id.as_bytes()];
+    parts.push(b"\",\n  \"publicKeyPem\": \"");
+    push_json_lines(&mut parts, public_pem.expose());
+    parts.push(b"\",\n  \"privateKeyPem\": \"");
+    push_json_lines(&mut parts, private_pem.expose());
+    parts.extend([&b"\",\n  \"createdAtMs\": "[..], created.as_bytes(), b"\n}\n"]);
+
+    Secret::filled(parts.iter().map(|part| part.len()).sum(), |mut room| {
+        for part in parts {
+            let (place, rest) = room.split_at_mut(part.len());
+            place.copy_from_slice(part);
+            room = rest;
+        }
+    })
+}
+
+fn push_json_lines<'t>(parts: &mut Vec<&'t [u8]>, text: &'t [u8]) {
+    for line in text.split_inclusive(|byte| *byte == b'\n') {
+        match line.strip_suffix(b"\n") {
+            Some(line) => parts.extend([line, b"\\n"]),
+            None => parts.push(line),
+        }
+    }
+}
+
+/// What an existing configuration says about things that the supervisor relies on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct ConfigFindings {
+    pub(crate) token: TokenState,
+    /// `gateway.port`, where it is a number that a port can be.
+    pub(crate) port: Option<u16>,
+    /// `gateway.http.endpoints.chatCompletions.enabled`, without which the mux client is mute.
+    pub(crate) chat_completions: Option<bool>,
+}
+
+/// How the configured token relates to the one that this instance has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum TokenState {
+    /// By reference to the variable that the supervisor sets: always right.
+    Reference,
+    /// No token in the file. The gateway takes the variable then, so this is right too.
+    Absent,
+    /// The value itself, the same as ours. Right, but it stands in clear in a file.
+    SameValue,
+    /// Another value: clients with the derived token will be turned away.
+    Differs,
+    /// In another variable, a secret store or an included file, so this text cannot tell.
+    Elsewhere,
+    /// Authentication is not by token but by this mode (shortened and escaped).
+    NotToken(String),
+    /// Not JSON5, or too large or deeply nested to look at. The gateway is going to say more.
+    Unreadable,
+}
+
+/// Looks at an `openclaw.json`, which the gateway reads as JSON5.
+pub(crate) fn inspect_config(text: &str, token: &str) -> ConfigFindings {
+    let Some(found) = json5::find(text, &PATHS) else {
+        return ConfigFindings { token: TokenState::Unreadable, port: None, chat_completions: None };
+    };
+    let number = |path| match found.scalar(path) {
+        Some(Scalar::Word(word)) => word.parse::<f64>().ok(),
+        _ => None,
+    };
+    let chat_completions = match found.scalar(CHAT_COMPLETIONS) {
+        Some(Scalar::Word(word)) if word == "true" => Some(true),
+        Some(Scalar::Word(word)) if word == "false" => Some(false),
+        _ => None,
+    };
+    ConfigFindings {
+        token: token_state(&found, token),
+        port: number(PORT).and_then(port_of),
+        chat_completions,
+    }
+}
+
+const PORT: &str = "gateway.port";
+const MODE: &str = "gateway.auth.mode";
+const TOKEN: &str = "gateway.auth.token";
+const TOKEN_SOURCE: &str = "gateway.auth.token.source";
+const TOKEN_ID: &str = "gateway.auth.token.id";
+const PASSWORD: &str = "gateway.auth.password";
+const CHAT_COMPLETIONS: &str = "gateway.http.endpoints.chatCompletions.enabled";
+const INCLUDES: [&str; 3] = ["$include", "gateway.$include", "gateway.auth.$include"];
+
+const PATHS: [&str; 10] = [
+    PORT,
+    MODE,
+    TOKEN,
+    TOKEN_SOURCE,
+    TOKEN_ID,
+    PASSWORD,
+    CHAT_COMPLETIONS,
+    INCLUDES[0],
+    INCLUDES[1],
+    INCLUDES[2],
+];
+
+fn token_state(found: &Found, own: &str) -> TokenState {
+    let included = INCLUDES.iter().any(|path| found.has(path));
+    match found.scalar(MODE) {
+        // An included file may set the mode; what stands here wins over it.
+        Some(Scalar::Text(mode)) if mode.matches(b"token") => {}
+        Some(Scalar::Text(mode)) if mode.expose().contains(&b'$') => return TokenState::Elsewhere,
+        Some(Scalar::Text(mode)) => {
+            return TokenState::NotToken(shown(&String::from_utf8_lossy(mode.expose())));
+        }
+        Some(Scalar::Word(_)) => return TokenState::Unreadable,
+        None if included => return TokenState::Elsewhere,
+        // Without a mode a password wins over a token.
+        None if found.has(PASSWORD) => return TokenState::NotToken(String::from("password")),
+        None => {}
+    }
+    match found.scalar(TOKEN) {
+        Some(Scalar::Text(token)) => compare(token, own),
+        Some(Scalar::Word(_)) => TokenState::Unreadable,
+        None if found.has(TOKEN) => secret_ref(found),
+        None if included => TokenState::Elsewhere,
+        None => TokenState::Absent,
+    }
+}
+
+fn compare(token: &Secret, own: &str) -> TokenState {
+    let text = token.expose();
+    if text.trim_ascii().is_empty() {
+        return TokenState::Absent;
+    }
+    if token.matches(TOKEN_REFERENCE.as_bytes()) {
+        return TokenState::Reference;
+    }
+    if token.matches(own.as_bytes()) {
+        return TokenState::SameValue;
+    }
+    // `$${X}` is the literal text `${X}`; any other `${X}` is a value from somewhere else.
+    let refers =
+        text.windows(2).enumerate().any(|(at, pair)| pair == b"${" && (at == 0 || text[at - 1] != b'$'));
+    if refers { TokenState::Elsewhere } else { TokenState::Differs }
+}
+
+/// `{ source: "env", id: "OPENCLAW_GATEWAY_TOKEN" }`, or another place.
+fn secret_ref(found: &Found) -> TokenState {
+    let is = |path, wanted: &str| matches!(found.scalar(path), Some(Scalar::Text(text)) if text.matches(wanted.as_bytes()));
+    if is(TOKEN_SOURCE, "env") && is(TOKEN_ID, TOKEN_VARIABLE) {
+        TokenState::Reference
+    } else {
+        TokenState::Elsewhere
+    }
+}
+
+/// JSON has one kind of number: 18789, 18789.0 and 1.8789e4 are the same port.
+fn port_of(number: f64) -> Option<u16> {
+    number.to_string().parse().ok().filter(|port| *port != 0)
+}
+
+#[cfg(test)]
+mod tests;

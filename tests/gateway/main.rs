@@ -1,3 +1,0 @@
-//! The real gateway under the supervisor.
-
-mod life;

@@ -1,3 +1,0 @@
-//! The image, as users have it.
-
-mod image;
