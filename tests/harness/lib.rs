@@ -39,6 +39,8 @@ pub mod s3;
 pub mod sandbox;
 pub mod serve;
 pub mod sqlite;
+#[cfg(test)]
+mod tests;
 pub mod tools;
 pub mod versioned;
 pub mod wait;

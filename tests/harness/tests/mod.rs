@@ -1,11 +1,11 @@
 //! What the storage tests stand on does what it says: the store, the proxy, the digest and the
 //! judges; and so does the mux-server that the mux client is tested with.
 
-use cvm_harness::mux::{self, Door, Ill};
-use cvm_harness::s3::{Bucket, Response};
-use cvm_harness::serve::Client;
-use cvm_harness::tools::{Rclone, python, rclone_crypt_python};
-use cvm_harness::{Builder, Fault, Garage, Mux, Network, Proxy, Rule, difference, digest, until};
+use crate::mux::{self, Door, Ill};
+use crate::s3::{Bucket, Response};
+use crate::serve::Client;
+use crate::tools::{Rclone, python, rclone_crypt_python};
+use crate::{Builder, Fault, Garage, Mux, Network, Proxy, Rule, difference, digest, until};
 use serde_json::{Value, json};
 use std::fs::{self, File, FileTimes};
 use std::io::{BufRead, BufReader, ErrorKind};

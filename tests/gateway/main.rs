@@ -1,0 +1,3 @@
+//! The real gateway under the supervisor.
+
+mod life;

@@ -1,0 +1,3 @@
+//! The image, as users have it.
+
+mod image;

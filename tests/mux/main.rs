@@ -1,0 +1,4 @@
+//! The mux client, between a mux-server and the gateway.
+
+mod client;
+mod queue;
