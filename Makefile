@@ -53,9 +53,11 @@ build: ## everything, optimized, as it is shipped
 image: ## the image openclaw-cvm:dev, by the docker engine of this machine
 	@image/build
 
-lint: ## formatting and lints
+lint: ## install the linters and run them: formatting, clippy, shell scripts, spelling, licences and sources of crates
+	@tests/setup lint
 	@echo "== Lints"
 	@$(CARGO) fmt --check
+	@tests/lint
 	@$(CARGO) clippy --release --workspace --all-targets -- -D warnings
 	@$(BUILT)
 

@@ -368,6 +368,7 @@ fn the_top_level_holds_what_it_should_and_nothing_else() {
         "S3_STORAGE.md",
         "SECURITY.md",
         "clippy.toml",
+        "deny.toml",
         "docker-compose.dev.yml",
         "docker-compose.yml",
         "docs",
@@ -375,6 +376,7 @@ fn the_top_level_holds_what_it_should_and_nothing_else() {
         "rustfmt.toml",
         "src",
         "tests",
+        "typos.toml",
     ];
     let output = Command::new("git")
         .args(["ls-tree", "--name-only", "HEAD"])
