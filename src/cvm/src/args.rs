@@ -1,28 +1,27 @@
-//! The command line, as data: what can be asked, with examples.
-//!
-//! Refuses to do any of it. May import: `completions`, `look`, `out`, `trouble`, and its own room
-//! `storage`.
+//! The command line as data: the commands, their options, their help and examples.
 
-// The comments below are the text of the help, where backticks would be shown.
+// The comments below are the text of the help, where backticks would be visible.
 #![allow(clippy::doc_markdown)]
 
 mod storage;
+mod values;
 mod volume;
 
-use crate::completions::Shell;
-use crate::look;
-use crate::out;
-use crate::trouble::{Exit, Trouble};
+use crate::failure::{Exit, Failure};
+use crate::stdout;
+use crate::style;
 use clap::{Args, Parser, Subcommand};
 use cvm_secrets::owner::Epoch;
 use std::ffi::OsString;
 use std::io::IsTerminal as _;
 use std::path::PathBuf;
 use std::time::Duration;
+use values::{lines, seconds};
 
 pub(crate) use storage::{
     StorageCommand, StorageDecideArgs, StorageGetArgs, StorageLsArgs, StorageStatusArgs,
 };
+pub(crate) use values::{Lines, Shell};
 pub(crate) use volume::{AdoptArgs, VolumeCommand};
 
 const EXIT_CODES: &str = "\
@@ -38,7 +37,7 @@ Environment:
   CVM_CONTROL_SOCKET   path of the supervisor's control socket, in place of the usual one
   CVM_STORAGE_SOCKET   the same for the storage worker's";
 
-/// The operator's hand of openclaw-cvm: inside the VM over SSH, and on a laptop.
+/// The operator's program of openclaw-cvm: inside the VM over SSH, and on a laptop.
 #[derive(Debug, Parser)]
 #[command(name = "cvm", version, after_help = EXIT_CODES, max_term_width = 100)]
 pub(crate) struct Cli {
@@ -53,8 +52,8 @@ pub(crate) enum Command {
     /// Shows the supervisor's own snapshot: services, boot steps, storage, remarks, and
     /// fingerprints of the derived keys. It holds no secret and may be pasted in public.
     ///
-    /// In S3 mode it begins with whether everything is in the bucket, which the storage worker is
-    /// asked for.
+    /// In S3 mode it begins with the storage worker's answer to the question whether everything is in
+    /// the bucket.
     #[command(after_help = "\
 Examples:
   cvm status                       the table
@@ -70,7 +69,7 @@ Exit codes: 0 healthy, 1 not healthy, 3 the supervisor cannot be reached.")]
     /// A service's log may hold private content; `supervisor` is the boot log.
     ///
     /// With --boot the log of an earlier boot, kept in the bucket (S3 mode only); `supervisor`
-    /// unless a service is named. It outlives the machine: the last words of one that is gone
+    /// unless a service is named. It outlives the machine: the last lines of a machine that is gone
     /// are read on its successor.
     ///
     /// On a terminal, control sequences other than colours are shown instead of obeyed.
@@ -80,27 +79,28 @@ Examples:
   cvm logs gateway                 the last 100 lines
   cvm logs gateway -n 1000 | less
   cvm logs supervisor -n all       everything that is kept
-  cvm logs gateway -f              and go on with what comes
+  cvm logs gateway -f              and go on with new lines
   cvm logs --boots                 which earlier boots there are
   cvm logs --boot -1               how the boot before this one ended
   cvm logs --boot -1 gateway -n all")]
     Logs(LogsArgs),
 
-    /// Start a service that is stopped, parked or waiting, and see whether it comes up
+    /// Start a service that is stopped, parked or waiting, and wait until it runs
     #[command(after_help = "\
 Examples:
   cvm start gateway
   cvm start gateway --timeout 300  a first start that migrates a large state
 
-Exit codes: 0 it runs and is ready, 1 it is not (and why), 3 no supervisor, 4 refused.")]
+Exit codes: 0 the service runs and is ready, 1 it does not (and why), 3 no supervisor, 4 refused.")]
     Start(ServiceArgs),
 
-    /// Stop a service, and wait until nothing of it is left
+    /// Stop a service, and wait until no process of it is left
     ///
-    /// It stays stopped until `cvm start`. Stopping sshd needs --force: it is the way in.
+    /// The service stays stopped until `cvm start`. Stopping sshd needs --force, because operators log
+    /// in through it.
     #[command(after_help = "\
 Examples:
-  cvm stop gateway                 lets it drain: up to OPENCLAW_GATEWAY_STOP_TIMEOUT
+  cvm stop gateway                 drains for up to OPENCLAW_GATEWAY_STOP_TIMEOUT
   cvm stop dockerd --no-wait")]
     Stop(StopArgs),
 
@@ -113,7 +113,7 @@ Examples:
 
     /// Ask about the encrypted bucket, give orders about it, or restore from it (S3 mode)
     ///
-    /// All but `restore` speak with the storage worker of this VM; `restore` works on any machine.
+    /// All of them ask the storage worker of this VM, except `restore`, which works on any machine.
     #[command(after_help = "\
 Examples:
   cvm storage status               is my data in the bucket?
@@ -126,9 +126,8 @@ Examples:
 
     /// Give the volume to another MASTER_KEY
     ///
-    /// A volume remembers the key that it was first used with: with another one, or with none, no
-    /// gateway is started and no key opens a shell. A machine that starts nothing for this reason
-    /// says so in `cvm status`.
+    /// A volume remembers the key with which it was first used. With another key, or with none, no
+    /// gateway is started and no SSH key opens a shell; `cvm status` then says so.
     #[command(after_help = "\
 Example:
   cvm volume adopt FINGERPRINT     before the key is changed: see `cvm volume adopt --help`")]
@@ -140,7 +139,7 @@ Example:
     /// Mint a token with which a chat is paired with this instance
     ///
     /// Asks the mux-server's operator interface, with the admin token from MUX_ADMIN_TOKEN, from the
-    /// file that MUX_ADMIN_TOKEN_FILE names, or from a prompt that does not show what is typed.
+    /// file that MUX_ADMIN_TOKEN_FILE names, or from a prompt that hides the input.
     ///
     /// Inside of the VM it knows server and device. Elsewhere MUX_BASE_URL or --server names the
     /// server, and --device or MASTER_KEY the device.
@@ -150,10 +149,10 @@ Examples:
   cvm pair discord --session agent:main:discord:channel:1234
   MUX_ADMIN_TOKEN_FILE=token.txt cvm pair telegram --json | jq -r .deepLink
 
-Exit codes: 0 minted, 1 the mux-server did not, 2 something is not given.")]
+Exit codes: 0 minted, 1 the mux-server minted none, 2 the server, the device or the token is not given.")]
     Pair(PairArgs),
 
-    /// One line and an exit code, for HEALTHCHECK
+    /// Print one line and exit with a code, for HEALTHCHECK
     #[command(after_help = "\
 Examples:
   cvm health                       0 healthy; 1 not healthy, or no supervisor
@@ -167,8 +166,7 @@ In a Dockerfile:
     ///
     /// Works on a laptop: no supervisor, no root, no network. MASTER_KEY is taken from, in this
     /// order: standard input if the last argument is `-`; the variable MASTER_KEY; the file that
-    /// MASTER_KEY_FILE names; standard input if it is not a terminal; a prompt that does not
-    /// show what is typed.
+    /// MASTER_KEY_FILE names; standard input if it is not a terminal; a prompt that hides the input.
     ///
     /// Every byte counts and nothing is decoded, with one exception: line breaks at the very end
     /// of a file or of standard input are no part of the key, as in the supervisor.
@@ -184,9 +182,9 @@ Examples:
 
     /// Look for what is wrong with this machine, and say what to do
     ///
-    /// Each check says what was found and, unless it is well, what to do. A check that hangs
-    /// (a dead disk, a dead mount) is given up after 5 s. Nothing is changed: the overlay mount
-    /// it tries is made in a mount namespace of its own.
+    /// Each check prints what it found and, unless all is well, a remedy. A check that hangs
+    /// (a dead disk, a dead mount) is given up after 5 s. Nothing is changed: the overlay that the
+    /// doctor tries is mounted in a mount namespace of its own.
     #[command(after_help = "\
 Examples:
   cvm doctor
@@ -195,14 +193,14 @@ Examples:
 Exit codes: 0 no check failed (warnings allowed), 1 at least one failed.")]
     Doctor(DoctorArgs),
 
-    /// One family of checks, in a process of its own
+    /// One room of the doctor, in a process of its own
     #[command(hide = true)]
     DoctorRoom { room: String },
 
     /// Run the gateway's own command line, as the gateway's user and with its environment
     ///
     /// The same as the `openclaw` in the image. All arguments are openclaw's own, and so is the
-    /// exit status. It gets a terminal of its own, and what it leaves running ends with it.
+    /// exit status. It gets a terminal of its own, and processes that it leaves running end with it.
     #[command(
         disable_help_flag = true,
         after_help = "\
@@ -212,7 +210,7 @@ Examples:
   openclaw doctor                  the same program under its other name"
     )]
     Openclaw {
-        /// What openclaw is called with
+        /// The arguments of openclaw
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
         arguments: Vec<OsString>,
     },
@@ -244,39 +242,32 @@ pub(crate) struct StatusArgs {
 pub(crate) struct LogsArgs {
     /// A service, or `supervisor`
     pub service: Option<String>,
-    /// Go on with what is written, also into the next file
+    /// Go on with new lines, also in the next file
     #[arg(long, short, requires = "service")]
     pub follow: bool,
     /// The log of an earlier boot: -1 is the one before this
     #[arg(long, value_name = "-N", allow_negative_numbers = true, conflicts_with = "follow",
           value_parser = clap::value_parser!(i32).range(..=-1))]
     pub boot: Option<i32>,
-    /// Which earlier boots there are
+    /// List the earlier boots
     #[arg(long, conflicts_with_all = ["service", "follow", "boot"])]
     pub boots: bool,
     /// How many lines from the end; or `all`
     #[arg(long, short = 'n', default_value = "100", value_parser = lines)]
     pub lines: Lines,
-    /// Where the logs are
+    /// The directory of the logs
     #[arg(long, default_value = cvm_protocol::paths::LOGS, value_name = "DIR")]
     pub directory: PathBuf,
-}
-
-/// How many lines from the end of a log.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Lines {
-    All,
-    Last(usize),
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct ServiceArgs {
     /// Name of the service, as `cvm status` shows it
     pub service: String,
-    /// Only give the order
+    /// Give the order and return
     #[arg(long)]
     pub no_wait: bool,
-    /// How long to wait for the outcome; 60 to start, 340 to stop, 400 to restart unless given
+    /// How long to wait; 60 to start, 340 to stop, 400 to restart unless given
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     pub timeout: Option<Duration>,
 }
@@ -285,7 +276,7 @@ pub(crate) struct ServiceArgs {
 pub(crate) struct StopArgs {
     #[command(flatten)]
     pub common: ServiceArgs,
-    /// Stop sshd although nobody can log in then
+    /// Stop sshd although nobody can log in afterwards
     #[arg(long)]
     pub force: bool,
 }
@@ -313,12 +304,12 @@ pub(crate) struct PairArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct HealthArgs {
-    /// One line for each service and complaint as well
+    /// Print a line for each complaint and each service as well
     #[arg(long, short)]
     pub verbose: bool,
 
-    /// Ask the gateway for a list of its sessions, with its token: also what its probes do not
-    /// see, such as databases that it refuses after an update. As root, and not for HEALTHCHECK
+    /// Ask the gateway for a list of its sessions, with its token. This finds faults that its probes
+    /// do not see, such as databases that it refuses after an update. As root, and not for HEALTHCHECK
     #[arg(long)]
     pub deep: bool,
 }
@@ -354,20 +345,20 @@ Examples:
     },
     /// CVM_OWNER, which says in the compose file who may write the machine's environment: no secret
     ///
-    /// Only for a random MASTER_KEY: whoever can guess the key sees here that he has. With any other
+    /// Only for a random MASTER_KEY, because CVM_OWNER confirms a guess of the key. With any other
     /// key, set CVM_OWNER_TOKEN to 32 random bytes, and CVM_OWNER to the SHA-256 of that text.
     #[command(after_help = "\
 Examples:
   cvm derive owner < key.txt
   image/pin --owner \"$(cvm derive owner --epoch 3 < key.txt)\" NAME@sha256:DIGEST")]
     Owner {
-        /// What CVM_OWNER_EPOCH is in the environment: raise it to make all older environments void
+        /// The value of CVM_OWNER_EPOCH in the environment: raise it to make all older environments void
         #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=i64::from(Epoch::MAX)))]
         epoch: u32,
         #[command(flatten)]
         key: KeySource,
     },
-    /// What a volume remembers of a key: for `cvm volume adopt`, before the key is changed
+    /// The fingerprint that a volume remembers of a key: for `cvm volume adopt`, before the key is changed
     #[command(after_help = "\
 Example:
   ssh -p 1022 root@HOST cvm volume adopt \"$(cvm derive volume-fingerprint < new-key.txt)\"")]
@@ -377,7 +368,7 @@ Example:
 Example:
   rclone config password REMOTE password \"$(cvm derive crypt-password < key.txt)\"
 
-Not the right one if RCLONE_CRYPT_PASSWORD was set when the bucket was written.")]
+This is not the password of a bucket that was written with RCLONE_CRYPT_PASSWORD set.")]
     CryptPassword(CryptArgs),
     /// The salt of the bucket's encryption, which rclone calls password2: a secret
     #[command(after_help = "\
@@ -421,33 +412,20 @@ pub(crate) struct DoctorArgs {
     pub json: bool,
 }
 
-fn seconds(text: &str) -> Result<Duration, String> {
-    const RULE: &str = "give seconds from 0.1 to 86400";
-    let given: f64 = text.parse().map_err(|_| RULE.to_owned())?;
-    // NaN is in no range.
-    if (0.1..=86_400.0).contains(&given) { Ok(Duration::from_secs_f64(given)) } else { Err(RULE.to_owned()) }
-}
-
-fn lines(text: &str) -> Result<Lines, String> {
-    if text == "all" {
-        return Ok(Lines::All);
-    }
-    text.parse().map(Lines::Last).map_err(|_| "give a number of lines, or: all".to_owned())
-}
-
-/// Help and version go to standard output; a mistake is told in the form of all errors here.
-pub(crate) fn explain(error: &clap::Error) -> Result<Exit, Trouble> {
+/// Prints help and version on standard output, and a mistake on standard error in the form of all
+/// failures here.
+pub(crate) fn explain(error: &clap::Error) -> Result<Exit, Failure> {
     let styled = error.render();
     if !error.use_stderr() {
-        let colour = std::io::stdout().is_terminal() && look::wants_colour();
-        out::print(&if colour { styled.ansi().to_string() } else { styled.to_string() })?;
+        let colour = std::io::stdout().is_terminal() && style::wants_colour();
+        stdout::print(&if colour { styled.ansi().to_string() } else { styled.to_string() })?;
         return Ok(Exit::Good);
     }
     let text = styled.to_string();
-    // `cvm` alone shows what it can do.
+    // `cvm` alone prints the help, which does not begin with "error: ".
     let text = text.strip_prefix("error: ").map_or(text.clone(), |rest| format!("cvm: {rest}"));
     let _ = std::io::Write::write_all(&mut std::io::stderr().lock(), text.as_bytes());
-    Err(Trouble::silent(Exit::Usage))
+    Err(Failure::silent(Exit::Usage))
 }
 
 #[cfg(test)]
@@ -522,7 +500,7 @@ mod tests {
     }
 
     #[test]
-    fn storage_takes_what_its_help_says() {
+    fn storage_takes_the_options_of_its_help() {
         let of = |words: &[&str]| match parse(&[&["storage"], words].concat()) {
             Ok(Command::Storage { what }) => Some(what),
             _ => None,
@@ -539,7 +517,7 @@ mod tests {
     }
 
     #[test]
-    fn what_follows_openclaw_is_openclaws_own() {
+    fn every_argument_behind_openclaw_is_openclaws_own() {
         let given = ["openclaw", "--help", "-v", "config", "--", "x", "--watch"];
         match parse(&given) {
             Ok(Command::Openclaw { arguments }) => assert_eq!(arguments, given[1..]),

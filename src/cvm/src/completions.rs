@@ -1,28 +1,19 @@
-//! Completion scripts for shells, made from the same description that parses the arguments.
-//!
-//! May import: `args`, `out`, `trouble`.
+//! Completion scripts for shells, generated from the description that parses the arguments.
 
-use crate::args::Cli;
-use crate::out;
-use crate::trouble::{Exit, Trouble};
-use clap::{CommandFactory as _, ValueEnum};
+use crate::args::{Cli, Shell};
+use crate::failure::{Exit, Failure};
+use crate::stdout;
+use clap::CommandFactory as _;
 use clap_complete::aot::{Bash, Fish, Zsh, generate};
 
-#[derive(Debug, Clone, Copy, ValueEnum)]
-pub(crate) enum Shell {
-    Bash,
-    Zsh,
-    Fish,
-}
-
-pub(crate) fn run(shell: Shell) -> Result<Exit, Trouble> {
-    out::print(&script(shell))?;
+pub(crate) fn run(shell: Shell) -> Result<Exit, Failure> {
+    stdout::print(&script(shell))?;
     Ok(Exit::Good)
 }
 
 fn script(shell: Shell) -> String {
     let mut command = Cli::command();
-    // Made in memory: clap_complete panics on a closed pipe.
+    // In memory, because clap_complete panics on a closed pipe.
     let mut bytes = Vec::new();
     match shell {
         Shell::Bash => generate(Bash, &mut command, "cvm", &mut bytes),

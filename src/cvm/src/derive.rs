@@ -1,17 +1,13 @@
-//! `cvm derive`: what an operator needs outside of the VM, from `MASTER_KEY` alone.
+//! `cvm derive`: secrets and identities that an operator needs outside of the VM, from `MASTER_KEY`.
 //!
 //! Reads the key with the supervisor's own code, so that both always mean the same bytes and
-//! give the same warnings.
-//!
-//! Refuses the key as an argument, where every user of the machine could read it, and to
-//! print a secret other than the one that was asked for.
-//! May import: `args`, `input`, `out`, `prompt`, `trouble`.
+//! give the same warnings. The key is never an argument, where every user of the machine could read it.
 
 use crate::args::{DeriveArgs, Derived, KeySource};
+use crate::failure::{Exit, Failure, mistakes, warn};
 use crate::input;
-use crate::out;
 use crate::prompt;
-use crate::trouble::{Exit, Trouble, mistakes, warn};
+use crate::stdout;
 use cvm_secrets::keys::MasterKey;
 use cvm_secrets::keys::{self, KeyRing};
 use cvm_secrets::owner::Epoch;
@@ -27,7 +23,7 @@ const NAME: &str = "MASTER_KEY";
 /// A key is a line. A larger input is a mistake, such as the wrong file.
 const INPUT_MAX: usize = 64 * 1024;
 
-pub(crate) fn run(args: &DeriveArgs) -> Result<Exit, Trouble> {
+pub(crate) fn run(args: &DeriveArgs) -> Result<Exit, Failure> {
     let source = match &args.what {
         Derived::GatewayToken(key)
         | Derived::DeviceId(key)
@@ -35,7 +31,7 @@ pub(crate) fn run(args: &DeriveArgs) -> Result<Exit, Trouble> {
         | Derived::Owner { key, .. }
         | Derived::SshKnownHosts { key, .. } => key,
         Derived::CryptPassword(args) | Derived::CryptSalt(args) => {
-            warn("what follows is a secret: password and salt together open everything in the bucket");
+            warn("the output is a secret: password and salt together open everything in the bucket");
             &args.key
         }
         Derived::RcloneConfig(key) => return rclone_config(key),
@@ -46,35 +42,34 @@ pub(crate) fn run(args: &DeriveArgs) -> Result<Exit, Trouble> {
         what => derived(what, &KeyRing::derive(&master))?,
     };
     drop(master);
-    out::print(&text)?;
+    stdout::print(&text)?;
     Ok(Exit::Good)
 }
 
-/// What stands in the compose file may be known to everybody, the one who guesses keys included.
-fn owner(master: &MasterKey, epoch: u32) -> Result<Zeroizing<String>, Trouble> {
+/// `CVM_OWNER`. Everybody may read the compose file that holds it, and could check a guess of the key.
+fn owner(master: &MasterKey, epoch: u32) -> Result<Zeroizing<String>, Failure> {
     if !is_strong(master.expose()) {
         let cause =
-            "this key can be guessed, and CVM_OWNER, which everybody can read, would show who has guessed it";
+            "this key can be guessed, and CVM_OWNER, which everybody can read, would confirm the guess";
         let hint = "set CVM_OWNER_TOKEN to the output of `openssl rand -base64 32`; CVM_OWNER is then what `printf %s \
                     \"$CVM_OWNER_TOKEN\" | sha256sum` prints";
-        return Err(Trouble::new(Exit::Usage, "derive owner: MASTER_KEY", cause).hint(hint));
+        return Err(Failure::new(Exit::Usage, "derive owner: MASTER_KEY", cause).hint(hint));
     }
     let epoch = Epoch::new(epoch)
-        .ok_or_else(|| Trouble::new(Exit::Usage, "derive owner", "there is no such epoch"))?;
+        .ok_or_else(|| Failure::new(Exit::Usage, "derive owner", "there is no such epoch"))?;
     Ok(Zeroizing::new(format!("{}\n", keys::owner_word(master, epoch))))
 }
 
-fn derived(what: &Derived, keys: &KeyRing) -> Result<Zeroizing<String>, Trouble> {
+fn derived(what: &Derived, keys: &KeyRing) -> Result<Zeroizing<String>, Failure> {
     let mut text = Zeroizing::new(String::with_capacity(1024));
-    let mut crypt = |clear: &str, form_of_rclone: bool| -> Result<(), Trouble> {
-        let _ =
-            if form_of_rclone { writeln!(text, "{}", *obscured(clear)?) } else { writeln!(text, "{clear}") };
+    let mut crypt = |clear: &str, is_obscured: bool| -> Result<(), Failure> {
+        let _ = if is_obscured { writeln!(text, "{}", *obscured(clear)?) } else { writeln!(text, "{clear}") };
         Ok(())
     };
     match what {
         Derived::CryptPassword(args) => crypt(keys.crypt_password.expose(), args.obscured)?,
         Derived::CryptSalt(args) => crypt(keys.crypt_salt.expose(), args.obscured)?,
-        // Need more than keys, or less: see `rclone_config` and `owner`.
+        // These two need more than the key ring: see `rclone_config` and `owner`.
         Derived::RcloneConfig(_) | Derived::Owner { .. } => {}
         Derived::VolumeFingerprint(_) => {
             let _ = writeln!(text, "{}", keys.volume_fingerprint.to_hex());
@@ -90,7 +85,7 @@ fn derived(what: &Derived, keys: &KeyRing) -> Result<Zeroizing<String>, Trouble>
                 let line = keys.host_key_seed.known_hosts_line(host, *port).ok_or_else(|| {
                     let cause = format!("{host:?} is no host name or address");
                     let hint = "give one name or address as you give it to ssh, without user and port";
-                    Trouble::new(Exit::Usage, "derive ssh-known-hosts", cause).hint(hint)
+                    Failure::new(Exit::Usage, "derive ssh-known-hosts", cause).hint(hint)
                 })?;
                 let _ = writeln!(text, "{line}");
             }
@@ -99,16 +94,16 @@ fn derived(what: &Derived, keys: &KeyRing) -> Result<Zeroizing<String>, Trouble>
     Ok(text)
 }
 
-fn obscured(clear: &str) -> Result<Zeroizing<String>, Trouble> {
+fn obscured(clear: &str) -> Result<Zeroizing<String>, Failure> {
     cvm_secrets::obscured::obscure(clear.as_bytes())
-        .map_err(|_| Trouble::new(Exit::Bad, "derive", "the kernel gives no random numbers"))
+        .map_err(|_| Failure::new(Exit::Bad, "derive", "the kernel gives no random numbers"))
 }
 
 // === rclone.conf ===
 
 const RCLONE_CONFIG: &str = "derive rclone-config";
 
-fn rclone_config(source: &KeySource) -> Result<Exit, Trouble> {
+fn rclone_config(source: &KeySource) -> Result<Exit, Failure> {
     let environment = with_key(source)?;
     let (config, warnings) = Config::parse_elsewhere(&environment)
         .map_err(|problems| mistakes(RCLONE_CONFIG, &problems, "nothing was derived"))?;
@@ -117,16 +112,16 @@ fn rclone_config(source: &KeySource) -> Result<Exit, Trouble> {
     }
     let (Storage::S3(s3), Some(master)) = (&config.storage, &config.master_key) else {
         let hint = "set S3_BUCKET and the credentials as they are set for the VM";
-        return Err(Trouble::new(Exit::Usage, RCLONE_CONFIG, "S3_BUCKET is not set, so there is no bucket")
+        return Err(Failure::new(Exit::Usage, RCLONE_CONFIG, "S3_BUCKET is not set, so there is no bucket")
             .hint(hint));
     };
-    warn("what follows holds every secret of the bucket: keep it where only you can read it");
-    out::print(&rclone_conf(s3, &KeyRing::derive(master))?)?;
+    warn("the output holds every secret of the bucket: keep it where only you can read it");
+    stdout::print(&rclone_conf(s3, &KeyRing::derive(master))?)?;
     Ok(Exit::Good)
 }
 
-/// All variables, and the key from where the help promises it.
-fn with_key(source: &KeySource) -> Result<Environment, Trouble> {
+/// All variables, and the key from the place that the help promises.
+fn with_key(source: &KeySource) -> Result<Environment, Failure> {
     let twin = file_twin(NAME);
     let given = |name: &str| std::env::var_os(name).is_some_and(|v| !v.is_empty());
     if source.from_stdin.is_none() && (given(NAME) || given(&twin)) {
@@ -142,17 +137,17 @@ fn with_key(source: &KeySource) -> Result<Environment, Trouble> {
     Ok(environment)
 }
 
-/// Two remotes, as the storage worker has them: the bucket, and what encrypts for it.
-fn rclone_conf(s3: &S3, keys: &KeyRing) -> Result<Zeroizing<String>, Trouble> {
+/// Two remotes, as the storage worker has them: the bucket, and the encryption over it.
+fn rclone_conf(s3: &S3, keys: &KeyRing) -> Result<Zeroizing<String>, Failure> {
     let mut text = Zeroizing::new(String::with_capacity(4096));
     text.push_str(
-        "# Every secret of the bucket is in here. Read with it; what is written with it is not in the\n\
-         # manifest, and a machine that runs does not look at it.\n\
+        "# This file holds every secret of the bucket. Use it to read; a file that is written with it\n\
+         # is not in the manifest, and a running machine ignores it.\n\
          [openclaw-bucket]\ntype = s3\nforce_path_style = true\nno_check_bucket = true\nenv_auth = false\n",
     );
-    let mut add = |name: &str, value: &[u8]| -> Result<(), Trouble> {
+    let mut add = |name: &str, value: &[u8]| -> Result<(), Failure> {
         let value = std::str::from_utf8(value).map_err(|_| {
-            Trouble::new(Exit::Usage, RCLONE_CONFIG, format!("{name} is no text that rclone.conf can hold"))
+            Failure::new(Exit::Usage, RCLONE_CONFIG, format!("{name} is no text that rclone.conf can hold"))
         })?;
         let _ = writeln!(text, "{name} = {value}");
         Ok(())
@@ -184,8 +179,8 @@ fn rclone_conf(s3: &S3, keys: &KeyRing) -> Result<Zeroizing<String>, Trouble> {
 
 // === MASTER_KEY ===
 
-/// Where the key comes from, in the order that the help promises.
-fn master_key(source: &KeySource) -> Result<MasterKey, Trouble> {
+/// The key, from the first of the places that the help names.
+fn master_key(source: &KeySource) -> Result<MasterKey, Failure> {
     let twin = file_twin(NAME);
     let value = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty());
     let pair = |name: &str, value: &OsStr| (name.as_bytes().to_vec(), value.as_bytes().to_vec());
@@ -202,18 +197,18 @@ fn master_key(source: &KeySource) -> Result<MasterKey, Trouble> {
     from_input(typed_or_piped()?)
 }
 
-/// Treated as the content of a file.
-fn typed_or_piped() -> Result<Vec<u8>, Trouble> {
+/// The key as it was typed or piped in, to be treated like the content of a file.
+fn typed_or_piped() -> Result<Vec<u8>, Failure> {
     if std::io::stdin().is_terminal() {
         return Ok(prompt::secret("MASTER_KEY (not shown): ")?.to_vec());
     }
     input::read_limited(&mut std::io::stdin().lock(), INPUT_MAX).map_err(|cause| {
-        Trouble::new(Exit::Usage, "derive: standard input", cause).hint("give the key as one line")
+        Failure::new(Exit::Usage, "derive: standard input", cause).hint("give the key as one line")
     })
 }
 
-/// A key that was typed or piped in, line breaks at its end not included.
-fn from_input(content: Vec<u8>) -> Result<MasterKey, Trouble> {
+/// A key that was typed or piped in, without the line breaks at its end.
+fn from_input(content: Vec<u8>) -> Result<MasterKey, Failure> {
     let rule = if content.iter().all(|b| matches!(b, b'\n' | b'\r')) {
         "holds no key"
     } else {
@@ -224,9 +219,9 @@ fn from_input(content: Vec<u8>) -> Result<MasterKey, Trouble> {
     checked(&environment, Some(rule))
 }
 
-/// The supervisor's judgement. `rule` replaces its words where those speak of a file.
-fn checked(environment: &Environment, rule: Option<&str>) -> Result<MasterKey, Trouble> {
-    let no_key = || Trouble::new(Exit::Usage, "derive", "there is no MASTER_KEY");
+/// Checks the key as the supervisor does. `rule` replaces a message that would speak of a file.
+fn checked(environment: &Environment, rule: Option<&str>) -> Result<MasterKey, Failure> {
+    let no_key = || Failure::new(Exit::Usage, "derive", "there is no MASTER_KEY");
     match Config::parse_elsewhere(environment) {
         Ok((config, warnings)) => {
             for warning in warnings {
@@ -240,7 +235,7 @@ fn checked(environment: &Environment, rule: Option<&str>) -> Result<MasterKey, T
                 Some(rule) => ("standard input", rule, "give the key as one line of text"),
                 None => (problem.variable.as_str(), problem.rule.as_str(), problem.hint.as_str()),
             };
-            Err(Trouble::new(Exit::Usage, format!("derive: {what}"), cause).hint(hint))
+            Err(Failure::new(Exit::Usage, format!("derive: {what}"), cause).hint(hint))
         }
     }
 }
@@ -260,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_derived_is_what_the_frozen_vectors_say() {
+    fn derived_values_are_those_of_the_frozen_vectors() {
         let text = include_str!("../../../tests/vectors/keys.json");
         let vectors: Vec<serde_json::Value> = serde_json::from_str(text).unwrap();
         assert!(!vectors.is_empty());
@@ -287,7 +282,7 @@ mod tests {
     }
 
     #[test]
-    fn line_breaks_at_the_end_are_no_part_of_the_key_and_all_else_is() {
+    fn line_breaks_at_the_end_are_no_part_of_the_key_and_every_other_byte_is() {
         let token = |key: &[u8]| ring(key).gateway_token.expose().to_owned();
         let plain = token(b"correct horse battery staple");
         assert_eq!(plain, token(b"correct horse battery staple\n"));
@@ -297,39 +292,39 @@ mod tests {
     }
 
     #[test]
-    fn nothing_and_nul_bytes_are_no_key() {
+    fn an_empty_input_and_one_with_nul_bytes_are_no_key() {
         for bad in [&b""[..], b"\n", b"\r\n\n"] {
-            let trouble = from_input(bad.to_vec()).err().unwrap();
-            assert!(trouble.to_string().contains("standard input: holds no key"), "{trouble}");
-            assert_eq!(trouble.exit, Exit::Usage);
+            let failure = from_input(bad.to_vec()).err().unwrap();
+            assert!(failure.to_string().contains("standard input: holds no key"), "{failure}");
+            assert_eq!(failure.exit, Exit::Usage);
         }
-        let trouble = from_input(b"a\0b".to_vec()).err().unwrap();
-        assert!(trouble.to_string().contains("NUL"), "{trouble}");
+        let failure = from_input(b"a\0b".to_vec()).err().unwrap();
+        assert!(failure.to_string().contains("NUL"), "{failure}");
     }
 
     #[test]
-    fn the_owner_of_a_random_key_has_a_word_for_each_epoch_and_of_a_weak_one_none() {
-        let word = |key: &str, epoch| {
+    fn a_random_key_has_an_owner_hash_for_each_epoch_and_a_weak_key_has_none() {
+        let hash = |key: &str, epoch| {
             let Ok(master) = from_input(key.as_bytes().to_vec()) else { panic!("{key:?} is a key") };
             owner(&master, epoch).map(|text| text.trim_end().to_owned())
         };
-        // By an implementation of HKDF that is not ours: see RFC 5869 and contract of labels.
+        // Computed by another implementation of HKDF (RFC 5869), with the labels of the contract.
         let key = "kqkwGlAAGBFcUhH9pdY8mDWBZQBOgP2Kq4dkAQvqBjo=";
         let first = "b7e20f20e8962f703b119bb96f973b9ddae67a1603ccb7cd0f9fc734d4f61216";
         let third = "7b9a086866d46811f0433ffaffcfb7f0f39af6240e1694e689b22e4157dd5167";
-        assert_eq!((word(key, 0).unwrap().as_str(), word(key, 3).unwrap().as_str()), (first, third));
+        assert_eq!((hash(key, 0).unwrap().as_str(), hash(key, 3).unwrap().as_str()), (first, third));
         let fingerprint = derived(&Derived::VolumeFingerprint(source()), &ring(key.as_bytes())).unwrap();
         assert_eq!(
             fingerprint.trim_end(),
             "ec052118bd1a479f3b1188a91e6bfb7d8d4b9187c9c90e0ee43587b3a92cb0a6"
         );
-        let refused = word("correct horse battery staple", 0).unwrap_err();
+        let refused = hash("correct horse battery staple", 0).unwrap_err();
         assert_eq!(refused.exit, Exit::Usage);
         assert!(refused.to_string().contains("CVM_OWNER_TOKEN"), "{refused}");
     }
 
     #[test]
-    fn known_hosts_names_the_port_unless_it_is_the_usual_one() {
+    fn known_hosts_names_the_port_unless_it_is_22() {
         let lines = |hosts: &[&str], port| {
             let host = hosts.iter().map(|h| (*h).to_owned()).collect();
             derived(
@@ -347,7 +342,7 @@ mod tests {
     }
 
     #[test]
-    fn an_rclone_conf_has_the_bucket_and_what_opens_it() {
+    fn an_rclone_conf_holds_the_bucket_and_the_passwords_that_open_it() {
         let conf = |more: &[(&str, &str)]| {
             let given = [
                 ("MASTER_KEY", "0K9uLzQl7R8HwPAIEkdJI6NTMJt+D+GRInyU+Bbsl+M="),

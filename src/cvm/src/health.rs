@@ -1,17 +1,15 @@
 //! `cvm health`: one line and an exit code, for HEALTHCHECK.
 //!
-//! Docker knows 0 and 1 only, and reserves 2: everything that is not healthy is 1 here, a
-//! supervisor that does not answer included.
-//!
-//! May import: `args`, `doctor::facts`, `http`, `out`, `socket`, `trouble`, `words`.
+//! Docker knows 0 and 1 only, and reserves 2. So the code is 1 whenever the machine is not healthy, also
+//! when the supervisor does not answer.
 
 use crate::args::HealthArgs;
-use crate::doctor::facts;
+use crate::control_socket;
+use crate::failure::{Exit, Failure};
+use crate::gateway_access::GatewayAccess;
 use crate::http::{self, Answer};
-use crate::out;
-use crate::socket;
-use crate::trouble::{Exit, Trouble};
-use crate::words::clean;
+use crate::stdout;
+use crate::text::clean;
 use cvm_protocol::status::Status;
 use std::fmt::Write as _;
 use std::time::Duration;
@@ -19,10 +17,10 @@ use std::time::Duration;
 /// Listing sessions opens every agent's database.
 const LIST_TIME: Duration = Duration::from_secs(30);
 
-pub(crate) fn run(args: &HealthArgs) -> Result<Exit, Trouble> {
-    let mut status = match socket::status() {
+pub(crate) fn run(args: &HealthArgs) -> Result<Exit, Failure> {
+    let mut status = match control_socket::status() {
         Ok(snapshot) => snapshot.status,
-        Err(trouble) => return Err(trouble.with_exit(Exit::Bad)),
+        Err(failure) => return Err(failure.with_exit(Exit::Bad)),
     };
     if args.deep
         && let Err(why) = sessions_are_listed()
@@ -30,17 +28,18 @@ pub(crate) fn run(args: &HealthArgs) -> Result<Exit, Trouble> {
         status.healthy = false;
         status.unhealthy.push(why);
     }
-    out::print(&render(&status, args.verbose))?;
+    stdout::print(&render(&status, args.verbose))?;
     Ok(if status.healthy { Exit::Good } else { Exit::Bad })
 }
 
-/// Asks as a client with the gateway's token does.
+/// Asks the gateway for its sessions, as a client with its token does.
 fn sessions_are_listed() -> Result<(), String> {
     let cannot = |why: &str| format!("the gateway could not be asked for its sessions: {why}");
-    let access = facts::access().ok_or_else(|| cannot("the supervisor does not say how; are you root?"))?;
-    let token = access.token.ok_or_else(|| cannot("the supervisor holds no token yet"))?;
+    let access = GatewayAccess::ask("health", control_socket::PATIENCE)
+        .map_err(|_| cannot("the supervisor does not say how; are you root?"))?;
+    let token = access.token().ok_or_else(|| cannot("the supervisor holds no token yet"))?;
     let question = r#"{"tool":"sessions_list","args":{"limit":1}}"#;
-    let answer = http::post(access.port, "/tools/invoke", Some(&token), question, LIST_TIME);
+    let answer = http::post(access.port(), "/tools/invoke", Some(&token), question, LIST_TIME);
     judge(&answer.map_err(|why| cannot(&why))?)
 }
 
@@ -48,11 +47,11 @@ fn judge(answer: &Answer) -> Result<(), String> {
     let body: serde_json::Value = serde_json::from_slice(&answer.body).unwrap_or_default();
     let cause = match answer.code {
         200 if body["ok"] == true => return Ok(()),
-        401 | 403 => "it refuses the supervisor's token; `cvm doctor` says how to mend that".to_owned(),
+        401 | 403 => "it refuses the supervisor's token; `cvm doctor` names the remedy".to_owned(),
         404 => "its tool policy leaves `sessions_list` out, so this cannot be known".to_owned(),
         code => {
-            let words = body["error"]["message"].as_str().map(clean).unwrap_or_default();
-            format!("{code} {words}; `openclaw doctor`, `cvm logs gateway`").replace(" ;", ";")
+            let message = body["error"]["message"].as_str().map(clean).unwrap_or_default();
+            format!("{code} {message}; `openclaw doctor`, `cvm logs gateway`").replace(" ;", ";")
         }
     };
     Err(format!("the gateway does not list its sessions: {cause}"))
@@ -81,7 +80,7 @@ mod tests {
     use crate::status::samples;
 
     #[test]
-    fn one_line_says_it_all() {
+    fn all_complaints_are_on_one_line() {
         assert_eq!(render(&samples::healthy(), false), "healthy\n");
         let text = render(&samples::troubled(), false);
         assert_eq!(text.lines().count(), 1);
@@ -89,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_list_of_sessions_is_good_and_each_other_answer_says_why() {
+    fn only_a_list_of_sessions_is_good_and_every_other_answer_has_its_reason() {
         let judge = |code, body: &str| judge(&Answer { code, body: body.into() });
         assert_eq!(judge(200, r#"{"ok":true,"result":{}}"#), Ok(()));
         let degraded =

@@ -1,15 +1,15 @@
-//! One HTTP question on loopback or on a unix socket.
+//! One HTTP request on loopback or on a unix socket.
 //!
-//! HTTP/1.0, so that the answer ends where the connection does and no server sends it in
-//! chunks. Addresses are numbers: a static C library cannot resolve names.
-//!
-//! Refuses to follow redirects, to leave the machine, and answers over a limit. May import: `words`.
+//! HTTP/1.0, so that the answer ends where the connection does and no server sends it in chunks.
+//! Addresses are numbers, because a static C library cannot resolve names. Redirects are not followed.
 
+use memchr::memmem;
 use std::fmt::Write as _;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
+use zeroize::Zeroizing;
 
 const ANSWER_MAX: u64 = 1024 * 1024;
 
@@ -18,12 +18,12 @@ pub(crate) struct Answer {
     pub body: Vec<u8>,
 }
 
-/// GET on 127.0.0.1. `bearer` is sent as the Authorization header.
+/// A GET on 127.0.0.1. `bearer` is sent as the Authorization header.
 pub(crate) fn get(port: u16, path: &str, bearer: Option<&str>, time: Duration) -> Result<Answer, String> {
     ask(port, &request("GET", path, bearer, ""), time)
 }
 
-/// POST of a JSON text on 127.0.0.1.
+/// A POST of a JSON text on 127.0.0.1.
 pub(crate) fn post(
     port: u16,
     path: &str,
@@ -37,21 +37,21 @@ pub(crate) fn post(
 fn ask(port: u16, request: &[u8], time: Duration) -> Result<Answer, String> {
     let until = Instant::now() + time;
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
-    let mut stream = TcpStream::connect_timeout(&address, time).map_err(|e| words(&e))?;
-    stream.set_write_timeout(Some(time)).map_err(|e| words(&e))?;
-    stream.write_all(request).map_err(|e| words(&e))?;
+    let mut stream = TcpStream::connect_timeout(&address, time).map_err(|e| cause(&e))?;
+    stream.set_write_timeout(Some(time)).map_err(|e| cause(&e))?;
+    stream.write_all(request).map_err(|e| cause(&e))?;
     read(|left| stream.set_read_timeout(Some(left)), &stream, until)
 }
 
 pub(crate) fn get_unix(socket: &str, path: &str, time: Duration) -> Result<Answer, String> {
     let until = Instant::now() + time;
-    let mut stream = UnixStream::connect(socket).map_err(|e| words(&e))?;
-    stream.set_write_timeout(Some(time)).map_err(|e| words(&e))?;
-    stream.write_all(&request("GET", path, None, "")).map_err(|e| words(&e))?;
+    let mut stream = UnixStream::connect(socket).map_err(|e| cause(&e))?;
+    stream.set_write_timeout(Some(time)).map_err(|e| cause(&e))?;
+    stream.write_all(&request("GET", path, None, "")).map_err(|e| cause(&e))?;
     read(|left| stream.set_read_timeout(Some(left)), &stream, until)
 }
 
-fn request(method: &str, path: &str, bearer: Option<&str>, json: &str) -> zeroize::Zeroizing<Vec<u8>> {
+fn request(method: &str, path: &str, bearer: Option<&str>, json: &str) -> Zeroizing<Vec<u8>> {
     let mut text = format!("{method} {path} HTTP/1.0\r\nHost: localhost\r\nUser-Agent: cvm\r\n");
     if !json.is_empty() {
         let _ = write!(text, "Content-Type: application/json\r\nContent-Length: {}\r\n", json.len()); // a String takes all
@@ -63,7 +63,7 @@ fn request(method: &str, path: &str, bearer: Option<&str>, json: &str) -> zeroiz
     }
     text.push_str("\r\n");
     text.push_str(json);
-    zeroize::Zeroizing::new(text.into_bytes())
+    Zeroizing::new(text.into_bytes())
 }
 
 fn read(
@@ -78,12 +78,12 @@ fn read(
         if left.is_zero() {
             return Err("it did not answer in time".to_owned());
         }
-        set_timeout(left).map_err(|e| words(&e))?;
+        set_timeout(left).map_err(|e| cause(&e))?;
         match stream.read(&mut piece) {
             Ok(0) => break,
             Ok(n) => bytes.extend_from_slice(&piece[..n]),
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(words(&error)),
+            Err(error) => return Err(cause(&error)),
         }
         if let Some(answer) = parse(&bytes).filter(|(_, whole)| *whole) {
             return Ok(answer.0);
@@ -92,10 +92,10 @@ fn read(
     parse(&bytes).map(|(answer, _)| answer).ok_or_else(|| "it does not speak HTTP".to_owned())
 }
 
-/// The answer so far, and whether its announced length is there.
+/// The answer so far, and whether all of its announced length has arrived.
 fn parse(bytes: &[u8]) -> Option<(Answer, bool)> {
     const BLANK: &[u8] = b"\r\n\r\n";
-    let end = bytes.windows(BLANK.len()).position(|w| w == BLANK)?;
+    let end = memmem::find(bytes, BLANK)?;
     let head = std::str::from_utf8(&bytes[..end]).ok()?;
     let mut lines = head.split("\r\n");
     let status = lines.next()?.strip_prefix("HTTP/1.")?;
@@ -109,13 +109,13 @@ fn parse(bytes: &[u8]) -> Option<(Answer, bool)> {
     Some((Answer { code, body }, whole))
 }
 
-fn words(error: &std::io::Error) -> String {
+fn cause(error: &std::io::Error) -> String {
     match error.kind() {
         std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut => {
             "it did not answer in time".to_owned()
         }
         std::io::ErrorKind::ConnectionRefused => "nobody listens there".to_owned(),
-        _ => crate::words::of_io(error),
+        _ => crate::text::io_error(error),
     }
 }
 
@@ -124,7 +124,7 @@ pub(crate) mod tests {
     use super::*;
     use std::net::TcpListener;
 
-    /// Serves one client with `answer`, and yields what it asked.
+    /// Serves one client with `answer`, and returns its request.
     pub(crate) fn serve(answer: &'static [u8]) -> (u16, std::thread::JoinHandle<String>) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
@@ -138,11 +138,11 @@ pub(crate) mod tests {
         (port, thread)
     }
 
-    /// Says `words` to one client without being asked, and hangs up.
-    pub(crate) fn serve_at_once(words: &'static [u8]) -> u16 {
+    /// Sends `greeting` to one client before it sends anything, and hangs up.
+    pub(crate) fn serve_at_once(greeting: &'static [u8]) -> u16 {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
-        std::thread::spawn(move || listener.accept().unwrap().0.write_all(words));
+        std::thread::spawn(move || listener.accept().unwrap().0.write_all(greeting));
         port
     }
 
@@ -161,7 +161,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn what_is_no_http_is_told_apart_from_nobody() {
+    fn a_server_of_another_protocol_is_told_apart_from_no_server() {
         let (port, _) = serve(b"SSH-2.0-OpenSSH\r\n");
         assert_eq!(get(port, "/", None, TIME).err().unwrap(), "it does not speak HTTP");
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
@@ -169,7 +169,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn silence_ends_with_the_time() {
+    fn a_silent_server_is_late() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         let error = get(port, "/", None, Duration::from_millis(50)).err().unwrap();

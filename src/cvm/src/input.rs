@@ -1,9 +1,7 @@
-//! What is given to this program from outside: the environment, with the files it names.
-//!
-//! Refuses files without an end, and to leave parts of what they hold behind in memory.
-//! May import: `words`.
+//! Input from outside: the environment with the files that it names, up to a limit.
 
-use crate::words;
+use crate::text;
+use crate::units;
 use cvm_system::env::Environment;
 use std::fs::File;
 use std::io::Read;
@@ -11,10 +9,10 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 use zeroize::Zeroizing;
 
-/// As large as the supervisor takes a file: a configuration, or workspace files.
+/// The supervisor's own limit for a file: a configuration, or workspace files.
 const FILE_MAX: usize = 16 * 1024 * 1024;
 
-/// All variables, as the supervisor would be given them.
+/// All variables, as the supervisor would read them.
 pub(crate) fn environment() -> Environment {
     let all = std::env::vars_os().map(|(n, v)| (n.as_bytes().to_vec(), v.as_bytes().to_vec()));
     let mut environment = Environment::new(all);
@@ -24,18 +22,18 @@ pub(crate) fn environment() -> Environment {
     environment
 }
 
-/// A file, or a pipe in its place, as a shell gives with `<(pass show key)`.
+/// Reads a file, or the pipe of a shell's `<(pass show key)`.
 pub(crate) fn read_file(path: &Path, limit: usize) -> Result<Vec<u8>, String> {
-    let mut file = File::open(path).map_err(|e| words::of_io(&e))?;
+    let mut file = File::open(path).map_err(|e| text::io_error(&e))?;
     read_limited(&mut file, limit)
 }
 
 pub(crate) fn read_limited(from: &mut impl Read, limit: usize) -> Result<Vec<u8>, String> {
-    // As large as it can become: a vector that grows would leave parts of a key behind.
+    // As large as it can become: a vector that grows would leave parts of a key in memory.
     let mut bytes = Zeroizing::new(Vec::with_capacity(limit + 64));
-    from.take(limit as u64 + 1).read_to_end(&mut bytes).map_err(|e| words::of_io(&e))?;
+    from.take(limit as u64 + 1).read_to_end(&mut bytes).map_err(|e| text::io_error(&e))?;
     if bytes.len() > limit {
-        return Err(format!("it is longer than {}", words::size(limit as u64)));
+        return Err(format!("it is longer than {}", units::size(limit as u64)));
     }
     Ok(std::mem::take(&mut *bytes))
 }

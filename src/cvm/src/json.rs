@@ -1,65 +1,23 @@
-//! JSON, indented without being understood: order, numbers and unknown fields stay as they came.
-//!
-//! Refuses to check it: what comes in was parsed before. Imports nothing.
+//! JSON of other programs, for people and for pipes: order, unknown fields and large numbers stay.
 
-const INDENT: &str = "  ";
+use crate::style::Style;
+use serde_json::{Deserializer, Serializer};
 
-pub(crate) fn indented(json: &str) -> String {
-    let mut out = String::with_capacity(json.len() * 2);
-    let mut depth = 0_usize;
-    let mut characters = json.chars().filter(Relevant::default().judge()).peekable();
-    let mut in_text = false;
-    let mut escaped = false;
-    while let Some(c) = characters.next() {
-        out.push(c);
-        let ends_text = in_text && c == '"' && !escaped;
-        if in_text && !ends_text {
-            escaped = !escaped && c == '\\';
-            continue;
-        }
-        in_text = !in_text && c == '"';
-        let closes = matches!(characters.peek(), Some('}' | ']'));
-        match c {
-            '{' | '[' if closes => continue,
-            '{' | '[' => {
-                depth += 1;
-                new_line(&mut out, depth);
-            }
-            ',' => new_line(&mut out, depth),
-            ':' => out.push(' '),
-            _ => {}
-        }
-        if closes && !in_text {
-            depth = depth.saturating_sub(1);
-            new_line(&mut out, depth);
-        }
-    }
-    out.push('\n');
-    out
+/// Indented on a terminal, in one line elsewhere.
+pub(crate) fn shown(json: &str, style: Style) -> String {
+    let text = if style.is_terminal { indented(json) } else { json.to_owned() };
+    text + "\n"
 }
 
-fn new_line(out: &mut String, depth: usize) {
-    out.push('\n');
-    out.push_str(&INDENT.repeat(depth));
-}
-
-/// Leaves out white space between tokens.
-#[derive(Default)]
-struct Relevant {
-    in_text: bool,
-    escaped: bool,
-}
-
-impl Relevant {
-    fn judge(mut self) -> impl FnMut(&char) -> bool {
-        move |&c| {
-            if self.in_text {
-                (self.in_text, self.escaped) = (self.escaped || c != '"', !self.escaped && c == '\\');
-                return true;
-            }
-            self.in_text = c == '"';
-            !c.is_whitespace()
-        }
+/// Token by token, because a [`serde_json::Value`] would sort the fields, or reorder them in every
+/// program of the workspace if it were built with `preserve_order`.
+fn indented(json: &str) -> String {
+    let mut out = Vec::with_capacity(json.len() * 2);
+    let copied =
+        serde_transcode::transcode(&mut Deserializer::from_str(json), &mut Serializer::pretty(&mut out));
+    match copied {
+        Ok(()) => String::from_utf8_lossy(&out).into_owned(),
+        Err(_) => json.to_owned(),
     }
 }
 
@@ -69,21 +27,20 @@ mod tests {
 
     #[test]
     fn indenting_changes_nothing_but_white_space() {
-        let json = r#"{"b":1.50,"a":[],"c":{},"d":[1,{"x":"a \" , {b} \\"},[]],"e":null}"#;
+        let json = r#"{"b":18446744073709551615,"a":[],"c":{},"d":[1.5,{"x":"a \" , {b} \\"},[]],"e":null}"#;
         let expected = r#"{
-  "b": 1.50,
+  "b": 18446744073709551615,
   "a": [],
   "c": {},
   "d": [
-    1,
+    1.5,
     {
       "x": "a \" , {b} \\"
     },
     []
   ],
   "e": null
-}
-"#;
+}"#;
         assert_eq!(indented(json), expected);
         assert_eq!(indented(expected), expected);
     }

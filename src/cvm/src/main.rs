@@ -1,55 +1,57 @@
-//! `cvm`, the operator's hand: inside the VM over SSH, and on a laptop.
+//! `cvm`, the operator's program: inside the VM over SSH, and on a laptop.
 //!
 //! ```text
-//! status, health, start, stop, restart, openclaw  ── one line each way ──>  PID 1's control socket
-//! logs                                            ── reads ──>    /var/log/openclaw-cvm
-//! doctor                                          ── looks at ──> kernel, disks, services
-//! storage                                         ── asks ──>     the storage worker's socket
-//! storage restore                                 ── becomes ──>  cvm-storage, on any machine
-//! pair                                            ── asks, through cvm-mux ──>  the mux-server
-//! volume                                          ── writes ──>   what the volume remembers of its key
-//! derive                                          ── needs ──>    MASTER_KEY; for rclone.conf the bucket too
+//! status, health, start, stop, restart, openclaw  ── ask ──>               PID 1's control socket
+//! logs                                            ── reads ──>             /var/log/openclaw-cvm
+//! doctor                                          ── looks at ──>          kernel, disks, services
+//! storage                                         ── asks ──>              the storage worker's socket
+//! storage restore                                 ── becomes ──>           cvm-storage, on any machine
+//! pair                                            ── asks, by cvm-mux ──>  the mux-server
+//! volume                                          ── writes ──>            the key's fingerprint on the volume
+//! derive                                          ── needs ──>             MASTER_KEY; for rclone.conf the bucket too
 //! ```
 //!
 //! Linked as `openclaw` it is the gateway's own command line, run as the gateway's user.
 //!
-//! Refuses: to change anything but through the supervisor (who leaves volumes alone, so `volume` does it), to print a secret other than the
-//! one that was asked for by name, and to panic because nobody reads its output.
+//! It prints no secret but the one that was asked for by name, and never panics because its reader went away.
 
 mod args;
-mod beside;
 mod completions;
+mod connection;
+mod control_socket;
 mod derive;
 mod doctor;
+mod failure;
+mod gateway_access;
 mod health;
 mod http;
 mod input;
 mod json;
 mod logs;
-mod look;
 mod openclaw;
-mod out;
+mod order;
 mod pair;
 mod prompt;
-mod service;
-mod sink;
-mod socket;
+mod safe_output;
+mod sibling;
 mod status;
+mod stdout;
 mod storage;
+mod style;
 mod table;
-mod trouble;
+mod text;
+mod units;
 mod version;
 mod volume;
 mod watch;
-mod words;
 
 use args::Command;
 use clap::Parser as _;
+use failure::{Exit, Failure};
 use std::process::ExitCode;
-use trouble::{Exit, Trouble};
 
 fn main() -> ExitCode {
-    // It may have been given the container's whole environment.
+    // The container's environment, secrets included, may be this program's own.
     cvm_sys::private::keep_private();
     let mut arguments: Vec<std::ffi::OsString> = std::env::args_os().collect();
     if openclaw::is_meant_by(arguments.first().map(std::ffi::OsString::as_os_str)) {
@@ -61,13 +63,13 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(command: Command) -> Result<Exit, Trouble> {
+fn run(command: Command) -> Result<Exit, Failure> {
     match command {
         Command::Status(args) => status::run(&args),
         Command::Logs(args) => logs::run(&args),
-        Command::Start(args) => service::run(service::Order::Start, &args.into()),
-        Command::Stop(args) => service::run(service::Order::Stop, &args.into()),
-        Command::Restart(args) => service::run(service::Order::Restart, &args.into()),
+        Command::Start(args) => order::run(order::Order::Start, &args.into()),
+        Command::Stop(args) => order::run(order::Order::Stop, &args.into()),
+        Command::Restart(args) => order::run(order::Order::Restart, &args.into()),
         Command::Storage { what } => storage::run(&what),
         Command::Volume { what } => volume::run(&what),
         Command::Pair(args) => pair::run(&args),
@@ -81,12 +83,12 @@ fn run(command: Command) -> Result<Exit, Trouble> {
     }
 }
 
-fn end(outcome: Result<Exit, Trouble>) -> ExitCode {
+fn end(outcome: Result<Exit, Failure>) -> ExitCode {
     match outcome {
         Ok(exit) => exit.into(),
-        Err(trouble) => {
-            trouble.tell();
-            trouble.exit.into()
+        Err(failure) => {
+            failure.print();
+            failure.exit.into()
         }
     }
 }

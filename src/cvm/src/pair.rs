@@ -1,28 +1,27 @@
-//! `cvm pair`: a token with which a chat is paired with this instance, for an operator to hand out.
+//! `cvm pair`: mints a token with which a chat is paired with this instance.
 //!
-//! The mux-server is asked by `cvm-mux`, which has what TLS needs; this program finds out who asks
-//! for whom, and shows the answer.
-//!
-//! Refuses the admin token as an argument. May import: `args`, `beside`, `input`, `json`, `look`,
-//! `out`, `prompt`, `socket`, `trouble`, `words`.
+//! `cvm-mux` asks the mux-server, because TLS is linked into that program only. This one finds the
+//! server, the device and the admin token, and shows the answer. The token is never an argument.
 
 use crate::args::PairArgs;
-use crate::beside;
+use crate::control_socket;
+use crate::failure::{Exit, Failure};
 use crate::input;
 use crate::json;
-use crate::look::Look;
-use crate::out;
 use crate::prompt;
-use crate::socket;
-use crate::trouble::{Exit, Trouble};
-use crate::words::{self, clean, span};
+use crate::sibling;
+use crate::stdout;
+use crate::style::Style;
+use crate::text::{clean, width};
+use crate::units::{now_ms, span};
 use cvm_protocol::mux::{MuxStatus, PairSpec};
 use cvm_secrets::base64_bytes::PackedBytes;
 use cvm_secrets::keys::KeyRing;
 use cvm_secrets::keys::MasterKey;
 use cvm_system::config::HttpUrl;
 use cvm_system::env::{Environment, Given};
-use qrcodegen::{QrCode, QrCodeEcc};
+use qrcode::render::unicode::Dense1x2;
+use qrcode::{EcLevel, QrCode};
 use serde_json::Value;
 use std::fmt::Write as _;
 use std::io::IsTerminal as _;
@@ -35,44 +34,42 @@ const WHAT: &str = "pair";
 const PROGRAM: &str = "cvm-mux";
 const TOKEN: &str = "MUX_ADMIN_TOKEN";
 const TOKEN_MAX: usize = 16 * 1024;
-/// For the supervisor, which may be on another machine and then does not answer at all.
+/// For the supervisor, which is not there on other machines than the VM.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-pub(crate) fn run(args: &PairArgs) -> Result<Exit, Trouble> {
-    beside::place(WHAT, PROGRAM)?;
+pub(crate) fn run(args: &PairArgs) -> Result<Exit, Failure> {
+    sibling::path(WHAT, PROGRAM)?;
     let spec = specification(args)?;
-    let (program, mut command) = beside::program(WHAT, PROGRAM, &spec)?;
+    let (program, mut command) = sibling::command(WHAT, PROGRAM, &spec)?;
     drop(spec);
-    let asked = command.arg("pair").stdout(Stdio::piped()).stderr(Stdio::piped()).output();
-    let asked = asked.map_err(|e| beside::failed(WHAT, &program, &e))?;
-    if !asked.status.success() {
-        let said = String::from_utf8_lossy(&asked.stderr);
-        let cause = said.lines().next().unwrap_or("cvm-mux ended without a word");
-        return Err(Trouble::new(Exit::Bad, WHAT, clean(cause)));
+    let output = command.arg("pair").stdout(Stdio::piped()).stderr(Stdio::piped()).output();
+    let output = output.map_err(|e| sibling::failed(WHAT, &program, &e))?;
+    if !output.status.success() {
+        let errors = String::from_utf8_lossy(&output.stderr);
+        let cause = errors.lines().next().unwrap_or("cvm-mux ended without a message");
+        return Err(Failure::new(Exit::Bad, WHAT, clean(cause)));
     }
-    let text = String::from_utf8_lossy(&asked.stdout).trim().to_owned();
-    let look = Look::of_stdout();
-    out::print(&match (args.json, look.terminal) {
-        (true, true) => json::indented(&text),
-        (true, false) => text + "\n",
-        (false, _) => {
-            let answer: Value = serde_json::from_str(&text)
-                .map_err(|_| Trouble::new(Exit::Bad, WHAT, "the answer of cvm-mux is not understood"))?;
-            page(&answer, &args.channel, words::now_ms(), look)
-        }
+    let text = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+    let style = Style::of_stdout();
+    stdout::print(&if args.json {
+        json::shown(&text, style)
+    } else {
+        let answer: Value = serde_json::from_str(&text)
+            .map_err(|_| Failure::new(Exit::Bad, WHAT, "the answer of cvm-mux is not JSON"))?;
+        page(&answer, &args.channel, now_ms(), style)
     })?;
     Ok(Exit::Good)
 }
 
-// === Who asks for whom ===
+// === The request ===
 
-fn specification(args: &PairArgs) -> Result<PairSpec, Trouble> {
+fn specification(args: &PairArgs) -> Result<PairSpec, Failure> {
     let environment = input::environment();
     let given = |name: &str| match environment.given(name) {
         Given::As(value) => value.expose_str().map(str::to_owned),
         Given::Not | Given::Unusable => None,
     };
-    let here = socket::status_within(PATIENCE).ok().and_then(|snapshot| snapshot.status.mux);
+    let here = control_socket::status_within(PATIENCE).ok().and_then(|snapshot| snapshot.status.mux);
     let base_url = args
         .server
         .clone()
@@ -80,13 +77,13 @@ fn specification(args: &PairArgs) -> Result<PairSpec, Trouble> {
         .or_else(|| here.as_ref().map(|mux| mux.base_url.clone()))
         .ok_or_else(|| {
             let hint = "name it with --server or MUX_BASE_URL, or ask inside of the VM";
-            Trouble::new(Exit::Usage, WHAT, "the mux-server is not known").hint(hint)
+            Failure::new(Exit::Usage, WHAT, "the mux-server is not known").hint(hint)
         })?;
     let base_url = HttpUrl::parse(&base_url).map_err(|_| {
         let cause = "the address of the mux-server is not an http or https URL";
-        Trouble::new(Exit::Usage, WHAT, cause).hint("give https://HOST, without a user name or a query")
+        Failure::new(Exit::Usage, WHAT, cause).hint("give https://HOST, without a user name or a query")
     })?;
-    // What the mux client here uses has passed the same rule.
+    // The mux client here uses this address, so the supervisor has accepted it.
     let known = here.as_ref().is_some_and(|mux| mux.base_url == base_url.as_str());
     let allowed = matches!(given("ALLOW_HTTP").as_deref(), Some("1" | "true"));
     check_encrypted(&base_url, known || allowed)?;
@@ -95,7 +92,7 @@ fn specification(args: &PairArgs) -> Result<PairSpec, Trouble> {
         base_url: base_url.as_str().to_owned(),
         admin_token: admin_token()?,
         device_id,
-        // Another device is not reached where this one is.
+        // The inbound URL here is not that of another device.
         inbound_url: inbound_url.or_else(|| given("MUX_INBOUND_URL").filter(|_| args.device.is_none())),
         channel: args.channel.clone(),
         session_key: args.session.clone(),
@@ -103,21 +100,21 @@ fn specification(args: &PairArgs) -> Result<PairSpec, Trouble> {
     })
 }
 
-/// Over http, whoever is on the way gets the admin token.
-fn check_encrypted(base_url: &HttpUrl, http_allowed: bool) -> Result<(), Trouble> {
+/// Over http, everybody on the way could read the admin token.
+fn check_encrypted(base_url: &HttpUrl, http_allowed: bool) -> Result<(), Failure> {
     if http_allowed || !base_url.is_exposed() {
         return Ok(());
     }
     let cause = "the address of the mux-server is http: everybody on the way reads the admin token";
-    Err(Trouble::new(Exit::Usage, WHAT, cause).hint("give https://HOST, or set ALLOW_HTTP=1"))
+    Err(Failure::new(Exit::Usage, WHAT, cause).hint("give https://HOST, or set ALLOW_HTTP=1"))
 }
 
-/// The device, and where it is reached if it is this one.
+/// The id of the device, and its inbound URL if it is this machine.
 fn device(
     args: &PairArgs,
     environment: &Environment,
     here: Option<MuxStatus>,
-) -> Result<(String, Option<String>), Trouble> {
+) -> Result<(String, Option<String>), Failure> {
     let master = match environment.given("MASTER_KEY") {
         Given::As(value) => MasterKey::new(value.duplicate()),
         Given::Not | Given::Unusable => None,
@@ -127,58 +124,58 @@ fn device(
     match (wanted, here) {
         (Some(id), Some(here)) if id == here.device_id => Ok((id, Some(here.inbound_url))),
         (Some(id), _) if id.len() == 64 && id.bytes().all(|b| b.is_ascii_hexdigit()) => Ok((id, None)),
-        (Some(_), _) => Err(Trouble::new(Exit::Usage, WHAT, "a device id has 64 hex digits")
+        (Some(_), _) => Err(Failure::new(Exit::Usage, WHAT, "a device id has 64 hex digits")
             .hint("`cvm derive device-id` prints it")),
         (None, Some(here)) => Ok((here.device_id, Some(here.inbound_url))),
         (None, None) => {
             let hint = "name it with --device, set MASTER_KEY, or ask inside of a VM whose mux client runs";
-            Err(Trouble::new(Exit::Usage, WHAT, "the device is not known").hint(hint))
+            Err(Failure::new(Exit::Usage, WHAT, "the device is not known").hint(hint))
         }
     }
 }
 
-fn admin_token() -> Result<PackedBytes, Trouble> {
-    let trouble = |cause: String| Trouble::new(Exit::Usage, TOKEN, cause);
+fn admin_token() -> Result<PackedBytes, Failure> {
+    let failure = |cause: String| Failure::new(Exit::Usage, TOKEN, cause);
     let value = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty());
     let bytes = if let Some(token) = value(TOKEN) {
         Zeroizing::new(token.into_encoded_bytes())
     } else if let Some(path) = value(&format!("{TOKEN}_FILE")) {
-        Zeroizing::new(input::read_file(Path::new(&path), TOKEN_MAX).map_err(trouble)?)
+        Zeroizing::new(input::read_file(Path::new(&path), TOKEN_MAX).map_err(failure)?)
     } else if std::io::stdin().is_terminal() {
         prompt::secret("MUX_ADMIN_TOKEN: ")?
     } else {
         let hint = format!("set {TOKEN} or {TOKEN}_FILE, or call it on a terminal");
-        return Err(trouble("it is not given, and there is no terminal to ask on".to_owned()).hint(hint));
+        return Err(failure("it is not given, and there is no terminal to ask on".to_owned()).hint(hint));
     };
     let token = bytes.trim_ascii();
     if token.is_empty() || !token.iter().all(u8::is_ascii_graphic) {
-        return Err(trouble("it must be visible ASCII without white space".to_owned()));
+        return Err(failure("it must be visible ASCII without white space".to_owned()));
     }
     Ok(PackedBytes::pack(token))
 }
 
-// === What comes of it ===
+// === The answer ===
 
-fn page(answer: &Value, channel: &str, now: u64, look: Look) -> String {
-    let word = |name: &str| answer.get(name).and_then(Value::as_str).map(clean);
+fn page(answer: &Value, channel: &str, now: u64, style: Style) -> String {
+    let field = |name: &str| answer.get(name).and_then(Value::as_str).map(clean);
     let mut text = format!("Pairing token for {}\n", clean(channel));
     let mut line = |label: &str, value: Option<String>| {
         if let Some(value) = value {
             let _ = writeln!(text, "  {label:<8} {value}"); // a String takes all
         }
     };
-    line("token", word("token"));
-    line("command", word("startCommand"));
-    line("link", word("deepLink"));
+    line("token", field("token"));
+    line("command", field("startCommand"));
+    line("link", field("deepLink"));
     let expires = answer.get("expiresAtMs").and_then(Value::as_u64);
     line("expires", expires.map(|at| format!("in {}", span(at.saturating_sub(now)))));
-    if look.terminal
-        && let Some(code) = word("deepLink").and_then(|link| qr(&link, look))
+    if style.is_terminal
+        && let Some(code) = field("deepLink").and_then(|link| qr(&link, style))
     {
         text.push('\n');
         text.push_str(&code);
     }
-    text.push_str(match word("startCommand") {
+    text.push_str(match field("startCommand") {
         Some(_) => {
             "\nSend the command to the bot in the chat that is to be paired, or open the link there.\n"
         }
@@ -187,34 +184,18 @@ fn page(answer: &Value, channel: &str, now: u64, look: Look) -> String {
     text
 }
 
-/// Two rows of squares a line. With colours it is black on white whatever the terminal is; without,
-/// it is made for a dark one.
-fn qr(link: &str, look: Look) -> Option<String> {
-    const QUIET: i32 = 2;
-    let code = QrCode::encode_text(link, QrCodeEcc::Low).ok()?;
-    let colour = crate::look::wants_colour();
-    let range = || -QUIET..code.size() + QUIET;
-    if usize::try_from(code.size() + 2 * QUIET).ok()? > look.width {
+/// The link as a QR code, two rows of its squares in a line. With colours it is black on white on any
+/// terminal; without, it fits a dark one.
+fn qr(link: &str, style: Style) -> Option<String> {
+    let code = QrCode::with_error_correction_level(link, EcLevel::L).ok()?;
+    let (dark, light) =
+        if style.colour { (Dense1x2::Dark, Dense1x2::Light) } else { (Dense1x2::Light, Dense1x2::Dark) };
+    let squares = code.render::<Dense1x2>().dark_color(dark).light_color(light).build();
+    if squares.lines().any(|line| width(line) > style.width) {
         return None;
     }
-    let mut text = String::new();
-    for y in range().step_by(2) {
-        if colour {
-            text.push_str("\x1b[30;107m");
-        }
-        for x in range() {
-            // Beside the code everything is light.
-            let dark = (code.get_module(x, y), code.get_module(x, y + 1));
-            text.push(match if colour { dark } else { (!dark.0, !dark.1) } {
-                (true, true) => '█',
-                (true, false) => '▀',
-                (false, true) => '▄',
-                (false, false) => ' ',
-            });
-        }
-        text.push_str(if colour { "\x1b[0m\n" } else { "\n" });
-    }
-    Some(text)
+    let (on, off) = if style.colour { ("\x1b[30;107m", "\x1b[0m") } else { ("", "") };
+    Some(squares.lines().flat_map(|line| [on, line, off, "\n"]).collect())
 }
 
 #[cfg(test)]
@@ -223,10 +204,10 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn the_page_holds_what_a_person_needs() {
+    fn the_page_holds_the_token_the_command_the_link_and_the_time() {
         let answer = json!({"ok": true, "channel": "telegram", "token": "mpt_1", "expiresAtMs": 61_000,
             "startCommand": "/start mpt_1", "deepLink": "https://t.me/bot?start=mpt_1\u{1b}[2J"});
-        let text = page(&answer, "telegram", 1_000, Look::plain(80));
+        let text = page(&answer, "telegram", 1_000, Style::plain(80));
         for part in ["mpt_1\n", "/start mpt_1\n", "https://t.me/bot?start=mpt_1", "in 1 min"] {
             assert!(text.contains(part), "{part} in {text}");
         }
@@ -234,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn the_admin_token_does_not_leave_unencrypted_unasked() {
+    fn the_admin_token_is_sent_unencrypted_only_on_request() {
         let url = |text| HttpUrl::parse(text).ok().unwrap();
         let refused = check_encrypted(&url("http://mux.example.org"), false).unwrap_err();
         assert!(refused.hint.is_some_and(|hint| hint.contains("ALLOW_HTTP=1")));
@@ -245,11 +226,11 @@ mod tests {
     }
 
     #[test]
-    fn a_link_becomes_a_code_where_there_is_room() {
-        let code = qr("https://t.me/bot?start=mpt_1", Look::plain(80)).unwrap();
+    fn a_link_becomes_a_code_if_the_terminal_is_wide_enough() {
+        let code = qr("https://t.me/bot?start=mpt_1", Style::plain(80)).unwrap();
         let widths: std::collections::BTreeSet<usize> =
             code.lines().map(|l| l.chars().filter(|c| "█▀▄ ".contains(*c)).count()).collect();
         assert_eq!(widths.len(), 1);
-        assert!(qr("https://t.me/bot?start=mpt_1", Look::plain(20)).is_none());
+        assert!(qr("https://t.me/bot?start=mpt_1", Style::plain(20)).is_none());
     }
 }

@@ -1,53 +1,59 @@
-//! Asking for a secret on the terminal, without showing what is typed.
+//! Questions on the terminal: for a confirmation, and for a secret that is not shown while it is typed.
 //!
-//! A terminal that is left without echo is a trap, and a signal handler would be needed to
-//! restore it when Ctrl-C ends the program. So Ctrl-C is made an ordinary character that ends
-//! the line, and is recognised here.
-//!
-//! Refuses to ask when standard input is no terminal. May import: `trouble`, `words`.
+//! A terminal that is left without echo is a trap, and restoring it after Ctrl-C would need a signal
+//! handler. So Ctrl-C becomes an ordinary character that ends the line, and is recognised here.
 
-use crate::trouble::{Exit, Trouble};
-use crate::words;
+use crate::failure::{Exit, Failure};
+use crate::text;
 use nix::sys::termios::{LocalFlags, SetArg, SpecialCharacterIndices, Termios, tcgetattr, tcsetattr};
 use std::io::{BufRead as _, IsTerminal as _, Read, Stdin, Write as _};
 use zeroize::Zeroizing;
 
 const CTRL_C: u8 = 0x03;
 const CTRL_BACKSLASH: u8 = 0x1c;
-/// Of a question: the answer is a word.
+/// The answer to a question is a word.
 const ANSWER_MAX: u64 = 256;
 /// The kernel's limit for one line.
 const LINE_MAX: usize = 4096;
 
-/// A question that only `yes` answers. Where nobody can, a script has to say `--yes`.
-pub(crate) fn confirmed(what: &str, question: &str) -> Result<(), Trouble> {
-    let stdin = std::io::stdin();
-    if !stdin.is_terminal() {
-        let cause = "it cannot be taken back, and nobody is here to confirm it";
-        return Err(Trouble::new(Exit::Usage, what, cause).hint("where there is no terminal, give --yes"));
-    }
-    let _ = write!(std::io::stderr().lock(), "{question} (yes/no) ");
-    let mut answer = String::new();
-    let read = stdin.lock().take(ANSWER_MAX).read_line(&mut answer);
-    if read.is_ok() && matches!(answer.trim().to_ascii_lowercase().as_str(), "yes" | "y") {
+/// Fails where nobody can answer a question; a script says `--yes`.
+pub(crate) fn require_terminal(what: &str) -> Result<(), Failure> {
+    if std::io::stdin().is_terminal() {
         return Ok(());
     }
-    Err(Trouble::new(Exit::Bad, what, "not confirmed; nothing was done"))
+    let cause = "it cannot be taken back, and nobody is here to confirm it";
+    Err(Failure::new(Exit::Usage, what, cause).hint("where there is no terminal, give --yes"))
 }
 
-/// One line, with its line break.
-pub(crate) fn secret(question: &str) -> Result<Zeroizing<Vec<u8>>, Trouble> {
-    let trouble = |cause: String| Trouble::new(Exit::Usage, "asking for a secret", cause);
+/// Asks a question that only `yes` confirms.
+pub(crate) fn confirm(what: &str, question: &str) -> Result<(), Failure> {
+    require_terminal(what)?;
+    let _ = write!(std::io::stderr().lock(), "{question} (yes/no) ");
+    let mut answer = String::new();
+    let read = std::io::stdin().lock().take(ANSWER_MAX).read_line(&mut answer);
+    if read.is_ok() && means_yes(&answer) {
+        return Ok(());
+    }
+    Err(Failure::new(Exit::Bad, what, "not confirmed; nothing was done"))
+}
+
+fn means_yes(answer: &str) -> bool {
+    matches!(answer.trim().to_ascii_lowercase().as_str(), "yes" | "y")
+}
+
+/// Asks for a secret, and returns the line with its line break.
+pub(crate) fn secret(question: &str) -> Result<Zeroizing<Vec<u8>>, Failure> {
+    let failure = |cause: String| Failure::new(Exit::Usage, "asking for a secret", cause);
     let stdin = std::io::stdin();
-    let hidden = Hidden::on(&stdin).map_err(|e| trouble(e.desc().to_owned()))?;
-    // On standard error: standard output may be a file that waits for the answer.
+    let hidden = Hidden::on(&stdin).map_err(|e| failure(e.desc().to_owned()))?;
+    // On standard error, because standard output may be a file for what is derived.
     let _ = write!(std::io::stderr().lock(), "{question}");
     let line = read_line(&mut stdin.lock());
     drop(hidden);
     let _ = writeln!(std::io::stderr().lock());
-    let line = line.map_err(|e| trouble(words::of_io(&e)))?;
+    let line = line.map_err(|e| failure(text::io_error(&e)))?;
     match line.last() {
-        Some(&(CTRL_C | CTRL_BACKSLASH)) => Err(Trouble::silent(Exit::Interrupted)),
+        Some(&(CTRL_C | CTRL_BACKSLASH)) => Err(Failure::silent(Exit::Interrupted)),
         _ => Ok(line),
     }
 }
@@ -64,7 +70,7 @@ fn read_line(from: &mut impl Read) -> std::io::Result<Zeroizing<Vec<u8>>> {
     Ok(line)
 }
 
-/// A terminal without echo, until it is dropped.
+/// A terminal without echo, until this is dropped.
 struct Hidden<'s> {
     stdin: &'s Stdin,
     before: Termios,
@@ -92,6 +98,16 @@ impl Drop for Hidden<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_yes_means_yes() {
+        for yes in ["yes\n", "y\n", " YES \r\n"] {
+            assert!(means_yes(yes));
+        }
+        for no in ["", "\n", "no\n", "yes please\n", "ye\n", "ja\n"] {
+            assert!(!means_yes(no), "{no:?}");
+        }
+    }
 
     #[test]
     fn a_line_ends_at_its_break_at_ctrl_c_and_at_the_end_of_input() {

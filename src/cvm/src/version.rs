@@ -1,18 +1,16 @@
 //! `cvm version`: this program's version and, where there is one, the supervisor's.
-//!
-//! May import: `out`, `socket`, `trouble`.
 
-use crate::out;
-use crate::socket;
-use crate::trouble::{Exit, Trouble};
-use crate::words::clean;
+use crate::control_socket;
+use crate::failure::{Exit, Failure};
+use crate::stdout;
+use crate::text::clean;
 use cvm_protocol::control::VERSION;
 
-pub(crate) fn run() -> Result<Exit, Trouble> {
-    out::print(&format!("cvm {} (control protocol {VERSION})\n", env!("CARGO_PKG_VERSION")))?;
-    // On a laptop there is none, and that is no failure.
-    if let Ok(snapshot) = socket::status() {
-        out::print(&format!("supervisor {}\n", clean(&snapshot.status.version)))?;
+pub(crate) fn run() -> Result<Exit, Failure> {
+    stdout::print(&format!("cvm {} (control protocol {VERSION})\n", env!("CARGO_PKG_VERSION")))?;
+    // On a laptop there is no supervisor, and that is no failure.
+    if let Ok(snapshot) = control_socket::status() {
+        stdout::print(&format!("supervisor {}\n", clean(&snapshot.status.version)))?;
     }
     Ok(Exit::Good)
 }

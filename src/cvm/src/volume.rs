@@ -1,17 +1,15 @@
-//! `cvm volume adopt`: which key the volume belongs to, changed by an operator.
+//! `cvm volume adopt`: an operator gives the volume to another key.
 //!
-//! The supervisor does not touch a volume, so this writes what the volume remembers itself, and asks the
-//! supervisor to look again.
-//!
-//! Refuses where the environment has not proven to be its owner's on dstack: a forger who has come this
-//! far must not keep the volume. May import: `args`, `out`, `prompt`, `socket`, `trouble`, `words`.
+//! The supervisor does not touch a volume, so this command writes the volume's memory of its key itself,
+//! and asks the supervisor to look again. On dstack it refuses an environment that has not proven its
+//! owner: a forger who has come this far must not keep the volume.
 
 use crate::args::{AdoptArgs, VolumeCommand};
-use crate::out;
+use crate::control_socket;
+use crate::failure::{Exit, Failure};
 use crate::prompt;
-use crate::socket;
-use crate::trouble::{Exit, Trouble};
-use crate::words;
+use crate::stdout;
+use crate::text;
 use cvm_protocol::control::Verb;
 use cvm_protocol::paths;
 use cvm_protocol::volume::{CLAIM, Claim, Found, MEMORIES, Memory, adopted, judge, may_adopt};
@@ -22,23 +20,23 @@ use std::path::{Path, PathBuf};
 
 const WHAT: &str = "volume adopt";
 
-pub(crate) fn run(what: &VolumeCommand) -> Result<Exit, Trouble> {
+pub(crate) fn run(what: &VolumeCommand) -> Result<Exit, Failure> {
     let VolumeCommand::Adopt(args) = what;
     let claim = claim(&Path::new(paths::RUN).join(CLAIM))?;
-    // The volume itself is elsewhere while an overlay stands at its place.
+    // While an overlay is mounted at /data, the volume itself is mounted elsewhere.
     let roots = [paths::VOLUME, paths::DATA].map(|root| Path::new(root).join(".cvm"));
     adopt(args, &claim, &roots)
 }
 
-fn adopt(args: &AdoptArgs, claim: &Claim, roots: &[PathBuf]) -> Result<Exit, Trouble> {
+fn adopt(args: &AdoptArgs, claim: &Claim, roots: &[PathBuf]) -> Result<Exit, Failure> {
     let own = roots.iter().find(|own| MEMORIES.iter().any(|name| own.join(name).exists()));
-    let own = own.or(roots.last()).ok_or_else(|| Trouble::new(Exit::Bad, WHAT, "there is no volume"))?;
+    let own = own.or(roots.last()).ok_or_else(|| Failure::new(Exit::Bad, WHAT, "there is no volume"))?;
     let mut files = Vec::new();
     for name in MEMORIES {
         files.push(match fs::read(own.join(name)) {
             Ok(bytes) => Some(bytes),
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-            Err(error) => return Err(trouble(&error)),
+            Err(error) => return Err(of_volume(&error)),
         });
     }
     let found = Found::in_files(&files).unwrap_or(Found::State);
@@ -46,22 +44,21 @@ fn adopt(args: &AdoptArgs, claim: &Claim, roots: &[PathBuf]) -> Result<Exit, Tro
     let good = judge(claim, found);
     if let Some(next) = &args.fingerprint {
         let Ok(good) = good else {
-            let cause = "this boot is not one that the volume takes, so it cannot say who comes next";
-            let hint = "do it in a boot with the present key; `cvm status` says what is wrong with this one";
-            return Err(Trouble::new(Exit::Refused, WHAT, cause).hint(hint));
+            let cause = "the volume refuses this boot's key, so this boot cannot announce the next one";
+            let hint = "announce it in a boot with the present key; `cvm status` shows the fault of this one";
+            return Err(Failure::new(Exit::Refused, WHAT, cause).hint(hint));
         };
-        write(own, &Memory { next: Some(next.clone()), ..good.memory }).map_err(|e| trouble(&e))?;
-        let text =
-            "The next boot with that key takes the volume over. Until then it belongs to the present key.\n";
-        return out::print(text).map(|()| Exit::Good);
+        write(own, &Memory { next: Some(next.clone()), ..good.memory }).map_err(|e| of_volume(&e))?;
+        let text = "The next boot with that key takes the volume over. Until then the volume belongs to the present key.\n";
+        return stdout::print(text).map(|()| Exit::Good);
     }
     if good.is_ok() && !is_damaged {
-        return out::print("The volume belongs to this boot's key already; nothing was done.\n")
+        return stdout::print("The volume belongs to this boot's key already; nothing was done.\n")
             .map(|()| Exit::Good);
     }
     may_adopt(claim).map_err(|cause| {
         let hint = "set CVM_OWNER in the compose file, and deploy again with the key that the volume knows";
-        Trouble::new(Exit::Refused, WHAT, cause).hint(hint)
+        Failure::new(Exit::Refused, WHAT, cause).hint(hint)
     })?;
     if !args.yes {
         let whom = if claim.key.is_some() {
@@ -70,34 +67,36 @@ fn adopt(args: &AdoptArgs, claim: &Claim, roots: &[PathBuf]) -> Result<Exit, Tro
             "a machine without MASTER_KEY"
         };
         let question = format!(
-            "The volume belongs to another environment. Go on, and it belongs to {whom}; the other one opens it no more.\n\
-             Shall it?"
+            "The volume belongs to another environment. If you go on, it belongs to {whom}, and the other \
+             environment cannot open it any more.\nGo on?"
         );
-        prompt::confirmed(WHAT, &question)?;
+        prompt::confirm(WHAT, &question)?;
     }
-    write(own, &adopted(claim)).map_err(|e| trouble(&e))?;
-    socket::ask(WHAT, Verb::Start { service: "gateway".to_owned() })?;
-    out::print("The volume belongs to this environment; what waited for that starts now: `cvm status`\n")
-        .map(|()| Exit::Good)
+    write(own, &adopted(claim)).map_err(|e| of_volume(&e))?;
+    control_socket::ask(WHAT, Verb::Start { service: "gateway".to_owned() })?;
+    stdout::print(
+        "The volume belongs to this environment; services that waited for it start now: `cvm status`\n",
+    )
+    .map(|()| Exit::Good)
 }
 
-fn claim(path: &Path) -> Result<Claim, Trouble> {
+fn claim(path: &Path) -> Result<Claim, Failure> {
     let hint = "run it as root in the machine, where `cvm status` works; on a laptop there is no volume";
     let bytes = fs::read(path).map_err(|e| {
-        Trouble::new(Exit::Usage, WHAT, format!("{}: {}", path.display(), words::of_io(&e))).hint(hint)
+        Failure::new(Exit::Usage, WHAT, format!("{}: {}", path.display(), text::io_error(&e))).hint(hint)
     })?;
     serde_json::from_slice(&bytes).map_err(|_| {
-        Trouble::new(Exit::Usage, WHAT, format!("{} is not whole", path.display()))
+        Failure::new(Exit::Usage, WHAT, format!("{} is not whole", path.display()))
             .hint("use the `cvm` of the same image")
     })
 }
 
-fn trouble(error: &io::Error) -> Trouble {
-    Trouble::new(Exit::Bad, WHAT, format!("the volume: {}", words::of_io(error)))
+fn of_volume(error: &io::Error) -> Failure {
+    Failure::new(Exit::Bad, WHAT, format!("the volume: {}", text::io_error(error)))
         .hint("look at the disk with `cvm doctor`")
 }
 
-/// The old or the new, whenever the power goes.
+/// Writes all copies. At whatever moment the power goes, each copy is the old one or the new one.
 fn write(own: &Path, memory: &Memory) -> io::Result<()> {
     MEMORIES.iter().try_for_each(|name| write_to(own, name, memory))
 }
@@ -140,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_is_announced_in_a_boot_that_the_volume_takes_and_in_no_other() {
+    fn a_key_is_announced_in_a_boot_that_the_volume_accepts_and_in_no_other() {
         let (_temp, roots) = room();
         write(&roots[1], &adopted(&claim("a", false))).unwrap();
         assert!(adopt(&of(Some("b")), &claim("a", false), &roots).is_ok());
@@ -157,11 +156,14 @@ mod tests {
         write(&roots[1], &adopted(&claim("a", false))).unwrap();
         assert_eq!(adopt(&of(None), &claim("b", false), &roots).unwrap_err().exit, Exit::Refused);
         assert_eq!(memory(&roots[1]).key, claim("a", false).key);
-        assert!(adopt(&of(None), &claim("a", false), &roots).is_ok(), "whose it is already may say so");
+        assert!(
+            adopt(&of(None), &claim("a", false), &roots).is_ok(),
+            "the owner of the volume may adopt it again"
+        );
     }
 
     #[test]
-    fn a_damaged_memory_is_made_anew_and_one_with_a_good_copy_is_not_damaged() {
+    fn a_damaged_memory_is_written_anew_unless_it_has_a_good_copy() {
         let (_temp, roots) = room();
         write(&roots[1], &adopted(&claim("a", false))).unwrap();
         let home = Claim { dstack: false, ..claim("b", false) };
@@ -169,7 +171,7 @@ mod tests {
         let refused = adopt(&of(None), &claim("b", false), &roots).unwrap_err();
         assert_eq!(refused.exit, Exit::Refused);
         fs::write(roots[1].join(MEMORIES[1]), "{").unwrap();
-        // Without a supervisor the order to it fails; what comes before is done.
+        // Without a supervisor its start order fails, after the memory was written.
         let _ = adopt(&of(None), &home, &roots);
         for name in MEMORIES {
             let memory: Memory = serde_json::from_slice(&fs::read(roots[1].join(name)).unwrap()).unwrap();
@@ -178,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn with_an_overlay_in_its_place_the_volume_is_found() {
+    fn the_volume_is_found_behind_an_overlay() {
         let (_temp, roots) = room();
         fs::create_dir_all(&roots[0]).unwrap();
         write(&roots[0], &adopted(&claim("a", false))).unwrap();

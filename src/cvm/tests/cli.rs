@@ -14,7 +14,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-/// Whatever takes longer is stuck, on however slow a machine.
+/// A step that takes longer hangs, also on a slow machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 fn run_with_input(command: &mut Command, input: &[u8]) -> (i32, String, String) {
@@ -25,7 +25,7 @@ fn run_with_input(command: &mut Command, input: &[u8]) -> (i32, String, String) 
     (output.status.code().unwrap_or(-1), text(output.stdout), text(output.stderr))
 }
 
-/// A supervisor that answers every request with what it has at hand.
+/// A fake supervisor.
 struct Supervisor {
     _directory: tempfile::TempDir,
     socket: PathBuf,
@@ -34,7 +34,7 @@ struct Supervisor {
 }
 
 impl Supervisor {
-    /// Gives `answers` one after the other, and the last for ever.
+    /// Sends `answers` one after the other, and the last one for ever.
     fn new(answers: &[String]) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("control.sock");
@@ -123,7 +123,7 @@ fn status_and_health_exit_as_documented() {
 }
 
 #[test]
-fn json_is_what_the_supervisor_said() {
+fn json_is_the_answer_of_the_supervisor() {
     let supervisor = Supervisor::new(&[status(true, &[])]);
     let (code, out, _) = run(&mut supervisor.cvm(&["status", "--json"]));
     let value: serde_json::Value = serde_json::from_str(&out).unwrap();
@@ -131,7 +131,7 @@ fn json_is_what_the_supervisor_said() {
 }
 
 #[test]
-fn a_usage_error_has_the_form_of_all_errors_and_help_goes_to_standard_output() {
+fn a_usage_error_has_the_form_of_all_failures_and_help_goes_to_standard_output() {
     let (code, out, err) = run(&mut cvm(&["logs", "--colour"]));
     assert_eq!((code, out.as_str()), (2, ""));
     assert!(err.starts_with("cvm: unexpected argument"), "{err}");
@@ -155,7 +155,7 @@ fn a_restart_is_watched_until_another_process_is_ready() {
 }
 
 #[test]
-fn what_does_not_come_up_in_time_is_a_failure_that_says_what_to_do() {
+fn a_service_that_does_not_start_in_time_is_a_failure_with_a_remedy() {
     let starting = status(false, &[service("gateway", "starting", None)]);
     let supervisor = Supervisor::new(&[starting.clone(), TAKEN.into(), starting]);
     let (code, _, err) = run(&mut supervisor.cvm(&["start", "gateway", "--timeout", "0.3"]));
@@ -166,7 +166,7 @@ fn what_does_not_come_up_in_time_is_a_failure_that_says_what_to_do() {
 }
 
 #[test]
-fn the_way_in_is_not_closed_by_accident() {
+fn sshd_is_not_stopped_by_accident() {
     let supervisor = Supervisor::new(&[status(true, &[service("sshd", "up", Some(7))])]);
     let (code, _, err) = run(&mut supervisor.cvm(&["stop", "sshd"]));
     assert!(code == 2 && err.contains("--force"), "{err}");
@@ -196,7 +196,7 @@ fn watching_survives_a_supervisor_that_goes_and_comes() {
 }
 
 #[test]
-fn derive_takes_the_key_from_wherever_it_is_given() {
+fn derive_takes_the_key_from_each_of_its_places() {
     const KEY: &str = "0K9uLzQl7R8HwPAIEkdJI6NTMJt+D+GRInyU+Bbsl+M=";
     const TOKEN: &str = "zAFTUuSdbC5aQssqJbETwS5oEdhBGc5O\n";
     let directory = tempfile::tempdir().unwrap();
@@ -211,7 +211,7 @@ fn derive_takes_the_key_from_wherever_it_is_given() {
     assert_eq!(run_with_input(derive().env("MASTER_KEY", ""), KEY.as_bytes()), expected);
     let mut dash = cvm(&["derive", "gateway-token", "-"]);
     assert_eq!(run_with_input(dash.env("MASTER_KEY", "another key, not this one"), KEY.as_bytes()), expected);
-    // A variable is taken as it is: the line break is part of the key.
+    // In a variable the line break is part of the key.
     assert_ne!(run(derive().env("MASTER_KEY", format!("{KEY}\n"))).1, TOKEN);
 }
 
@@ -231,7 +231,7 @@ fn derive_warns_as_the_supervisor_does_and_never_shows_the_key() {
 }
 
 #[test]
-fn a_reader_that_has_enough_is_no_error() {
+fn a_reader_that_has_left_is_no_error() {
     let directory = tempfile::tempdir().unwrap();
     std::fs::write(directory.path().join("big.log"), "line\n".repeat(1_000_000)).unwrap();
     let path = directory.path().to_str().unwrap();
@@ -269,7 +269,7 @@ fn following_goes_on_across_a_rotation_and_ends_with_its_reader() {
     std::fs::rename(&log, directory.path().join("gateway.log.1")).unwrap();
     append("4\n");
     assert_eq!(lines.next().unwrap().unwrap(), "4");
-    // Nothing is written any more: it notices all the same that nobody reads.
+    // Without a new line it notices all the same that its reader has left.
     drop(lines);
     let began = Instant::now();
     while began.elapsed() < PATIENCE {
@@ -284,7 +284,7 @@ fn following_goes_on_across_a_rotation_and_ends_with_its_reader() {
 }
 
 #[test]
-fn logs_without_a_name_lists_and_with_a_wrong_one_says_which_there_are() {
+fn logs_without_a_name_are_listed_and_a_wrong_name_fails_with_the_known_ones() {
     let directory = tempfile::tempdir().unwrap();
     std::fs::write(directory.path().join("supervisor.log"), "2026-11-20T23:59:59.999Z INFO up\n").unwrap();
     let path = directory.path().to_str().unwrap();
@@ -300,9 +300,9 @@ fn under_its_other_name_it_is_openclaw() {
     let link = directory.path().join("openclaw");
     std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_cvm"), &link).unwrap();
     if std::path::Path::new(cvm_protocol::paths::OPENCLAW).exists() {
-        return; // then it would run it
+        return; // it would run the gateway's command line
     }
-    // Its own arguments are not read here: `--version` is no version of ours.
+    // `cvm` does not read openclaw's arguments: `--version` does not print the version of `cvm`.
     let (code, out, err) = run(Command::new(link).arg("--version").env_clear().stdin(Stdio::null()));
     assert_eq!((code, out.as_str()), (1, ""));
     assert!(err.starts_with("cvm: openclaw: the gateway is not installed here"), "{err}");

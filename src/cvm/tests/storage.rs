@@ -1,4 +1,4 @@
-//! `cvm storage` and its kin against a storage worker that is none: exit codes, streams, files.
+//! `cvm storage`, and the commands that ask the storage worker, against a fake worker: exit codes, streams, files.
 
 // Lint exceptions for tests reach only into functions marked as tests, not into their helpers.
 #![allow(clippy::unwrap_used)]
@@ -75,7 +75,7 @@ fn status_exits_as_documented_and_answers_the_three_questions_first() {
         (
             INCIDENT,
             1,
-            "In the bucket: everything but what the incidents below say of it\nOldest change not in it: none\nDo now: look at",
+            "In the bucket: everything except for the incidents below\nOldest change not in it: none\nDo now: look at",
         ),
     ] {
         let (found, out, err) = Worker::new(&[answer]).run(&["storage", "status"]);
@@ -90,7 +90,7 @@ fn status_exits_as_documented_and_answers_the_three_questions_first() {
 }
 
 #[test]
-fn nobody_there_is_3_for_every_command_that_asks() {
+fn without_a_worker_every_command_that_asks_exits_with_3() {
     let directory = tempfile::tempdir().unwrap();
     let wanted = directory.path().join("out");
     let out = wanted.to_str().unwrap();
@@ -119,7 +119,7 @@ fn nobody_there_is_3_for_every_command_that_asks() {
 }
 
 #[test]
-fn orders_are_asked_as_the_protocol_has_them_and_exit_by_the_last_word() {
+fn an_order_is_one_question_of_the_protocol_and_its_last_line_is_the_exit_code() {
     for (arguments, question) in [
         (&["flush"][..], r#"{"v":1,"verb":"flush"}"#),
         (&["flush", "--timeout", "30"], r#"{"v":1,"verb":"flush"}"#),
@@ -144,14 +144,14 @@ fn orders_are_asked_as_the_protocol_has_them_and_exit_by_the_last_word() {
         let (code, _, err) = Worker::new(&[PROGRESS, REFUSED]).run(&arguments);
         assert!(code == 4 && err.contains("refused: not while it drains"), "{err}");
         let (code, _, err) = Worker::new(&[PROGRESS]).run(&arguments);
-        assert!(code == 3 && err.contains("before its last word"), "{err}");
+        assert!(code == 3 && err.contains("before its last line"), "{err}");
         let (code, _, _) = Worker::new(&[GOOD]).run(&arguments);
         assert_eq!(code, 3, "a status is no answer to an order");
     }
 }
 
 #[test]
-fn what_cannot_be_taken_back_is_not_done_unconfirmed() {
+fn an_order_that_cannot_be_taken_back_needs_a_confirmation() {
     let worker = Worker::new(&[DONE]);
     for order in [&["forget", "a"][..], &["keep", "a"], &["accept-older"], &["adopt"], &["takeover"]] {
         let (code, _, err) = worker.run(&[&["storage"], order].concat());
@@ -165,13 +165,13 @@ fn what_cannot_be_taken_back_is_not_done_unconfirmed() {
 }
 
 #[test]
-fn who_knows_the_command_that_meant_four_things_is_told_the_four() {
+fn the_old_command_names_the_four_that_replace_it() {
     let worker = Worker::new(&[DONE]);
     for order in [&["accept"][..], &["accept", "--yes"], &["accept", "a", "--json"]] {
         let (code, _, err) = worker.run(&[&["storage"], order].concat());
-        let told =
+        let named =
             ["forget PATH", "keep PATH", "accept-older", "adopt"].iter().all(|verb| err.contains(verb));
-        assert!(code == 2 && told, "{err}");
+        assert!(code == 2 && named, "{err}");
     }
     assert!(worker.asked().is_empty());
     let (_, help, _) = worker.run(&["storage", "--help"]);
@@ -179,7 +179,7 @@ fn who_knows_the_command_that_meant_four_things_is_told_the_four() {
 }
 
 #[test]
-fn ls_shows_entries_and_no_last_word() {
+fn ls_shows_entries_and_no_conclusion() {
     let entry = r#"{"answer":"entry","path":"openclaw/a","kind":"file","size":2048,"mode":420,"mtime_ms":0}"#;
     let worker = Worker::new(&[entry, entry, DONE]);
     let (code, out, _) = worker.run(&["storage", "ls", "openclaw"]);
@@ -195,7 +195,7 @@ fn ls_shows_entries_and_no_last_word() {
 }
 
 #[test]
-fn get_gives_every_byte_or_no_file() {
+fn get_writes_every_byte_or_no_file() {
     let pieces =
         [r#"{"answer":"data","base64":"AAEC/w=="}"#, PROGRESS, r#"{"answer":"data","base64":"YmM="}"#];
     let bytes = b"\x00\x01\x02\xffbc";
@@ -241,7 +241,7 @@ fn earlier_boots_are_listed_and_read_from_their_end() {
     assert_eq!(Worker::new(&[REFUSED]).run(&["logs", "--boot", "-9"]).0, 4);
 }
 
-/// A supervisor that says which mode this is.
+/// A fake supervisor whose status has this storage mode.
 fn supervisor(mode: &str) -> Worker {
     let value = serde_json::json!({
         "v": 1, "answer": "status", "version": "0.1.0", "phase": "running", "uptime_ms": 5000,
@@ -251,7 +251,7 @@ fn supervisor(mode: &str) -> Worker {
     Worker::new(&[&value.to_string()])
 }
 
-/// Checks of the doctor's room, each with its verdict.
+/// The checks of the doctor's room, each with its verdict.
 fn storage_room(mode: &str, socket: &Path) -> Vec<(String, String)> {
     let supervisor = supervisor(mode);
     let mut command = cvm(&["doctor-room", "storage"]);
@@ -263,7 +263,7 @@ fn storage_room(mode: &str, socket: &Path) -> Vec<(String, String)> {
 }
 
 #[test]
-fn the_doctor_looks_at_the_worker_where_there_has_to_be_one() {
+fn the_doctor_checks_the_worker_in_the_mode_that_has_one() {
     let nobody = Path::new("/no/such/socket");
     assert_eq!(storage_room("local", nobody), [("storage worker".to_owned(), "skip".to_owned())]);
     let verdict = |findings: &[(String, String)], check: &str| {
@@ -271,7 +271,7 @@ fn the_doctor_looks_at_the_worker_where_there_has_to_be_one() {
     };
     let away = storage_room("s3", nobody);
     assert_eq!(verdict(&away, "storage worker").as_deref(), Some("fail"));
-    assert!(verdict(&away, "room for pending changes").is_some(), "{away:?}");
+    assert!(verdict(&away, "space for pending changes").is_some(), "{away:?}");
     let pending = storage_room("s3", &Worker::new(&[PENDING]).socket);
     for check in ["storage worker", "phase", "changes in the bucket"] {
         assert_eq!(verdict(&pending, check).as_deref(), Some("ok"), "{pending:?}");
@@ -301,10 +301,10 @@ fn the_supervisors_status_begins_with_the_bucket_and_survives_an_absent_worker()
     );
 }
 
-/// A copy of `cvm` with a `cvm-storage` beside it that tells what it was given.
+/// A copy of `cvm` with a `cvm-storage` beside it that prints its input.
 fn installed(program: &str) -> (tempfile::TempDir, PathBuf) {
-    // By another process: what this one has open for writing, a child that another test starts at
-    // the same moment has too, and then nobody can execute it.
+    // By another process: a child that another test starts at the same moment would inherit a file that
+    // this process has open for writing, and the kernel executes no such file.
     const INSTALL: &str =
         r#"cp "$1" "$2/cvm" && printf %s "$3" > "$2/cvm-storage" && chmod 755 "$2/cvm-storage""#;
     let directory = tempfile::tempdir().unwrap();
@@ -347,7 +347,7 @@ fn restore_becomes_the_worker_with_the_keys_on_standard_input_only() {
 }
 
 #[test]
-fn restore_tells_every_mistake_before_it_starts_anything() {
+fn restore_lists_every_mistake_before_it_starts_anything() {
     let (directory, ours) = installed("#!/bin/sh\necho started\n");
     let to = directory.path().join("state");
     let (code, out, err) = run(restore(&ours, &to).env("S3_REGION", "a b").env_remove("AWS_ACCESS_KEY_ID"));

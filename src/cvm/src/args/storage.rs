@@ -1,18 +1,16 @@
 //! The command line of `cvm storage`.
-//!
-//! Refuses to do any of it. Imports `seconds` of `super`.
 
-// The comments below are the text of the help, where backticks would be shown.
+// The comments below are the text of the help, where backticks would be visible.
 #![allow(clippy::doc_markdown)]
 
-use super::seconds;
+use super::values::seconds;
 use clap::{Args, Subcommand};
 use std::path::PathBuf;
 use std::time::Duration;
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum StorageCommand {
-    /// Is my data in the bucket, how old is what is not, and what do I do now?
+    /// Is my data in the bucket, how old is the oldest change that is not, and what do I do now?
     ///
     /// Incidents name files of the agent's: look before you paste it in public.
     #[command(after_help = "\
@@ -26,7 +24,7 @@ Exit codes: 0 ready and no incidents, 1 otherwise, 3 there is no storage worker.
 
     /// Push everything that is not in the bucket yet, and wait until it is there
     ///
-    /// When it is done, the bucket is equal to the tree as it was at that moment.
+    /// Afterwards the bucket is equal to the tree as it was at that moment.
     #[command(after_help = "\
 Examples:
   cvm storage flush
@@ -34,15 +32,15 @@ Examples:
 
 Exit codes: 0 all is in the bucket, 1 not all, 3 there is no storage worker, 4 it refused.")]
     Flush {
-        /// How long to wait; as long as the worker works unless given
+        /// How long to wait; until the worker is done unless given
         #[arg(long, value_name = "SECONDS", value_parser = seconds)]
         timeout: Option<Duration>,
     },
 
     /// Compare the tree with the bucket
     ///
-    /// By what the bucket lists, and every database is read back, decrypted and checked; with --deep
-    /// every object is, which costs a download of everything.
+    /// Compares the bucket's list, and reads back, decrypts and checks every database; with --deep
+    /// every object, which costs a download of everything.
     #[command(after_help = "\
 Examples:
   cvm storage verify
@@ -57,33 +55,33 @@ Exit codes: 0 no difference, 1 differences, 3 there is no storage worker, 4 it r
 
     /// Prove now that the bucket restores: every database and a sample of the files
     ///
-    /// The worker also does it by itself; the last result stands in `cvm storage status`.
+    /// The worker also does it by itself; `cvm storage status` shows the last result.
     #[command(after_help = "\
 Example:
   cvm storage drill
 
-Exit codes: 0 all was restored and is good, 1 not so, 3 there is no storage worker, 4 it refused.")]
+Exit codes: 0 all was restored and is good, 1 not all, 3 there is no storage worker, 4 it refused.")]
     Drill,
 
-    /// Give up files that the bucket does not have right, and delete what it has of them
+    /// Give up files whose objects in the bucket are wrong, and delete those objects
     ///
-    /// Names are those of the incidents in `cvm storage status`. While the gateway has not started for
-    /// want of them, the next try goes on without them.
+    /// Names are those of the incidents in `cvm storage status`. If the gateway has not started because
+    /// of these files, the next try starts it without them.
     #[command(after_help = "\
 Examples:
-  cvm storage forget openclaw/workspace/a openclaw/workspace/b     shows what goes, and asks
+  cvm storage forget openclaw/workspace/a openclaw/workspace/b     lists the files, and asks
   cvm storage forget --yes openclaw/workspace/a
 
 Exit codes: 0 given up, 1 not confirmed or not done, 3 there is no storage worker, 4 it refused.")]
     Forget(StorageDecideArgs),
 
-    /// Take files as they are that may be built on something that was wrong in the bucket
+    /// Take files as they are although an object on which they may be built was wrong in the bucket
     ///
-    /// Names are those of the incidents in `cvm storage status`. Nothing is deleted. It also ends the incident
-    /// of a file whose older state was set aside; that copy stays.
+    /// Names are those of the incidents in `cvm storage status`. Nothing is deleted. This also ends the
+    /// incident of a file whose older state was set aside; that copy stays.
     #[command(after_help = "\
 Examples:
-  cvm storage keep openclaw/workspace/notes     shows what is kept, and asks
+  cvm storage keep openclaw/workspace/notes     lists the files, and asks
   cvm storage keep --yes openclaw/workspace/notes
 
 Exit codes: 0 kept, 1 not confirmed or not done, 3 there is no storage worker, 4 it refused.")]
@@ -91,11 +89,11 @@ Exit codes: 0 kept, 1 not confirmed or not done, 3 there is no storage worker, 4
 
     /// Go on with a bucket that is older than it should be, or that has lost a part of its manifest
     ///
-    /// What was refused, and nothing else, is no obstacle any more; what the bucket lacks stays lost. A
-    /// tree on the volume is set aside.
+    /// Accepts the fault that was refused, and no other; data that the bucket lacks stays lost. A tree
+    /// on the volume is set aside.
     #[command(after_help = "\
 Examples:
-  cvm storage accept-older         shows what was refused, and asks
+  cvm storage accept-older         shows the refused fault, and asks
   cvm storage accept-older --yes
 
 Exit codes: 0 accepted, 1 not confirmed or not done, 3 there is no storage worker, 4 it refused.")]
@@ -107,7 +105,7 @@ Exit codes: 0 accepted, 1 not confirmed or not done, 3 there is no storage worke
 
     /// Take over a bucket that cannot be checked: without a manifest, or with one of an older version
     ///
-    /// Whoever could write to the bucket has chosen what is in it. From then on it is checked.
+    /// Anybody who could write to the bucket may have chosen its contents. From then on it is checked.
     #[command(after_help = "\
 Examples:
   cvm storage adopt                shows why it is asked for, and asks
@@ -120,7 +118,7 @@ Exit codes: 0 adopted, 1 not confirmed or not done, 3 there is no storage worker
         yes: bool,
     },
 
-    /// What it was is four commands now
+    /// Replaced by four commands
     #[command(hide = true)]
     Accept {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, hide = true)]
@@ -130,7 +128,7 @@ Exit codes: 0 adopted, 1 not confirmed or not done, 3 there is no storage worker
     /// Take the bucket from another instance without waiting for its heartbeat to go stale
     ///
     /// Do it only when the other machine is gone for good: if it still runs, it stops writing, and
-    /// what it has not pushed is lost.
+    /// changes that it has not pushed are lost.
     #[command(after_help = "\
 Examples:
   cvm storage takeover             shows who holds the bucket, and asks
@@ -143,7 +141,7 @@ Exit codes: 0 taken, 1 not confirmed or not done, 3 there is no storage worker, 
         yes: bool,
     },
 
-    /// List what the bucket holds, from its manifest
+    /// List the files in the bucket, from its manifest
     ///
     /// Kinds are those of ls -l, and D for a database, which is kept consistent.
     #[command(after_help = "\
@@ -155,8 +153,8 @@ Examples:
 
     /// Get one file straight from the bucket, checked against the manifest
     ///
-    /// To standard output, or with -o into a file, which has its name only when all of it has
-    /// come and is good.
+    /// To standard output, or with -o into a file, which gets its name when all of it has arrived
+    /// and is good.
     #[command(after_help = "\
 Examples:
   cvm storage get openclaw/openclaw.json
@@ -179,8 +177,8 @@ Examples:
         /// A directory that is empty, or not there yet
         #[arg(long, value_name = "DIR")]
         to: PathBuf,
-        /// Restore what the manifest names although its end is missing or the bucket has been set
-        /// back; what is refused without this is printed
+        /// Restore although the end of the manifest is missing or the bucket has been set back; without
+        /// this the command prints the fault and refuses
         #[arg(long)]
         accept: bool,
     },
@@ -188,7 +186,7 @@ Examples:
 
 #[derive(Debug, Args)]
 pub(crate) struct StorageStatusArgs {
-    /// Print what the worker says as JSON, unchanged; indented on a terminal
+    /// Print the worker's answer as JSON, unchanged; indented on a terminal
     #[arg(long)]
     pub json: bool,
     /// Show it again and again, also while the worker is away
@@ -198,7 +196,7 @@ pub(crate) struct StorageStatusArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct StorageDecideArgs {
-    /// Which files, relative to /data, as the incidents name them
+    /// The files, relative to /data, as the incidents name them
     #[arg(required = true, value_name = "PATH")]
     pub paths: Vec<String>,
     /// Do not ask
@@ -208,7 +206,7 @@ pub(crate) struct StorageDecideArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct StorageLsArgs {
-    /// Below which path, relative to /data; everything unless given
+    /// The directory to list, relative to /data; everything unless given
     pub path: Option<String>,
     /// Print one JSON object a line
     #[arg(long)]
@@ -217,9 +215,9 @@ pub(crate) struct StorageLsArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct StorageGetArgs {
-    /// Which file, relative to /data, as `cvm storage ls` shows it
+    /// The file, relative to /data, as `cvm storage ls` shows it
     pub path: String,
-    /// Into which file; `-`: to standard output, whatever it is
+    /// The file to write; `-`: standard output, also if that is a terminal
     #[arg(long, short, value_name = "FILE")]
     pub output: Option<PathBuf>,
 }

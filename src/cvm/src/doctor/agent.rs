@@ -1,21 +1,22 @@
-//! Does what keeps the agent in its place stand here? May import: `facts`, `finding`.
+//! Room agent: do the restrictions of the agent work on this machine?
 
-use super::facts::{self, Mount};
-use super::finding::{Notebook, Outcome, ok, skip, warn};
+use super::finding::{Checks, Outcome, ok, skip, warn};
+use super::proc_files::{self, Mount};
+use super::sources;
 use cvm_protocol::paths::DATA;
 
-pub(crate) fn check(notebook: &mut Notebook<'_>) {
-    notebook.check("rights of files on /data", || {
-        rights(&facts::mounts(&facts::read("/proc/self/mountinfo").unwrap_or_default()))
+pub(crate) fn check(checks: &mut Checks<'_>) {
+    checks.run("rights of files on /data", || {
+        rights(&proc_files::mounts(&proc_files::read("/proc/self/mountinfo").unwrap_or_default()))
     });
-    notebook.check("ports below 1024", || {
-        ports(facts::read("/proc/sys/net/ipv4/ip_unprivileged_port_start").as_deref())
+    checks.run("ports below 1024", || {
+        ports(proc_files::read("/proc/sys/net/ipv4/ip_unprivileged_port_start").as_deref())
     });
-    notebook.check("limits of the gateway", || {
-        let status = facts::status();
-        let pid = facts::service(status.as_ref(), "gateway").and_then(|gateway| gateway.pid);
+    checks.run("limits of the gateway", || {
+        let status = sources::status();
+        let pid = sources::service(status.as_ref(), "gateway").and_then(|gateway| gateway.pid);
         let Some(pid) = pid else { return skip("the gateway does not run") };
-        limits(facts::read(&format!("/proc/{pid}/limits")).as_deref())
+        limits(proc_files::read(&format!("/proc/{pid}/limits")).as_deref())
     });
 }
 
@@ -32,10 +33,10 @@ fn rights(mounts: &[Mount]) -> Outcome {
 
 fn ports(start: Option<&str>) -> Outcome {
     match start.and_then(|text| text.trim().parse::<u16>().ok()) {
-        None => skip("this kernel does not say"),
+        None => skip("this kernel does not show the limit"),
         Some(1024..) => ok("only root may take them"),
         Some(_) => warn(
-            "the agent may take them, sshd's too while that restarts",
+            "the agent may take them, also sshd's port while sshd restarts",
             "in docker-compose.yml: sysctls: [net.ipv4.ip_unprivileged_port_start=1024]",
         ),
     }
@@ -61,7 +62,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_missing_is_named_with_its_line_for_compose() {
+    fn a_missing_restriction_comes_with_its_line_for_compose() {
         let mount = |lends_no_rights| {
             [Mount { point: DATA.into(), kind: "ext4".into(), read_only: false, lends_no_rights }]
         };

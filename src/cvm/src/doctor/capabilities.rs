@@ -1,12 +1,9 @@
-//! Which capabilities there are. The engine gives them to PID 1, and a login has no more.
-//!
-//! May import: `facts`, `finding`.
+//! Room capabilities: which ones are there? The engine gives them to PID 1, and a login has the same.
 
-use super::facts;
-use super::finding::{Notebook, Outcome, fail, ok, warn};
+use super::finding::{Checks, Outcome, fail, ok, warn};
+use super::proc_files;
 
-/// Name, number (linux/capability.h), and what needs it. The first group is in what every
-/// engine gives by default.
+/// Name, number (linux/capability.h), and the reason. Every engine gives these by default.
 const NEEDED: &[(&str, u8, &str)] = &[
     ("CHOWN", 0, "the gateway's files are given to its user"),
     ("DAC_OVERRIDE", 1, "root reads the gateway's files"),
@@ -23,10 +20,10 @@ const WANTED: &[(&str, u8, &str)] = &[
     ("DAC_READ_SEARCH", 2, "the S3 mode knows a file again that was renamed"),
 ];
 
-pub(crate) fn check(notebook: &mut Notebook<'_>) {
-    let effective = facts::read("/proc/self/status").and_then(|text| effective(&text));
-    notebook.check("needed by every service", || judge(effective, NEEDED, fail));
-    notebook.check("needed by dockerd and S3 mode", || judge(effective, WANTED, warn));
+pub(crate) fn check(checks: &mut Checks<'_>) {
+    let effective = proc_files::read("/proc/self/status").and_then(|text| effective(&text));
+    checks.run("needed by every service", || judge(effective, NEEDED, fail));
+    checks.run("needed by dockerd and S3 mode", || judge(effective, WANTED, warn));
 }
 
 fn effective(status: &str) -> Option<u64> {
@@ -40,17 +37,17 @@ fn judge(
     bad: impl FnOnce(String, String) -> Outcome,
 ) -> Outcome {
     let Some(effective) = effective else {
-        return warn("/proc/self/status says nothing of CapEff", "mount /proc in the container");
+        return warn("/proc/self/status has no CapEff", "mount /proc in the container");
     };
     let missing: Vec<_> = list.iter().filter(|(_, number, _)| effective & (1 << number) == 0).collect();
     if missing.is_empty() {
         let names: Vec<&str> = list.iter().map(|(name, ..)| *name).collect();
         return ok(names.join(", "));
     }
-    let told: Vec<String> = missing.iter().map(|(name, _, why)| format!("{name} ({why})")).collect();
+    let reasons: Vec<String> = missing.iter().map(|(name, _, why)| format!("{name} ({why})")).collect();
     let names: Vec<&str> = missing.iter().map(|(name, ..)| *name).collect();
     bad(
-        format!("missing: {}", told.join(", ")),
+        format!("missing: {}", reasons.join(", ")),
         format!("in docker-compose.yml: cap_add: [{}]", names.join(", ")),
     )
 }
@@ -61,8 +58,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_missing_capability_is_named_with_its_line_for_compose() {
-        // What Docker gives by default.
+    fn a_missing_capability_comes_with_its_line_for_compose() {
+        // Docker's default.
         let docker = effective("Name:\tx\nCapEff:\t00000000a80425fb\n");
         assert_eq!(judge(docker, NEEDED, fail).verdict, Verdict::Ok);
         let outcome = judge(docker, WANTED, warn);

@@ -1,17 +1,14 @@
-//! Is the clock sane? A wrong one breaks TLS and the signatures of S3, and a CVM gets its time
-//! from a host that it does not trust.
+//! Room clock: is it right? A wrong clock breaks TLS and the signatures of S3, and a CVM gets its time from
+//! a host that it does not trust.
 //!
-//! Three things can be known from inside without asking anybody: it cannot be earlier than this
-//! program, no earlier than what was logged before, and the machine's own clock should agree.
-//! Whether the kernel thinks it is synchronised is only told by adjtimex(2), which needs
-//! unsafe code; none is allowed here.
-//!
-//! May import: `facts`, `finding`, `words`, and `logs` for the stamps.
+//! Three rules can be checked from inside without a second source: the time is not earlier than this
+//! program, not earlier than the newest line of a log, and close to the machine's hardware clock. Only
+//! adjtimex(2) tells whether the clock is synchronised, and it needs unsafe code, which is denied here.
 
-use super::facts;
-use super::finding::{Notebook, Outcome, fail, ok, skip, warn};
+use super::finding::{Checks, Outcome, fail, ok, skip, warn};
+use super::proc_files;
 use crate::logs;
-use crate::words;
+use crate::units;
 use cvm_protocol::paths;
 use cvm_protocol::time::rfc3339;
 use std::path::Path;
@@ -23,16 +20,16 @@ const TOLERANCE_MS: u64 = 60_000;
 const REMEDY: &str =
     "the time comes from the CVM's host and its time service: restart the CVM, and tell its operator";
 
-pub(crate) fn check(notebook: &mut Notebook<'_>) {
-    let now = words::now_ms();
-    notebook.check("date", || date(now));
-    notebook.check("never went back", || {
+pub(crate) fn check(checks: &mut Checks<'_>) {
+    let now = units::now_ms();
+    checks.run("date", || date(now));
+    checks.run("never went back", || {
         let newest = logs::newest_stamp(Path::new(paths::LOGS));
         went_back(newest.as_deref(), now)
     });
-    notebook.check("agrees with the machine's clock", || {
-        let text = facts::read("/sys/class/rtc/rtc0/since_epoch");
-        agrees(text.and_then(|t| t.trim().parse::<u64>().ok()), words::now_ms())
+    checks.run("agrees with the machine's clock", || {
+        let text = proc_files::read("/sys/class/rtc/rtc0/since_epoch");
+        agrees(text.and_then(|t| t.trim().parse::<u64>().ok()), units::now_ms())
     });
 }
 
@@ -43,11 +40,11 @@ fn date(now_ms: u64) -> Outcome {
     ok(rfc3339(now_ms))
 }
 
-/// Both have the same shape, so the order of texts is the order of times.
+/// Both times have one format, so the order of the texts is the order of the times.
 fn went_back(newest: Option<&str>, now_ms: u64) -> Outcome {
     match newest {
         Some(stamp) if *stamp > *rfc3339(now_ms + TOLERANCE_MS) => {
-            warn(format!("the logs hold a line from {stamp}, which is still to come"), REMEDY)
+            warn(format!("the logs hold a line from {stamp}, which is in the future"), REMEDY)
         }
         Some(stamp) => ok(format!("the newest line of the logs is from {stamp}")),
         None => skip("there are no logs"),
@@ -55,10 +52,10 @@ fn went_back(newest: Option<&str>, now_ms: u64) -> Outcome {
 }
 
 fn agrees(machine_s: Option<u64>, now_ms: u64) -> Outcome {
-    let Some(machine_s) = machine_s else { return skip("the machine shows none") };
+    let Some(machine_s) = machine_s else { return skip("the machine shows no clock") };
     let apart = machine_s.saturating_mul(1000).abs_diff(now_ms);
     if apart > TOLERANCE_MS {
-        return warn(format!("they are {} apart", words::span(apart)), REMEDY);
+        return warn(format!("they are {} apart", units::span(apart)), REMEDY);
     }
     ok("within a minute")
 }

@@ -1,15 +1,15 @@
-//! Room on the disks, and whether /data outlives the container. May import: `facts`, `finding`, `words`.
+//! Room disk: how much space is left, and does /data outlive the container?
 
-use super::facts::{self, Mount};
-use super::finding::{Notebook, Outcome, fail, ok, skip, warn};
-use crate::words;
+use super::finding::{Checks, Outcome, fail, ok, skip, warn};
+use super::proc_files::{self, Mount};
+use crate::units;
 use nix::errno::Errno;
 use nix::sys::statvfs::statvfs;
 
 const PLACES: [&str; 3] = ["/data", "/var/lib/docker", "/var/log"];
 const MIB: u64 = 1024 * 1024;
-/// Below one of these the gateway's databases soon fail to write. Shares alone would call 20 GiB
-/// of a large disk too little.
+/// With less, the gateway's databases soon fail to write. The share alone would warn of 20 GiB on a large
+/// disk.
 const FAIL: Threshold = Threshold { per_cent: 2, bytes: 200 * MIB };
 const WARN: Threshold = Threshold { per_cent: 10, bytes: 2048 * MIB };
 
@@ -19,7 +19,7 @@ struct Threshold {
 }
 
 impl Threshold {
-    /// Little, by share and by size; or so little that the share does not matter.
+    /// Whether the space is small by share and by size, or so small that the share does not matter.
     fn is_crossed(&self, free: u64, total: u64) -> bool {
         free < self.bytes && (share(free, total) < self.per_cent || free < self.bytes / 4)
     }
@@ -29,13 +29,13 @@ pub(crate) fn share(free: u64, total: u64) -> u64 {
     u64::try_from(u128::from(free) * 100 / u128::from(total.max(1))).unwrap_or(100)
 }
 
-pub(crate) fn check(notebook: &mut Notebook<'_>) {
-    notebook.check("/data is a volume", || {
-        let text = facts::read("/proc/self/mountinfo").unwrap_or_default();
-        volume(&facts::mounts(&text))
+pub(crate) fn check(checks: &mut Checks<'_>) {
+    checks.run("/data is a volume", || {
+        let text = proc_files::read("/proc/self/mountinfo").unwrap_or_default();
+        volume(&proc_files::mounts(&text))
     });
     for place in PLACES {
-        notebook.about(&format!("space on {place}"));
+        checks.begin(&format!("space on {place}"));
         match statvfs(place) {
             Ok(data) => {
                 // Their types differ between architectures.
@@ -47,18 +47,18 @@ pub(crate) fn check(notebook: &mut Notebook<'_>) {
                     u64::from(data.files_available()),
                     u64::from(data.files()),
                 ];
-                notebook.note(
+                checks.add(
                     &format!("space on {place}"),
                     space(free.saturating_mul(size), total.saturating_mul(size), place),
                 );
-                notebook.note(&format!("inodes on {place}"), inodes_of(inodes_free, inodes, place));
+                checks.add(&format!("inodes on {place}"), inodes_of(inodes_free, inodes, place));
             }
             Err(Errno::ENOENT) => {
-                notebook.note(&format!("space on {place}"), skip("there is no such directory"));
+                checks.add(&format!("space on {place}"), skip("there is no such directory"));
             }
             Err(errno) => {
                 let remedy = "the disk or its mount is broken: `dmesg | tail`, `mount`";
-                notebook.note(&format!("space on {place}"), fail(errno.desc(), remedy));
+                checks.add(&format!("space on {place}"), fail(errno.desc(), remedy));
             }
         }
     }
@@ -79,7 +79,7 @@ fn volume(mounts: &[Mount]) -> Outcome {
         "tmpfs" | "ramfs" => {
             fail(format!("{}: it is memory, and lost with the container", mount.kind), compose)
         }
-        // The gateway refuses to start on these, and SQLite does not work there.
+        // The gateway refuses to start on these file systems, and SQLite does not work on them.
         kind if kind.starts_with("fuse") || kind.starts_with("nfs") || kind == "9p" || kind == "cifs" => {
             fail(
                 format!("{kind}: the gateway needs a disk with modes, locks and atomic renames"),
@@ -91,8 +91,9 @@ fn volume(mounts: &[Mount]) -> Outcome {
 }
 
 fn space(free: u64, total: u64, place: &str) -> Outcome {
-    let found = format!("{} free of {} ({} %)", words::size(free), words::size(total), share(free, total));
-    let remedy = format!("see what takes it: `du -xh -d 2 {place} | sort -h | tail`; {}", relief(place));
+    let found = format!("{} free of {} ({} %)", units::size(free), units::size(total), share(free, total));
+    let remedy =
+        format!("find the largest directories: `du -xh -d 2 {place} | sort -h | tail`; {}", relief(place));
     if FAIL.is_crossed(free, total) {
         fail(found, remedy)
     } else if WARN.is_crossed(free, total) {
@@ -112,7 +113,7 @@ fn relief(place: &str) -> &'static str {
 
 fn inodes_of(free: u64, total: u64, place: &str) -> Outcome {
     if total == 0 {
-        return skip("this file system has no fixed number");
+        return skip("this file system has no fixed number of inodes");
     }
     let found = format!("{free} free of {total} ({} %)", share(free, total));
     let remedy =
@@ -130,7 +131,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn data_that_goes_with_the_container_is_a_failure() {
+    fn data_that_is_lost_with_the_container_is_a_failure() {
         let mount = |kind: &str, read_only| Mount {
             point: "/data".into(),
             kind: kind.into(),
@@ -143,12 +144,12 @@ mod tests {
         assert_eq!(verdict(&[mount("fuse.rclone", false)]), Verdict::Fail);
         assert_eq!(verdict(&[mount("ext4", true)]), Verdict::Fail);
         assert_eq!(verdict(&[mount("tmpfs", false), mount("ext4", false)]), Verdict::Ok);
-        // The S3 mode with FUSE.
+        // S3 mode with FUSE.
         assert_eq!(verdict(&[mount("overlay", false)]), Verdict::Ok);
     }
 
     #[test]
-    fn little_room_is_judged_by_size_and_share_together() {
+    fn free_space_is_judged_by_size_and_share_together() {
         let gib = 1024 * MIB;
         let verdict = |free, total| space(free, total, "/data").verdict;
         assert_eq!(verdict(50 * gib, 1000 * gib), Verdict::Ok);

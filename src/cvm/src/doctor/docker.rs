@@ -1,8 +1,8 @@
-//! May dockerd have containers, does it answer, and how does it store its layers? It is not
-//! critical: trouble here is a warning. May import: `facts`, `finding`, `http`, `overlay`.
+//! Room docker: can dockerd start containers, does it answer, and with which driver does it store layers?
+//! Nothing waits for dockerd, so a fault is a warning.
 
-use super::finding::{Notebook, Outcome, ok, skip, warn};
-use super::{facts, overlay};
+use super::finding::{Checks, Outcome, ok, skip, warn};
+use super::{overlay, proc_files, sources};
 use crate::http;
 use cvm_protocol::paths::DOCKER_SOCKET;
 use cvm_protocol::status::Service;
@@ -12,33 +12,33 @@ use std::path::Path;
 use std::time::Duration;
 
 const TIME: Duration = Duration::from_secs(4);
-/// A directory that is in every image, covered in a namespace apart.
+/// A directory of every image, covered in a mount namespace of its own.
 const COVERED: &str = "/mnt";
 const FORWARDING: &str = "/proc/sys/net/ipv4/ip_forward";
 
-pub(crate) fn check(notebook: &mut Notebook<'_>) {
-    notebook.about("dockerd");
-    let status = facts::status();
-    let service = facts::service(status.as_ref(), "dockerd");
+pub(crate) fn check(checks: &mut Checks<'_>) {
+    checks.begin("dockerd");
+    let status = sources::status();
+    let service = sources::service(status.as_ref(), "dockerd");
     if status.is_some() && service.is_none() {
-        return notebook.note("dockerd", skip("ENABLE_DOCKER is 0"));
+        return checks.add("dockerd", skip("ENABLE_DOCKER is 0"));
     }
-    notebook.check("rights of its containers", || contains(tried_apart()));
-    notebook.check("forwarding", || forwards(facts::read(FORWARDING).as_deref()));
-    notebook.about("dockerd");
+    checks.run("rights of its containers", || contains(tried()));
+    checks.run("forwarding", || forwards(proc_files::read(FORWARDING).as_deref()));
+    checks.begin("dockerd");
     let answer = http::get_unix(DOCKER_SOCKET, "/_ping", TIME);
     let up = matches!(&answer, Ok(answer) if answer.code == 200);
-    notebook.note("dockerd", if up { ok(format!("{DOCKER_SOCKET} answers")) } else { down(answer, service) });
+    checks.add("dockerd", if up { ok(format!("{DOCKER_SOCKET} answers")) } else { down(answer, service) });
     if up {
-        notebook.check("storage driver", || match http::get_unix(DOCKER_SOCKET, "/info", TIME) {
+        checks.run("storage driver", || match http::get_unix(DOCKER_SOCKET, "/info", TIME) {
             Ok(answer) => driver(&answer.body),
-            Err(why) => warn(format!("dockerd tells nothing of itself: {why}"), "`cvm logs dockerd`"),
+            Err(why) => warn(format!("dockerd does not answer /info: {why}"), "`cvm logs dockerd`"),
         });
     }
 }
 
-/// What dockerd has done for each container, in a thread whose mount namespace goes with it.
-fn tried_apart() -> Result<(), (&'static str, Errno)> {
+/// Tries the steps that each container needs, in a thread whose mount namespace ends with it.
+fn tried() -> Result<(), (&'static str, Errno)> {
     std::thread::spawn(|| namespace::change_root(Path::new(COVERED))).join().unwrap_or(Ok(()))
 }
 
@@ -69,7 +69,7 @@ fn down(answer: Result<http::Answer, String>, service: Option<&Service>) -> Outc
     let Some(service) = service else { return warn(found, "`cvm status`, once the supervisor answers") };
     let why =
         service.why.as_ref().or(service.last_end.as_ref()).map(|w| format!(", {w}")).unwrap_or_default();
-    let remedy = format!("`cvm logs dockerd` shows its last words; next: {}", service.next_action);
+    let remedy = format!("`cvm logs dockerd` shows its last lines; next: {}", service.next_action);
     warn(format!("{found}; dockerd is {}{why}", service.state), remedy)
 }
 
@@ -81,7 +81,7 @@ fn driver(info: &[u8]) -> Outcome {
             "give dockerd a volume: in docker-compose.yml: volumes: [docker:/var/lib/docker]; see overlay",
         ),
         Some(driver) => ok(driver),
-        None => warn("dockerd does not name it", "`docker info`"),
+        None => warn("dockerd does not name its driver", "`docker info`"),
     }
 }
 
@@ -92,14 +92,14 @@ mod tests {
     use crate::status::samples::service;
 
     #[test]
-    fn vfs_works_but_is_worth_a_word() {
+    fn vfs_is_a_warning() {
         assert_eq!(driver(br#"{"Driver":"overlay2"}"#).verdict, Verdict::Ok);
         assert_eq!(driver(br#"{"Driver":"vfs"}"#).verdict, Verdict::Warn);
         assert_eq!(driver(b"garbage").verdict, Verdict::Warn);
     }
 
     #[test]
-    fn what_its_containers_lack_is_told_with_the_line_for_compose() {
+    fn a_right_that_containers_lack_comes_with_its_line_for_compose() {
         let line = |tried| contains(tried).remedy.unwrap();
         assert_eq!(contains(Ok(())).verdict, Verdict::Ok);
         assert!(line(Err(("pivot_root", Errno::EPERM))).ends_with("security_opt: [seccomp=unconfined]"));

@@ -1,31 +1,29 @@
-//! Do all files of the gateway's state belong to the gateway? One that root wrote (with a plain
-//! `node ... openclaw.mjs` in a root shell, say) stops it at its next start.
-//!
-//! Refuses to follow links, to leave the file system, and to take longer than [`TIME`].
-//! May import: `facts`, `finding`, `words`.
+//! Room files: do all files of the gateway's state belong to the gateway? A file that root wrote (with a
+//! plain `node ... openclaw.mjs` in a root shell, for example) stops the gateway at its next start.
 
-use super::facts;
-use super::finding::{Notebook, Outcome, fail, ok, skip, warn};
-use crate::words;
+use super::finding::{Checks, Outcome, fail, ok, skip, warn};
+use super::sources;
+use crate::text;
+use crate::units;
 use cvm_protocol::paths::STATE;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// Less than a check may take, so that a large state gives a part of an answer.
+/// Less than the limit of a check, so that a large state gets a partial answer.
 const TIME: Duration = Duration::from_secs(3);
-/// How many are named.
+/// How many files a finding names.
 const EXAMPLES_MAX: usize = 3;
 
-pub(crate) fn check(notebook: &mut Notebook<'_>) {
-    notebook.check(STATE, || {
-        let Some(access) = facts::access() else {
+pub(crate) fn check(checks: &mut Checks<'_>) {
+    checks.run(STATE, || {
+        let Some(access) = sources::gateway_access() else {
             return skip("only the supervisor knows the gateway's user");
         };
-        let Some(account) = facts::account(&access.user) else {
+        let Some(account) = sources::account(&access.user) else {
             return fail(
                 format!("there is no user {}", access.user),
-                "the boot step `home` makes it: `cvm status` says why it did not",
+                "the boot step `home` makes it: `cvm status` shows why it did not",
             );
         };
         judge(&walk(Path::new(STATE), account.uid, Instant::now() + TIME), &access.user)
@@ -37,16 +35,17 @@ struct Walk {
     seen: u64,
     foreign: u64,
     examples: Vec<PathBuf>,
-    /// The time was over before the tree was.
+    /// The walk ended at its time limit.
     cut: bool,
     error: Option<String>,
 }
 
+/// Counts the files of `root`, without following links or leaving its file system.
 fn walk(root: &Path, uid: u32, until: Instant) -> Walk {
     let mut found = Walk::default();
     let device = match root.symlink_metadata() {
         Ok(data) => data.dev(),
-        Err(error) => return Walk { error: Some(words::of_io(&error)), ..found },
+        Err(error) => return Walk { error: Some(text::io_error(&error)), ..found },
     };
     let mut waiting = vec![root.to_owned()];
     while let Some(path) = waiting.pop() {
@@ -54,7 +53,7 @@ fn walk(root: &Path, uid: u32, until: Instant) -> Walk {
             found.cut = true;
             break;
         }
-        // What goes away while it is looked at is no finding.
+        // A file that disappears meanwhile is no finding.
         let Ok(data) = path.symlink_metadata() else { continue };
         found.seen += 1;
         if data.uid() != uid {
@@ -73,14 +72,14 @@ fn walk(root: &Path, uid: u32, until: Instant) -> Walk {
 
 fn judge(walk: &Walk, user: &str) -> Outcome {
     if let Some(error) = &walk.error {
-        return fail(error.clone(), "the boot step `state` makes it: `cvm status` says why it did not");
+        return fail(error.clone(), "the boot step `state` makes it: `cvm status` shows why it did not");
     }
-    let seen = words::count(walk.seen, "file", "files");
-    let seen = if walk.cut { format!("{seen} (the time was over before the tree was)") } else { seen };
+    let seen = units::count(walk.seen, "file", "files");
+    let seen = if walk.cut { format!("{seen} (the walk ended at its time limit)") } else { seen };
     if walk.foreign == 0 {
         return ok(format!("{seen}, all of {user}"));
     }
-    let examples: Vec<String> = walk.examples.iter().map(|p| words::clean(&p.to_string_lossy())).collect();
+    let examples: Vec<String> = walk.examples.iter().map(|p| text::clean(&p.to_string_lossy())).collect();
     warn(
         format!("{} of {seen} are not {user}'s, such as {}", walk.foreign, examples.join(", ")),
         format!("`chown -hR {user}: {STATE}`, then `cvm restart gateway`; use `openclaw`, not node, as root"),
@@ -111,9 +110,9 @@ mod tests {
     }
 
     #[test]
-    fn a_tree_too_large_is_answered_in_part_and_an_absent_one_in_words() {
+    fn a_large_tree_gets_a_partial_answer_and_an_absent_one_a_failure() {
         let dir = tempfile::tempdir().unwrap();
-        assert!(judge(&walk(dir.path(), 0, Instant::now()), "me").found.contains("the time was over"));
+        assert!(judge(&walk(dir.path(), 0, Instant::now()), "me").found.contains("time limit"));
         let absent = walk(&dir.path().join("no"), 0, Instant::now());
         assert_eq!(judge(&absent, "me").verdict, Verdict::Fail);
     }

@@ -1,6 +1,4 @@
-//! What a check found, and how a room tells it: one JSON object a line.
-//!
-//! Refuses findings without a remedy unless all is well. Imports nothing of ours.
+//! Findings, and the lines in which a room's process reports them: one JSON object each.
 
 use serde::{Deserialize, Serialize};
 use std::io::Write;
@@ -9,7 +7,7 @@ use std::io::Write;
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Verdict {
     Ok,
-    /// Not made, because it would say nothing here.
+    /// The check was not made, because it has no meaning here.
     Skip,
     Warn,
     Fail,
@@ -21,11 +19,11 @@ pub(crate) struct Finding {
     pub check: String,
     pub verdict: Verdict,
     pub found: String,
-    /// What to do.
+    /// None unless the verdict is a warning or a failure.
     pub remedy: Option<String>,
 }
 
-/// What one check yields.
+/// The result of one check.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Outcome {
     pub verdict: Verdict,
@@ -49,42 +47,44 @@ pub(crate) fn fail(found: impl Into<String>, remedy: impl Into<String>) -> Outco
     Outcome { verdict: Verdict::Fail, found: found.into(), remedy: Some(remedy.into()) }
 }
 
-/// A line from a room to the one who asked.
+/// A line from a room's process to the doctor.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "line", rename_all = "kebab-case")]
 pub(crate) enum Line {
-    /// The next check, so that one that hangs is known by name.
+    /// The name of the next check, for the case that it hangs.
     About {
         check: String,
     },
     Found(Finding),
-    /// The last words: nothing was left out.
+    /// The last line: every check was made.
     Done,
 }
 
-/// Takes down what a room finds.
-pub(crate) struct Notebook<'w> {
+/// The checks of one room, and the pipe to which their findings go.
+pub(crate) struct Checks<'w> {
     room: String,
     out: &'w mut dyn Write,
 }
 
-impl<'w> Notebook<'w> {
+impl<'w> Checks<'w> {
     pub(crate) fn new(room: &str, out: &'w mut dyn Write) -> Self {
         Self { room: room.to_owned(), out }
     }
 
-    /// Makes one check, and notes it.
-    pub(crate) fn check(&mut self, name: &str, make: impl FnOnce() -> Outcome) {
-        self.about(name);
+    /// Makes one check, and reports it.
+    pub(crate) fn run(&mut self, name: &str, make: impl FnOnce() -> Outcome) {
+        self.begin(name);
         let outcome = make();
-        self.note(name, outcome);
+        self.add(name, outcome);
     }
 
-    pub(crate) fn about(&mut self, check: &str) {
+    /// Names the next check.
+    pub(crate) fn begin(&mut self, check: &str) {
         self.line(&Line::About { check: check.to_owned() });
     }
 
-    pub(crate) fn note(&mut self, check: &str, outcome: Outcome) {
+    /// Reports the outcome of a check.
+    pub(crate) fn add(&mut self, check: &str, outcome: Outcome) {
         let Outcome { verdict, found, remedy } = outcome;
         let (room, check) = (self.room.clone(), check.to_owned());
         self.line(&Line::Found(Finding { room, check, verdict, found, remedy }));
@@ -93,13 +93,13 @@ impl<'w> Notebook<'w> {
     fn line(&mut self, line: &Line) {
         if let Ok(mut text) = serde_json::to_string(line) {
             text.push('\n');
-            // Whoever asked has given up on this room; it will be ended.
+            // Without a reader the doctor has given up on this room, and ends its process.
             let _ = self.out.write_all(text.as_bytes()).and_then(|()| self.out.flush());
         }
     }
 }
 
-impl Drop for Notebook<'_> {
+impl Drop for Checks<'_> {
     fn drop(&mut self) {
         if !std::thread::panicking() {
             self.line(&Line::Done);
@@ -109,9 +109,9 @@ impl Drop for Notebook<'_> {
 
 /// The findings of a room, for tests.
 #[cfg(test)]
-pub(crate) fn findings_of(room: impl FnOnce(&mut Notebook<'_>)) -> Vec<Finding> {
+pub(crate) fn findings_of(room: impl FnOnce(&mut Checks<'_>)) -> Vec<Finding> {
     let mut bytes = Vec::new();
-    room(&mut Notebook::new("room", &mut bytes));
+    room(&mut Checks::new("room", &mut bytes));
     let lines = bytes.split(|b| *b == b'\n').filter(|l| !l.is_empty());
     let lines = lines.map(|l| serde_json::from_slice::<Line>(l).unwrap());
     lines.filter_map(|l| if let Line::Found(finding) = l { Some(finding) } else { None }).collect()

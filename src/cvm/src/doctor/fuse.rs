@@ -1,11 +1,7 @@
-//! Can FUSE be used? Only the S3 mode needs it, and falls back to sync without.
-//!
-//! Refuses to leave the device that it tries with.
-//!
-//! May import: `finding`, `words`.
+//! Room fuse: can FUSE be used? Only S3 mode needs it, and falls back to sync without.
 
-use super::finding::{Notebook, Outcome, ok, warn};
-use crate::words;
+use super::finding::{Checks, Outcome, ok, warn};
+use crate::text;
 use nix::errno::Errno;
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 use std::io::ErrorKind;
@@ -13,13 +9,13 @@ use std::os::unix::fs::FileTypeExt as _;
 use std::path::Path;
 
 const DEVICE: &str = "/dev/fuse";
-/// Beside it, for a moment: the storage worker makes the device where it is missing, if it may.
+/// A device that this check makes for a moment, as the storage worker makes a missing /dev/fuse.
 const TRIAL: &str = "/dev/.cvm-doctor-fuse";
 const CONSEQUENCE: &str = "without it the S3 mode falls back to sync";
 const COMPOSE: &str = "in docker-compose.yml: device_cgroup_rules: [\"c 10:229 rwm\"]";
 
-pub(crate) fn check(notebook: &mut Notebook<'_>) {
-    notebook.check(DEVICE, || judge(Path::new(DEVICE), Path::new(TRIAL)));
+pub(crate) fn check(checks: &mut Checks<'_>) {
+    checks.run(DEVICE, || judge(Path::new(DEVICE), Path::new(TRIAL)));
 }
 
 fn judge(device: &Path, trial: &Path) -> Outcome {
@@ -39,7 +35,7 @@ fn judge(device: &Path, trial: &Path) -> Outcome {
             let _ = std::fs::remove_file(trial);
             outcome
         }
-        Err(error) => warn(format!("{}; {CONSEQUENCE}", words::of_io(&error)), COMPOSE),
+        Err(error) => warn(format!("{}; {CONSEQUENCE}", text::io_error(&error)), COMPOSE),
     }
 }
 
@@ -47,7 +43,7 @@ fn opened(device: &Path, well: &str) -> Outcome {
     let Err(error) = std::fs::OpenOptions::new().read(true).write(true).open(device) else {
         return ok(well);
     };
-    let found = format!("it does not open: {}; {CONSEQUENCE}", words::of_io(&error));
+    let found = format!("it does not open: {}; {CONSEQUENCE}", text::io_error(&error));
     let remedy = match error.raw_os_error().map(Errno::from_raw) {
         Some(Errno::ENODEV | Errno::ENXIO) => "load the kernel's module on the host: modprobe fuse",
         _ => COMPOSE,
@@ -61,7 +57,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_in_its_place_and_a_place_for_none_are_told_with_the_line_for_compose() {
+    fn an_unusable_device_comes_with_its_line_for_compose() {
         let outcome = judge(Path::new("/etc/passwd"), Path::new("/no/such/place"));
         assert_eq!(outcome.verdict, Verdict::Warn);
         assert!(outcome.remedy.unwrap().contains("device_cgroup_rules: [\"c 10:229 rwm\"]"));
@@ -72,7 +68,7 @@ mod tests {
     }
 
     #[test]
-    fn the_trial_leaves_nothing() {
+    fn the_trial_leaves_no_device() {
         let temp = tempfile::tempdir().unwrap();
         judge(&temp.path().join("fuse"), &temp.path().join("trial"));
         assert_eq!(std::fs::read_dir(temp.path()).unwrap().count(), 0);

@@ -1,12 +1,11 @@
-//! Does the gateway answer its probes, and does it take the derived token?
-//!
-//! Refuses to show what it answers beyond codes and the names of what fails: its words are
-//! private. May import: `facts`, `finding`, `http`, `words`.
+//! Room gateway: does it answer its probes, and does it accept the derived token? Of its private answers
+//! only codes and the names of failing parts are shown.
 
-use super::facts;
-use super::finding::{Notebook, Outcome, fail, ok, skip, warn};
+use super::finding::{Checks, Outcome, fail, ok, skip, warn};
+use super::sources;
+use crate::gateway_access::{self, GatewayAccess};
 use crate::http::{self, Answer};
-use crate::words::clean;
+use crate::text::clean;
 use std::time::Duration;
 
 const TIME: Duration = Duration::from_secs(4);
@@ -14,21 +13,21 @@ const TIME: Duration = Duration::from_secs(4);
 const FAILING_MAX: usize = 5;
 const NAME_CHARS_MAX: usize = 60;
 
-pub(crate) fn check(notebook: &mut Notebook<'_>) {
-    notebook.about("address");
-    let access = facts::access();
-    let port = access.as_ref().map_or_else(facts::default_gateway_port, |a| a.port);
+pub(crate) fn check(checks: &mut Checks<'_>) {
+    checks.begin("address");
+    let access = sources::gateway_access();
+    let port = access.as_ref().map_or_else(gateway_access::default_port, GatewayAccess::port);
     if access.is_none() {
         let found = format!(
-            "only the supervisor knows the gateway's port; what follows is about the usual one, {port}"
+            "only the supervisor knows the gateway's port; the following checks ask the usual one, {port}"
         );
-        notebook.note("address", skip(found));
+        checks.add("address", skip(found));
     }
     let get = |path: &str, bearer: Option<&str>| http::get(port, path, bearer, TIME);
-    notebook.check("/healthz", || live(get("/healthz", None)));
-    notebook.check("/startupz", || soft(get("/startupz", None), "start-up has not finished, or it drains"));
-    notebook.check("/readyz", || soft(get("/readyz", None), "it is not ready"));
-    notebook.check("token", || match access.map(|a| a.token) {
+    checks.run("/healthz", || live(get("/healthz", None)));
+    checks.run("/startupz", || soft(get("/startupz", None), "start-up has not finished, or it drains"));
+    checks.run("/readyz", || soft(get("/readyz", None), "it is not ready"));
+    checks.run("token", || match access.map(|access| access.token()) {
         Some(Some(token)) => takes_token(get("/v1/models", Some(&token))),
         None => skip("only the supervisor knows it"),
         Some(None) => skip("the supervisor holds none yet: the boot step `state` makes it known"),
@@ -40,12 +39,12 @@ fn live(answer: Result<Answer, String>) -> Outcome {
         Ok(answer) if answer.code == 200 => ok("200"),
         Ok(answer) => fail(answer.code.to_string(), "`cvm logs gateway`; `cvm restart gateway`"),
         Err(why) => {
-            fail(why, "`cvm status` says what the gateway does; `cvm logs gateway` shows its last words")
+            fail(why, "`cvm status` shows the gateway's state; `cvm logs gateway` shows its last lines")
         }
     }
 }
 
-/// The gateway may have good reasons for a 503: a channel account is broken, say.
+/// The gateway may answer 503 for a small reason, such as a broken channel account.
 fn soft(answer: Result<Answer, String>, meaning: &str) -> Outcome {
     match answer {
         Ok(answer) if answer.code == 200 => ok("200"),
@@ -61,7 +60,7 @@ fn soft(answer: Result<Answer, String>, meaning: &str) -> Outcome {
     }
 }
 
-/// What `/readyz` names in `"failing"`.
+/// The names in the field `"failing"` of `/readyz`.
 fn failing(body: &[u8]) -> Vec<String> {
     let body: serde_json::Value = serde_json::from_slice(body).unwrap_or_default();
     let names = body["failing"].as_array().into_iter().flatten().filter_map(|name| name.as_str());
@@ -95,7 +94,7 @@ mod tests {
     use super::super::finding::Verdict;
     use super::*;
 
-    #[allow(clippy::unnecessary_wraps)] // it stands for what a question yields
+    #[allow(clippy::unnecessary_wraps)] // stands for the result of a request
     fn answer(code: u16, body: &str) -> Result<Answer, String> {
         Ok(Answer { code, body: body.into() })
     }
@@ -110,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn of_what_the_gateway_says_only_the_names_of_what_fails_are_shown() {
+    fn only_the_names_of_failing_parts_are_shown() {
         let body = r#"{"ready":false,"failing":["telegram\u001b[2J","discord"],"secret":"words"}"#;
         let outcome = soft(answer(503, body), "it is not ready");
         assert_eq!(outcome.verdict, Verdict::Warn);

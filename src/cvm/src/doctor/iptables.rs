@@ -1,11 +1,9 @@
-//! Which iptables backend works on this kernel? Some CVM kernels have no `nf_tables`, some no
-//! legacy tables; dockerd needs one of the two. A table is listed, nothing is changed.
-//!
-//! May import: `facts`, `finding`.
+//! Room iptables: which backend works on this kernel? Some CVM kernels have no `nf_tables`, some no legacy
+//! tables; dockerd needs one of the two. The check lists a table and changes nothing.
 
-use super::facts;
-use super::finding::{Notebook, Outcome, ok, skip, warn};
-use crate::words::clean;
+use super::finding::{Checks, Outcome, ok, skip, warn};
+use super::sources;
+use crate::text::clean;
 use cvm_protocol::paths;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -14,24 +12,24 @@ const PLACES: [&str; 2] = ["/usr/sbin", "/sbin"];
 /// How much of a program's complaint is shown.
 const WORDS_MAX: usize = 200;
 
-pub(crate) fn check(notebook: &mut Notebook<'_>) {
-    notebook.about("backends");
-    let status = facts::status();
-    if status.is_some() && facts::service(status.as_ref(), "dockerd").is_none() {
-        return notebook.note("backends", skip("ENABLE_DOCKER is 0"));
+pub(crate) fn check(checks: &mut Checks<'_>) {
+    checks.begin("backends");
+    let status = sources::status();
+    if status.is_some() && sources::service(status.as_ref(), "dockerd").is_none() {
+        return checks.add("backends", skip("ENABLE_DOCKER is 0"));
     }
     let mut works = Vec::new();
     for backend in ["nft", "legacy"] {
-        notebook.about(backend);
+        checks.begin(backend);
         let outcome = list(&format!("iptables-{backend}"));
         if outcome.is_ok() {
             works.push(backend);
         }
         let outcome = outcome
             .map_or_else(|why| skip(format!("does not work here: {why}")), |()| ok("lists the nat table"));
-        notebook.note(backend, outcome);
+        checks.add(backend, outcome);
     }
-    notebook.check("one of them works", || judge(&works, chosen().as_deref()));
+    checks.run("one of them works", || judge(&works, chosen().as_deref()));
 }
 
 fn list(program: &str) -> Result<(), String> {
@@ -43,16 +41,16 @@ fn list(program: &str) -> Result<(), String> {
         .env("LC_ALL", "C")
         .stdin(Stdio::null())
         .output()
-        .map_err(|e| crate::words::of_io(&e))?;
+        .map_err(|e| crate::text::io_error(&e))?;
     if output.status.success() {
         return Ok(());
     }
     let complaint = String::from_utf8_lossy(&output.stderr);
-    let line = complaint.lines().map(str::trim).find(|l| !l.is_empty()).unwrap_or("it says nothing");
+    let line = complaint.lines().map(str::trim).find(|l| !l.is_empty()).unwrap_or("it prints nothing");
     Err(clean(line).chars().take(WORDS_MAX).collect())
 }
 
-/// What the supervisor has put into dockerd's way.
+/// The backend that the supervisor has put into dockerd's PATH.
 fn chosen() -> Option<String> {
     let link: PathBuf = std::fs::read_link(Path::new(paths::DOCKERD_BIN).join("iptables")).ok()?;
     Some(link.file_name()?.to_string_lossy().into_owned())
@@ -60,8 +58,8 @@ fn chosen() -> Option<String> {
 
 fn judge(works: &[&str], chosen: Option<&str>) -> Outcome {
     if works.is_empty() {
-        let remedy = "in docker-compose.yml: cap_add: [NET_ADMIN]; with it, this kernel has neither backend: \
-                      dockerd works with ENABLE_DOCKER=0 only, that is, not at all";
+        let remedy = "in docker-compose.yml: cap_add: [NET_ADMIN]; if that is there, this kernel has neither backend: \
+                      set ENABLE_DOCKER=0, because dockerd cannot work here";
         return warn("none: dockerd cannot make its bridge", remedy);
     }
     let works = works.join(", ");
@@ -72,7 +70,7 @@ fn judge(works: &[&str], chosen: Option<&str>) -> Outcome {
         {
             warn(
                 format!("dockerd was given {name}, but only {works} works"),
-                "`cvm restart dockerd` chooses anew",
+                "`cvm restart dockerd` chooses again",
             )
         }
         Some(name) => ok(format!("{works}; dockerd uses {name}")),
@@ -86,7 +84,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn dockerd_must_have_been_given_one_that_works() {
+    fn dockerd_needs_a_backend_that_works() {
         let verdict = |works: &[&str], chosen| judge(works, chosen).verdict;
         assert_eq!(verdict(&[], None), Verdict::Warn);
         assert_eq!(verdict(&["nft"], None), Verdict::Ok);

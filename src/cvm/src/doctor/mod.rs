@@ -1,19 +1,15 @@
 //! `cvm doctor`: what is wrong with this machine, and what to do about it.
 //!
-//! One room for each family of checks, and each room in a process of its own: a thread that
-//! hangs on a dead disk could not be left behind, a process can. A room says what it is about
-//! to check before it does, so the one that hangs is named. The overlay room needs a process
-//! anyway, for its private mount namespace.
-//!
-//! Refuses to change anything that stays. May import: `args`, `look`, `out`, `socket`,
-//! `trouble`, `words`; rooms may import `finding`, `facts`, `http`, `socket`, `storage`, `words`.
+//! A room is one family of checks, run in a process of its own: a thread that hangs on a dead disk cannot
+//! be ended, a process can. A room names each check before it makes it, so the doctor knows the name of
+//! one that hangs. The overlay room needs a process anyway, for its mount namespace. No check changes
+//! anything for good.
 
 mod agent;
 mod capabilities;
 mod clock;
 mod disk;
 mod docker;
-pub(crate) mod facts;
 mod files;
 mod finding;
 mod fuse;
@@ -23,19 +19,21 @@ mod memory;
 mod mux;
 mod overlay;
 mod ports;
+mod proc_files;
 mod report;
 mod rooms;
+mod sources;
 mod ssh;
 mod storage;
 mod supervisor;
 
 use crate::args::DoctorArgs;
-use crate::look::Look;
-use crate::out;
-use crate::trouble::{Exit, Trouble};
-use finding::{Notebook, Verdict};
+use crate::failure::{Exit, Failure};
+use crate::stdout;
+use crate::style::Style;
+use finding::{Checks, Verdict};
 
-type Room = fn(&mut Notebook<'_>);
+type Room = fn(&mut Checks<'_>);
 
 /// All rooms, in the order in which they are shown.
 const ROOMS: &[(&str, Room)] = &[
@@ -57,25 +55,27 @@ const ROOMS: &[(&str, Room)] = &[
     ("docker", docker::check),
 ];
 
-pub(crate) fn run(args: &DoctorArgs) -> Result<Exit, Trouble> {
+pub(crate) fn run(args: &DoctorArgs) -> Result<Exit, Failure> {
     if !nix::unistd::geteuid().is_root() {
         let hint = "log in as root, or put sudo before it";
-        return Err(Trouble::new(Exit::Usage, "doctor", "most of what it looks at is root's").hint(hint));
+        return Err(
+            Failure::new(Exit::Usage, "doctor", "only root may look at most of the machine").hint(hint)
+        );
     }
-    let findings = rooms::ask_all(&ROOMS.iter().map(|(name, _)| *name).collect::<Vec<_>>())?;
-    let look = Look::of_stdout();
-    out::print(&if args.json { report::json(&findings, look) } else { report::page(&findings, look) })?;
+    let findings = rooms::run_all(&ROOMS.iter().map(|(name, _)| *name).collect::<Vec<_>>())?;
+    let style = Style::of_stdout();
+    stdout::print(&if args.json { report::json(&findings, style) } else { report::page(&findings, style) })?;
     let failed = findings.iter().any(|f| f.verdict == Verdict::Fail);
     Ok(if failed { Exit::Bad } else { Exit::Good })
 }
 
-/// The other side: one room, its findings as lines on standard output.
-pub(crate) fn run_room(name: &str) -> Result<Exit, Trouble> {
+/// The process of one room: prints its findings as lines on standard output.
+pub(crate) fn run_room(name: &str) -> Result<Exit, Failure> {
     let Some((name, room)) = ROOMS.iter().find(|(known, _)| *known == name) else {
-        return Err(Trouble::new(Exit::Usage, "doctor", format!("there is no room {name:?}")));
+        return Err(Failure::new(Exit::Usage, "doctor", format!("there is no room {name:?}")));
     };
     let mut stdout = std::io::stdout().lock();
-    room(&mut Notebook::new(name, &mut stdout));
+    room(&mut Checks::new(name, &mut stdout));
     Ok(Exit::Good)
 }
 

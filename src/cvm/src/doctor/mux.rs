@@ -1,35 +1,33 @@
-//! Does the mux client take messages, and do answers get out? Only there when it is configured.
-//!
-//! May import: `facts`, `finding`, `words`.
+//! Room mux: does the mux client accept messages, and do answers get out?
 
-use super::facts;
-use super::finding::{Notebook, Outcome, fail, ok, skip, warn};
+use super::finding::{Checks, Outcome, fail, ok, skip, warn};
+use super::sources;
 use crate::http::{self, Answer};
-use crate::words::{clean, count, now_ms, span};
+use crate::text::clean;
+use crate::units::{count, now_ms, span};
 use cvm_protocol::mux::{MUX_CLIENT, MuxStatus};
 
-/// A run of the agent takes minutes, and so may wait those behind it.
+/// A run of the agent takes minutes, and the events behind it wait.
 const OLD_MS: u64 = 15 * 60 * 1000;
 
-pub(crate) fn check(notebook: &mut Notebook<'_>) {
-    notebook.about("configuration");
-    let status = facts::status();
+pub(crate) fn check(checks: &mut Checks<'_>) {
+    checks.begin("configuration");
+    let status = sources::status();
     let Some(status) = status else {
-        return notebook
-            .note("configuration", skip("the supervisor does not say whether there is a mux client"));
+        return checks.add("configuration", skip("only the supervisor knows whether there is a mux client"));
     };
-    if facts::service(Some(&status), MUX_CLIENT).is_none() {
+    if sources::service(Some(&status), MUX_CLIENT).is_none() {
         let found = "there is none; MUX_BASE_URL and MUX_REGISTER_KEY turn it on";
-        return notebook.note("configuration", skip(found));
+        return checks.add("configuration", skip(found));
     }
-    notebook.note("configuration", ok("MUX_BASE_URL and MUX_REGISTER_KEY are set"));
-    notebook.check("port", || listens(http::get(facts::MUX_PORT, "/healthz", None, facts::PATIENCE)));
+    checks.add("configuration", ok("MUX_BASE_URL and MUX_REGISTER_KEY are set"));
+    checks.run("port", || listens(http::get(sources::MUX_PORT, "/healthz", None, sources::PATIENCE)));
     let Some(mux) = &status.mux else {
-        return notebook.note("registration", skip("it has not said anything yet"));
+        return checks.add("registration", skip("the mux client has not reported yet"));
     };
-    notebook.note("registration", registration(mux, now_ms()));
-    notebook.note("queue", queue(mux, now_ms()));
-    notebook.note("replication", replication(mux, now_ms()));
+    checks.add("registration", registration(mux, now_ms()));
+    checks.add("queue", queue(mux, now_ms()));
+    checks.add("replication", replication(mux, now_ms()));
 }
 
 fn listens(answer: Result<Answer, String>) -> Outcome {
@@ -37,7 +35,7 @@ fn listens(answer: Result<Answer, String>) -> Outcome {
         Ok(answer) if answer.code == 200 => ok("it answers"),
         Ok(answer) => fail(format!("/healthz answers {}", answer.code), "`cvm restart mux`; `cvm logs mux`"),
         Err(why) => {
-            fail(why, "`cvm status` says what the mux client does; `cvm logs mux` shows its last words")
+            fail(why, "`cvm status` shows the mux client's state; `cvm logs mux` shows its last lines")
         }
     }
 }
@@ -70,7 +68,7 @@ fn queue(mux: &MuxStatus, now: u64) -> Outcome {
     if let Some(error) = error {
         found = format!("{found}: {}", clean(error));
     }
-    warn(found, "`cvm status` and `cvm doctor` say how the gateway is; nothing is lost meanwhile")
+    warn(found, "`cvm status` shows whether the gateway works; nothing is lost meanwhile")
 }
 
 fn replication(mux: &MuxStatus, now: u64) -> Outcome {
@@ -82,7 +80,7 @@ fn replication(mux: &MuxStatus, now: u64) -> Outcome {
                 count(mux.unreplicated_acks, "delivery was answered", "deliveries were answered"),
                 span(now.saturating_sub(at))
             ),
-            "`cvm storage status` says why the bucket is slow; nothing is lost: the mux-server keeps them and asks again",
+            "`cvm storage status` shows why the bucket is slow; nothing is lost: the mux-server keeps them and asks again",
         ),
     }
 }
@@ -93,7 +91,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_old_or_refused_is_told_with_a_remedy() {
+    fn a_refused_registration_an_old_event_and_a_slow_bucket_are_findings() {
         let mut mux = MuxStatus { registered_until_ms: Some(5_000), ..MuxStatus::default() };
         assert_eq!(registration(&mux, 1_000).verdict, Verdict::Ok);
         assert_eq!(queue(&mux, 1_000).verdict, Verdict::Ok);

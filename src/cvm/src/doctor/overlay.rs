@@ -1,33 +1,31 @@
-//! Does overlayfs work, really? One is mounted and written through, in a mount namespace of
-//! this process alone, so that nothing of it is ever seen elsewhere or left behind.
-//!
-//! May import: `facts`, `finding`.
+//! Room overlay: does overlayfs work? The check mounts one and writes through it, in a mount namespace of
+//! this process, so that no other process sees it and no mount is left behind.
 
-use super::facts::{self, Mount};
-use super::finding::{Notebook, Outcome, ok, skip, warn};
+use super::finding::{Checks, Outcome, ok, skip, warn};
+use super::proc_files::{self, Mount};
 use cvm_protocol::paths::{DATA, VOLUME};
 use cvm_sys::namespace;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use std::path::{Path, PathBuf};
 
-/// A directory that is in every image, covered in this namespace only.
+/// A directory of every image, covered in this namespace only.
 const COVERED: &str = "/mnt";
-/// What is left of a check that was killed is used again by the next.
+/// The next check uses the leftovers of one that was killed.
 const SCRATCH: &str = ".cvm-doctor-scratch";
-/// Of a volume, the place that is ours: nothing of it is ever pushed into a bucket.
+/// The directory of a volume that is never pushed into a bucket.
 const OURS: &str = ".cvm";
 const RIGHT: &str =
     "in docker-compose.yml: cap_add: [SYS_ADMIN]; where that is there: security_opt: [seccomp=unconfined]";
 const APPARMOR: &str = "in docker-compose.yml: security_opt: [apparmor=unconfined]";
 
-pub(crate) fn check(notebook: &mut Notebook<'_>) {
-    notebook.about("mount namespace");
+pub(crate) fn check(checks: &mut Checks<'_>) {
+    checks.begin("mount namespace");
     if let Err(errno) = namespace::enter() {
         let found = format!("mounting is not allowed: {}; neither dockerd nor FUSE can work", errno.desc());
-        return notebook.note("mount namespace", warn(found, compose(errno)));
+        return checks.add("mount namespace", warn(found, compose(errno)));
     }
-    notebook.check("on tmpfs", || {
+    checks.run("on tmpfs", || {
         let covered = Path::new(COVERED);
         let options = Some("mode=700,size=1m");
         match mount(Some("tmpfs"), covered, Some("tmpfs"), MsFlags::empty(), options) {
@@ -35,16 +33,15 @@ pub(crate) fn check(notebook: &mut Notebook<'_>) {
             Err(errno) => warn(format!("mounting a tmpfs: {}", errno.desc()), compose(errno)),
         }
     });
-    let mounts = facts::mounts(&facts::read("/proc/self/mountinfo").unwrap_or_default());
-    // In S3 mode /data is an overlay itself, and the volume, which has to take its upper layer, is
-    // elsewhere.
+    let mounts = proc_files::mounts(&proc_files::read("/proc/self/mountinfo").unwrap_or_default());
+    // In S3 mode /data is an overlay itself, and the volume with its upper layer is mounted elsewhere.
     let volume = mounts.iter().any(|m| m.point == VOLUME).then_some(VOLUME);
     for place in [DATA, "/var/lib/docker"].into_iter().chain(volume) {
-        notebook.check(&format!("on {place}"), || on_volume(place, &mounts));
+        checks.run(&format!("on {place}"), || on_volume(place, &mounts));
     }
 }
 
-/// The line that is missing where mounting is refused so.
+/// The line of docker-compose.yml that is missing when mounting fails with `errno`.
 pub(super) fn compose(errno: Errno) -> &'static str {
     if errno == Errno::EACCES { APPARMOR } else { RIGHT }
 }
@@ -68,10 +65,10 @@ fn scratch_on(volume: &Path) -> PathBuf {
     if is_there { ours.join(SCRATCH) } else { volume.join(SCRATCH) }
 }
 
-/// Why an overlay could not be used, and at which stage.
-type Failure = (&'static str, Errno);
+/// The stage at which an overlay failed, and the error.
+type Fault = (&'static str, Errno);
 
-fn try_in(scratch: &Path) -> Result<(), Failure> {
+fn try_in(scratch: &Path) -> Result<(), Fault> {
     let _ = std::fs::remove_dir_all(scratch);
     let at = |name: &str| scratch.join(name);
     let io = |stage| move |error: std::io::Error| (stage, Errno::from_raw(error.raw_os_error().unwrap_or(0)));
@@ -93,7 +90,7 @@ fn try_in(scratch: &Path) -> Result<(), Failure> {
     used
 }
 
-/// A change of a file that is only below, and a removal: copy-up and whiteout.
+/// Changes a file of the lower layer and removes it: copy-up and whiteout.
 fn use_it(merged: &Path, scratch: &Path) -> std::io::Result<()> {
     std::fs::write(merged.join("file"), "above")?;
     let above = std::fs::read_to_string(scratch.join("upper/file"))?;
@@ -103,7 +100,7 @@ fn use_it(merged: &Path, scratch: &Path) -> std::io::Result<()> {
     std::fs::remove_file(merged.join("file"))
 }
 
-fn judge(outcome: Result<(), Failure>, kind: &str) -> Outcome {
+fn judge(outcome: Result<(), Fault>, kind: &str) -> Outcome {
     let Err((stage, errno)) = outcome else { return ok(format!("an overlay on {kind} works")) };
     let found = format!("{stage}: {}", errno.desc());
     let remedy = match errno {
@@ -116,7 +113,7 @@ fn judge(outcome: Result<(), Failure>, kind: &str) -> Outcome {
         ),
         Errno::ENOSPC => "make room: see disk".to_owned(),
         Errno::EROFS => "the volume is read-only: see disk".to_owned(),
-        _ => "`dmesg | tail` says more; dockerd uses another driver and the S3 mode falls back to sync"
+        _ => "`dmesg | tail` shows more; dockerd uses another driver and the S3 mode falls back to sync"
             .to_owned(),
     };
     warn(found, remedy)
@@ -128,7 +125,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_missing_capability_is_told_with_the_line_for_compose() {
+    fn a_missing_capability_comes_with_its_line_for_compose() {
         let outcome = judge(Err(("mounting it", Errno::EPERM)), "ext4");
         assert_eq!(outcome.verdict, Verdict::Warn);
         assert!(outcome.remedy.unwrap().contains("cap_add: [SYS_ADMIN]"));
@@ -137,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_tried_where_the_bucket_would_see_it() {
+    fn nothing_is_tried_where_it_would_be_pushed_into_the_bucket() {
         let volume = tempfile::tempdir().unwrap();
         assert_eq!(scratch_on(volume.path()), volume.path().join(SCRATCH));
         std::fs::create_dir(volume.path().join(OURS)).unwrap();

@@ -1,33 +1,35 @@
-//! Who listens on the ports of the product, and is it who should?
+//! Room ports: do the right processes listen on the ports of the product?
 //!
-//! The socket's number comes from /proc/net/tcp, its holder from the open files of all
-//! processes. Without `CAP_SYS_PTRACE` root does not see those of other users; then the owner of
-//! the socket, which the table names, has to do.
-//!
-//! May import: `facts`, `finding`.
+//! The socket's inode comes from /proc/net/tcp, and the process that holds it from the open files of all
+//! processes. Without `CAP_SYS_PTRACE` root does not see the files of other users' processes; then the
+//! check compares the owner of the socket, which the table names.
 
-use super::facts;
-use super::finding::{Notebook, Outcome, fail, ok, skip, warn};
-use crate::words::clean;
+use super::finding::{Checks, Outcome, fail, ok, skip, warn};
+use super::proc_files;
+use super::sources;
+use crate::gateway_access::{self, GatewayAccess};
+use crate::text::clean;
 use cvm_protocol::status::{Service, Status};
 
-/// A process tree is not deeper; a loop in a table that changes while it is read would be.
+/// No process tree is deeper. The table of processes may change while it is read, and show a loop.
 const ANCESTORS_MAX: usize = 64;
 
-pub(crate) fn check(notebook: &mut Notebook<'_>) {
-    notebook.about("sockets");
-    let status = facts::status();
-    let access = facts::access();
-    let tables = [facts::read("/proc/net/tcp"), facts::read("/proc/net/tcp6")];
+pub(crate) fn check(checks: &mut Checks<'_>) {
+    checks.begin("sockets");
+    let status = sources::status();
+    let access = sources::gateway_access();
+    let tables = [proc_files::read("/proc/net/tcp"), proc_files::read("/proc/net/tcp6")];
     let sockets: Vec<Socket> = tables.iter().flatten().flat_map(|table| listening(table)).collect();
-    let gateway_port = access.as_ref().map_or_else(facts::default_gateway_port, |a| a.port);
-    let ssh_port = facts::sshd().map_or(22, |sshd| sshd.port);
-    let uid_of = |user: &str| facts::account(user).map(|a| a.uid);
+    let gateway_port = access.as_ref().map_or_else(gateway_access::default_port, GatewayAccess::port);
+    let ssh_port = sources::sshd().map_or(22, |sshd| sshd.port);
+    let uid_of = |user: &str| sources::account(user).map(|a| a.uid);
     let gateway_uid = access.as_ref().and_then(|a| uid_of(&a.user));
-    for (port, name, uid) in
-        [(ssh_port, "sshd", Some(0)), (gateway_port, "gateway", gateway_uid), (facts::MUX_PORT, "mux", None)]
-    {
-        notebook.check(&format!("{port} ({name})"), || {
+    for (port, name, uid) in [
+        (ssh_port, "sshd", Some(0)),
+        (gateway_port, "gateway", gateway_uid),
+        (sources::MUX_PORT, "mux", None),
+    ] {
+        checks.run(&format!("{port} ({name})"), || {
             let mine: Vec<&Socket> = sockets.iter().filter(|s| s.port == port).collect();
             let holders = holders(&mine);
             judge(&Wanted { port, name, uid }, &mine, &holders, status.as_ref())
@@ -45,7 +47,7 @@ struct Socket {
 struct Wanted {
     port: u16,
     name: &'static str,
-    /// Whose it should be, if the process is not seen.
+    /// The right owner of the socket, for a process that is not visible.
     uid: Option<u32>,
 }
 
@@ -53,7 +55,7 @@ struct Wanted {
 struct Holder {
     pid: i32,
     name: String,
-    /// Its parent, the parent's parent, and so on.
+    /// Its parent, its parent's parent, and so on.
     ancestors: Vec<i32>,
 }
 
@@ -89,12 +91,12 @@ fn holders(sockets: &[&Socket]) -> Vec<Holder> {
 }
 
 fn holder(pid: i32) -> Holder {
-    let name = facts::read(&format!("/proc/{pid}/comm")).unwrap_or_default();
+    let name = proc_files::read(&format!("/proc/{pid}/comm")).unwrap_or_default();
     let mut ancestors = Vec::new();
     let mut at = pid;
     while ancestors.len() < ANCESTORS_MAX {
-        let status = facts::read(&format!("/proc/{at}/status")).unwrap_or_default();
-        match facts::number(&status, "PPid").and_then(|ppid| i32::try_from(ppid).ok()) {
+        let status = proc_files::read(&format!("/proc/{at}/status")).unwrap_or_default();
+        match proc_files::number(&status, "PPid").and_then(|ppid| i32::try_from(ppid).ok()) {
             Some(parent) if parent > 0 => ancestors.push(parent),
             _ => break,
         }
@@ -104,15 +106,15 @@ fn holder(pid: i32) -> Holder {
 }
 
 fn judge(port: &Wanted, sockets: &[&Socket], holders: &[Holder], status: Option<&Status>) -> Outcome {
-    let service = facts::service(status, port.name);
+    let service = sources::service(status, port.name);
     if sockets.is_empty() {
         return nobody(port, service, status.is_some());
     }
-    let told: Vec<String> = holders.iter().map(|h| format!("{} (pid {})", h.name, h.pid)).collect();
+    let names: Vec<String> = holders.iter().map(|h| format!("{} (pid {})", h.name, h.pid)).collect();
     let Some(service) = service else {
-        let found = if told.is_empty() { "somebody listens".to_owned() } else { told.join(", ") };
+        let found = if names.is_empty() { "somebody listens".to_owned() } else { names.join(", ") };
         if status.is_none() {
-            return skip(format!("{found}; without the supervisor nobody knows who should"));
+            return skip(format!("{found}; only the supervisor knows who should"));
         }
         return warn(
             format!("{found}, though there is no service {} here", port.name),
@@ -128,20 +130,20 @@ fn judge(port: &Wanted, sockets: &[&Socket], holders: &[Holder], status: Option<
         };
     }
     let ours = |h: &Holder| service.pid.is_some_and(|pid| h.pid == pid || h.ancestors.contains(&pid));
-    if holders.iter().any(ours) { ok(told.join(", ")) } else { strangers(port, &told.join(", ")) }
+    if holders.iter().any(ours) { ok(names.join(", ")) } else { strangers(port, &names.join(", ")) }
 }
 
 fn nobody(port: &Wanted, service: Option<&Service>, known: bool) -> Outcome {
     match service {
         None if known => skip(format!("there is no service {} here", port.name)),
-        None => skip("nobody listens; without the supervisor nobody knows who should"),
+        None => skip("nobody listens; only the supervisor knows who should"),
         Some(service) => {
             let found = format!("nobody listens; {} is {}", port.name, service.state);
-            // While it starts or stops, that is how it should be.
+            // A service that starts or stops does not listen.
             if service.state == "up" || service.state == "ready" {
                 return fail(found, format!("`cvm logs {}`; `cvm restart {}`", port.name, port.name));
             }
-            warn(found, format!("`cvm status` says what {} waits for", port.name))
+            warn(found, format!("`cvm status` shows what {} waits for", port.name))
         }
     }
 }
@@ -182,14 +184,14 @@ mod tests {
         assert_eq!(verdict(&[holder(131, &[1])]), Verdict::Ok);
         assert_eq!(verdict(&[holder(500, &[131, 1])]), Verdict::Ok);
         assert_eq!(verdict(&[holder(500, &[1])]), Verdict::Fail);
-        // Not seen: the socket's owner decides.
+        // The process is not visible, so the owner of the socket decides.
         assert_eq!(verdict(&[]), Verdict::Ok);
         let strange = Socket { uid: 0, ..socket };
         assert_eq!(judge(&port, &[&strange], &[], Some(&status)).verdict, Verdict::Fail);
     }
 
     #[test]
-    fn a_port_nobody_needs_may_be_free_but_not_taken() {
+    fn the_port_of_an_absent_service_may_be_free_but_not_taken() {
         let port = Wanted { port: 18790, name: "mux", uid: None };
         let socket = Socket { port: 18790, uid: 990, inode: 1 };
         assert_eq!(judge(&port, &[], &[], Some(&healthy())).verdict, Verdict::Skip);
@@ -202,7 +204,7 @@ mod tests {
     fn our_own_listener_is_found() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
-        let sockets = listening(&facts::read("/proc/net/tcp").unwrap());
+        let sockets = listening(&proc_files::read("/proc/net/tcp").unwrap());
         let mine: Vec<&Socket> = sockets.iter().filter(|s| s.port == port).collect();
         let pid = i32::try_from(std::process::id()).unwrap();
         assert!(holders(&mine).iter().any(|h| h.pid == pid));

@@ -1,17 +1,17 @@
-//! Findings as a page and as JSON. Rooms in trouble come last, where a reader's eye is when
-//! the page has scrolled by, and the last line sums up.
-//!
-//! May import: `finding`, `look`, `table`, `words`.
+//! Findings as a page and as JSON. Rooms with faults come last, because the end of a long page is what a
+//! terminal shows; the last line sums up.
 
 use super::finding::{Finding, Verdict};
-use crate::look::{Look, Tone};
+use crate::json;
+use crate::style::{Style, Tone};
 use crate::table::{hanging, labelled};
-use crate::words::{clean, count};
+use crate::text::clean;
+use crate::units::count;
 
-/// Where the names of checks begin.
+/// The column in which the names of checks begin.
 const HANG: usize = 7;
 
-pub(crate) fn page(findings: &[Finding], look: Look) -> String {
+pub(crate) fn page(findings: &[Finding], style: Style) -> String {
     let mut rooms: Vec<&str> = Vec::new();
     for finding in findings {
         if !rooms.contains(&finding.room.as_str()) {
@@ -20,19 +20,19 @@ pub(crate) fn page(findings: &[Finding], look: Look) -> String {
     }
     let of = |room: &str| findings.iter().filter(move |f| f.room == room).collect::<Vec<_>>();
     // A stable sort: rooms of one verdict stay in their order.
-    rooms.sort_by_key(|room| of(room).iter().map(|f| worth(f.verdict)).max());
+    rooms.sort_by_key(|room| of(room).iter().map(|f| severity(f.verdict)).max());
     let mut text = String::new();
     for room in rooms {
-        text += &look.paint(room, Tone::Strong);
+        text += &style.paint(room, Tone::Strong);
         text.push('\n');
-        text.extend(of(room).iter().map(|finding| entry(finding, look)));
+        text.extend(of(room).iter().map(|finding| entry(finding, style)));
         text.push('\n');
     }
-    text + &summary(findings, look)
+    text + &summary(findings, style)
 }
 
-/// A check that was not made is no trouble.
-fn worth(verdict: Verdict) -> u8 {
+/// A check that was not made is no fault.
+fn severity(verdict: Verdict) -> u8 {
     match verdict {
         Verdict::Ok | Verdict::Skip => 0,
         Verdict::Warn => 1,
@@ -40,27 +40,27 @@ fn worth(verdict: Verdict) -> u8 {
     }
 }
 
-fn entry(finding: &Finding, look: Look) -> String {
-    let (word, tone) = match finding.verdict {
+fn entry(finding: &Finding, style: Style) -> String {
+    let (verdict, tone) = match finding.verdict {
         Verdict::Ok => ("ok  ", Tone::Good),
         Verdict::Skip => ("-   ", Tone::Quiet),
         Verdict::Warn => ("warn", Tone::Caution),
         Verdict::Fail => ("FAIL", Tone::Bad),
     };
-    let head = format!("  {word} {}: ", clean(&finding.check));
-    let found = hanging(&head, &finding.found, HANG, Tone::Plain, look);
-    let mut text = format!("  {} {}: {found}", look.paint(word, tone), clean(&finding.check));
+    let head = format!("  {verdict} {}: ", clean(&finding.check));
+    let found = hanging(&head, &finding.found, HANG, Tone::Plain, style);
+    let mut text = format!("  {} {}: {found}", style.paint(verdict, tone), clean(&finding.check));
     if let Some(remedy) = &finding.remedy {
-        text += &labelled("do", remedy, Tone::Plain, HANG, look);
+        text += &labelled("do", remedy, Tone::Plain, HANG, style);
     }
     text
 }
 
-fn summary(findings: &[Finding], look: Look) -> String {
+fn summary(findings: &[Finding], style: Style) -> String {
     let number = |verdict| findings.iter().filter(|f| f.verdict == verdict).count() as u64;
     let (failed, warned) = (number(Verdict::Fail), number(Verdict::Warn));
     let text = format!(
-        "{} failed, {}, {} well, {} not made",
+        "{} failed, {}, {} ok, {} not made",
         count(failed, "check", "checks"),
         count(warned, "warning", "warnings"),
         number(Verdict::Ok),
@@ -71,17 +71,17 @@ fn summary(findings: &[Finding], look: Look) -> String {
         (0, _) => Tone::Caution,
         _ => Tone::Bad,
     };
-    look.paint(&text, tone) + "\n"
+    style.paint(&text, tone) + "\n"
 }
 
-pub(crate) fn json(findings: &[Finding], look: Look) -> String {
+pub(crate) fn json(findings: &[Finding], style: Style) -> String {
     let number = |verdict| findings.iter().filter(|f| f.verdict == verdict).count();
     let value = serde_json::json!({
         "failed": number(Verdict::Fail),
         "warned": number(Verdict::Warn),
         "findings": findings,
     });
-    if look.terminal { format!("{value:#}\n") } else { format!("{value}\n") }
+    json::shown(&value.to_string(), style)
 }
 
 #[cfg(test)]
@@ -94,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn trouble_comes_last_and_the_last_line_sums_up() {
+    fn faults_come_last_and_the_last_line_sums_up() {
         let findings = [
             finding(
                 "disk",
@@ -122,18 +122,18 @@ disk
        do: mend space on /data
   ok   inodes: 90 % free
 
-1 check failed, 1 warning, 2 well, 1 not made
+1 check failed, 1 warning, 2 ok, 1 not made
 ";
-        let text = page(&findings, Look::plain(60));
+        let text = page(&findings, Style::plain(60));
         assert_eq!(text, expected, "\n{text}");
-        let painted = page(&findings, Look { colour: true, ..Look::plain(60) });
+        let painted = page(&findings, Style { colour: true, ..Style::plain(60) });
         assert!(painted.contains("  \x1b[1;31mFAIL\x1b[0m space on /data: "), "{painted}");
     }
 
     #[test]
     fn json_counts_and_lists() {
         let findings = [finding("disk", "space", Verdict::Fail, "none")];
-        let value: serde_json::Value = serde_json::from_str(&json(&findings, Look::plain(80))).unwrap();
+        let value: serde_json::Value = serde_json::from_str(&json(&findings, Style::plain(80))).unwrap();
         assert_eq!((&value["failed"], &value["findings"][0]["verdict"]), (&1.into(), &"fail".into()));
     }
 }

@@ -1,58 +1,57 @@
-//! Asking all rooms at once, each in a process, with a time limit for every single check.
+//! Runs all rooms at once, each in a process, with a time limit for each check.
 //!
-//! Refuses to wait for a process that it has killed: the kernel may hold it.
-//! May import: `finding`, `trouble`, `words`.
+//! It does not wait for a process that it has killed, because the kernel may hold that process for ever.
 
 use super::finding::{Finding, Line, Verdict};
-use crate::trouble::{Exit, Trouble};
-use crate::words;
+use crate::failure::{Exit, Failure};
+use crate::text;
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
-/// For one check: what an operator waits without wondering.
+/// For one check: an operator waits this long without wondering.
 pub(crate) const CHECK_TIME: Duration = Duration::from_secs(5);
-/// For a whole room, whatever it still has to say.
+/// For a whole room, with all of its checks.
 const ROOM_TIME: Duration = Duration::from_secs(30);
-/// This program, also after its file was replaced by an update.
+/// This program, also after an update has replaced its file.
 const OURSELVES: &str = "/proc/self/exe";
 
-struct Asked {
+struct RunningRoom {
     name: String,
     child: Child,
-    /// The check it is at.
+    /// The name of the running check.
     at: Option<String>,
     check_due: Instant,
     room_due: Instant,
     over: bool,
 }
 
-/// A line of a room, by its number; None when it says no more.
-type News = (usize, Option<String>);
+/// The number of a room, and a line from it; None when the room has closed its output.
+type RoomLine = (usize, Option<String>);
 
-pub(crate) fn ask_all(names: &[&str]) -> Result<Vec<Finding>, Trouble> {
-    let (sender, news) = channel();
-    let mut asked = Vec::new();
+pub(crate) fn run_all(names: &[&str]) -> Result<Vec<Finding>, Failure> {
+    let (sender, lines) = channel();
+    let mut rooms = Vec::new();
     for (number, name) in names.iter().enumerate() {
-        asked.push(ask(number, name, &sender)?);
+        rooms.push(start(number, name, &sender)?);
     }
     drop(sender);
-    let mut findings = listen(&mut asked, &news);
-    // In the order of the rooms, and in each in the order of its checks.
+    let mut findings = listen(&mut rooms, &lines);
+    // In the order of the rooms; the sort is stable, so each room keeps the order of its checks.
     findings.sort_by_key(|f| names.iter().position(|n| *n == f.room));
     Ok(findings)
 }
 
-fn ask(number: usize, name: &str, sender: &Sender<News>) -> Result<Asked, Trouble> {
+fn start(number: usize, name: &str, sender: &Sender<RoomLine>) -> Result<RunningRoom, Failure> {
     let command = Command::new(OURSELVES)
         .args(["doctor-room", name])
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .spawn();
-    let mut child =
-        command.map_err(|e| Trouble::new(Exit::Bad, format!("doctor: starting {name}"), words::of_io(&e)))?;
+    let mut child = command
+        .map_err(|e| Failure::new(Exit::Bad, format!("doctor: starting {name}"), text::io_error(&e)))?;
     if let Some(stdout) = child.stdout.take() {
         let sender = sender.clone();
         // Ends with the room's output, or with this program.
@@ -66,7 +65,7 @@ fn ask(number: usize, name: &str, sender: &Sender<News>) -> Result<Asked, Troubl
         });
     }
     let now = Instant::now();
-    Ok(Asked {
+    Ok(RunningRoom {
         name: name.to_owned(),
         child,
         at: None,
@@ -76,18 +75,18 @@ fn ask(number: usize, name: &str, sender: &Sender<News>) -> Result<Asked, Troubl
     })
 }
 
-fn listen(asked: &mut [Asked], news: &Receiver<News>) -> Vec<Finding> {
+fn listen(rooms: &mut [RunningRoom], lines: &Receiver<RoomLine>) -> Vec<Finding> {
     let mut findings = Vec::new();
-    while let Some(due) = asked.iter().filter(|a| !a.over).map(|a| a.check_due.min(a.room_due)).min() {
-        match news.recv_timeout(due.saturating_duration_since(Instant::now())) {
+    while let Some(due) = rooms.iter().filter(|a| !a.over).map(|a| a.check_due.min(a.room_due)).min() {
+        match lines.recv_timeout(due.saturating_duration_since(Instant::now())) {
             Ok((number, line)) => {
-                if let Some(room) = asked.get_mut(number).filter(|room| !room.over) {
-                    room.hear(line.as_deref(), &mut findings);
+                if let Some(room) = rooms.get_mut(number).filter(|room| !room.over) {
+                    room.receive(line.as_deref(), &mut findings);
                 }
             }
             Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
                 let now = Instant::now();
-                for room in asked.iter_mut().filter(|r| !r.over && (now >= r.check_due || now >= r.room_due))
+                for room in rooms.iter_mut().filter(|r| !r.over && (now >= r.check_due || now >= r.room_due))
                 {
                     room.give_up(&mut findings);
                 }
@@ -97,8 +96,8 @@ fn listen(asked: &mut [Asked], news: &Receiver<News>) -> Vec<Finding> {
     findings
 }
 
-impl Asked {
-    fn hear(&mut self, line: Option<&str>, findings: &mut Vec<Finding>) {
+impl RunningRoom {
+    fn receive(&mut self, line: Option<&str>, findings: &mut Vec<Finding>) {
         self.check_due = Instant::now() + CHECK_TIME;
         match line.map(serde_json::from_str::<Line>) {
             Some(Ok(Line::About { check })) => self.at = Some(check),
@@ -113,7 +112,7 @@ impl Asked {
             Some(Err(_)) | None => {
                 self.over = true;
                 // It has closed its output, so it is ending.
-                let how = self.child.wait().map_or_else(|e| words::of_io(&e), |status| status.to_string());
+                let how = self.child.wait().map_or_else(|e| text::io_error(&e), |status| status.to_string());
                 findings.push(self.failure(&format!("the check ended before it had an answer: {how}")));
             }
         }
@@ -144,8 +143,8 @@ impl Asked {
 mod tests {
     use super::*;
 
-    /// A room whose lines a shell says.
-    fn room(number: usize, script: &str, sender: &Sender<News>) -> Asked {
+    /// A room whose process is a shell.
+    fn room(number: usize, script: &str, sender: &Sender<RoomLine>) -> RunningRoom {
         let mut child = Command::new("/bin/sh").args(["-c", script]).stdout(Stdio::piped()).spawn().unwrap();
         let stdout = child.stdout.take().unwrap();
         let sender = sender.clone();
@@ -156,25 +155,33 @@ mod tests {
             let _ = sender.send((number, None));
         });
         let due = Instant::now() + CHECK_TIME;
-        Asked { name: format!("room{number}"), child, at: None, check_due: due, room_due: due, over: false }
+        RunningRoom {
+            name: format!("room{number}"),
+            child,
+            at: None,
+            check_due: due,
+            room_due: due,
+            over: false,
+        }
     }
 
     #[test]
-    fn a_room_that_hangs_is_given_up_by_name_and_the_others_are_heard() {
-        let (sender, news) = channel();
+    fn a_room_that_hangs_fails_by_name_and_the_others_are_read_to_their_end() {
+        let (sender, lines) = channel();
         let about = serde_json::to_string(&Line::About { check: "space".into() }).unwrap();
         let done = serde_json::to_string(&Line::Done).unwrap();
-        let mut asked = [
+        let mut rooms = [
             room(0, &format!("echo '{about}'; exec sleep 1000"), &sender),
             room(1, &format!("echo '{done}'"), &sender),
             room(2, "exit 3", &sender),
         ];
         let before = Instant::now();
-        let mut findings = listen(&mut asked, &news);
+        let mut findings = listen(&mut rooms, &lines);
         assert!(before.elapsed() >= CHECK_TIME / 2);
         findings.sort_by(|a, b| a.room.cmp(&b.room));
-        let told: Vec<(&str, &str)> = findings.iter().map(|f| (f.room.as_str(), f.check.as_str())).collect();
-        assert_eq!(told, [("room0", "space"), ("room2", "whole room")]);
+        let failed: Vec<(&str, &str)> =
+            findings.iter().map(|f| (f.room.as_str(), f.check.as_str())).collect();
+        assert_eq!(failed, [("room0", "space"), ("room2", "whole room")]);
         assert!(findings[0].found.contains("did not answer within 5 s"), "{:?}", findings[0]);
         assert!(findings[1].found.contains("exit status: 3"), "{:?}", findings[1]);
         assert!(findings.iter().all(|f| f.verdict == Verdict::Fail && f.remedy.is_some()));

@@ -1,64 +1,63 @@
-//! Is the state on its way into the bucket? Only the S3 mode has one.
-//!
-//! May import: `disk` (its share), `facts`, `finding`, `storage`, `words`.
+//! Room storage: are all changes on their way into the bucket? Only S3 mode has one.
 
 use super::disk::share;
-use super::facts;
-use super::finding::{Notebook, Outcome, fail, ok, skip, warn};
-use crate::storage::{self, Glance, InBucket, in_bucket, mode_words};
-use crate::words::{count, fine, size};
+use super::finding::{Checks, Outcome, fail, ok, skip, warn};
+use super::proc_files;
+use super::sources;
+use crate::storage::{self, InBucket, WorkerAnswer, described_mode, in_bucket};
+use crate::units::{count, precise_span, size};
 use cvm_protocol::paths;
 use cvm_protocol::storage::{Drill, Incident, StorageStatus};
 use nix::sys::statvfs::statvfs;
 use nix::unistd::{AccessFlags, access};
 use std::path::{Path, PathBuf};
 
-/// rclone mounts with it.
+/// The program with which rclone mounts.
 const FUSERMOUNT: &str = "fusermount3";
 /// Changes wait on the volume until they are in the bucket, and databases are copied there.
 const FREE_PER_CENT: u64 = 10;
 
-pub(crate) fn check(notebook: &mut Notebook<'_>) {
-    notebook.about("storage worker");
-    let mode = facts::status().map(|status| status.storage.mode);
+pub(crate) fn check(checks: &mut Checks<'_>) {
+    checks.begin("storage worker");
+    let mode = sources::status().map(|status| status.storage.mode);
     let is_there = Path::new(paths::STORAGE_SOCKET).exists();
     match mode.as_deref() {
         Some(storage::MODE) => {}
-        Some(mode) => return notebook.note("storage worker", skip(format!("{mode} mode has none"))),
-        // A dead supervisor must not hide what its worker has to say.
+        Some(mode) => return checks.add("storage worker", skip(format!("{mode} mode has none"))),
+        // A worker is asked also while the supervisor does not answer.
         None if is_there => {}
         None => {
-            return notebook.note("storage worker", skip("the supervisor does not say which mode this is"));
+            return checks.add("storage worker", skip("only the supervisor knows the storage mode"));
         }
     }
-    match Glance::take() {
-        Glance::Seen(status) => {
-            notebook.note("storage worker", ok("it answers"));
-            findings(&status, notebook);
+    match WorkerAnswer::ask() {
+        WorkerAnswer::Status(status) => {
+            checks.add("storage worker", ok("it answers"));
+            findings(&status, checks);
         }
-        Glance::Away(cause) => {
-            let remedy = "`cvm status` shows whether it runs, and `cvm logs storage` what it wrote; nothing is pushed meanwhile";
-            notebook.note("storage worker", fail(cause, remedy));
+        WorkerAnswer::None(cause) => {
+            let remedy = "`cvm status` shows whether it runs, and `cvm logs storage` its last lines; nothing is pushed meanwhile";
+            checks.add("storage worker", fail(cause, remedy));
         }
     }
-    notebook.check(FUSERMOUNT, || fusermount(paths::PATH));
-    notebook.check("room for pending changes", room);
+    checks.run(FUSERMOUNT, || fusermount(paths::PATH));
+    checks.run("space for pending changes", space);
 }
 
-fn findings(status: &StorageStatus, notebook: &mut Notebook<'_>) {
-    notebook.note("phase", phase(status));
+fn findings(status: &StorageStatus, checks: &mut Checks<'_>) {
+    checks.add("phase", phase(status));
     for incident in &status.incidents {
-        notebook.note(&format!("incident: {}", incident.path), of_incident(incident));
+        checks.add(&format!("incident: {}", incident.path), of_incident(incident));
     }
-    notebook.note("changes in the bucket", replicated(status));
-    notebook.note("last drill", drill(status.drill.as_ref()));
+    checks.add("changes in the bucket", replicated(status));
+    checks.add("last drill", drill(status.drill.as_ref()));
 }
 
 fn phase(status: &StorageStatus) -> Outcome {
-    let mode = mode_words(status).map(|m| format!(", {m}")).unwrap_or_default();
+    let mode = described_mode(status).map(|m| format!(", {m}")).unwrap_or_default();
     let why = status.why.as_ref().map(|w| format!(": {w}")).unwrap_or_default();
     let found = format!("{}{mode}{why}", status.phase);
-    let remedy = "`cvm storage status` says what to do now";
+    let remedy = "`cvm storage status` shows what to do now";
     match status.phase.as_str() {
         "ready" => ok(found),
         "opening" | "restoring" | "draining" | "waiting" => warn(found, remedy),
@@ -67,17 +66,17 @@ fn phase(status: &StorageStatus) -> Outcome {
 }
 
 fn of_incident(incident: &Incident) -> Outcome {
-    fail(format!("{}, since {}", incident.what, fine(incident.since_ms_ago)), &incident.remedy)
+    fail(format!("{}, since {}", incident.what, precise_span(incident.since_ms_ago)), &incident.remedy)
 }
 
 fn replicated(status: &StorageStatus) -> Outcome {
-    let words = match in_bucket(status) {
+    let missing = match in_bucket(status) {
         InBucket::Yes => return ok("everything is in the bucket"),
         InBucket::Unknown(why) => return skip(why),
         InBucket::No(what) => what,
     };
-    let Some(oldest) = status.oldest_unreplicated_ms else { return ok(format!("{words} on the way")) };
-    let found = format!("{words} not yet in the bucket, oldest change {} ago", fine(oldest));
+    let Some(oldest) = status.oldest_unreplicated_ms else { return ok(format!("{missing} on the way")) };
+    let found = format!("{missing} not yet in the bucket, oldest change {} ago", precise_span(oldest));
     if oldest < storage::OLD_MS {
         return ok(found);
     }
@@ -85,7 +84,7 @@ fn replicated(status: &StorageStatus) -> Outcome {
         Some(error) => {
             warn(format!("{found}; last error: {error}"), "mend the last error; it is tried again")
         }
-        None => warn(found, "`cvm storage flush` pushes now, and says what is in the way"),
+        None => warn(found, "`cvm storage flush` pushes now, and names the obstacle"),
     }
 }
 
@@ -93,7 +92,8 @@ fn drill(drill: Option<&Drill>) -> Outcome {
     let Some(drill) = drill else { return skip("none yet: `cvm storage drill` makes one") };
     let files = count(drill.files, "file", "files");
     let databases = count(drill.databases, "database", "databases");
-    let found = format!("{files} and {databases} restored {} ago: {}", fine(drill.ago_ms), drill.text);
+    let found =
+        format!("{files} and {databases} restored {} ago: {}", precise_span(drill.ago_ms), drill.text);
     if drill.good {
         return ok(found);
     }
@@ -114,9 +114,9 @@ fn fusermount(path: &str) -> Outcome {
     }
 }
 
-fn room() -> Outcome {
-    // Where a fuse mount is below /data, its upper layer is on the volume behind it.
-    let mounts = facts::mounts(&facts::read("/proc/self/mountinfo").unwrap_or_default());
+fn space() -> Outcome {
+    // With a FUSE mount at /data, the volume with the upper layer is mounted elsewhere.
+    let mounts = proc_files::mounts(&proc_files::read("/proc/self/mountinfo").unwrap_or_default());
     let behind = mounts.iter().any(|m| m.point == paths::VOLUME);
     let place = PathBuf::from(if behind { paths::VOLUME } else { paths::DATA });
     match statvfs(&place) {
@@ -128,13 +128,13 @@ fn room() -> Outcome {
                 u64::from(data.blocks_available()),
                 u64::from(data.blocks()),
             ];
-            judge_room(free.saturating_mul(block), total.saturating_mul(block), &place)
+            judge_space(free.saturating_mul(block), total.saturating_mul(block), &place)
         }
         Err(errno) => fail(format!("{}: {}", place.display(), errno.desc()), "see disk: is there a volume?"),
     }
 }
 
-fn judge_room(free: u64, total: u64, place: &Path) -> Outcome {
+fn judge_space(free: u64, total: u64, place: &Path) -> Outcome {
     let share = share(free, total);
     let found = format!("{} free on {} ({share} %)", size(free), place.display());
     if share >= FREE_PER_CENT {
@@ -154,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn a_good_bucket_has_nothing_but_well() {
+    fn every_check_of_a_good_bucket_is_ok() {
         for status in [good(), pending()] {
             let all = findings_of(|n| findings(&status, n));
             assert!(all.iter().all(|f| f.verdict == Verdict::Ok), "{all:?}");
@@ -162,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn every_trouble_of_the_bucket_has_a_remedy() {
+    fn every_fault_of_the_bucket_has_a_remedy() {
         let all = findings_of(|n| findings(&troubled(), n));
         assert_eq!(verdict(&all, "phase"), Verdict::Fail);
         assert_eq!(verdict(&all, "incident: openclaw/agents/main/memory.db"), Verdict::Fail);
@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn a_program_is_looked_for_where_services_look() {
+    fn fusermount_is_searched_in_the_path_of_services() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().to_str().unwrap();
         assert_eq!(fusermount(path).verdict, Verdict::Warn);
@@ -192,8 +192,8 @@ mod tests {
     }
 
     #[test]
-    fn little_room_is_a_warning() {
-        let of = |free| judge_room(free, 1000, Path::new("/data")).verdict;
+    fn little_space_is_a_warning() {
+        let of = |free| judge_space(free, 1000, Path::new("/data")).verdict;
         assert_eq!((of(100), of(99), of(0)), (Verdict::Ok, Verdict::Warn, Verdict::Warn));
     }
 }

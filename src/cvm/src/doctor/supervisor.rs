@@ -1,40 +1,37 @@
-//! Is PID 1 there, and what does it say of itself? May import: `facts`, `finding`,
-//! `socket`, `words`.
+//! Room supervisor: does PID 1 answer, and how does each service stand?
 
-use super::facts::PATIENCE;
-use super::finding::{Notebook, Outcome, fail, ok, warn};
-use crate::socket;
-use crate::words::{count, span};
+use super::finding::{Checks, Outcome, fail, ok, warn};
+use super::sources::PATIENCE;
+use crate::control_socket;
+use crate::units::{count, span};
 use cvm_protocol::status::{Phase, Service, Status};
 
-pub(crate) fn check(notebook: &mut Notebook<'_>) {
-    notebook.about("control socket");
-    let status = match socket::status_within(PATIENCE) {
+pub(crate) fn check(checks: &mut Checks<'_>) {
+    checks.begin("control socket");
+    let status = match control_socket::status_within(PATIENCE) {
         Ok(snapshot) => snapshot.status,
-        Err(trouble) => {
-            let remedy = trouble.hint.unwrap_or_default();
-            return notebook.note("control socket", fail(trouble.cause, remedy));
+        Err(failure) => {
+            let remedy = failure.hint.unwrap_or_default();
+            return checks.add("control socket", fail(failure.cause, remedy));
         }
     };
-    notebook.note(
-        "control socket",
-        ok(format!("openclaw-cvm {}, up {}", status.version, span(status.uptime_ms))),
-    );
-    findings(&status, notebook);
+    checks
+        .add("control socket", ok(format!("openclaw-cvm {}, up {}", status.version, span(status.uptime_ms))));
+    findings(&status, checks);
 }
 
-fn findings(status: &Status, notebook: &mut Notebook<'_>) {
-    notebook.check("health", || health(status));
+fn findings(status: &Status, checks: &mut Checks<'_>) {
+    checks.run("health", || health(status));
     for service in &status.services {
-        notebook.check(&format!("service {}", service.name), || of_service(service));
+        checks.run(&format!("service {}", service.name), || of_service(service));
     }
     for door in &status.doors {
-        notebook.note(&format!("open door: {}", door.name), warn(&door.risk, &door.remedy));
+        checks.add(&format!("open door: {}", door.name), warn(&door.risk, &door.remedy));
     }
     for remark in &status.remarks {
-        notebook.note(
+        checks.add(
             &format!("remark: {}", remark.topic),
-            warn(&remark.text, "`cvm logs supervisor` tells more"),
+            warn(&remark.text, "`cvm logs supervisor` shows more"),
         );
     }
 }
@@ -45,8 +42,8 @@ fn health(status: &Status) -> Outcome {
     }
     let found = status.unhealthy.join("; ");
     match status.phase {
-        Phase::Booting => warn(found, "the boot is under way: `cvm status --watch`"),
-        Phase::Stopping => warn(found, "it is being stopped; nothing to do"),
+        Phase::Booting => warn(found, "the boot is not over yet: `cvm status --watch`"),
+        Phase::Stopping => warn(found, "the machine is being stopped; nothing to do"),
         Phase::Running | Phase::Degraded => {
             fail(found, "`cvm status` shows each service with its reason and remedy")
         }
@@ -58,13 +55,13 @@ fn of_service(service: &Service) -> Outcome {
     let why =
         service.why.as_ref().or(service.last_end.as_ref()).map(|w| format!(": {w}")).unwrap_or_default();
     let found = format!("{}{why}", service.state);
-    let remedy = format!("`cvm logs {name}` shows its last words; next: {}", service.next_action);
-    let trouble = |found, remedy| if service.required { fail(found, remedy) } else { warn(found, remedy) };
+    let remedy = format!("`cvm logs {name}` shows its last lines; next: {}", service.next_action);
+    let fault = |found, remedy| if service.required { fail(found, remedy) } else { warn(found, remedy) };
     match service.state.as_str() {
-        "parked" | "stuck" => trouble(found, remedy),
+        "parked" | "stuck" => fault(found, remedy),
         _ if service.crash_loop => {
             let failures = count(u64::from(service.failures_in_a_row), "failure", "failures");
-            trouble(format!("crash loop, {failures} in a row{why}"), remedy)
+            fault(format!("crash loop, {failures} in a row{why}"), remedy)
         }
         "blocked" | "waiting" | "stopped" => warn(found, remedy),
         _ if service.dropped_lines > 0 => {
@@ -85,13 +82,13 @@ mod tests {
     use crate::status::samples;
 
     #[test]
-    fn a_healthy_machine_has_nothing_but_well() {
+    fn every_check_of_a_healthy_machine_is_ok() {
         let all = findings_of(|n| findings(&samples::healthy(), n));
         assert!(all.iter().all(|f| f.verdict == Verdict::Ok), "{all:?}");
     }
 
     #[test]
-    fn every_trouble_of_the_supervisor_has_a_remedy() {
+    fn every_fault_that_the_supervisor_shows_has_a_remedy() {
         let all = findings_of(|n| findings(&samples::troubled(), n));
         let of = |check: &str| all.iter().find(|f| f.check == check).unwrap().verdict;
         assert_eq!(of("health"), Verdict::Fail);

@@ -1,35 +1,33 @@
-//! Logs of boots that are over, also of machines that are gone: the storage worker has them from
-//! the bucket.
-//!
-//! May import: `args`, `look`, `sink`, `storage`, `trouble`.
+//! The logs of earlier boots, also of machines that are gone: the storage worker reads them from the
+//! bucket.
 
 use crate::args::Lines;
-use crate::look::Look;
-use crate::sink::Sink;
+use crate::failure::{Exit, Failure};
+use crate::safe_output::SafeOutput;
 use crate::storage::{Client, Patience, decoded, print_to_the_end, to_the_end};
-use crate::trouble::{Exit, Trouble};
+use crate::style::Style;
 use cvm_protocol::storage::{Answer, Ask};
 use std::collections::VecDeque;
 
-/// What one wants to read of a machine that is gone: how it ended.
+/// The log that shows how a machine ended.
 const USUAL: &str = "supervisor";
 
-pub(super) fn list() -> Result<Exit, Trouble> {
+pub(super) fn list() -> Result<Exit, Failure> {
     print_to_the_end(Client::ask("logs --boots", Ask::Boots, Patience::working(None))?)
 }
 
-pub(super) fn show(boot: i32, log: Option<&str>, lines: Lines) -> Result<Exit, Trouble> {
+pub(super) fn show(boot: i32, log: Option<&str>, lines: Lines) -> Result<Exit, Failure> {
     let log = log.unwrap_or(USUAL).to_owned();
     let what = format!("logs --boot {boot} {log}");
     let client = Client::ask(&what, Ask::BootLog { boot, log }, Patience::working(None))?;
-    let mut sink = Sink::new(Look::of_stdout().terminal);
+    let mut output = SafeOutput::new(Style::of_stdout().is_terminal);
     let mut kept = Kept::new(lines);
     let mut feed = |bytes: &[u8]| match &mut kept {
         Some(kept) => {
             kept.add(bytes);
             Ok(())
         }
-        None => sink.write(bytes),
+        None => output.write(bytes),
     };
     to_the_end(client, |answer| match answer {
         Answer::Line { text } => Some(feed((text + "\n").as_bytes())),
@@ -37,20 +35,20 @@ pub(super) fn show(boot: i32, log: Option<&str>, lines: Lines) -> Result<Exit, T
         _ => None,
     })?;
     for line in kept.into_iter().flat_map(|k| k.lines) {
-        sink.write(&line)?;
+        output.write(&line)?;
     }
-    sink.finish()?;
+    output.finish()?;
     Ok(Exit::Good)
 }
 
-/// The last lines of what comes in pieces.
+/// The last lines of a text that arrives in pieces.
 struct Kept {
     most: usize,
     lines: VecDeque<Vec<u8>>,
 }
 
 impl Kept {
-    /// None: everything is wanted, so nothing has to be kept.
+    /// None if all lines are wanted, because then they are printed as they arrive.
     fn new(lines: Lines) -> Option<Self> {
         match lines {
             Lines::All => None,

@@ -1,15 +1,13 @@
-//! Following a log across rotation.
+//! Follows a log across rotations.
 //!
-//! Waits for inotify on the directory, so nothing is polled while nothing is written; looks
-//! again every [`LOOK_AGAIN_MS`] all the same, because inotify says nothing on some file systems.
-//! A reader that goes away is noticed while waiting, not with the next line.
-//!
-//! May import: `sink`, `trouble`, and `super`.
+//! It waits for inotify on the directory, and reads the files every [`INTERVAL_MS`] all the same, because
+//! inotify reports nothing on some file systems. It notices at once that its reader has left, not at the
+//! next line.
 
+use super::file::{Log, unreadable};
 use super::tail::{CopyError, copy_rest, is_same};
-use super::{Log, unreadable};
-use crate::sink::Sink;
-use crate::trouble::{Trouble, warn};
+use crate::failure::{Failure, warn};
+use crate::safe_output::SafeOutput;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
@@ -17,14 +15,14 @@ use std::fs::File;
 use std::io::{Seek, SeekFrom};
 use std::os::fd::AsFd as _;
 
-const LOOK_AGAIN_MS: u16 = 2000;
+const INTERVAL_MS: u16 = 2000;
 
-/// Until somebody interrupts it, or nobody reads any more.
-pub(crate) fn go(log: &Log, current: &mut Option<File>, sink: &mut Sink) -> Result<(), Trouble> {
+/// Follows the log until the operator interrupts it, or the reader has left.
+pub(crate) fn go(log: &Log, current: &mut Option<File>, output: &mut SafeOutput) -> Result<(), Failure> {
     let events = watch(log).ok();
     while wait(events.as_ref()) {
-        catch_up(log, current, sink)?;
-        sink.flush()?;
+        catch_up(log, current, output)?;
+        output.flush()?;
     }
     Ok(())
 }
@@ -36,43 +34,47 @@ fn watch(log: &Log) -> nix::Result<Inotify> {
     Ok(events)
 }
 
-/// Whether anybody still reads.
+/// Waits for a change, and returns whether there is still a reader.
 fn wait(events: Option<&Inotify>) -> bool {
     let stdout = std::io::stdout();
-    // Nothing is asked of it, so only its end wakes: POLLERR on a pipe without a reader.
+    // Without requested events only the end of the pipe wakes this: POLLERR once it has no reader.
     let mut fds = vec![PollFd::new(stdout.as_fd(), PollFlags::empty())];
     fds.extend(events.map(|events| PollFd::new(events.as_fd(), PollFlags::POLLIN)));
-    match poll(&mut fds, PollTimeout::from(LOOK_AGAIN_MS)) {
+    match poll(&mut fds, PollTimeout::from(INTERVAL_MS)) {
         Ok(_) | Err(Errno::EINTR) => {}
         Err(_) => return false,
     }
     if let Some(events) = events {
-        // What happened does not matter: the files are looked at.
+        // The events themselves do not matter, because the files are read anyway.
         while events.read_events().is_ok_and(|some| !some.is_empty()) {}
     }
     let ended = PollFlags::POLLERR | PollFlags::POLLHUP | PollFlags::POLLNVAL;
     !fds[0].revents().is_some_and(|happened| happened.intersects(ended))
 }
 
-/// Shows what was written since the last call, in the current file and in those that followed it.
-pub(crate) fn catch_up(log: &Log, current: &mut Option<File>, sink: &mut Sink) -> Result<(), Trouble> {
-    // First which file is the current one, then the rest of ours: what is written into ours
-    // after this is found in the next turn.
+/// Shows the lines since the last call, in the current file and in those that followed it.
+pub(crate) fn catch_up(
+    log: &Log,
+    current: &mut Option<File>,
+    output: &mut SafeOutput,
+) -> Result<(), Failure> {
+    // The named file is opened before ours is read: a line that is written into ours afterwards is found
+    // by the next call.
     let named = Log::open(&log.path())?;
     if let Some(ours) = current {
         rewind_if_cut(ours).map_err(|e| unreadable(&log.path(), &e))?;
-        copy_rest(ours, sink).map_err(|e| e.trouble(log))?;
+        copy_rest(ours, output).map_err(|e| e.into_failure(log))?;
     }
     let Some(mut next) = named else { return Ok(()) };
     if current.as_ref().is_some_and(|ours| is_same(ours, &next)) {
         return Ok(());
     }
     if let Some(ours) = current {
-        // The writer may have put a last line into it between the two looks.
-        copy_rest(ours, sink).map_err(|e| e.trouble(log))?;
-        show_skipped(log, ours, sink).map_err(|e| e.trouble(log))?;
+        // The writer may have added a last line before it rotated.
+        copy_rest(ours, output).map_err(|e| e.into_failure(log))?;
+        show_skipped(log, ours, output).map_err(|e| e.into_failure(log))?;
     }
-    copy_rest(&mut next, sink).map_err(|e| e.trouble(log))?;
+    copy_rest(&mut next, output).map_err(|e| e.into_failure(log))?;
     *current = Some(next);
     Ok(())
 }
@@ -85,21 +87,21 @@ fn rewind_if_cut(file: &mut File) -> std::io::Result<()> {
     Ok(())
 }
 
-/// If what is now the old file is not ours, there was more than one rotation since the last
-/// look: the old one is new to us, and what came before it is gone.
-fn show_skipped(log: &Log, ours: &File, sink: &mut Sink) -> Result<(), CopyError> {
+/// If the old file is not ours, the log has rotated more than once since the last call: the old file was
+/// not shown yet, and the files before it are gone.
+fn show_skipped(log: &Log, ours: &File, output: &mut SafeOutput) -> Result<(), CopyError> {
     let Ok(Some(mut old)) = Log::open(&log.old_path()) else { return Ok(()) };
     if is_same(ours, &old) {
         return Ok(());
     }
     warn("the log rotated faster than it could be followed; lines may be missing here");
-    copy_rest(&mut old, sink)
+    copy_rest(&mut old, output)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sink::tests::Heard;
+    use crate::safe_output::tests::Written;
     use std::fs::{OpenOptions, rename, write};
     use std::io::Write as _;
 
@@ -107,17 +109,17 @@ mod tests {
         _dir: tempfile::TempDir,
         log: Log,
         current: Option<File>,
-        heard: Heard,
-        sink: Sink,
+        written: Written,
+        output: SafeOutput,
     }
 
     impl Scene {
         fn new() -> Self {
             let dir = tempfile::tempdir().unwrap();
             let log = Log { name: "s".into(), directory: dir.path().to_owned() };
-            let heard = Heard::default();
-            let sink = heard.sink(false);
-            Self { _dir: dir, log, current: None, heard, sink }
+            let written = Written::default();
+            let output = written.output(false);
+            Self { _dir: dir, log, current: None, written, output }
         }
 
         fn append(&self, text: &str) {
@@ -130,8 +132,8 @@ mod tests {
         }
 
         fn seen(&mut self) -> String {
-            catch_up(&self.log, &mut self.current, &mut self.sink).unwrap();
-            self.heard.text()
+            catch_up(&self.log, &mut self.current, &mut self.output).unwrap();
+            self.written.text()
         }
     }
 
@@ -144,7 +146,7 @@ mod tests {
         assert_eq!(scene.seen(), "1\n");
         scene.append("2\n");
         scene.rotate();
-        // Between two files there is none of the name.
+        // During a rotation no file has the name.
         assert_eq!(scene.seen(), "1\n2\n");
         scene.append("3\n");
         assert_eq!(scene.seen(), "1\n2\n3\n");

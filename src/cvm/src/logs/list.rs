@@ -1,26 +1,22 @@
-//! Which logs there are, how large, and when each last said something.
-//!
-//! May import: `look`, `table`, `trouble`, `words`, and `super`.
+//! The list of logs: the size of each, and the time of its last line.
 
-use super::unreadable;
-use crate::look::{Look, Tone};
+use crate::style::{Style, Tone};
 use crate::table::{self, Cell, Column, NONE, Row, STAYS};
-use crate::trouble::Trouble;
-use crate::words::{size, span};
+use crate::units::{size, span};
 use std::collections::BTreeSet;
 use std::fs::{File, Metadata};
 use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
 use std::time::UNIX_EPOCH;
 
-/// Where the last line begins is looked for in this much.
+/// The bytes at the end of a file in which the last line is searched.
 const END: u64 = 8 * 1024;
 /// `2026-11-20T23:59:59.999Z`
 const STAMP_LEN: usize = 24;
 
 /// Names of all logs, sorted.
-pub(crate) fn names(directory: &Path) -> Result<Vec<String>, Trouble> {
-    let entries = std::fs::read_dir(directory).map_err(|e| unreadable(directory, &e))?;
+pub(crate) fn names(directory: &Path) -> std::io::Result<Vec<String>> {
+    let entries = std::fs::read_dir(directory)?;
     let mut names = BTreeSet::new();
     for entry in entries.flatten() {
         let file = entry.file_name();
@@ -32,7 +28,7 @@ pub(crate) fn names(directory: &Path) -> Result<Vec<String>, Trouble> {
     Ok(names.into_iter().collect())
 }
 
-pub(crate) fn page(directory: &Path, now_ms: u64, look: Look) -> Result<String, Trouble> {
+pub(crate) fn page(directory: &Path, now_ms: u64, style: Style) -> std::io::Result<String> {
     const COLUMNS: [Column; 4] = [
         Column { title: "LOG", right: false, keep: STAYS },
         Column { title: "SIZE", right: true, keep: 3 },
@@ -44,7 +40,7 @@ pub(crate) fn page(directory: &Path, now_ms: u64, look: Look) -> Result<String, 
         return Ok(format!("There are no logs in {}.\n", directory.display()));
     }
     let rows: Vec<Row> = names.iter().map(|name| row(directory, name, now_ms)).collect();
-    Ok(table::render(&COLUMNS, &rows, look))
+    Ok(table::render(&COLUMNS, &rows, style))
 }
 
 fn row(directory: &Path, name: &str, now_ms: u64) -> Row {
@@ -67,9 +63,9 @@ fn row(directory: &Path, name: &str, now_ms: u64) -> Row {
     }
 }
 
-/// The time at the beginning of the last line that has one. Its text is not shown: a list of
-/// logs should be safe to be pasted in public.
-pub(crate) fn last_stamp(path: &Path) -> Option<String> {
+/// The time of the last line that has one. The text of the line stays out, so that a list of logs may be
+/// pasted in public.
+fn last_stamp(path: &Path) -> Option<String> {
     let mut file = File::open(path).ok()?;
     let length = file.metadata().ok()?.len();
     file.seek(SeekFrom::Start(length.saturating_sub(END))).ok()?;
@@ -80,6 +76,12 @@ pub(crate) fn last_stamp(path: &Path) -> Option<String> {
         is_stamp(text).then(|| text.to_owned())
     };
     end.split(|b| *b == b'\n').rev().find_map(stamp)
+}
+
+/// The newest time in the last lines of all logs.
+pub(crate) fn newest_stamp(directory: &Path) -> Option<String> {
+    let logs = names(directory).ok()?;
+    logs.iter().filter_map(|name| last_stamp(&directory.join(format!("{name}.log")))).max()
 }
 
 fn is_stamp(text: &str) -> bool {
@@ -100,7 +102,7 @@ mod tests {
         write("gateway.log.1", &"x".repeat(2048));
         write("sshd.log", "");
         write("sshd.log.1", "2026-11-19T00:00:00.000Z old\n");
-        let page = page(dir.path(), 0, Look::plain(100)).unwrap();
+        let page = page(dir.path(), 0, Style::plain(100)).unwrap();
         let expected = "\
 LOG         SIZE   AGO  LAST LINE
 gateway  2.0 KiB  0 ms  2026-11-20T23:59:59.999Z
@@ -110,8 +112,12 @@ sshd        29 B  0 ms  2026-11-19T00:00:00.000Z
     }
 
     #[test]
-    fn no_directory_is_told_with_a_remedy() {
-        let trouble = page(Path::new("/no/such/place"), 0, Look::plain(80)).unwrap_err();
-        assert!(trouble.to_string().contains("--directory"), "{trouble}");
+    fn the_newest_time_is_that_of_any_log() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(newest_stamp(dir.path()), None);
+        for (name, stamp) in [("a", "2026-11-19T00:00:00.000Z"), ("b", "2026-11-20T23:59:58.000Z")] {
+            std::fs::write(dir.path().join(format!("{name}.log")), format!("{stamp} text\n")).unwrap();
+        }
+        assert_eq!(newest_stamp(dir.path()).as_deref(), Some("2026-11-20T23:59:58.000Z"));
     }
 }

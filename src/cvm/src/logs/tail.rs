@@ -1,22 +1,21 @@
-//! The last lines of a log, over the border between the old file and the current one.
-//!
-//! Reads backwards in blocks: a log of 10 MiB costs as little as its end.
-//! May import: `args`, `sink`, `trouble`, and `super`.
+//! The last lines of a log, across the border between the old file and the current one. Files are read
+//! backwards in blocks, so the length of a log does not matter.
 
-use super::{Log, unreadable};
+use super::file::{Log, unreadable};
 use crate::args::Lines;
-use crate::sink::Sink;
-use crate::trouble::Trouble;
+use crate::failure::Failure;
+use crate::safe_output::SafeOutput;
+use memchr::memrchr_iter;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::fs::FileExt as _;
 
 const BLOCK: u64 = 64 * 1024;
 
-/// Shows the end of the log, and yields the current file, read to where it ended just now.
-pub(crate) fn show(log: &Log, lines: Lines, sink: &mut Sink) -> Result<Option<File>, Trouble> {
-    // Opened before the old one: if they are exchanged between the two, nothing is seen twice
-    // but the current file, which then is the old one, and that is noticed below.
+/// Shows the end of the log, and returns the current file, read to its end.
+pub(crate) fn show(log: &Log, lines: Lines, output: &mut SafeOutput) -> Result<Option<File>, Failure> {
+    // Opened before the old file: if the log rotates between the two, the old file is the same one, which
+    // the filter notices.
     let mut current = Log::open(&log.path())?;
     let old = Log::open(&log.old_path())?.filter(|old| !current.as_ref().is_some_and(|c| is_same(c, old)));
     let (start, missing) = match (&current, lines) {
@@ -31,10 +30,10 @@ pub(crate) fn show(log: &Log, lines: Lines, sink: &mut Sink) -> Result<Option<Fi
             Lines::All => 0,
             Lines::Last(_) => start_of_last(&old, missing).map_err(|e| unreadable(&log.old_path(), &e))?.0,
         };
-        copy(&mut old, from, sink).map_err(|e| e.trouble(log))?;
+        copy(&mut old, from, output).map_err(|e| e.into_failure(log))?;
     }
     if let Some(file) = &mut current {
-        copy(file, start, sink).map_err(|e| e.trouble(log))?;
+        copy(file, start, output).map_err(|e| e.into_failure(log))?;
     }
     Ok(current)
 }
@@ -47,7 +46,7 @@ pub(crate) fn is_same(a: &File, b: &File) -> bool {
     }
 }
 
-/// Where the last `wanted` lines begin, and how many the file lacks of them. A last line
+/// The position where the last `wanted` lines begin, and how many of them the file lacks. A last line
 /// without a line break counts.
 fn start_of_last(file: &File, wanted: usize) -> std::io::Result<(u64, usize)> {
     let length = file.metadata()?.len();
@@ -61,12 +60,12 @@ fn start_of_last(file: &File, wanted: usize) -> std::io::Result<(u64, usize)> {
         let begin = end.saturating_sub(BLOCK);
         let piece = &mut block[..usize::try_from(end - begin).unwrap_or(usize::MAX)];
         file.read_exact_at(piece, begin)?;
-        for (i, byte) in (begin..).zip(piece.iter()).collect::<Vec<_>>().into_iter().rev() {
-            // The very last line break ends a line; it does not begin one.
-            if *byte == b'\n' && i + 1 < length {
+        for next in memrchr_iter(b'\n', piece).map(|at| begin + at as u64 + 1) {
+            // The very last line break ends a line and begins none.
+            if next < length {
                 found += 1;
                 if found == wanted {
-                    return Ok((i + 1, 0));
+                    return Ok((next, 0));
                 }
             }
         }
@@ -76,33 +75,33 @@ fn start_of_last(file: &File, wanted: usize) -> std::io::Result<(u64, usize)> {
     Ok((0, wanted - lines))
 }
 
-/// Which side of a copy failed.
+/// The side of a copy that failed.
 pub(crate) enum CopyError {
     Reading(std::io::Error),
-    Writing(Trouble),
+    Writing(Failure),
 }
 
 impl CopyError {
-    pub(crate) fn trouble(self, log: &Log) -> Trouble {
+    pub(crate) fn into_failure(self, log: &Log) -> Failure {
         match self {
             Self::Reading(error) => unreadable(&log.path(), &error),
-            Self::Writing(trouble) => trouble,
+            Self::Writing(failure) => failure,
         }
     }
 }
 
-fn copy(file: &mut File, from: u64, sink: &mut Sink) -> Result<(), CopyError> {
+fn copy(file: &mut File, from: u64, output: &mut SafeOutput) -> Result<(), CopyError> {
     file.seek(SeekFrom::Start(from)).map_err(CopyError::Reading)?;
-    copy_rest(file, sink)
+    copy_rest(file, output)
 }
 
-/// Everything from where the file stands to its end.
-pub(crate) fn copy_rest(file: &mut File, sink: &mut Sink) -> Result<(), CopyError> {
+/// Copies the file from its position to its end.
+pub(crate) fn copy_rest(file: &mut File, output: &mut SafeOutput) -> Result<(), CopyError> {
     let mut bytes = [0u8; 16 * 1024];
     loop {
         match file.read(&mut bytes) {
             Ok(0) => return Ok(()),
-            Ok(n) => sink.write(&bytes[..n]).map_err(CopyError::Writing)?,
+            Ok(n) => output.write(&bytes[..n]).map_err(CopyError::Writing)?,
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
             Err(error) => return Err(CopyError::Reading(error)),
         }
@@ -112,7 +111,7 @@ pub(crate) fn copy_rest(file: &mut File, sink: &mut Sink) -> Result<(), CopyErro
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sink::tests::Heard;
+    use crate::safe_output::tests::Written;
 
     fn shown(old: Option<&str>, current: Option<&str>, lines: Lines) -> String {
         let dir = tempfile::tempdir().unwrap();
@@ -122,9 +121,9 @@ mod tests {
                 std::fs::write(path, text).unwrap();
             }
         }
-        let heard = Heard::default();
-        show(&log, lines, &mut heard.sink(false)).unwrap();
-        heard.text()
+        let written = Written::default();
+        show(&log, lines, &mut written.output(false)).unwrap();
+        written.text()
     }
 
     #[test]
@@ -147,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_are_counted_over_the_borders_of_blocks() {
+    fn lines_are_counted_across_the_borders_of_blocks() {
         let long = "x".repeat(100_000);
         let text = format!("first\n{long}\n{long}\nlast\n");
         assert_eq!(shown(None, Some(&text), Lines::Last(3)), format!("{long}\n{long}\nlast\n"));

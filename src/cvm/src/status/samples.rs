@@ -111,7 +111,7 @@ pub(crate) fn healthy() -> Status {
     }
 }
 
-/// A dead bucket, and every state that asks for attention.
+/// A dead bucket, and every state that needs attention.
 pub(crate) fn troubled() -> Status {
     let bucket = "the bucket answers 403 to a listing: check AWS_ACCESS_KEY_ID (Schlüssel für „übermorgen“)";
     let storage = Step {

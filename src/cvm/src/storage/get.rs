@@ -1,19 +1,18 @@
 //! `cvm storage get`: one file, straight from the bucket.
 //!
-//! A file is written under another name beside its own and gets its name when all of it has
-//! come and was found good, so that a file of the wanted name is never half of one.
-//!
-//! Refuses to pour bytes that are no text over a terminal, and to replace what is no regular
-//! file. May import: `args`, `look`, `out`, `sink`, `trouble`, `words`, `client`, `follow`.
+//! The file is written under another name and gets its own when all of it has arrived and is good, so
+//! that a file of the wanted name is never half of one. Bytes that are no text do not go to a terminal
+//! unless the operator insists.
 
 use super::client::{Client, Patience};
 use super::follow::to_the_end;
 use crate::args::StorageGetArgs;
-use crate::look::Look;
-use crate::out;
-use crate::sink::Sink;
-use crate::trouble::{Exit, Trouble};
-use crate::words::{self, size};
+use crate::failure::{Exit, Failure};
+use crate::safe_output::SafeOutput;
+use crate::stdout;
+use crate::style::Style;
+use crate::text;
+use crate::units::size;
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use cvm_protocol::storage::{Answer, Ask};
@@ -24,7 +23,7 @@ use std::path::{Path, PathBuf};
 
 const WHAT: &str = "storage get";
 
-pub(super) fn run(args: &StorageGetArgs) -> Result<Exit, Trouble> {
+pub(super) fn run(args: &StorageGetArgs) -> Result<Exit, Failure> {
     let verb = Ask::Get { path: args.path.clone() };
     let ask = || Client::ask(WHAT, verb, Patience::working(None));
     match args.output.as_deref() {
@@ -33,75 +32,75 @@ pub(super) fn run(args: &StorageGetArgs) -> Result<Exit, Trouble> {
     }
 }
 
-fn to_stdout(raw: bool, ask: impl FnOnce() -> Result<Client, Trouble>) -> Result<Exit, Trouble> {
-    let careful = Look::of_stdout().terminal && !raw;
-    let mut sink = Sink::new(careful);
+fn to_stdout(raw: bool, ask: impl FnOnce() -> Result<Client, Failure>) -> Result<Exit, Failure> {
+    let careful = Style::of_stdout().is_terminal && !raw;
+    let mut output = SafeOutput::new(careful);
     let mut first = true;
     to_the_end(ask()?, |answer| {
         take(answer, |bytes| {
             if careful && !is_text(bytes, first) {
                 let hint = "name a file with -o FILE; or -o - if you mean it";
-                return Err(Trouble::new(Exit::Bad, WHAT, "this is no text for a terminal").hint(hint));
+                return Err(Failure::new(Exit::Bad, WHAT, "this is no text for a terminal").hint(hint));
             }
             first = false;
-            sink.write(bytes)
+            output.write(bytes)
         })
     })?;
-    sink.finish()?;
+    output.finish()?;
     Ok(Exit::Good)
 }
 
-fn to_file(file: &Path, ask: impl FnOnce() -> Result<Client, Trouble>) -> Result<Exit, Trouble> {
+fn to_file(file: &Path, ask: impl FnOnce() -> Result<Client, Failure>) -> Result<Exit, Failure> {
     let mut target = Target::open(file)?;
     to_the_end(ask()?, |answer| take(answer, |bytes| target.write(bytes)))?;
     let written = target.written;
     target.keep()?;
-    out::print(&format!("{}: {}\n", words::clean(&file.to_string_lossy()), size(written)))?;
+    stdout::print(&format!("{}: {}\n", text::clean(&file.to_string_lossy()), size(written)))?;
     Ok(Exit::Good)
 }
 
-fn take(answer: Answer, to: impl FnOnce(&[u8]) -> Result<(), Trouble>) -> Option<Result<(), Trouble>> {
+fn take(answer: Answer, to: impl FnOnce(&[u8]) -> Result<(), Failure>) -> Option<Result<(), Failure>> {
     match answer {
         Answer::Data { base64 } => Some(decoded(WHAT, &base64).and_then(|bytes| to(&bytes))),
         _ => None,
     }
 }
 
-pub(crate) fn decoded(what: &str, base64: &str) -> Result<Vec<u8>, Trouble> {
-    BASE64_STANDARD.decode(base64).map_err(|_| super::client::no_answer_fits(what))
+pub(crate) fn decoded(what: &str, base64: &str) -> Result<Vec<u8>, Failure> {
+    BASE64_STANDARD.decode(base64).map_err(|_| super::client::unexpected_answer(what))
 }
 
-/// The rest of a file that began as text is made harmless anyway, so only the first piece is
-/// looked at closely. Its end may cut a character.
+/// Whether a piece of a file looks like text. Only the first piece is checked closely, because the
+/// output is made harmless anyway. A piece may end within a character.
 fn is_text(piece: &[u8], first: bool) -> bool {
     let cut = |error: std::str::Utf8Error| error.error_len().is_none();
     !piece.contains(&0) && (!first || std::str::from_utf8(piece).map_or_else(cut, |_| true))
 }
 
-/// A file that is not there yet.
+/// A file that is being written.
 struct Target {
-    /// What is in the way of errors' words.
+    /// The path as messages show it.
     shown: String,
     file: File,
     written: u64,
-    /// From where to where it is renamed; None for what has no content of its own to replace.
+    /// The path of the part and the path of the whole; None for a pipe or a device, which is written in place.
     rename: Option<(PathBuf, PathBuf)>,
 }
 
 impl Target {
-    fn open(wanted: &Path) -> Result<Self, Trouble> {
+    fn open(wanted: &Path) -> Result<Self, Failure> {
         let shown = wanted.to_string_lossy().into_owned();
-        let trouble = |error: std::io::Error| of_file(&shown, &error);
-        // A link is followed: what it leads to is replaced, and not the link.
+        let failure = |error: std::io::Error| of_file(&shown, &error);
+        // A link is followed, so that its target is replaced and not the link.
         let place = wanted.canonicalize().unwrap_or_else(|_| wanted.to_owned());
         if let Ok(data) = place.metadata() {
             if data.is_dir() {
                 let hint = "name a file, not a directory";
-                return Err(Trouble::new(Exit::Usage, what_of(&shown), "it is a directory").hint(hint));
+                return Err(Failure::new(Exit::Usage, what_of(&shown), "it is a directory").hint(hint));
             }
             if !data.is_file() {
                 // A pipe or a device cannot be replaced, only written to.
-                let file = OpenOptions::new().write(true).open(&place).map_err(trouble)?;
+                let file = OpenOptions::new().write(true).open(&place).map_err(failure)?;
                 return Ok(Self { shown, file, written: 0, rename: None });
             }
         }
@@ -109,17 +108,17 @@ impl Target {
         let part = place.with_file_name(format!(".{name}.{}.part", std::process::id()));
         // The agent's files are private, whatever the umask says.
         let file =
-            OpenOptions::new().write(true).create_new(true).mode(0o600).open(&part).map_err(trouble)?;
+            OpenOptions::new().write(true).create_new(true).mode(0o600).open(&part).map_err(failure)?;
         Ok(Self { shown, file, written: 0, rename: Some((part, place)) })
     }
 
-    fn write(&mut self, bytes: &[u8]) -> Result<(), Trouble> {
+    fn write(&mut self, bytes: &[u8]) -> Result<(), Failure> {
         self.file.write_all(bytes).map_err(|e| of_file(&self.shown, &e))?;
         self.written += bytes.len() as u64;
         Ok(())
     }
 
-    fn keep(mut self) -> Result<(), Trouble> {
+    fn keep(mut self) -> Result<(), Failure> {
         if let Some((part, place)) = &self.rename {
             let renamed = self.file.sync_all().and_then(|()| std::fs::rename(part, place));
             renamed.map_err(|e| of_file(&self.shown, &e))?;
@@ -141,8 +140,8 @@ fn what_of(file: &str) -> String {
     format!("{WHAT}: {file}")
 }
 
-fn of_file(file: &str, error: &std::io::Error) -> Trouble {
-    Trouble::new(Exit::Bad, what_of(file), words::of_io(error))
+fn of_file(file: &str, error: &std::io::Error) -> Failure {
+    Failure::new(Exit::Bad, what_of(file), text::io_error(error))
 }
 
 #[cfg(test)]
@@ -155,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_has_its_name_only_when_all_of_it_has_come() {
+    fn a_file_gets_its_name_when_all_of_it_has_arrived() {
         let dir = tempfile::tempdir().unwrap();
         let wanted = dir.path().join("notes.md");
         std::fs::write(&wanted, "old").unwrap();
@@ -171,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_regular_file_is_never_replaced() {
+    fn only_a_regular_file_is_replaced() {
         let dir = tempfile::tempdir().unwrap();
         assert!(Target::open(dir.path()).is_err());
         let mut target = Target::open(Path::new("/dev/null")).unwrap();
@@ -188,9 +187,9 @@ mod tests {
     }
 
     #[test]
-    fn text_is_told_from_other_bytes_also_when_a_character_is_cut() {
+    fn text_is_recognised_also_when_a_character_is_cut() {
         assert!(is_text("größe\t\n".as_bytes(), true) && is_text(b"", true));
-        assert!(is_text(&"ö".as_bytes()[..1], true), "a character may go on in the next piece");
+        assert!(is_text(&"ö".as_bytes()[..1], true), "a character may continue in the next piece");
         assert!(is_text(&"ö".as_bytes()[1..], false));
         assert!(!is_text(b"SQLite format 3\0", true) && !is_text(b"\0", false));
         assert!(!is_text(b"\xff\xfeabc", true));

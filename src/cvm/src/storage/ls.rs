@@ -1,32 +1,31 @@
-//! `cvm storage ls`: what the bucket holds, from its manifest, a line as it comes.
-//!
-//! Refuses to gather: there may be millions. May import: `args`, `look`, `out`, `trouble`,
-//! `words`, `client`, `follow`.
+//! `cvm storage ls`: the files of the bucket from its manifest. Each line is printed as it arrives, because
+//! there may be millions.
 
 use super::client::{Client, Patience};
 use super::follow::to_the_end;
 use crate::args::StorageLsArgs;
-use crate::look::{Look, Tone};
-use crate::out::Out;
-use crate::trouble::{Exit, Trouble};
-use crate::words::{clean, size};
+use crate::failure::{Exit, Failure};
+use crate::stdout;
+use crate::style::{Style, Tone};
+use crate::text::clean;
+use crate::units::size;
 use cvm_protocol::storage::{Answer, Ask, Entry};
 use cvm_protocol::time::rfc3339;
 use std::io::Write as _;
 
-pub(super) fn run(args: &StorageLsArgs) -> Result<Exit, Trouble> {
+pub(super) fn run(args: &StorageLsArgs) -> Result<Exit, Failure> {
     let verb = Ask::List { path: args.path.clone().unwrap_or_default() };
     let client = Client::ask("storage ls", verb, Patience::working(None))?;
-    let look = Look::of_stdout();
-    let mut out = Out::new();
+    let style = Style::of_stdout();
+    let mut out = stdout::buffered();
     to_the_end(client, |answer| match answer {
         Answer::Entry(entry) => {
-            let line = if args.json { json(&entry) } else { line(&entry, look) };
-            Some(out.write_all(line.as_bytes()).map_err(|e| Trouble::output(&e)))
+            let line = if args.json { json(&entry) } else { line(&entry, style) };
+            Some(out.write_all(line.as_bytes()).map_err(|e| Failure::output(&e)))
         }
         _ => None,
     })?;
-    out.flush().map_err(|e| Trouble::output(&e))?;
+    out.flush().map_err(|e| Failure::output(&e))?;
     Ok(Exit::Good)
 }
 
@@ -34,8 +33,8 @@ fn json(entry: &Entry) -> String {
     serde_json::to_string(entry).unwrap_or_default() + "\n"
 }
 
-/// Like `ls -l`; a database is a file that is kept consistent.
-fn line(entry: &Entry, look: Look) -> String {
+/// A line like that of `ls -l`, with `D` for a database.
+fn line(entry: &Entry, style: Style) -> String {
     let kind = match entry.kind.as_str() {
         "directory" => 'd',
         "symlink" => 'l',
@@ -46,7 +45,7 @@ fn line(entry: &Entry, look: Look) -> String {
     let size = if matches!(entry.kind.as_str(), "file" | "database") { size(entry.size) } else { "-".into() };
     let mtime = u64::try_from(entry.mtime_ms).map_or_else(|_| "before 1970".into(), rfc3339);
     let tone = if kind == 'd' { Tone::Strong } else { Tone::Plain };
-    let path = look.paint(&clean(&entry.path), tone);
+    let path = style.paint(&clean(&entry.path), tone);
     format!("{kind}{}  {size:>9}  {mtime:<24}  {path}\n", permissions(entry.mode))
 }
 
@@ -82,16 +81,16 @@ mod tests {
     }
 
     #[test]
-    fn a_line_is_as_people_know_it() {
-        let look = Look::plain(80);
+    fn a_line_is_like_one_of_ls() {
+        let style = Style::plain(80);
         assert_eq!(
-            line(&entry("file", "openclaw/a\u{1b}b"), look),
+            line(&entry("file", "openclaw/a\u{1b}b"), style),
             "-rw-r-----   12.0 KiB  2026-11-18T11:06:40.000Z  openclaw/a\u{fffd}b\n"
         );
-        assert!(line(&entry("database", "m.db"), look).starts_with("Drw-r-----   12.0 KiB"));
-        assert!(line(&entry("directory", "d"), look).starts_with("drw-r-----          -  2026"));
+        assert!(line(&entry("database", "m.db"), style).starts_with("Drw-r-----   12.0 KiB"));
+        assert!(line(&entry("directory", "d"), style).starts_with("drw-r-----          -  2026"));
         let old = Entry { mtime_ms: -1, ..entry("symlink", "l") };
-        assert!(line(&old, look).contains("-  before 1970               l\n"), "{}", line(&old, look));
+        assert!(line(&old, style).contains("-  before 1970               l\n"), "{}", line(&old, style));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! `cvm storage`: what the storage worker knows and does, for operators.
+//! `cvm storage`: questions and orders to the storage worker.
 //!
 //! ```text
 //! status, flush, verify, drill, ls, get            ── one question, many lines ──> cvm-storage's socket
@@ -6,44 +6,44 @@
 //! restore                                          ── becomes ──> cvm-storage restore, anywhere
 //! ```
 //!
-//! Refuses to open the bucket itself: whoever holds its keys is one program, and not this one.
-//! May import: `args`, `input`, `json`, `look`, `out`, `sink`, `socket`, `table`,
-//! `trouble`, `watch`, `words`, and its own rooms.
+//! The bucket's keys are held by one program, cvm-storage, so this one never opens the bucket.
 
 mod client;
-mod confirm;
+mod decisions;
 mod follow;
 mod get;
-mod glance;
 mod ls;
-mod page;
 mod progress;
 mod restore;
 #[cfg(test)]
 pub(crate) mod samples;
+mod status;
+mod summary;
 
 pub(crate) use client::{Client, Patience};
 pub(crate) use follow::{print_to_the_end, to_the_end};
 pub(crate) use get::decoded;
-pub(crate) use glance::{Glance, InBucket, MODE, in_bucket, lead, lead_away, mode_words};
-pub(crate) use page::OLD_MS;
+pub(crate) use status::OLD_MS;
+pub(crate) use summary::{
+    InBucket, MODE, WorkerAnswer, described_mode, first_lines, first_lines_without, in_bucket,
+};
 
 use crate::args::StorageCommand;
-use crate::trouble::{Exit, Trouble};
+use crate::failure::{Exit, Failure};
 use cvm_protocol::storage::Ask;
 
-pub(crate) fn run(command: &StorageCommand) -> Result<Exit, Trouble> {
+pub(crate) fn run(command: &StorageCommand) -> Result<Exit, Failure> {
     match command {
-        StorageCommand::Status(args) => page::run(args),
+        StorageCommand::Status(args) => status::run(args),
         StorageCommand::Flush { timeout } => follow::run("flush", Ask::Flush, *timeout),
         StorageCommand::Verify { deep } => follow::run("verify", Ask::Verify { deep: *deep }, None),
         StorageCommand::Drill => follow::run("drill", Ask::Drill, None),
-        StorageCommand::Forget(args) => confirm::forget(args),
-        StorageCommand::Keep(args) => confirm::keep(args),
-        StorageCommand::AcceptOlder { yes } => confirm::accept_older(*yes),
-        StorageCommand::Adopt { yes } => confirm::adopt(*yes),
-        StorageCommand::Accept { .. } => Err(confirm::no_accept_any_more()),
-        StorageCommand::Takeover { yes } => confirm::takeover(*yes),
+        StorageCommand::Forget(args) => decisions::forget(args),
+        StorageCommand::Keep(args) => decisions::keep(args),
+        StorageCommand::AcceptOlder { yes } => decisions::accept_older(*yes),
+        StorageCommand::Adopt { yes } => decisions::adopt(*yes),
+        StorageCommand::Accept { .. } => Err(decisions::accept_is_gone()),
+        StorageCommand::Takeover { yes } => decisions::takeover(*yes),
         StorageCommand::Ls(args) => ls::run(args),
         StorageCommand::Get(args) => get::run(args),
         StorageCommand::Restore { to, accept } => restore::run(to, *accept),

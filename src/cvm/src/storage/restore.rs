@@ -1,16 +1,13 @@
-//! `cvm storage restore`: everything from the bucket into a directory, on any machine that has
+//! `cvm storage restore`: everything from the bucket into an empty directory, on any machine that has
 //! `MASTER_KEY` and the credentials.
 //!
-//! Checks the configuration with the supervisor's own code, and becomes `cvm-storage`, which
-//! gets the keys in a sealed memory file: they are in no argument and in no environment of it.
-//!
-//! Refuses a directory that holds something, and a configuration that has a mistake anywhere.
-//! May import: `beside`, `input`, `trouble`, `words`.
+//! Checks the whole configuration with the supervisor's own code, and becomes `cvm-storage`, which reads
+//! the keys from a sealed memory file: they are in no argument and in no environment of it.
 
-use crate::beside;
+use crate::failure::{Exit, Failure, mistakes, warn};
 use crate::input;
-use crate::trouble::{Exit, Trouble, mistakes, warn};
-use crate::words;
+use crate::sibling;
+use crate::text;
 use cvm_protocol::storage::StorageSpec;
 use cvm_secrets::keys::KeyRing;
 use cvm_system::config::{Config, Storage};
@@ -22,23 +19,25 @@ use std::path::Path;
 
 const WHAT: &str = "storage restore";
 const PROGRAM: &str = "cvm-storage";
+
 /// Does not return when it succeeds.
-pub(super) fn run(to: &Path, accept: bool) -> Result<Exit, Trouble> {
-    let directory = std::path::absolute(to).map_err(|e| Trouble::new(Exit::Usage, WHAT, words::of_io(&e)))?;
+pub(super) fn run(to: &Path, accept: bool) -> Result<Exit, Failure> {
+    let directory =
+        std::path::absolute(to).map_err(|e| Failure::new(Exit::Usage, WHAT, text::io_error(&e)))?;
     check_empty(&directory)?;
-    beside::place(WHAT, PROGRAM)?;
+    sibling::path(WHAT, PROGRAM)?;
     let spec = specification(&input::environment())?;
-    let (program, mut command) = beside::program(WHAT, PROGRAM, &spec)?;
+    let (program, mut command) = sibling::command(WHAT, PROGRAM, &spec)?;
     drop(spec);
     command.arg("restore").arg(&directory).args(accept.then_some("accept"));
-    // It takes our place: signals and the exit status are its own. `exec` also gives SIGPIPE its
-    // default action back, and wipes whatever this process still knows.
-    Err(beside::failed(WHAT, &program, &command.exec()))
+    // It replaces this process, so that signals and the exit status are its own. `exec` also gives
+    // SIGPIPE its default action back, and wipes the memory of this process.
+    Err(sibling::failed(WHAT, &program, &command.exec()))
 }
 
-fn check_empty(directory: &Path) -> Result<(), Trouble> {
+fn check_empty(directory: &Path) -> Result<(), Failure> {
     let refused = |cause: &str, hint: &str| {
-        Err(Trouble::new(Exit::Usage, format!("{WHAT}: {}", directory.display()), cause).hint(hint))
+        Err(Failure::new(Exit::Usage, format!("{WHAT}: {}", directory.display()), cause).hint(hint))
     };
     let hint = "name a directory that is empty or not there yet; nothing is ever merged or overwritten";
     match std::fs::read_dir(directory) {
@@ -48,12 +47,12 @@ fn check_empty(directory: &Path) -> Result<(), Trouble> {
         },
         Err(error) if error.kind() == ErrorKind::NotFound && !directory.is_symlink() => Ok(()),
         Err(error) if error.kind() == ErrorKind::NotADirectory => refused("it is not a directory", hint),
-        Err(error) => refused(&words::of_io(&error), hint),
+        Err(error) => refused(&text::io_error(&error), hint),
     }
 }
 
-/// What the worker has to know, from variables as the VM is given them.
-fn specification(environment: &Environment) -> Result<StorageSpec, Trouble> {
+/// The worker's specification, from the variables that the VM has.
+fn specification(environment: &Environment) -> Result<StorageSpec, Failure> {
     let (config, warnings) = Config::parse_elsewhere(environment)
         .map_err(|problems| mistakes(WHAT, &problems, "nothing was started"))?;
     for warning in warnings {
@@ -61,7 +60,7 @@ fn specification(environment: &Environment) -> Result<StorageSpec, Trouble> {
     }
     let (Storage::S3(s3), Some(master)) = (&config.storage, &config.master_key) else {
         let hint = "set S3_BUCKET, MASTER_KEY and the credentials as they are set for the VM";
-        return Err(Trouble::new(Exit::Usage, WHAT, "S3_BUCKET is not set, so there is no bucket").hint(hint));
+        return Err(Failure::new(Exit::Usage, WHAT, "S3_BUCKET is not set, so there is no bucket").hint(hint));
     };
     Ok(storage_spec(s3, &KeyRing::derive(master), config.gateway.user.as_str()))
 }
@@ -71,7 +70,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_an_empty_or_absent_directory_is_restored_into() {
+    fn a_restore_needs_an_empty_or_absent_directory() {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
         assert!(check_empty(dir.path()).is_ok() && check_empty(&at("absent/too")).is_ok());

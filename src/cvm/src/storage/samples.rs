@@ -1,4 +1,4 @@
-//! What a storage worker may say, for tests, written by hand.
+//! Answers of a storage worker for tests, written by hand.
 
 use cvm_protocol::storage::{Drill, Incident, Mode, Progress, StorageStatus};
 
@@ -42,7 +42,7 @@ pub(crate) fn pending() -> StorageStatus {
     }
 }
 
-/// Another instance took the bucket, and two files are not what they should be.
+/// Another instance took the bucket, and two files have incidents.
 pub(crate) fn troubled() -> StorageStatus {
     let incident = |path: &str, what: &str| Incident {
         path: path.into(),

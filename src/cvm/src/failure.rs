@@ -1,14 +1,12 @@
-//! What went wrong, in the one form all commands share, and the exit status that goes with it.
+//! What went wrong, in the one form that all commands share, and the exit status that goes with it.
 //!
 //! ```text
 //! cvm: WHAT: CAUSE
 //!   hint: what to do now
 //! ```
-//!
-//! Refuses to print anything twice, and to complain about a reader that went away.
-//! May import: `words`.
 
-use crate::words;
+use crate::text;
+use crate::units;
 use cvm_system::env::Problem;
 use std::io::Write as _;
 use std::process::ExitCode;
@@ -22,14 +20,14 @@ pub(crate) enum Exit {
     Bad,
     /// The command line is wrong, or the key that was given cannot be one.
     Usage,
-    /// No supervisor, or none that answers.
-    Away,
-    /// The supervisor said no.
+    /// The supervisor, or the storage worker, is not there or does not answer.
+    Unreachable,
+    /// The supervisor, or the storage worker, refused.
     Refused,
     /// Interrupted at a prompt, as a shell shows it.
     Interrupted,
-    /// What the program ended with that was run.
-    Of(u8),
+    /// The exit status of the program that was run.
+    Program(u8),
 }
 
 impl Exit {
@@ -38,10 +36,10 @@ impl Exit {
             Self::Good => 0,
             Self::Bad => 1,
             Self::Usage => 2,
-            Self::Away => 3,
+            Self::Unreachable => 3,
             Self::Refused => 4,
             Self::Interrupted => 130,
-            Self::Of(status) => status,
+            Self::Program(status) => status,
         }
     }
 }
@@ -54,16 +52,16 @@ impl From<Exit> for ExitCode {
 
 /// A command that could not do its work.
 #[derive(Debug, Clone)]
-pub(crate) struct Trouble {
+pub(crate) struct Failure {
     pub what: String,
     pub cause: String,
     pub hint: Option<String>,
     pub exit: Exit,
-    /// There is nobody to tell, or it was told already.
+    /// The failure was printed already, or nobody is left to read it.
     silent: bool,
 }
 
-impl Trouble {
+impl Failure {
     pub(crate) fn new(exit: Exit, what: impl Into<String>, cause: impl Into<String>) -> Self {
         Self { what: what.into(), cause: cause.into(), hint: None, exit, silent: false }
     }
@@ -79,54 +77,54 @@ impl Trouble {
         Self { exit, ..self }
     }
 
-    /// Ends the program with `exit`, without a word.
+    /// Ends the program with `exit` and prints nothing.
     pub(crate) fn silent(exit: Exit) -> Self {
         Self { what: String::new(), cause: String::new(), hint: None, exit, silent: true }
     }
 
-    /// Standard output could not be written to. A reader that had enough (`cvm logs | head`) is
-    /// no failure.
+    /// Standard output could not be written to. A reader that has left (`cvm logs | head`) is no
+    /// failure.
     pub(crate) fn output(error: &std::io::Error) -> Self {
         if error.kind() == std::io::ErrorKind::BrokenPipe {
             return Self::silent(Exit::Good);
         }
-        Self::new(Exit::Bad, "standard output", words::of_io(error))
+        Self::new(Exit::Bad, "standard output", text::io_error(error))
     }
 
-    pub(crate) fn tell(&self) {
+    pub(crate) fn print(&self) {
         if self.silent {
             return;
         }
-        // Standard error may be closed as well; then there is nobody left to tell.
+        // Standard error may be closed as well; then nobody is left to read it.
         let _ = write!(std::io::stderr().lock(), "{self}");
     }
 }
 
-impl std::fmt::Display for Trouble {
+impl std::fmt::Display for Failure {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        writeln!(f, "cvm: {}: {}", words::clean(&self.what), words::clean(&self.cause))?;
+        writeln!(f, "cvm: {}: {}", text::clean(&self.what), text::clean(&self.cause))?;
         match &self.hint {
-            Some(hint) => writeln!(f, "  hint: {}", words::clean(hint)),
+            Some(hint) => writeln!(f, "  hint: {}", text::clean(hint)),
             None => Ok(()),
         }
     }
 }
 
-/// A remark on standard error that stops nothing.
+/// Prints a warning on standard error; the command goes on.
 pub(crate) fn warn(text: &str) {
-    let _ = writeln!(std::io::stderr().lock(), "cvm: warning: {}", words::clean(text));
+    let _ = writeln!(std::io::stderr().lock(), "cvm: warning: {}", text::clean(text));
 }
 
-/// Every mistake of a configuration, as `cvm-init --check` tells them.
-pub(crate) fn mistakes(what: &str, problems: &[Problem], so: &str) -> Trouble {
+/// Prints every mistake of a configuration as `cvm-init --check` does, and `consequence`.
+pub(crate) fn mistakes(what: &str, problems: &[Problem], consequence: &str) -> Failure {
     let mut stderr = std::io::stderr().lock();
-    let number = words::count(problems.len() as u64, "mistake", "mistakes");
-    // Standard error may be closed; then there is nobody to tell.
-    let _ = writeln!(stderr, "cvm: {what}: the configuration has {number}; {so}");
+    let number = units::count(problems.len() as u64, "mistake", "mistakes");
+    // Standard error may be closed; then nobody is left to read it.
+    let _ = writeln!(stderr, "cvm: {what}: the configuration has {number}; {consequence}");
     for problem in problems {
-        let _ = writeln!(stderr, "  {}", words::clean(&problem.to_string()));
+        let _ = writeln!(stderr, "  {}", text::clean(&problem.to_string()));
     }
-    Trouble::silent(Exit::Usage)
+    Failure::silent(Exit::Usage)
 }
 
 #[cfg(test)]
@@ -134,15 +132,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn trouble_names_the_thing_the_cause_and_the_remedy() {
-        let trouble = Trouble::new(Exit::Away, "status", "nobody\x1b[2Jlistens").hint("start it");
-        assert_eq!(trouble.to_string(), "cvm: status: nobody\u{fffd}[2Jlistens\n  hint: start it\n");
+    fn a_failure_names_the_thing_the_cause_and_the_remedy() {
+        let failure = Failure::new(Exit::Unreachable, "status", "nobody\x1b[2Jlistens").hint("start it");
+        assert_eq!(failure.to_string(), "cvm: status: nobody\u{fffd}[2Jlistens\n  hint: start it\n");
     }
 
     #[test]
-    fn a_reader_that_had_enough_is_no_failure() {
-        let trouble = Trouble::output(&std::io::ErrorKind::BrokenPipe.into());
-        assert!(trouble.silent && trouble.exit == Exit::Good);
-        assert!(!Trouble::output(&std::io::ErrorKind::StorageFull.into()).silent);
+    fn a_reader_that_has_left_is_no_failure() {
+        let failure = Failure::output(&std::io::ErrorKind::BrokenPipe.into());
+        assert!(failure.silent && failure.exit == Exit::Good);
+        assert!(!Failure::output(&std::io::ErrorKind::StorageFull.into()).silent);
     }
 }

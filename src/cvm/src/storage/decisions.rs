@@ -1,33 +1,27 @@
 //! Orders that cannot be taken back, and the question that comes before them.
-//!
-//! Refuses to ask where nobody can answer: a script has to say `--yes`. May import: `trouble`,
-//! `words`, `follow`, `page`.
 
-use super::{follow, page};
+use super::{follow, status};
 use crate::args::StorageDecideArgs;
-use crate::trouble::{Exit, Trouble};
-use crate::words::clean;
+use crate::failure::{Exit, Failure};
+use crate::prompt;
+use crate::text::clean;
 use cvm_protocol::storage::{Ask, StorageStatus};
-use std::io::{BufRead as _, IsTerminal as _, Read as _, Write as _};
 
-/// An answer is a word.
-const ANSWER_MAX: u64 = 256;
-
-pub(super) fn forget(args: &StorageDecideArgs) -> Result<Exit, Trouble> {
+pub(super) fn forget(args: &StorageDecideArgs) -> Result<Exit, Failure> {
     let paths = named(args);
     let seen = seen("storage forget", args.yes, |status| {
         let mut lines =
-            vec!["These files are given up, and what the bucket has of them is deleted:".to_owned()];
+            vec!["These files are given up, and their objects in the bucket are deleted:".to_owned()];
         lines.extend(paths.iter().map(|path| about(status, path)));
         lines
             .push("Good objects that are put back into the bucket would bring them back instead.".to_owned());
-        lines.push("Shall they go?".to_owned());
+        lines.push("Delete them?".to_owned());
         lines
     })?;
     follow::run("forget", Ask::Forget { paths, seen }, None)
 }
 
-pub(super) fn keep(args: &StorageDecideArgs) -> Result<Exit, Trouble> {
+pub(super) fn keep(args: &StorageDecideArgs) -> Result<Exit, Failure> {
     let paths = named(args);
     let seen = seen("storage keep", args.yes, |status| {
         let mut lines = vec!["These files are taken as they are now, and count as good:".to_owned()];
@@ -38,22 +32,25 @@ pub(super) fn keep(args: &StorageDecideArgs) -> Result<Exit, Trouble> {
     follow::run("keep", Ask::Keep { paths, seen }, None)
 }
 
-pub(super) fn accept_older(yes: bool) -> Result<Exit, Trouble> {
+pub(super) fn accept_older(yes: bool) -> Result<Exit, Failure> {
     let seen = seen("storage accept-older", yes, |status| {
         let mut lines = refused(status);
-        lines.push("What the bucket lacks stays lost, and a tree on the volume is set aside.".to_owned());
         lines
-            .push("Have you looked at the bucket, and shall this machine go on with what it has?".to_owned());
+            .push("Data that the bucket lacks stays lost, and a tree on the volume is set aside.".to_owned());
+        lines.push(
+            "Have you looked at the bucket, and shall this machine go on with its contents?".to_owned(),
+        );
         lines
     })?;
     follow::run("accept-older", Ask::AcceptOlder { seen }, None)
 }
 
-pub(super) fn adopt(yes: bool) -> Result<Exit, Trouble> {
+pub(super) fn adopt(yes: bool) -> Result<Exit, Failure> {
     let seen = seen("storage adopt", yes, |status| {
         let mut lines = refused(status);
         lines.push(format!(
-            "Everything below {}/{} becomes this machine's state, unchecked: whoever could write there has chosen it.",
+            "Everything below {}/{} becomes this machine's state, unchecked: anybody who could write there may have \
+             chosen it.",
             status.bucket, status.prefix
         ));
         lines.push("Do you know that it is yours as it is, and shall this machine take it over?".to_owned());
@@ -62,16 +59,16 @@ pub(super) fn adopt(yes: bool) -> Result<Exit, Trouble> {
     follow::run("adopt", Ask::Adopt { seen }, None)
 }
 
-/// For those whose fingers, or scripts, know it.
-pub(super) fn no_accept_any_more() -> Trouble {
+/// For operators and scripts that know the old command.
+pub(super) fn accept_is_gone() -> Failure {
     let cause = "there is no such command any more: it meant four things, one of which deletes";
-    Trouble::new(Exit::Usage, "storage accept", cause).hint(
+    Failure::new(Exit::Usage, "storage accept", cause).hint(
         "`cvm storage forget PATH...` deletes, `cvm storage keep PATH...` does not, `cvm storage accept-older` and \
          `cvm storage adopt` are about the whole bucket; `cvm storage status` says which one helps",
     )
 }
 
-/// As the incidents name them.
+/// The paths in the form in which incidents name them.
 fn named(args: &StorageDecideArgs) -> Vec<String> {
     let below = |path: &String| path.strip_prefix("/data/").unwrap_or(path).trim_matches('/').to_owned();
     args.paths.iter().map(below).collect()
@@ -87,22 +84,22 @@ fn refused(status: &StorageStatus) -> Vec<String> {
     status.why.iter().map(|why| format!("{}: {why}", status.phase)).collect()
 }
 
-/// What was wrong when it was confirmed; nothing when nobody was asked.
+/// Confirms an order, and returns the name of the fault that the operator has seen; none if nobody was asked.
 fn seen(
     what: &str,
     yes: bool,
     question: impl FnOnce(&StorageStatus) -> Vec<String>,
-) -> Result<Option<String>, Trouble> {
+) -> Result<Option<String>, Failure> {
     if yes { Ok(None) } else { confirmed(what, question).map(|status| status.wrong) }
 }
 
-pub(super) fn takeover(yes: bool) -> Result<Exit, Trouble> {
+pub(super) fn takeover(yes: bool) -> Result<Exit, Failure> {
     if !yes {
         confirmed("storage takeover", |status| {
             let who = status.held_by.as_deref().unwrap_or("no other instance that this one knows of");
             vec![
                 format!("The bucket is held by: {who}"),
-                "If that machine still runs, it stops writing, and what it has not pushed yet is lost."
+                "If that machine still runs, it stops writing, and changes that it has not pushed are lost."
                     .to_owned(),
                 "Shall this machine take the bucket now?".to_owned(),
             ]
@@ -111,43 +108,16 @@ pub(super) fn takeover(yes: bool) -> Result<Exit, Trouble> {
     follow::run("takeover", Ask::Takeover, None)
 }
 
-/// Asks `question`, whose last line is the question itself. Yields what it was asked of.
+/// Asks for a confirmation; the last line of `question` is the question itself. Returns the status that
+/// the operator has seen.
 fn confirmed(
     what: &str,
     question: impl FnOnce(&StorageStatus) -> Vec<String>,
-) -> Result<StorageStatus, Trouble> {
-    let stdin = std::io::stdin();
-    if !stdin.is_terminal() {
-        let cause = "it cannot be taken back, and nobody is here to confirm it";
-        return Err(Trouble::new(Exit::Usage, what, cause).hint("where there is no terminal, give --yes"));
-    }
-    // Also shows at once whether there is a worker that could do it.
-    let (_, status) = page::ask()?;
+) -> Result<StorageStatus, Failure> {
+    prompt::require_terminal(what)?;
+    // Fails before the question if there is no worker that could carry out the order.
+    let (_, status) = status::ask()?;
     let lines: Vec<String> = question(&status).iter().map(|line| clean(line)).collect();
-    let _ = write!(std::io::stderr().lock(), "{} (yes/no) ", lines.join("\n"));
-    let mut answer = String::new();
-    let read = stdin.lock().take(ANSWER_MAX).read_line(&mut answer);
-    if read.is_ok() && means_yes(&answer) {
-        return Ok(*status);
-    }
-    Err(Trouble::new(Exit::Bad, what, "not confirmed; nothing was done"))
-}
-
-fn means_yes(answer: &str) -> bool {
-    matches!(answer.trim().to_ascii_lowercase().as_str(), "yes" | "y")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_yes_means_yes() {
-        for yes in ["yes\n", "y\n", " YES \r\n"] {
-            assert!(means_yes(yes));
-        }
-        for no in ["", "\n", "no\n", "yes please\n", "ye\n", "ja\n"] {
-            assert!(!means_yes(no), "{no:?}");
-        }
-    }
+    prompt::confirm(what, &lines.join("\n"))?;
+    Ok(*status)
 }

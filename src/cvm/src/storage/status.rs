@@ -1,55 +1,50 @@
-//! `cvm storage status`. The first lines answer what one wants to know at three in the morning:
-//! is my data in the bucket, how old is the oldest change that is not, what do I do now.
-//!
-//! Refuses to read clocks and terminals below `run`. May import: `args`, `json`, `look`, `out`,
-//! `socket`, `table`, `trouble`, `watch`, `words`, `client`, `glance`, `progress`.
+//! `cvm storage status`. Its first lines answer the questions of an operator at three in the morning: is
+//! my data in the bucket, how old is the oldest change that is not, what do I do now.
 
-use super::client::{Client, Patience, no_answer_fits};
-use super::glance::{InBucket, in_bucket};
+use super::client::{Client, Patience, unexpected_answer};
 use super::progress::share;
+use super::summary::{InBucket, in_bucket};
 use crate::args::StorageStatusArgs;
+use crate::control_socket::stripped;
+use crate::failure::{Exit, Failure};
 use crate::json;
-use crate::look::{Look, Tone};
-use crate::out;
-use crate::socket::stripped;
+use crate::stdout;
+use crate::style::{Style, Tone};
 use crate::table::labelled;
-use crate::trouble::{Exit, Trouble};
+use crate::units::{count, precise_span, size, span};
 use crate::watch::watch;
-use crate::words::{count, fine, size, span};
 use cvm_protocol::storage::{Answer, Ask, Drill, Incident, Mode, Progress, StorageStatus};
 use std::time::Duration;
+use zeroize::Zeroizing;
 
 const WHAT: &str = "storage status";
 const TIME: Duration = Duration::from_secs(5);
-/// A change that is still not in the bucket after this long is a sign of trouble.
+/// A change that is not in the bucket after this time is the sign of a fault.
 pub(crate) const OLD_MS: u64 = 60_000;
-/// What a shorter life did says little about a day.
+/// The requests of a shorter time say little about a day.
 const RATE_MS_MIN: u64 = 60_000;
 const DAY_MS: u64 = 86_400_000;
 const ENVELOPE: &str = "{\"answer\":\"status\",";
 
-pub(super) fn run(args: &StorageStatusArgs) -> Result<Exit, Trouble> {
+pub(super) fn run(args: &StorageStatusArgs) -> Result<Exit, Failure> {
     if let Some(pause) = args.watch {
-        return watch(pause, args.json, |look| {
+        return watch(pause, args.json, |style| {
             let (line, status) = ask()?;
-            Ok(if args.json { stripped(&line, ENVELOPE) + "\n" } else { page(&status, look) })
+            Ok(if args.json { stripped(&line, ENVELOPE) + "\n" } else { page(&status, style) })
         });
     }
     let (line, status) = ask()?;
-    let look = Look::of_stdout();
-    let text = match (args.json, look.terminal) {
-        (true, true) => json::indented(&stripped(&line, ENVELOPE)),
-        (true, false) => stripped(&line, ENVELOPE) + "\n",
-        (false, _) => page(&status, look),
-    };
-    out::print(&text)?;
+    let style = Style::of_stdout();
+    let text = if args.json { json::shown(&stripped(&line, ENVELOPE), style) } else { page(&status, style) };
+    stdout::print(&text)?;
     Ok(if is_good(&status) { Exit::Good } else { Exit::Bad })
 }
 
-pub(super) fn ask() -> Result<(Vec<u8>, Box<StorageStatus>), Trouble> {
-    match Client::ask(WHAT, Ask::Status, Patience::short(TIME))?.only()? {
+/// The worker's status, and the line in which it came.
+pub(super) fn ask() -> Result<(Zeroizing<Vec<u8>>, Box<StorageStatus>), Failure> {
+    match Client::ask(WHAT, Ask::Status, Patience::short(TIME))?.only_answer()? {
         (line, Answer::Status(status)) => Ok((line, status)),
-        _ => Err(no_answer_fits(WHAT)),
+        _ => Err(unexpected_answer(WHAT)),
     }
 }
 
@@ -57,10 +52,10 @@ fn is_good(status: &StorageStatus) -> bool {
     status.phase == "ready" && status.incidents.is_empty()
 }
 
-fn page(status: &StorageStatus, look: Look) -> String {
+fn page(status: &StorageStatus, style: Style) -> String {
     let (answer, tone) = match in_bucket(status) {
         InBucket::Yes if !status.incidents.is_empty() => {
-            ("everything but what the incidents below say of it".to_owned(), Tone::Caution)
+            ("everything except for the incidents below".to_owned(), Tone::Caution)
         }
         InBucket::Yes => ("everything".to_owned(), Tone::Good),
         InBucket::No(what) => (format!("not all: {what} not yet"), Tone::Caution),
@@ -71,22 +66,22 @@ fn page(status: &StorageStatus, look: Look) -> String {
         Some(ms) => (ago(ms), if ms < OLD_MS { Tone::Plain } else { Tone::Bad }),
     };
     let (advice, urgent) = advice(status);
-    let mut text = labelled("In the bucket", &answer, tone, 0, look);
-    text += &labelled("Oldest change not in it", &oldest, old_tone, 0, look);
-    text += &labelled("Do now", &advice, if urgent { Tone::Bad } else { Tone::Plain }, 0, look);
+    let mut text = labelled("In the bucket", &answer, tone, 0, style);
+    text += &labelled("Oldest change not in it", &oldest, old_tone, 0, style);
+    text += &labelled("Do now", &advice, if urgent { Tone::Bad } else { Tone::Plain }, 0, style);
     text.push('\n');
-    for (label, words, tone) in facts(status) {
-        text += &labelled(label, &words, tone, 0, look);
+    for (label, value, tone) in details(status) {
+        text += &labelled(label, &value, tone, 0, style);
     }
     if !status.incidents.is_empty() {
         text.push('\n');
-        text.extend([look.paint("INCIDENTS", Tone::Strong).as_str(), "\n"]);
-        text.extend(status.incidents.iter().map(|i| incident(i, look)));
+        text.extend([style.paint("INCIDENTS", Tone::Strong).as_str(), "\n"]);
+        text.extend(status.incidents.iter().map(|i| incident(i, style)));
     }
     text
 }
 
-/// What to do now, and whether it is urgent.
+/// The advice of a status, and whether it is urgent.
 fn advice(status: &StorageStatus) -> (String, bool) {
     let watch = "wait: `cvm storage status --watch`";
     match status.phase.as_str() {
@@ -107,7 +102,7 @@ fn advice(status: &StorageStatus) -> (String, bool) {
             true,
         ),
         "refused" => (
-            "mend or decide what is said below; the gateway does not start before"
+            "mend the fault below, or decide about it; the gateway does not start before"
                 .to_owned(),
             true,
         ),
@@ -120,9 +115,9 @@ fn ready(status: &StorageStatus) -> (String, bool) {
     if !status.incidents.is_empty() {
         ("look at the incidents below, each with its remedy".to_owned(), true)
     } else if old && status.last_error.is_some() {
-        ("mend the last error below: the bucket does not take what changes".to_owned(), true)
+        ("mend the last error below: the bucket does not accept changes".to_owned(), true)
     } else if old {
-        ("`cvm storage flush` pushes now, and says what is in the way".to_owned(), true)
+        ("`cvm storage flush` pushes now, and names the obstacle".to_owned(), true)
     } else if in_bucket(status) == InBucket::Yes {
         ("nothing".to_owned(), false)
     } else {
@@ -130,60 +125,58 @@ fn ready(status: &StorageStatus) -> (String, bool) {
     }
 }
 
-type Fact = (&'static str, String, Tone);
+type Detail = (&'static str, String, Tone);
 
-fn facts(status: &StorageStatus) -> Vec<Fact> {
+fn details(status: &StorageStatus) -> Vec<Detail> {
     let tone = if is_good(status) { Tone::Good } else { Tone::Caution };
     let phase = format!("{}, worker up {}", status.phase, span(status.up_ms));
-    let mut facts = vec![("Phase", phase, tone)];
-    facts.extend(status.why.clone().map(|why| ("Why", why, Tone::Bad)));
+    let mut details = vec![("Phase", phase, tone)];
+    details.extend(status.why.clone().map(|why| ("Why", why, Tone::Bad)));
     if let Some(mode) = status.mode {
-        facts.push(("Mode", mode_of(mode, status), Tone::Plain));
+        details.push(("Mode", mode_of(mode, status), Tone::Plain));
     }
     let kept = format!("{}, {}", count(status.files, "file", "files"), size(status.bytes));
-    facts.push((
+    details.push((
         "Bucket",
         format!("{}, folder {}, {kept}, generation {}", status.bucket, status.prefix, status.generation),
         Tone::Plain,
     ));
     let epoch =
         if status.epoch == 0 { "owner of nothing yet".into() } else { format!("epoch {}", status.epoch) };
-    facts.push(("Instance", format!("{}, {epoch}", status.instance), Tone::Plain));
-    facts.extend(status.held_by.clone().map(|who| ("Held by", who, Tone::Caution)));
-    facts.push(("Pending", pending(status), Tone::Plain));
+    details.push(("Instance", format!("{}, {epoch}", status.instance), Tone::Plain));
+    details.extend(status.held_by.clone().map(|who| ("Held by", who, Tone::Caution)));
+    details.push(("Pending", pending(status), Tone::Plain));
     let pushed = status.last_push_ago_ms.map_or("never since the worker started".to_owned(), ago);
-    facts.push(("Last push", pushed, Tone::Plain));
-    facts.extend(status.progress.as_ref().map(|p| ("Progress", progress(p), Tone::Plain)));
-    facts.extend(status.last_error.as_ref().map(|e| ("Last error", error(e, status), Tone::Caution)));
-    facts.push(drill(status.drill.as_ref()));
+    details.push(("Last push", pushed, Tone::Plain));
+    details.extend(status.progress.as_ref().map(|p| ("Progress", progress(p), Tone::Plain)));
+    details.extend(status.last_error.as_ref().map(|e| ("Last error", error(e, status), Tone::Caution)));
+    details.push(drill(status.drill.as_ref()));
     if let Some(anchor) = &status.anchor {
-        let words = format!(
-            "{anchor} (given to a machine as STATE_ANCHOR={anchor}, it refuses a bucket that is older than this)"
-        );
-        facts.push(("Anchor", words, Tone::Plain));
+        let meaning = format!("{anchor} (a machine with STATE_ANCHOR={anchor} refuses an older bucket)");
+        details.push(("Anchor", meaning, Tone::Plain));
     }
-    facts.push(("Requests", requests(status), Tone::Plain));
+    details.push(("Requests", requests(status), Tone::Plain));
     let moved = format!("{} up, {} down", size(status.bytes_up), size(status.bytes_down));
-    facts.push(("Moved", moved, Tone::Plain));
-    facts
+    details.push(("Moved", moved, Tone::Plain));
+    details
 }
 
 fn ago(ms: u64) -> String {
-    format!("{} ago", fine(ms))
+    format!("{} ago", precise_span(ms))
 }
 
 fn mode_of(mode: Mode, status: &StorageStatus) -> String {
-    let mut words = match mode {
+    let mut text = match mode {
         Mode::Fuse => "fuse mount, files come as they are needed".to_owned(),
         Mode::Sync => "sync, everything was downloaded before the start".to_owned(),
     };
     if let Some(reason) = &status.reason {
-        words = format!("{words} ({reason})");
+        text = format!("{text} ({reason})");
     }
     match (mode, status.independent) {
-        (Mode::Fuse, true) => words + "; all have come, nothing depends on the mount any more",
-        (Mode::Fuse, false) => words + "; some are still behind the mount",
-        (Mode::Sync, _) => words,
+        (Mode::Fuse, true) => text + "; all files have come, and nothing depends on the mount any more",
+        (Mode::Fuse, false) => text + "; some files are still behind the mount",
+        (Mode::Sync, _) => text,
     }
 }
 
@@ -199,26 +192,26 @@ fn progress(progress: &Progress) -> String {
 }
 
 fn error(error: &str, status: &StorageStatus) -> String {
-    let mut words = error.to_owned();
+    let mut text = error.to_owned();
     if let Some(ms) = status.last_error_ago_ms {
-        words = format!("{words}; {}", ago(ms));
+        text = format!("{text}; {}", ago(ms));
     }
     match status.retry_in_ms {
-        Some(ms) => format!("{words}, tried again in {}", fine(ms)),
-        None => words,
+        Some(ms) => format!("{text}, tried again in {}", precise_span(ms)),
+        None => text,
     }
 }
 
-fn drill(drill: Option<&Drill>) -> Fact {
+fn drill(drill: Option<&Drill>) -> Detail {
     let Some(drill) = drill else {
-        let words = "none yet since the worker started: `cvm storage drill` makes one";
-        return ("Last drill", words.to_owned(), Tone::Plain);
+        let none = "none yet since the worker started: `cvm storage drill` makes one";
+        return ("Last drill", none.to_owned(), Tone::Plain);
     };
-    let (word, tone) = if drill.good { ("good", Tone::Good) } else { ("BAD", Tone::Bad) };
+    let (result, tone) = if drill.good { ("good", Tone::Good) } else { ("BAD", Tone::Bad) };
     let files = count(drill.files, "file", "files");
     let databases = count(drill.databases, "database", "databases");
-    let words = format!("{word}, {}: {files} and {databases} restored; {}", ago(drill.ago_ms), drill.text);
-    ("Last drill", words, tone)
+    let text = format!("{result}, {}: {files} and {databases} restored; {}", ago(drill.ago_ms), drill.text);
+    ("Last drill", text, tone)
 }
 
 fn requests(status: &StorageStatus) -> String {
@@ -229,23 +222,23 @@ fn requests(status: &StorageStatus) -> String {
     }
 }
 
-/// What a day would see; nothing while too little time has passed to say.
+/// The number of a whole day at this rate; none while too little time has passed.
 fn per_day(number: u64, up_ms: u64) -> Option<u64> {
     let day = u128::from(number) * u128::from(DAY_MS) / u128::from(up_ms.max(1));
     (up_ms >= RATE_MS_MIN).then(|| u64::try_from(day).unwrap_or(u64::MAX))
 }
 
-fn incident(incident: &Incident, look: Look) -> String {
-    let what = format!("{}; since {}", incident.what, fine(incident.since_ms_ago));
-    let path = crate::words::clean(&incident.path);
-    labelled(&path, &what, Tone::Bad, 2, look) + &labelled("do", &incident.remedy, Tone::Plain, 4, look)
+fn incident(incident: &Incident, style: Style) -> String {
+    let what = format!("{}; since {}", incident.what, precise_span(incident.since_ms_ago));
+    let path = crate::text::clean(&incident.path);
+    labelled(&path, &what, Tone::Bad, 2, style) + &labelled("do", &incident.remedy, Tone::Plain, 4, style)
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::samples::{good, pending, troubled};
     use super::*;
-    use crate::words::width;
+    use crate::text::width;
     use std::path::PathBuf;
 
     const WIDTHS: [usize; 2] = [100, 40];
@@ -257,7 +250,7 @@ mod tests {
             for width in WIDTHS {
                 let path = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
                     .join(format!("src/storage/pages/{name}-{width}.txt"));
-                let text = page(&status, Look::plain(width));
+                let text = page(&status, Style::plain(width));
                 if std::env::var_os("CVM_WRITE_PAGES").is_some() {
                     std::fs::write(&path, &text).unwrap();
                 }
@@ -268,10 +261,10 @@ mod tests {
     }
 
     #[test]
-    fn no_width_breaks_a_page_and_nothing_in_it_steers_a_terminal() {
+    fn no_width_breaks_a_page_and_no_text_in_it_steers_a_terminal() {
         for status in [good(), pending(), troubled()] {
             for columns in 30..200 {
-                let text = page(&status, Look::plain(columns));
+                let text = page(&status, Style::plain(columns));
                 let too_wide = text.lines().find(|line| width(line) > columns);
                 assert_eq!(too_wide, None, "at {columns}");
                 assert!(!text.contains('\x1b'));
@@ -285,25 +278,25 @@ mod tests {
         let held = StorageStatus { held_by: Some("b81d".into()), ..with("waiting") };
         let old = StorageStatus { oldest_unreplicated_ms: Some(OLD_MS), ..pending() };
         let stuck = StorageStatus { last_error: Some("403".into()), ..old.clone() };
-        let looked = StorageStatus { incidents: troubled().incidents, ..good() };
+        let with_incidents = StorageStatus { incidents: troubled().incidents, ..good() };
         let table = [
             (good(), "nothing", false),
             (pending(), "nothing; it is pushed", false),
             (old, "`cvm storage flush` pushes now", true),
             (stuck, "mend the last error", true),
-            (looked, "look at the incidents", true),
+            (with_incidents, "look at the incidents", true),
             (with("opening"), "wait: ", false),
             (with("restoring"), "wait: ", false),
             (with("waiting"), "wait: ", false),
             (held, "wait until the other instance", false),
             (with("draining"), "wait: do not destroy", true),
             (with("fenced"), "end one of the two", true),
-            (with("refused"), "mend or decide what is said below", true),
+            (with("refused"), "mend the fault below", true),
             (with("levitating"), "`cvm doctor`", true),
         ];
         for (status, begins, urgent) in table {
-            let (words, is_urgent) = advice(&status);
-            assert!(words.starts_with(begins), "{}: {words}", status.phase);
+            let (text, is_urgent) = advice(&status);
+            assert!(text.starts_with(begins), "{}: {text}", status.phase);
             assert_eq!(is_urgent, urgent, "{}", status.phase);
         }
     }
@@ -318,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn a_rate_is_told_when_there_is_one() {
+    fn a_rate_needs_some_time() {
         assert_eq!(per_day(1_440, 10_800_000), Some(11_520));
         assert_eq!(per_day(5, RATE_MS_MIN - 1), None);
         assert_eq!(per_day(0, DAY_MS), Some(0));

@@ -1,42 +1,42 @@
-//! The page of `cvm status`. What is wrong comes first, and every state that needs attention
-//! has its reason and its remedy on the lines below it.
+//! The page of `cvm status`. Faults come first, and every state that needs attention has its reason and
+//! its remedy on the lines below it.
 //!
-//! Refuses to read clocks and terminals: the same snapshot and look give the same page.
-//! May import: `look`, `storage`, `table`, `words`.
+//! Pure: the same snapshot, time and style give the same page.
 
-use crate::look::{Look, Tone};
-use crate::storage::{self, Glance};
+use crate::storage::{self, WorkerAnswer};
+use crate::style::{Style, Tone};
 use crate::table::{self, Cell, Column, NONE, Row, STAYS, labelled};
-use crate::words::{clean, count, fine, span, width, wrap};
+use crate::text::{clean, width, wrap};
+use crate::units::{count, precise_span, span};
 use cvm_protocol::mux::MuxStatus;
 use cvm_protocol::status::{Phase, Service, Status, Step};
 
-/// `glance` is what the storage worker says, where there has to be one; `now_ms` is since 1970.
-pub(crate) fn page(status: &Status, glance: Option<&Glance>, now_ms: u64, look: Look) -> String {
+/// `worker` is the storage worker's answer, in the mode that has one; `now_ms` is since 1970.
+pub(crate) fn page(status: &Status, worker: Option<&WorkerAnswer>, now_ms: u64, style: Style) -> String {
     let label = format!("Storage ({})", clean(&status.storage.mode));
-    let told = labelled(&label, &status.storage.meaning, Tone::Plain, 0, look);
+    let meaning = labelled(&label, &status.storage.meaning, Tone::Plain, 0, style);
     // Whether the data is safe comes before all else.
-    let (lead, below) = match glance {
-        None => (String::new(), told),
-        Some(Glance::Away(cause)) => (storage::lead_away(cause, look), told),
-        Some(Glance::Seen(seen)) => (storage::lead(seen, look), String::new()),
+    let (first, below) = match worker {
+        None => (String::new(), meaning),
+        Some(WorkerAnswer::None(cause)) => (storage::first_lines_without(cause, style), meaning),
+        Some(WorkerAnswer::Status(status)) => (storage::first_lines(status, style), String::new()),
     };
     let sections = [
-        lead + &head(status, look),
+        first + &head(status, style),
         below,
-        services(&status.services, look),
-        status.mux.as_ref().map(|mux| self::mux(mux, now_ms, look)).unwrap_or_default(),
-        boot(status, look),
-        doors(status, look),
-        remarks(status, look),
-        keys(status, look),
+        services(&status.services, style),
+        status.mux.as_ref().map(|mux| self::mux(mux, now_ms, style)).unwrap_or_default(),
+        boot(status, style),
+        doors(status, style),
+        remarks(status, style),
+        keys(status, style),
     ];
     let shown: Vec<String> = sections.into_iter().filter(|s| !s.is_empty()).collect();
     shown.join("\n")
 }
 
-fn head(status: &Status, look: Look) -> String {
-    let (word, tone) = if status.healthy { ("HEALTHY", Tone::Good) } else { ("NOT HEALTHY", Tone::Bad) };
+fn head(status: &Status, style: Style) -> String {
+    let (health, tone) = if status.healthy { ("HEALTHY", Tone::Good) } else { ("NOT HEALTHY", Tone::Bad) };
     let phase = match status.phase {
         Phase::Booting => "booting",
         Phase::Running => "running",
@@ -44,18 +44,17 @@ fn head(status: &Status, look: Look) -> String {
         Phase::Stopping => "stopping",
     };
     let about = format!("{phase}, up {}, openclaw-cvm {}", span(status.uptime_ms), clean(&status.version));
-    let mut text = look.paint(word, tone);
-    let room = look.width.saturating_sub(width(word) + 2);
-    if width(&about) <= room {
+    let mut text = style.paint(health, tone);
+    if width(&about) + width(health) + 2 <= style.width {
         text.extend(["  ", &about, "\n"]);
     } else {
         text.push('\n');
-        for line in wrap(&about, look.width - 2) {
+        for line in wrap(&about, style.width - 2) {
             text.extend(["  ", &line, "\n"]);
         }
     }
     for complaint in &status.unhealthy {
-        for (i, line) in wrap(&clean(complaint), look.width - 4).iter().enumerate() {
+        for (i, line) in wrap(&clean(complaint), style.width - 4).iter().enumerate() {
             text += if i == 0 { "  - " } else { "    " };
             text += line;
             text.push('\n');
@@ -64,8 +63,8 @@ fn head(status: &Status, look: Look) -> String {
     text
 }
 
-/// Services, with what is due. Those columns go below first that are longest.
-fn services(services: &[Service], look: Look) -> String {
+/// The services, with the next action of each.
+fn services(services: &[Service], style: Style) -> String {
     const COLUMNS: [Column; 7] = [
         Column { title: "SERVICE", right: false, keep: STAYS },
         Column { title: "STATE", right: false, keep: STAYS },
@@ -76,7 +75,7 @@ fn services(services: &[Service], look: Look) -> String {
         Column { title: "NEXT", right: false, keep: 2 },
     ];
     let rows: Vec<Row> = services.iter().map(service_row).collect();
-    if rows.is_empty() { String::new() } else { table::render(&COLUMNS, &rows, look) }
+    if rows.is_empty() { String::new() } else { table::render(&COLUMNS, &rows, style) }
 }
 
 fn service_row(service: &Service) -> Row {
@@ -130,17 +129,17 @@ fn tone_of(service: &Service) -> Tone {
     }
 }
 
-/// What an operator can do about a state, beyond what its next action says.
+/// What an operator can do about a state, beyond its next action.
 fn remedy(service: &Service) -> Option<String> {
     let name = &service.name;
     match service.state.as_str() {
         "waiting" if service.crash_loop => {
-            Some(format!("`cvm logs {name}` shows its last words; `cvm doctor` looks at the machine"))
+            Some(format!("`cvm logs {name}` shows its last lines; `cvm doctor` looks at the machine"))
         }
         "waiting" => {
-            Some(format!("`cvm logs {name}` shows its last words; `cvm start {name}` tries at once"))
+            Some(format!("`cvm logs {name}` shows its last lines; `cvm start {name}` tries at once"))
         }
-        "parked" => Some(format!("`cvm logs {name}` shows its last words")),
+        "parked" => Some(format!("`cvm logs {name}` shows its last lines")),
         "blocked" => Some("see the boot step below".to_owned()),
         "up" if service.next_action != NONE => {
             Some(format!("if it stays so: `cvm logs {name}`, `cvm doctor`"))
@@ -149,11 +148,11 @@ fn remedy(service: &Service) -> Option<String> {
     }
 }
 
-/// Whether messages come in and answers get out, and what is in the way.
-fn mux(mux: &MuxStatus, now_ms: u64, look: Look) -> String {
+/// The mux client: whether messages come in and answers get out, and the last errors.
+fn mux(mux: &MuxStatus, now_ms: u64, style: Style) -> String {
     let ago = |at: u64| span(now_ms.saturating_sub(at));
-    let mut text = look.paint("MUX", Tone::Strong) + "\n";
-    let mut line = |label: &str, words: &str, tone| text += &labelled(label, words, tone, 2, look);
+    let mut text = style.paint("MUX", Tone::Strong) + "\n";
+    let mut line = |label: &str, value: &str, tone| text += &labelled(label, value, tone, 2, style);
     let until = mux.registered_until_ms.filter(|at| *at > now_ms);
     match (until, &mux.register_error) {
         (Some(at), None) => line("registered", &format!("for {} more", span(at - now_ms)), Tone::Plain),
@@ -182,17 +181,17 @@ fn mux(mux: &MuxStatus, now_ms: u64, look: Look) -> String {
     }
     if let Some(at) = mux.last_unreplicated_ack_at_ms {
         let acks = count(mux.unreplicated_acks, "delivery", "deliveries");
-        let words = format!(
+        let answered = format!(
             "{acks} answered 503 because the bucket did not have them in time, the last {} ago",
             ago(at)
         );
-        line("bucket", &words, Tone::Caution);
+        line("bucket", &answered, Tone::Caution);
     }
     text
 }
 
-/// Boot steps and first starts, in the order of time: where the seconds went.
-fn boot(status: &Status, look: Look) -> String {
+/// Boot steps and first starts, in the order of time.
+fn boot(status: &Status, style: Style) -> String {
     const COLUMNS: [Column; 5] = [
         Column { title: "BOOT", right: false, keep: STAYS },
         Column { title: "RESULT", right: false, keep: STAYS },
@@ -204,10 +203,10 @@ fn boot(status: &Status, look: Look) -> String {
     let starts =
         status.services.iter().filter_map(|service| Some((service.first_exec_ms, start_row(service)?)));
     let mut rows: Vec<(Option<u64>, Row)> = steps.chain(starts).collect();
-    // What has not begun comes last; the sort keeps the order of the plan.
+    // Steps that have not begun come last, in the order of the plan, because the sort is stable.
     rows.sort_by_key(|(began, _)| began.unwrap_or(u64::MAX));
     let rows: Vec<Row> = rows.into_iter().map(|(_, row)| row).collect();
-    if rows.is_empty() { String::new() } else { table::render(&COLUMNS, &rows, look) }
+    if rows.is_empty() { String::new() } else { table::render(&COLUMNS, &rows, style) }
 }
 
 fn step_row(step: &Step) -> Row {
@@ -221,8 +220,8 @@ fn step_row(step: &Step) -> Row {
         cells: vec![
             Cell::new(&step.name, Tone::Strong),
             Cell::new(&format!("{}{optional}", step.state), tone),
-            Cell::plain(&step.began_ms.map_or(NONE.to_owned(), fine)),
-            Cell::plain(&step.took_ms.map_or(NONE.to_owned(), fine)),
+            Cell::plain(&step.began_ms.map_or(NONE.to_owned(), precise_span)),
+            Cell::plain(&step.took_ms.map_or(NONE.to_owned(), precise_span)),
             Cell::plain(&if step.tries > 1 { step.tries.to_string() } else { NONE.to_owned() }),
         ],
         below: Vec::new(),
@@ -239,42 +238,42 @@ fn step_row(step: &Step) -> Row {
 fn start_row(service: &Service) -> Option<Row> {
     let exec = service.first_exec_ms?;
     let (result, took) = match service.first_ready_ms {
-        Some(ready) => ("ready", fine(ready.saturating_sub(exec))),
+        Some(ready) => ("ready", precise_span(ready.saturating_sub(exec))),
         None => ("started", NONE.to_owned()),
     };
     let cells = vec![
         Cell::new(&service.name, Tone::Plain),
         Cell::plain(result),
-        Cell::plain(&fine(exec)),
+        Cell::plain(&precise_span(exec)),
         Cell::plain(&took),
         Cell::plain(NONE),
     ];
     Some(Row { cells, below: Vec::new() })
 }
 
-/// What the configuration opens, with how to shut it.
-fn doors(status: &Status, look: Look) -> String {
+/// The doors that the configuration opens, each with how to shut it.
+fn doors(status: &Status, style: Style) -> String {
     if status.doors.is_empty() {
         return String::new();
     }
-    let mut text = look.paint("OPEN DOORS", Tone::Strong) + "\n";
+    let mut text = style.paint("OPEN DOORS", Tone::Strong) + "\n";
     for door in &status.doors {
-        let words = format!("{}. To shut it: {}", door.risk, door.remedy);
-        text += &labelled(&clean(&door.name), &words, Tone::Caution, 2, look);
+        let risk = format!("{}. To shut it: {}", door.risk, door.remedy);
+        text += &labelled(&clean(&door.name), &risk, Tone::Caution, 2, style);
     }
     text
 }
 
-fn remarks(status: &Status, look: Look) -> String {
+fn remarks(status: &Status, style: Style) -> String {
     if status.remarks.is_empty() {
         return String::new();
     }
-    let title = look.paint("REMARKS", Tone::Strong) + "\n";
-    let lines = status.remarks.iter().map(|r| labelled(&clean(&r.topic), &r.text, Tone::Caution, 2, look));
+    let title = style.paint("REMARKS", Tone::Strong) + "\n";
+    let lines = status.remarks.iter().map(|r| labelled(&clean(&r.topic), &r.text, Tone::Caution, 2, style));
     title + &lines.collect::<String>()
 }
 
-fn keys(status: &Status, look: Look) -> String {
+fn keys(status: &Status, style: Style) -> String {
     const COLUMNS: [Column; 2] = [
         Column { title: "KEY", right: false, keep: STAYS },
         Column { title: "FINGERPRINT", right: false, keep: 1 },
@@ -285,7 +284,7 @@ fn keys(status: &Status, look: Look) -> String {
         .iter()
         .map(|k| Row { cells: cells(&k.name, &k.fingerprint), below: Vec::new() })
         .collect();
-    if rows.is_empty() { String::new() } else { table::render(&COLUMNS, &rows, look) }
+    if rows.is_empty() { String::new() } else { table::render(&COLUMNS, &rows, style) }
 }
 
 #[cfg(test)]

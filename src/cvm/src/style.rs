@@ -1,28 +1,27 @@
-//! How output looks where it goes: width, height, colour.
+//! The style of what is printed, by where it goes: width, height, colour.
 //!
-//! Colour only on a terminal, and never when `NO_COLOR` is set (no-color.org) or the terminal
-//! is dumb. Refuses to colour by itself: callers say what a text means, not its colour.
-//! May import: nothing of ours.
+//! Colours appear on a terminal only, and never when `NO_COLOR` is set (no-color.org) or the terminal
+//! is dumb. Callers name the meaning of a text, and this file knows the colour.
 
 use std::io::IsTerminal;
 use std::os::fd::AsFd;
 use terminal_size::{Height, Width};
 
-/// Where nobody says how wide: what fits a mail or an issue.
+/// Where no terminal tells its width: what fits into a mail or an issue.
 const WIDTH_ELSEWHERE: usize = 100;
-/// Below this a table is not readable at all.
+/// A table is not readable in less.
 const WIDTH_MIN: usize = 30;
 
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Look {
+pub(crate) struct Style {
     pub width: usize,
-    /// None: as much as there is.
+    /// None: a page may have any number of lines.
     pub height: Option<usize>,
     pub colour: bool,
-    pub terminal: bool,
+    pub is_terminal: bool,
 }
 
-/// What a piece of text means.
+/// The meaning of a piece of text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Tone {
     Plain,
@@ -33,7 +32,7 @@ pub(crate) enum Tone {
     Strong,
 }
 
-impl Look {
+impl Style {
     pub(crate) fn of_stdout() -> Self {
         Self::of(&std::io::stdout())
     }
@@ -43,19 +42,19 @@ impl Look {
     }
 
     fn of(stream: &(impl IsTerminal + AsFd)) -> Self {
-        let terminal = stream.is_terminal();
-        let size = if terminal { terminal_size::terminal_size_of(stream) } else { None };
+        let is_terminal = stream.is_terminal();
+        let size = if is_terminal { terminal_size::terminal_size_of(stream) } else { None };
         let (width, height) = match size {
-            // A terminal over a serial line says 0.
+            // A terminal on a serial line reports 0.
             Some((Width(w), Height(h))) if w > 0 => (usize::from(w), (h > 0).then_some(usize::from(h))),
             _ => (WIDTH_ELSEWHERE, None),
         };
-        Self { width: width.max(WIDTH_MIN), height, colour: terminal && wants_colour(), terminal }
+        Self { width: width.max(WIDTH_MIN), height, colour: is_terminal && wants_colour(), is_terminal }
     }
 
     #[cfg(test)]
     pub(crate) fn plain(width: usize) -> Self {
-        Self { width, height: None, colour: false, terminal: false }
+        Self { width, height: None, colour: false, is_terminal: false }
     }
 
     pub(crate) fn paint(self, text: &str, tone: Tone) -> String {
@@ -74,7 +73,7 @@ impl Look {
     }
 }
 
-/// What the user's environment says about colour on a terminal.
+/// Whether the user's environment allows colours on a terminal.
 pub(crate) fn wants_colour() -> bool {
     let set = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty());
     set("NO_COLOR").is_none() && set("TERM").is_none_or(|term| term != "dumb")
@@ -86,9 +85,9 @@ mod tests {
 
     #[test]
     fn colour_is_added_only_where_it_is_wanted() {
-        let plain = Look::plain(80);
+        let plain = Style::plain(80);
         assert_eq!(plain.paint("x", Tone::Bad), "x");
-        let coloured = Look { colour: true, ..plain };
+        let coloured = Style { colour: true, ..plain };
         assert_eq!(coloured.paint("x", Tone::Bad), "\x1b[1;31mx\x1b[0m");
         assert_eq!(coloured.paint("x", Tone::Plain), "x");
     }

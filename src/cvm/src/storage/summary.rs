@@ -1,33 +1,31 @@
-//! What matters most about the storage, in a line or two: is everything in the bucket?
-//!
-//! Refuses to read clocks and terminals. May import: `look`, `table`, `words`, `client`.
+//! The storage in a line or two: is everything in the bucket?
 
 use super::client::{Client, Patience};
-use crate::look::{Look, Tone};
+use crate::style::{Style, Tone};
 use crate::table::labelled;
-use crate::words::{count, fine, size};
+use crate::units::{count, precise_span, size};
 use cvm_protocol::storage::{Answer, Ask, Mode, StorageStatus};
 use std::time::Duration;
 
-/// What the supervisor calls the mode that has a storage worker.
+/// The supervisor's name for the mode that has a storage worker.
 pub(crate) const MODE: &str = "s3";
-/// Others wait for the rest of the page.
+/// The rest of a page waits for this answer.
 const TIME: Duration = Duration::from_secs(1);
 
-/// What a short look at the worker shows.
-pub(crate) enum Glance {
-    Seen(Box<StorageStatus>),
-    /// Why it does not answer.
-    Away(String),
+/// The worker's answer to the question for its status.
+pub(crate) enum WorkerAnswer {
+    Status(Box<StorageStatus>),
+    /// Why there is none.
+    None(String),
 }
 
-impl Glance {
-    pub(crate) fn take() -> Self {
+impl WorkerAnswer {
+    pub(crate) fn ask() -> Self {
         let asked = Client::ask("storage status", Ask::Status, Patience::short(TIME));
-        match asked.and_then(Client::only) {
-            Ok((_, Answer::Status(status))) => Self::Seen(status),
-            Ok(_) => Self::Away("it answers something else".to_owned()),
-            Err(trouble) => Self::Away(trouble.cause),
+        match asked.and_then(Client::only_answer) {
+            Ok((_, Answer::Status(status))) => Self::Status(status),
+            Ok(_) => Self::None("the storage worker answers another question".to_owned()),
+            Err(failure) => Self::None(failure.cause),
         }
     }
 }
@@ -36,9 +34,9 @@ impl Glance {
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum InBucket {
     Yes,
-    /// What is not.
+    /// The changes that are not.
     No(String),
-    /// Why that cannot be said.
+    /// Why the worker does not know.
     Unknown(String),
 }
 
@@ -51,12 +49,12 @@ pub(crate) fn in_bucket(status: &StorageStatus) -> InBucket {
         (Some(_), _) => InBucket::No("changes of unknown size".to_owned()),
         (None, "ready" | "draining") => InBucket::Yes,
         (None, "") => InBucket::Unknown("not known".to_owned()),
-        (None, phase) => InBucket::Unknown(format!("not known while the worker is {}", doing(phase))),
+        (None, phase) => InBucket::Unknown(format!("not known while the worker is {}", activity(phase))),
     }
 }
 
-/// A phase as one says what somebody is doing.
-fn doing(phase: &str) -> &str {
+/// A phase as the activity of the worker.
+fn activity(phase: &str) -> &str {
     match phase {
         "opening" => "opening the bucket",
         "waiting" => "waiting for the bucket",
@@ -65,7 +63,7 @@ fn doing(phase: &str) -> &str {
 }
 
 /// `fuse mount`, `sync: no /dev/fuse`.
-pub(crate) fn mode_words(status: &StorageStatus) -> Option<String> {
+pub(crate) fn described_mode(status: &StorageStatus) -> Option<String> {
     let mode = match status.mode? {
         Mode::Fuse => "fuse mount",
         Mode::Sync => "sync",
@@ -77,13 +75,13 @@ pub(crate) fn mode_words(status: &StorageStatus) -> Option<String> {
 }
 
 /// The first lines of `cvm status`.
-pub(crate) fn lead(status: &StorageStatus, look: Look) -> String {
-    let mode = mode_words(status).unwrap_or_else(|| status.phase.clone());
-    let label = crate::words::clean(&format!("S3 bucket {} ({mode})", status.bucket));
-    let oldest = status.oldest_unreplicated_ms.map(|ms| format!(", oldest change {} ago", fine(ms)));
-    let (mut words, mut tone) = match in_bucket(status) {
+pub(crate) fn first_lines(status: &StorageStatus, style: Style) -> String {
+    let mode = described_mode(status).unwrap_or_else(|| status.phase.clone());
+    let label = crate::text::clean(&format!("S3 bucket {} ({mode})", status.bucket));
+    let oldest = status.oldest_unreplicated_ms.map(|ms| format!(", oldest change {} ago", precise_span(ms)));
+    let (mut answer, mut tone) = match in_bucket(status) {
         InBucket::Yes if !status.incidents.is_empty() => {
-            ("everything is in the bucket but for what incidents say of it".to_owned(), Tone::Caution)
+            ("everything is in the bucket except for the incidents".to_owned(), Tone::Caution)
         }
         InBucket::Yes => ("everything is in the bucket".to_owned(), Tone::Good),
         InBucket::No(what) => {
@@ -95,20 +93,21 @@ pub(crate) fn lead(status: &StorageStatus, look: Look) -> String {
     if matches!(status.phase.as_str(), "fenced" | "refused") {
         tone = Tone::Bad;
         if let Some(why) = &status.why {
-            words = format!("{}: {why}; {words}", status.phase);
+            answer = format!("{}: {why}; {answer}", status.phase);
         }
     }
-    let mut text = labelled(&label, &words, tone, 0, look);
+    let mut text = labelled(&label, &answer, tone, 0, style);
     if !status.incidents.is_empty() {
         let number = count(status.incidents.len() as u64, "incident", "incidents");
-        text += &labelled("S3 storage", &format!("{number}: see `cvm storage status`"), Tone::Bad, 0, look);
+        text += &labelled("S3 storage", &format!("{number}: see `cvm storage status`"), Tone::Bad, 0, style);
     }
     text
 }
 
-pub(crate) fn lead_away(cause: &str, look: Look) -> String {
-    let words = format!("nothing is known about the bucket: {cause}");
-    labelled("S3 storage", &words, Tone::Bad, 0, look)
+/// The first lines of `cvm status` where the worker does not answer.
+pub(crate) fn first_lines_without(cause: &str, style: Style) -> String {
+    let answer = format!("nothing is known about the bucket: {cause}");
+    labelled("S3 storage", &answer, Tone::Bad, 0, style)
 }
 
 #[cfg(test)]
@@ -116,36 +115,36 @@ mod tests {
     use super::super::samples;
     use super::*;
 
-    fn lead_of(status: &StorageStatus) -> String {
-        lead(status, Look::plain(200))
+    fn lines_of(status: &StorageStatus) -> String {
+        first_lines(status, Style::plain(200))
     }
 
     #[test]
     fn the_first_line_says_whether_everything_is_in_the_bucket() {
         assert_eq!(
-            lead_of(&samples::good()),
+            lines_of(&samples::good()),
             "S3 bucket agent-state (fuse mount): everything is in the bucket\n"
         );
         assert_eq!(
-            lead_of(&samples::pending()),
+            lines_of(&samples::pending()),
             "S3 bucket agent-state (sync: /dev/fuse is not there): 3 files (12.0 KiB) not yet in the bucket, \
              oldest change 1.2 s ago\n"
         );
         let uncounted = StorageStatus { pending_files: 0, pending_bytes: 0, ..samples::pending() };
-        assert!(lead_of(&uncounted).contains("changes of unknown size not yet in the bucket, oldest"));
+        assert!(lines_of(&uncounted).contains("changes of unknown size not yet in the bucket, oldest"));
         let opening = StorageStatus { phase: "opening".into(), mode: None, ..samples::good() };
         assert_eq!(
-            lead_of(&opening),
+            lines_of(&opening),
             "S3 bucket agent-state (opening): not known while the worker is opening the bucket\n"
         );
     }
 
     #[test]
-    fn what_must_be_looked_at_is_said_with_where_to_look() {
-        let text = lead_of(&samples::troubled());
+    fn a_fault_is_shown_with_the_place_to_look_at() {
+        let text = lines_of(&samples::troubled());
         assert!(text.starts_with("S3 bucket agent-state (fuse mount): fenced: "), "{text}");
         assert!(text.ends_with("S3 storage: 2 incidents: see `cvm storage status`\n"), "{text}");
-        assert!(lead_away("nobody listens", Look::plain(80)).contains("nothing is known"));
+        assert!(first_lines_without("nobody listens", Style::plain(80)).contains("nothing is known"));
     }
 
     #[test]

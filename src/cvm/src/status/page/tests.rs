@@ -1,5 +1,5 @@
-//! Whole pages, frozen: what a reader sees is what is promised. After a wanted change,
-//! `CVM_WRITE_PAGES=1 cargo test -p cvm pages` writes them anew; read the difference.
+//! Whole pages, frozen. After a wanted change `CVM_WRITE_PAGES=1 cargo test -p cvm pages` writes them
+//! anew; read the difference.
 
 use super::*;
 use crate::status::samples;
@@ -9,31 +9,31 @@ use std::path::PathBuf;
 const NOW: u64 = 1_800_000_000_000;
 const WIDTHS: [usize; 3] = [120, 80, 40];
 
-fn machines() -> [(&'static str, Status, Option<Glance>); 6] {
+fn machines() -> [(&'static str, Status, Option<WorkerAnswer>); 6] {
     let s3 = |mut status: Status| {
         status.storage.mode = storage::MODE.to_owned();
         status.storage.meaning = "encrypted in bucket agent-state, and on the volume".to_owned();
         status
     };
-    let seen = |status| Some(Glance::Seen(Box::new(status)));
-    let away = "there is no storage worker here (/run/openclaw-cvm/storage.sock: nobody listens)";
+    let answers = |status| Some(WorkerAnswer::Status(Box::new(status)));
+    let cause = "there is no storage worker here (/run/openclaw-cvm/storage.sock: nobody listens)";
     [
         ("healthy", samples::healthy(), None),
         ("troubled", samples::troubled(), None),
         ("mux", samples::with_mux(NOW), None),
-        ("s3-pending", s3(samples::healthy()), seen(worker::pending())),
-        ("s3-troubled", s3(samples::troubled()), seen(worker::troubled())),
-        ("s3-away", s3(samples::troubled()), Some(Glance::Away(away.into()))),
+        ("s3-pending", s3(samples::healthy()), answers(worker::pending())),
+        ("s3-troubled", s3(samples::troubled()), answers(worker::troubled())),
+        ("s3-away", s3(samples::troubled()), Some(WorkerAnswer::None(cause.into()))),
     ]
 }
 
 #[test]
 fn pages_are_as_they_were_promised() {
-    for (name, status, glance) in machines() {
+    for (name, status, worker) in machines() {
         for width in WIDTHS {
             let path = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-                .join(format!("src/status/render/pages/{name}-{width}.txt"));
-            let text = page(&status, glance.as_ref(), NOW, Look::plain(width));
+                .join(format!("src/status/pages/{name}-{width}.txt"));
+            let text = page(&status, worker.as_ref(), NOW, Style::plain(width));
             if std::env::var_os("CVM_WRITE_PAGES").is_some() {
                 std::fs::write(&path, &text).unwrap();
             }
@@ -46,14 +46,14 @@ fn pages_are_as_they_were_promised() {
 #[test]
 fn no_width_breaks_a_page_or_loses_a_word_of_it() {
     let squeezed = |text: &str| text.split_whitespace().collect::<String>();
-    for (_, status, glance) in machines() {
+    for (_, status, worker) in machines() {
         for columns in 30..220 {
-            let text = page(&status, glance.as_ref(), NOW, Look::plain(columns));
+            let text = page(&status, worker.as_ref(), NOW, Style::plain(columns));
             let too_wide = text.lines().find(|line| width(line) > columns);
             assert_eq!(too_wide, None, "at {columns}");
             let found = squeezed(&text);
-            let words = status.services.iter().flat_map(|s| [&s.name, &s.state, &s.next_action]);
-            for word in words.chain(&status.unhealthy).filter(|w| *w != NONE) {
+            let told = status.services.iter().flat_map(|s| [&s.name, &s.state, &s.next_action]);
+            for word in told.chain(&status.unhealthy).filter(|w| *w != NONE) {
                 assert!(found.contains(&squeezed(&clean(word))), "{word} is lost at {columns}:\n{text}");
             }
         }
@@ -82,21 +82,21 @@ fn every_state_has_its_tone_and_those_in_need_a_remedy() {
         assert_eq!(remedy(&service).is_some(), needs, "{state}");
     }
     assert_eq!(tone_of(&samples::service("sshd", "up")), Tone::Good);
-    // Whoever does not need a service is not alarmed by its absence.
+    // A stopped optional service is no fault.
     let optional = Service { required: false, ..samples::service("dockerd", "stopped") };
     assert_eq!(tone_of(&optional), Tone::Quiet);
 }
 
 #[test]
 fn colours_change_nothing_but_colours() {
-    let look = Look { colour: true, ..Look::plain(80) };
-    let painted = page(&samples::troubled(), None, NOW, look);
+    let style = Style { colour: true, ..Style::plain(80) };
+    let painted = page(&samples::troubled(), None, NOW, style);
     let mut plain = painted.clone();
     for code in ["0", "1", "2", "32", "33", "1;31"] {
         plain = plain.replace(&format!("\x1b[{code}m"), "");
     }
     assert_ne!(painted, plain);
-    assert_eq!(plain, page(&samples::troubled(), None, NOW, Look::plain(80)));
+    assert_eq!(plain, page(&samples::troubled(), None, NOW, Style::plain(80)));
     assert!(painted.starts_with("\x1b[1;31mNOT HEALTHY\x1b[0m"));
 }
 
@@ -105,7 +105,7 @@ fn a_phase_and_an_empty_machine_are_shown_too() {
     let mut status = Status { services: vec![], boot: vec![], keys: vec![], ..samples::healthy() };
     for (phase, word) in [(Phase::Booting, "booting"), (Phase::Stopping, "stopping")] {
         status.phase = phase;
-        let text = page(&status, None, NOW, Look::plain(80));
+        let text = page(&status, None, NOW, Style::plain(80));
         assert!(text.starts_with(&format!("HEALTHY  {word}, up 3 h 12 min")), "{text}");
         assert!(!text.contains("BOOT") && !text.contains("KEY"), "{text}");
     }
