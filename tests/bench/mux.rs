@@ -7,7 +7,7 @@
 
 use crate::contestants::with_user;
 use crate::figures::{Figure, rollup, status_kib};
-use cvm_harness::machine::{DEVICE_ID, MASTER_KEY, PATIENCE};
+use cvm_harness::machine::{DEVICE_ID, MASTER_KEY, PATIENCE, RELAY, STUB_PORT};
 use cvm_harness::mux::message;
 use cvm_harness::{Builder, Chat, Machine, Mux, Network, Said, until};
 use rusqlite::Connection;
@@ -23,8 +23,6 @@ const WARM_UP: Duration = Duration::from_secs(3);
 const SESSIONS: usize = 50;
 /// Connections of the server; more than are ever busy unless the client stalls.
 const COURIERS: usize = 32;
-const STUB_PORT: u16 = 9300;
-const RELAY: &str = "#!/bin/sh\nexec cvm-victim relay 18789 9300\n";
 
 pub(crate) fn deliveries() -> Vec<Figure> {
     let scratch = tempfile::tempdir().expect("a temporary directory");

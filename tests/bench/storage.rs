@@ -1,7 +1,10 @@
 //! What the storage costs and how far behind the bucket is, with Garage as the server and with
 //! 0 and 20 ms of added latency; each figure beside its peer in the same run.
 
+use crate::contestants::with_user;
 use crate::figures::{Figure, of_each_build};
+use cvm_harness::judge::PREFIX;
+use cvm_harness::machine::{CRYPT_PASSWORD, CRYPT_SALT};
 use cvm_harness::tools::Rclone;
 use cvm_harness::{Builder, Cloud, Machine, Proxy, storage, until};
 use rusqlite::Connection;
@@ -33,16 +36,7 @@ impl Bed {
     }
 
     fn machine(&self) -> Builder {
-        let with = |file: &str, line: &str| fs::read_to_string(file).unwrap_or_default() + line;
-        self.cloud
-            .machine()
-            // As the image has it.
-            .file(
-                "/etc/passwd",
-                &with("/etc/passwd", "openclaw:x:990:990::/home/openclaw:/bin/bash\n"),
-                0o644,
-            )
-            .file("/etc/group", &with("/etc/group", "openclaw:x:990:\n"), 0o644)
+        with_user(self.cloud.machine())
     }
 
     fn latency(&self, latency: Duration) {
@@ -57,11 +51,7 @@ impl Bed {
     fn rclone(&self) -> Rclone {
         let garage = &self.cloud.garage;
         let bucket = garage.s3().at(self.outside.address()).bucket(garage.bucket());
-        let key = cvm_secrets::keys::MasterKey::new(cvm_secrets::secret::Secret::copy_of(
-            cvm_harness::machine::MASTER_KEY.as_bytes(),
-        ));
-        let keys = cvm_secrets::keys::KeyRing::derive(&key.expect("a key"));
-        Rclone::new(&bucket, "openclaw-data", keys.crypt_password.expose(), keys.crypt_salt.expose())
+        Rclone::new(&bucket, PREFIX, CRYPT_PASSWORD, CRYPT_SALT)
     }
 }
 

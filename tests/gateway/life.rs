@@ -4,34 +4,25 @@
 //! A start takes it ten seconds and more, so each test here is a story with few starts, and they
 //! take turns.
 
-use cvm_harness::machine::{PATIENCE, repository};
-use cvm_harness::{Builder, Machine, Process, until};
+use cvm_harness::machine::{DEVICE_ID, GATEWAY_TOKEN, MASTER_KEY, PATIENCE, base64, repository};
+use cvm_harness::{Builder, Machine, Process, Turns, until};
 use serde_json::Value;
 use std::fs;
-use std::io::Write;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-const MASTER: &str = cvm_harness::machine::MASTER_KEY;
-const TOKEN: &str = "zAFTUuSdbC5aQssqJbETwS5oEdhBGc5O";
-const DEVICE: &str = "b82578d246fd5ff53bb0eb91da774cb27faa3612290a5966f36e4c2b61af1ea3";
 /// Somebody who may log in, or `cvm doctor` has something to say.
 const KEY: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIF2IEYeE/uIsINsUkH2mMuP5KUdr4bDd5mRqBOnvyJlo";
 /// On a machine that does much else besides.
 const STARTS_WITHIN: Duration = Duration::from_secs(180);
-
-fn turn() -> MutexGuard<'static, ()> {
-    static TURN: Mutex<()> = Mutex::new(());
-    TURN.lock().unwrap_or_else(PoisonError::into_inner)
-}
+static TURNS: Turns = Turns::new();
 
 fn product() -> Builder {
     Builder::product()
         .real_gateway()
-        .environment("MASTER_KEY", MASTER)
+        .environment("MASTER_KEY", MASTER_KEY)
         .environment("SSH_AUTHORIZED_KEYS", KEY)
 }
 
@@ -134,32 +125,21 @@ fn device(machine: &Machine) -> String {
     python(script, &copy.path().join("openclaw.sqlite"))
 }
 
-fn base64(text: &str) -> String {
-    let mut child = Command::new("base64")
-        .arg("-w0")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("base64 is installed");
-    child.stdin.take().expect("piped").write_all(text.as_bytes()).expect("base64 reads");
-    String::from_utf8(child.wait_with_output().expect("base64 ends").stdout).expect("base64 is text")
-}
-
 #[test]
 fn a_first_boot_ends_in_a_gateway_that_programs_and_operators_can_use() {
-    let _turn = turn();
+    let _turn = TURNS.take();
     let machine = product().start();
     ready(&machine);
 
     let written = fs::metadata(config(&machine)).expect("a configuration was written");
     assert_eq!(written.permissions().mode() & 0o7777, 0o600);
     assert_eq!(machine.ok(&["stat", "-c", "%U", "/data/openclaw/openclaw.json"]).trim(), "openclaw");
-    assert!(!fs::read_to_string(config(&machine)).expect("it is text").contains(TOKEN));
+    assert!(!fs::read_to_string(config(&machine)).expect("it is text").contains(GATEWAY_TOKEN));
 
     assert_eq!(http(&machine, "/v1/models", None), "401");
     assert_eq!(http(&machine, "/v1/models", Some("zAFTUuSdbC5aQssqJbETwS5oEdhBGc5P")), "401");
-    assert_eq!(http(&machine, "/v1/models", Some(TOKEN)), "200");
-    assert_eq!(device(&machine), DEVICE);
+    assert_eq!(http(&machine, "/v1/models", Some(GATEWAY_TOKEN)), "200");
+    assert_eq!(device(&machine), DEVICE_ID);
     assert!(!machine.data().join("openclaw/identity/device.json").exists());
 
     // As root and without flags: the supervisor gives the user and the token.
@@ -177,7 +157,7 @@ fn a_first_boot_ends_in_a_gateway_that_programs_and_operators_can_use() {
 
 #[test]
 fn kills_stops_and_reboots_change_neither_configuration_nor_device() {
-    let _turn = turn();
+    let _turn = TURNS.take();
     let mut machine = product().start();
     let first = ready(&machine);
     let bytes = fs::read(config(&machine)).expect("a configuration was written");
@@ -189,7 +169,7 @@ fn kills_stops_and_reboots_change_neither_configuration_nor_device() {
     let left: Vec<Process> = machine.processes().into_iter().filter(|p| old.contains(&p.pid)).collect();
     assert!(left.is_empty(), "{left:#?}");
     assert_eq!(fs::read(config(&machine)).expect("it is there"), bytes);
-    assert_eq!(device(&machine), DEVICE);
+    assert_eq!(device(&machine), DEVICE_ID);
 
     machine.ok(&["cvm", "stop", "gateway"]);
     assert_eq!(machine.service("gateway")["state"], "stopped");
@@ -203,7 +183,7 @@ fn kills_stops_and_reboots_change_neither_configuration_nor_device() {
     let mut machine = machine.again(|b| b);
     ready(&machine);
     assert_eq!(fs::read(config(&machine)).expect("it is there"), edited);
-    assert_eq!(device(&machine), DEVICE);
+    assert_eq!(device(&machine), DEVICE_ID);
     assert_eq!(foreign(&machine), Vec::<PathBuf>::new());
     assert_eq!(machine.stop(), 0, "{}", machine.output());
     machine.line("Stopped in order");
@@ -211,7 +191,7 @@ fn kills_stops_and_reboots_change_neither_configuration_nor_device() {
 
 #[test]
 fn a_refused_configuration_is_mended_by_the_gateways_doctor_or_parks_with_the_reason() {
-    let _turn = turn();
+    let _turn = TURNS.take();
     let builder = product();
     let state = builder.scratch().join("data/openclaw");
     fs::create_dir(&state).expect("the volume is a directory");
@@ -237,7 +217,7 @@ fn a_refused_configuration_is_mended_by_the_gateways_doctor_or_parks_with_the_re
 
 #[test]
 fn what_the_owner_gives_for_the_first_boot_is_used_then_and_never_again() {
-    let _turn = turn();
+    let _turn = TURNS.take();
     let own = r#"{
   "gateway": {"mode": "local", "bind": "lan", "port": 18789, "auth": {"mode": "token", "token": "${OPENCLAW_GATEWAY_TOKEN}"}},
   "update":   {"checkOnStart": false}
@@ -251,7 +231,7 @@ fn what_the_owner_gives_for_the_first_boot_is_used_then_and_never_again() {
     assert_eq!(fs::read_to_string(config(&machine)).expect("it is there"), own);
     assert_eq!(machine.read("/data/openclaw/workspace/AGENTS.md"), "be kind");
     assert_eq!(machine.read("/data/openclaw/workspace/notes/one.md"), "1");
-    assert_eq!(device(&machine), DEVICE);
+    assert_eq!(device(&machine), DEVICE_ID);
     assert_eq!(machine.stop(), 0, "{}", machine.output());
 
     // A state whose database holds no device: a legacy file would keep the gateway from starting.
@@ -266,7 +246,7 @@ fn what_the_owner_gives_for_the_first_boot_is_used_then_and_never_again() {
     let machine = machine.again(|b| b);
     ready(&machine);
     assert_eq!(fs::read_to_string(config(&machine)).expect("it is there"), edited);
-    assert_eq!(device(&machine), DEVICE);
+    assert_eq!(device(&machine), DEVICE_ID);
     assert!(!machine.data().join("openclaw/identity/device.json").exists());
     assert_eq!(foreign(&machine), Vec::<PathBuf>::new());
     assert_eq!(machine.service("gateway")["restarts"], 0);
@@ -274,7 +254,7 @@ fn what_the_owner_gives_for_the_first_boot_is_used_then_and_never_again() {
 
 #[test]
 fn the_demo_with_a_bucket_sees_all_that_it_promises() {
-    let _turn = turn();
+    let _turn = TURNS.take();
     let demo = Command::new(repository().join("tests/demo"))
         .arg("s3")
         .env_remove("MASTER_KEY")

@@ -29,7 +29,9 @@ fn drawn() -> Arrows {
             .filter(|name| ours.contains(name))
             .collect()
     };
-    let program = packages.iter().filter(|package| package["name"] != "cvm-tests");
+    let program = packages.iter().filter(|package| {
+        !["cvm-tests", "cvm-needs"].contains(&package["name"].as_str().unwrap_or_default())
+    });
     program.map(|package| (text(&package["name"]), uses(package))).collect()
 }
 

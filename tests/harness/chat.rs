@@ -3,8 +3,10 @@
 //!
 //! It keeps what it was asked, and answers what its script says, in a stream or at once.
 
+use crate::machine::base64;
 use crate::network::Network;
-use crate::serve::{Reply, Request, Server, lock};
+use crate::serve::{Reply, Request, Server};
+use crate::wait::lock;
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::net::Ipv4Addr;
@@ -27,7 +29,7 @@ const CONFIG: &str = r#"{
 
 /// `OPENCLAW_CONFIG_B64` for a real gateway whose model is a [`Chat`] at [`MODEL_PORT`].
 pub fn local_model() -> String {
-    base64::Engine::encode(&base64::prelude::BASE64_STANDARD, CONFIG)
+    base64(CONFIG)
 }
 
 /// The same for one with two agents: `main`, whose model is `m`, and `bob`, whose model is `m2`.
@@ -39,7 +41,7 @@ pub fn two_agents() -> String {
     let mut second = models[0].clone();
     second["id"] = json!("m2");
     models.as_array_mut().expect("it is a list").push(second);
-    base64::Engine::encode(&base64::prelude::BASE64_STANDARD, config.to_string())
+    base64(config.to_string())
 }
 
 /// One question.

@@ -1,13 +1,10 @@
 //! One bucket, the network in which machines find it, and what is asked of machines in S3 mode.
 
-use crate::machine::{MASTER_KEY, PATIENCE};
+use crate::machine::{HEALTHY, MASTER_KEY, PATIENCE};
 use crate::wait::until;
 use crate::{Builder, Garage, Machine, Network, Proxy};
 use serde_json::Value;
 use std::process::Output;
-
-/// Healthy at once, for ever.
-pub const HEALTHY: &str = "#!/bin/sh\nexec cvm-victim http 18789\n";
 
 /// A store behind a network that fails on demand. It outlives its machines.
 pub struct Cloud {
@@ -34,6 +31,30 @@ impl Cloud {
     #[must_use]
     pub fn machine(&self) -> Builder {
         Builder::product().fake_gateway(HEALTHY).s3(&self.network, &self.proxy.endpoint(), &self.garage)
+    }
+}
+
+/// How the worker keeps the tree.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    Fuse,
+    Sync,
+}
+
+impl Mode {
+    /// A machine that can only have this mode.
+    #[must_use]
+    pub fn of(self, builder: Builder) -> Builder {
+        match self {
+            Self::Fuse => builder,
+            Self::Sync => builder.without_fuse(),
+        }
+    }
+
+    /// One on this bucket, with a gateway that is ready.
+    #[track_caller]
+    pub fn start(self, cloud: &Cloud) -> Machine {
+        self.of(cloud.machine()).ready()
     }
 }
 

@@ -1,4 +1,14 @@
-//! Chance that can be had again.
+//! Chance that can be had again, and how often it is tried.
+
+/// How many rounds a test makes of what is random: with `CVM_SOAK` as many as `long` says.
+pub fn rounds<T>(usual: T, long: T) -> T {
+    if soaks() { long } else { usual }
+}
+
+/// Whether what takes long is wanted.
+pub fn soaks() -> bool {
+    std::env::var_os("CVM_SOAK").is_some()
+}
 
 /// Xorshift: the same seed gives the same run.
 pub struct Dice(pub u64);

@@ -3,15 +3,16 @@
 use crate::Machine;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
+use std::path::Path;
 
 pub fn contains(bytes: &[u8], text: impl AsRef<[u8]>) -> bool {
     let text = text.as_ref();
     bytes.windows(text.len()).any(|window| window == text)
 }
 
-/// Every regular file below a directory of the machine.
-pub fn files(machine: &Machine, dir: &str) -> Vec<(String, Vec<u8>)> {
-    let (mut found, mut open) = (Vec::new(), vec![machine.path(dir)]);
+/// Every regular file below a directory.
+pub fn files(dir: &Path) -> Vec<(String, Vec<u8>)> {
+    let (mut found, mut open) = (Vec::new(), vec![dir.to_owned()]);
     while let Some(dir) = open.pop() {
         for entry in std::fs::read_dir(&dir).into_iter().flatten().flatten() {
             let Ok(kind) = entry.file_type() else { continue };

@@ -5,19 +5,16 @@
 
 use crate::http::Head;
 use crate::network::Network;
+use crate::wait::lock;
 use nix::sys::socket::{Shutdown, shutdown};
 use std::collections::HashMap;
 use std::io::{BufReader, Error, ErrorKind, Result, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
-
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// What came in.
 pub(crate) struct Request<'a> {

@@ -2,10 +2,13 @@
 
 use crate::machine::repository;
 use crate::s3::Bucket;
+use crate::wait::lock;
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::sync::Mutex;
 
 fn installed(name: &str) -> Command {
     let program = repository().join("target/venv/bin").join(name);
@@ -22,12 +25,20 @@ fn succeeded(output: &Output, what: &str) {
     assert!(output.status.success(), "{what} ended with {}:\n{said}", output.status);
 }
 
-/// A password in clear, as rclone's configuration wants it.
+/// A password in clear, as rclone's configuration wants it. Each is asked for once: a start of rclone takes a
+/// tenth of a second, and a test asks for the same ones again and again.
 #[track_caller]
 pub fn obscure(clear: &str) -> String {
+    static KNOWN: Mutex<BTreeMap<String, String>> = Mutex::new(BTreeMap::new());
+    let mut known = lock(&KNOWN);
+    if let Some(obscured) = known.get(clear) {
+        return obscured.clone();
+    }
     let output = installed("rclone").args(["obscure", clear]).output().expect("rclone runs");
     succeeded(&output, "rclone obscure");
-    String::from_utf8_lossy(&output.stdout).trim().to_owned()
+    let obscured = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+    known.insert(clear.to_owned(), obscured.clone());
+    obscured
 }
 
 /// Stock rclone with the remotes `s3:`, below which are buckets, and `crypt:`, which is the

@@ -1,5 +1,6 @@
-//! Waiting for a condition, never for a time.
+//! Waiting for a condition, never for a time; and for one's turn.
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Between two looks: this at least, and [`SHARE`] times as long as the last one took, so that a look
@@ -28,4 +29,23 @@ pub fn before<T>(at_most: Duration, mut look: impl FnMut() -> Option<T>) -> Opti
         }
         std::thread::sleep((SHARE * began.elapsed()).clamp(PAUSE, LONGEST_PAUSE));
     }
+}
+
+/// For tests that go one after the other. Each holds its turn to its end.
+#[derive(Default)]
+pub struct Turns(Mutex<()>);
+
+impl Turns {
+    pub const fn new() -> Self {
+        Self(Mutex::new(()))
+    }
+
+    pub fn take(&self) -> MutexGuard<'_, ()> {
+        lock(&self.0)
+    }
+}
+
+/// Whatever became of those who held it before.
+pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

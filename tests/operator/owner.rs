@@ -2,18 +2,16 @@
 //! shell, no gateway, and nothing of the volume; and its owner, who has only mistyped something, reads
 //! what to do.
 
-use cvm_harness::cloud::Cloud;
-use cvm_harness::machine::{PATIENCE, owner_word};
-use cvm_harness::{Builder, Machine, until};
+use cvm_harness::machine::{HEALTHY, PATIENCE, owner_word};
+use cvm_harness::ssh::{HostKey, listens, make_key, ssh};
+use cvm_harness::{Builder, Cloud, Machine, until};
 use cvm_protocol::volume::{MEMORIES, Stranger};
 use std::fs;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
-use std::process::Command;
 
 const OWNERS: &str = "kqkwGlAAGBFcUhH9pdY8mDWBZQBOgP2Kq4dkAQvqBjo=";
 const FORGERS: &str = "VtHNhXzJ3pa2NhZzK4G8hm1oUtzbwBnXoV7qkQbSdqQ=";
-const HEALTHY: &str = "#!/bin/sh\nexec cvm-victim http 18789\n";
 
 /// The keys of two people for SSH, and the socket by which a machine knows that it is dstack's.
 struct Desk {
@@ -25,11 +23,7 @@ impl Desk {
     fn new() -> Self {
         let home = tempfile::tempdir().expect("a temporary directory");
         for name in ["owner", "forger"] {
-            let made = Command::new("ssh-keygen")
-                .args(["-q", "-t", "ed25519", "-N", "", "-C", name, "-f"])
-                .arg(home.path().join(name))
-                .status();
-            assert!(made.expect("ssh-keygen runs").success());
+            make_key(&home.path().join(name));
         }
         let dstack = UnixListener::bind(home.path().join("dstack.sock")).expect("a socket");
         Self { home, _dstack: dstack }
@@ -73,15 +67,7 @@ impl Desk {
 }
 
 fn comes_in(machine: &Machine, name: &str) -> bool {
-    let key = format!("/desk/{name}");
-    let mut words = vec!["ssh", "-F", "none", "-p", "22", "-i", &key];
-    for option in
-        ["BatchMode=yes", "IdentitiesOnly=yes", "StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null"]
-    {
-        words.extend(["-o", option]);
-    }
-    words.extend(["root@127.0.0.1", "true"]);
-    let output = machine.exec(&words);
+    let output = machine.exec(&ssh(22, &format!("/desk/{name}"), HostKey::Any, &[], "true"));
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(output.status.success() || said.contains("Permission denied"), "sshd is up and says no: {said}");
     output.status.success()
@@ -99,21 +85,13 @@ fn serves(machine: &Machine, name: &str) {
 fn refuses(machine: &Machine, why: Stranger) {
     machine.line(&format!("Boot step volume failed: {}", why.words()));
     machine.line("SSH daemon started.");
-    listens(machine);
+    until("sshd listens", PATIENCE, || listens(machine).then_some(()));
     assert!(["owner", "forger"].into_iter().all(|name| !comes_in(machine, name)), "{}", machine.output());
     let gateway = machine.service("gateway");
     assert_eq!(gateway["state"], "blocked", "{gateway:#}");
     assert_eq!(gateway["why"], format!("boot step volume: {}", why.words()), "{gateway:#}");
     assert!(machine.exec(&["cvm", "health"]).status.code() == Some(1));
     assert!(machine.find("cvm-victim").is_none() && machine.find("cvm-storage").is_none());
-}
-
-/// Port 22 in state LISTEN, as the kernel writes it.
-fn listens(machine: &Machine) {
-    until("sshd listens", PATIENCE, || {
-        let sockets = fs::read_to_string(format!("/proc/{}/net/tcp", machine.pid())).ok()?;
-        sockets.lines().any(|line| line.contains(":0016 ") && line.contains(" 0A ")).then_some(())
-    });
 }
 
 #[test]
@@ -273,7 +251,7 @@ fn a_new_machine_learns_from_the_bucket_that_its_environment_is_void() {
         "",
         "who was let in meanwhile is not any more"
     );
-    listens(&old);
+    until("sshd listens", PATIENCE, || listens(&old).then_some(()));
     assert!(!comes_in(&old, "owner"));
     refuses(&old.again(|b| b), Stranger::OldEpoch);
     // Raised, the state is the owner's again.

@@ -1,18 +1,16 @@
 //! The way in, with the real sshd and the real ssh: who may come in, what they find, and what
 //! does not throw them out.
 
-use cvm_harness::machine::{PATIENCE, binaries, repository};
+use cvm_harness::machine::{AS_AGENT, GATEWAY_TOKEN, HEALTHY, MASTER_KEY, PATIENCE, binaries, repository};
+use cvm_harness::ssh::{HostKey, known_hosts, listens, make_key};
 use cvm_harness::{Builder, Machine, until};
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::fs::{PermissionsExt, chown};
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 
-const MASTER: &str = cvm_harness::machine::MASTER_KEY;
-const TOKEN: &str = "zAFTUuSdbC5aQssqJbETwS5oEdhBGc5O";
 const REDPILL: &str = "redpill-canary-6e20f1b3";
-const HEALTHY: &str = "#!/bin/sh\nexec cvm-victim http 18789\n";
 
 /// What an operator has on the laptop: two keys, and the host key derived from `MASTER_KEY`.
 struct Laptop {
@@ -23,20 +21,9 @@ impl Laptop {
     fn new() -> Self {
         let home = tempfile::tempdir().expect("a temporary directory");
         for name in ["environment", "mounted"] {
-            let made = Command::new("ssh-keygen")
-                .args(["-q", "-t", "ed25519", "-N", "", "-C", name, "-f"])
-                .arg(home.path().join(name))
-                .status()
-                .expect("ssh-keygen runs");
-            assert!(made.success());
+            make_key(&home.path().join(name));
         }
-        let known = Command::new(binaries().join("cvm"))
-            .args(["derive", "ssh-known-hosts", "--host", "127.0.0.1", "--port", "22"])
-            .env("MASTER_KEY", MASTER)
-            .output()
-            .expect("cvm runs");
-        assert!(known.status.success());
-        fs::write(home.path().join("known_hosts"), &known.stdout).expect("the directory is writable");
+        fs::write(home.path().join("known_hosts"), known_hosts(22)).expect("the directory is writable");
         Self { home }
     }
 
@@ -61,7 +48,7 @@ impl Laptop {
         Builder::product()
             .fake_gateway(gateway)
             .bind(self.home.path(), "/laptop")
-            .environment("MASTER_KEY", MASTER)
+            .environment("MASTER_KEY", MASTER_KEY)
             .environment("REDPILL_API_KEY", REDPILL)
             .environment("SSH_AUTHORIZED_KEYS", &self.public("environment"))
     }
@@ -69,17 +56,8 @@ impl Laptop {
 
 /// An ssh that asks nobody and takes no host key but the one that was derived.
 fn ssh(machine: &Machine, key: &str, options: &[&str], command: &str) -> Command {
-    let key = format!("/laptop/{key}");
-    let mut words = vec!["ssh", "-F", "none", "-p", "22", "-i", &key];
-    for option in ["BatchMode=yes", "IdentitiesOnly=yes", "StrictHostKeyChecking=yes"] {
-        words.extend(["-o", option]);
-    }
-    words.extend(["-o", "UserKnownHostsFile=/laptop/known_hosts", "-o", "GlobalKnownHostsFile=none"]);
-    for option in options {
-        words.extend(["-o", option]);
-    }
-    words.extend(["root@127.0.0.1", command]);
-    machine.command(&words)
+    let host = HostKey::Known("/laptop/known_hosts");
+    machine.command(&cvm_harness::ssh::ssh(22, &format!("/laptop/{key}"), host, options, command))
 }
 
 fn text(output: &Output) -> String {
@@ -109,13 +87,7 @@ fn up(machine: &Machine) -> i64 {
 fn new_listener(machine: &Machine, old: i64) -> i64 {
     until(&format!("an sshd listens; the machine said:\n{}", machine.output()), PATIENCE, || {
         let pid = machine.service("sshd")["pid"].as_i64().filter(|pid| *pid != old)?;
-        // Port 22 in state LISTEN, as the kernel writes it.
-        let sockets = fs::read_to_string(format!("/proc/{}/net/tcp", machine.pid())).ok()?;
-        let listens = |line: &str| {
-            let mut words = line.split_ascii_whitespace().skip(1);
-            words.next().is_some_and(|local| local.ends_with(":0016")) && words.nth(1) == Some("0A")
-        };
-        sockets.lines().any(listens).then_some(pid)
+        listens(machine).then_some(pid)
     })
 }
 
@@ -155,7 +127,7 @@ fn the_derived_host_key_and_the_owners_key_open_a_useful_and_clean_session() {
     assert_eq!(says(&machine, "environment", "command -v openclaw").trim(), "/usr/local/bin/openclaw");
     let environment = says(&machine, "environment", "env");
     assert!(environment.contains("SSH_CONNECTION="), "{environment}");
-    for secret in [MASTER, TOKEN, REDPILL] {
+    for secret in [MASTER_KEY, GATEWAY_TOKEN, REDPILL] {
         assert!(!environment.contains(secret), "{secret} is in the session's environment");
     }
 
@@ -290,13 +262,12 @@ fn what_the_agent_writes_is_no_setting_of_roots() {
     let machine = laptop.machine(HEALTHY).start();
     up(&machine);
     machine.service_in("gateway", &["ready"]);
-    let agent = ["setpriv", "--reuid=990", "--regid=990", "--clear-groups", "sh", "-c"];
     let planted = "mkdir -p /data/.config/tmux /data/.config/git
         printf '#!/bin/sh\\nid -u >> /tmp/ran-by-git\\n' > /data/.config/run
         chmod 755 /data/.config/run
         printf 'run-shell \"id -u >> /tmp/ran-by-tmux\"\\n' > /data/.config/tmux/tmux.conf
         printf '[core]\\n\\tfsmonitor = /data/.config/run\\n' > /data/.config/git/config";
-    machine.ok(&[&agent[..], &[planted]].concat());
+    machine.ok(&[&AS_AGENT[..], &["sh", "-c", planted]].concat());
     let shell = "tmux -L a new-session -d 'sleep 30'; tmux -L a kill-server
         git init --quiet /tmp/repository; git -C /tmp/repository status";
     let ran = || machine.read("/tmp/ran-by-tmux") + &machine.read("/tmp/ran-by-git");
@@ -333,17 +304,14 @@ fn nobody_keeps_sshd_from_its_port() {
     let laptop = Laptop::new();
     let machine = laptop.machine(HEALTHY).start();
     up(&machine);
-    let seize = ["setpriv", "--reuid=990", "--regid=990", "--clear-groups", "cvm-victim", "http", "22"];
+    let seize = [&AS_AGENT[..], &["cvm-victim", "http", "22"]].concat();
     machine.ok(&["cvm", "stop", "sshd", "--force"]);
     // As the compose file has it, the agent may not take it.
     assert!(!machine.exec(&seize).status.success());
     // As an engine has it without that line.
     machine.ok(&["sh", "-c", "echo 0 > /proc/sys/net/ipv4/ip_unprivileged_port_start"]);
     let mut squatter = machine.command(&seize).stdout(Stdio::null()).spawn().expect("nsenter runs");
-    until("the agent holds port 22", PATIENCE, || {
-        let sockets = fs::read_to_string(format!("/proc/{}/net/tcp", machine.pid())).ok()?;
-        sockets.contains(":0016 00000000:0000 0A").then_some(())
-    });
+    until("the agent holds port 22", PATIENCE, || listens(&machine).then_some(()));
     machine.ok(&["cvm", "start", "sshd"]);
     up(&machine);
     assert_eq!(says(&machine, "environment", "echo in").trim(), "in");

@@ -1,24 +1,20 @@
-//! S3 mode, end to end: the real worker, a real S3 server behind a network that fails on demand,
-//! and machines that are lost.
+//! What is written survives the loss of the machine, and a machine that is killed is gone.
 
-use cvm_harness::cloud::storage;
 use cvm_harness::machine::PATIENCE;
-use cvm_harness::{Cloud, difference, digest, flush, independent, until};
+use cvm_harness::{Cloud, difference, digest, flush, independent, storage, until};
 use nix::sys::signal::Signal;
 use std::time::Duration;
 
 #[test]
 fn what_is_written_survives_the_loss_of_the_machine() {
     let cloud = Cloud::new();
-    let mut machine = cloud.machine().start();
-    machine.service_in("gateway", &["ready"]);
+    let mut machine = cloud.machine().ready();
     machine.ok(&["sh", "-c", "mkdir -p /data/openclaw/workspace/a/b && echo words > /data/openclaw/workspace/a/b/file && chmod 640 /data/openclaw/workspace/a/b/file && ln -s b /data/openclaw/workspace/a/link && ln /data/openclaw/workspace/a/b/file /data/openclaw/workspace/second && mkdir -m 711 /data/openclaw/workspace/empty"]);
     flush(&machine);
     let before = digest(&machine.path("/data"), &[".cvm", "lost+found"]);
     machine.destroy();
     drop(machine);
-    let machine = cloud.machine().environment("S3_HEARTBEAT", "1").start();
-    machine.service_in("gateway", &["ready"]);
+    let machine = cloud.machine().ready();
     independent(&machine);
     let after = digest(&machine.path("/data"), &[".cvm", "lost+found"]);
     assert_eq!(difference(&before, &after), "");
@@ -29,8 +25,7 @@ fn what_is_written_survives_the_loss_of_the_machine() {
 #[test]
 fn a_machine_that_is_killed_while_files_are_fetched_is_gone() {
     let cloud = Cloud::new();
-    let mut machine = cloud.machine().start();
-    machine.service_in("gateway", &["ready"]);
+    let mut machine = cloud.machine().ready();
     machine.ok(&[
         "sh",
         "-c",

@@ -1,8 +1,7 @@
 //! /data in FUSE mode is a file system like the disk below it.
 
-use cvm_harness::cloud::{Cloud, flush, independent};
 use cvm_harness::machine::repository;
-use cvm_harness::{Builder, Machine, difference, digest};
+use cvm_harness::{Builder, Cloud, Machine, difference, digest, flush, independent};
 use std::collections::BTreeSet;
 
 const SETTINGS: &str = "\
@@ -21,20 +20,16 @@ allow_remount = false
 fn with_judges(cloud: &Cloud) -> Builder {
     let posix = repository().join("target/posix/bin");
     assert!(posix.exists(), "{} is missing: run `tests/setup test` first", posix.display());
-    // Taken over soon when it is lost.
-    let machine = cloud.machine().environment("S3_HEARTBEAT", "1");
-    machine.bind(&posix, "/opt/posix").file("/opt/settings.toml", SETTINGS, 0o644)
+    cloud.machine().bind(&posix, "/opt/posix").file("/opt/settings.toml", SETTINGS, 0o644)
 }
 
 /// A machine whose tree lies over a bucket with something in it.
 fn over_a_bucket(cloud: &Cloud) -> Machine {
-    let mut first = with_judges(cloud).start();
-    first.service_in("gateway", &["ready"]);
+    let mut first = with_judges(cloud).ready();
     first.ok(&["sh", "-c", "mkdir -p /data/openclaw/workspace && seq 1000 > /data/openclaw/workspace/file"]);
     flush(&first);
     assert_eq!(first.stop(), 0);
-    let machine = with_judges(cloud).start();
-    machine.service_in("gateway", &["ready"]);
+    let machine = with_judges(cloud).ready();
     independent(&machine);
     machine
 }
@@ -56,6 +51,7 @@ truncate: enotdir_component
 unlink: enotdir_component remove_type update_ctime_success update_mtime_ctime_success_folder
 utimensat: changes_timestamps
 ";
+
 /// overlayfs has no entry in the table by which the C library guesses how many links a file may have.
 const LINKS: &str = "link::link_count_max";
 
@@ -100,8 +96,7 @@ fn fsx_finds_no_fault_and_what_it_wrote_survives_the_loss() {
     let before = digest(&machine.path("/data"), &[".cvm", "lost+found"]);
     machine.destroy();
     drop(machine);
-    let machine = with_judges(&cloud).start();
-    machine.service_in("gateway", &["ready"]);
+    let machine = with_judges(&cloud).ready();
     independent(&machine);
     assert_eq!(difference(&before, &digest(&machine.path("/data"), &[".cvm", "lost+found"])), "");
 }

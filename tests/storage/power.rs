@@ -1,24 +1,19 @@
-//! What S3 mode promises when the power goes, or the disk itself is set back: what was said to be in
-//! the bucket is there after the next boot, in the tree and in the bucket.
+//! The power goes, or the disk itself is set back: what was said to be in the bucket is there after the next boot,
+//! in the tree and in the bucket.
 //!
 //! `CVM_SOAK=1` cuts the power more often. Moments are chosen by a seed.
 
-use cvm_harness::dice::Dice;
+use crate::fixtures::TURNS;
+use crate::fixtures::machines::{incidents, logs, own};
+use crate::fixtures::programs::Running;
 use cvm_harness::machine::PATIENCE;
 use cvm_harness::sqlite::examine;
-use cvm_harness::tools::Rclone;
-use cvm_harness::{Cloud, Disk, Machine, flush, storage, until};
+use cvm_harness::{Cloud, Dice, Disk, Judge, Machine, flush, rounds, storage, until};
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
-use std::process::{Child, Stdio};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// Of `MASTER_KEY`, which all machines here have: see tests/vectors/keys.json.
-const PASSWORD: &str = "jrq/5kUcKRy6NqQbM7C5bnpMnrR6+7d/aALQruAzhwk=";
-const SALT: &str = "2kBa0tfg6UdY4fDnCeiDgqjrmnPuS/z8j0BDoG0BGvA=";
-const USER: u32 = cvm_protocol::accounts::GATEWAY_ID;
 const PLACE: &str = "openclaw/x";
 
 /// One row every few milliseconds, as the gateway's databases have it.
@@ -33,45 +28,11 @@ while :; do
     echo $n >part; mv part same; sleep 0.3
 done";
 
-/// Machines with many threads on two processors: one story at a time.
-fn turn() -> MutexGuard<'static, ()> {
-    static TURN: Mutex<()> = Mutex::new(());
-    TURN.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn judge(cloud: &Cloud) -> Rclone {
-    Rclone::new(&cloud.garage.s3().bucket(cloud.garage.bucket()), "openclaw-data", PASSWORD, SALT)
-}
-
 /// With this disk as its volume, and a healthy gateway.
 fn boot(cloud: &Cloud, disk: &Disk) -> Machine {
-    let machine = cloud.machine().unbind("/data").bind(&disk.path(), "/data").start();
-    machine.service_in("gateway", &["ready"]);
-    machine.ok(&["sh", "-c", &format!("mkdir -p /data/{PLACE}; chown -R {USER}:{USER} /data/openclaw")]);
+    let machine = cloud.machine().unbind("/data").bind(&disk.path(), "/data").ready();
+    own(&machine, &format!("/data/{PLACE}"));
     machine
-}
-
-fn logs(machine: &Machine) -> String {
-    format!("{}\n{}", machine.output(), machine.read("/var/log/openclaw-cvm/storage.log"))
-}
-
-/// Programs of the gateway's user that go on until their machine ends.
-struct Running(Child);
-
-impl Running {
-    fn start(machine: &Machine, words: &[&str]) -> Self {
-        let id = USER.to_string();
-        let me = ["setpriv", "--reuid", &id, "--regid", &id, "--clear-groups", "--"];
-        let mut command = machine.command(&[&me[..], words].concat());
-        Self(command.stdout(Stdio::null()).spawn().expect("nsenter runs"))
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }
 
 /// Everything that the tree of a machine, or its bucket, has of what is written here.
@@ -125,7 +86,7 @@ impl State {
         Self::of(&machine.path(&format!("/data/{PLACE}")), rows.into())
     }
 
-    fn in_bucket(rclone: &Rclone) -> Self {
+    fn in_bucket(rclone: &Judge<'_>) -> Self {
         let scratch = tempfile::tempdir().expect("a temporary directory");
         let to = scratch.path().join("all");
         rclone.ok(&["copy", &format!("crypt:{PLACE}"), &to.display().to_string()]);
@@ -159,22 +120,23 @@ impl State {
 
 #[test]
 fn what_is_in_the_bucket_is_there_after_the_power_went_at_any_moment() {
-    let _turn = turn();
+    let _turn = TURNS.take();
     let cloud = Cloud::new();
-    let rclone = judge(&cloud);
+    let rclone = cloud.judge();
     let mut dice = Dice(0xdead_0000_0000_0001);
     let mut disk = Disk::new(&[]);
-    let cuts = if std::env::var_os("CVM_SOAK").is_some() { 40 } else { 3 };
+    let cuts = rounds(3, 40);
     for cut in 0..cuts {
         let mut machine = boot(&cloud, &disk);
         // Of many changes at once the whole file system is written out: each kind has its turn alone too.
         let mut writers = Vec::new();
         if cut % 3 != 0 {
-            writers.push(Running::start(&machine, &["sh", "-c", FILES]));
+            writers.push(Running::as_agent(&machine, &["sh", "-c", FILES]));
         }
         for (index, (name, mode)) in DATABASES.iter().enumerate().filter(|_| cut % 3 != 1) {
             let (db, every) = (format!("/data/{PLACE}/{name}"), (20 + index * 30).to_string());
-            writers.push(Running::start(&machine, &["cvm-victim", "rows", &db, mode, &every, "/dev/null"]));
+            writers
+                .push(Running::as_agent(&machine, &["cvm-victim", "rows", &db, mode, &every, "/dev/null"]));
         }
         dice.pause(Duration::from_millis(1500));
         let mut told = State::default();
@@ -212,6 +174,7 @@ fn what_is_in_the_bucket_is_there_after_the_power_went_at_any_moment() {
 
 const MAKE: &str = "PRAGMA journal_mode = wal; PRAGMA synchronous = normal; PRAGMA wal_autocheckpoint = 0;
     CREATE TABLE IF NOT EXISTS t (x)";
+
 const HUNDRED: &str = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n WHERE x < 100) INSERT INTO t SELECT x FROM n";
 
 /// Without a write to it: nobody else may have it open.
@@ -225,7 +188,7 @@ fn count(file: &Path) -> i64 {
 /// Commits a hundred rows, and keeps the database open.
 fn hundred_rows(machine: &Machine, name: &str, before: i64) -> Running {
     let sql = format!("{MAKE}; {HUNDRED}");
-    let running = Running::start(machine, &["cvm-victim", "sql", &format!("/data/{PLACE}/{name}"), &sql]);
+    let running = Running::as_agent(machine, &["cvm-victim", "sql", &format!("/data/{PLACE}/{name}"), &sql]);
     let file = Path::new("/data").join(PLACE).join(name);
     until("they are committed", PATIENCE, || {
         let rows = machine.inside(|| if file.exists() { count(&file) } else { 0 });
@@ -234,17 +197,12 @@ fn hundred_rows(machine: &Machine, name: &str, before: i64) -> Running {
     running
 }
 
-fn incidents(machine: &Machine) -> BTreeSet<String> {
-    let all = storage(machine)["incidents"].as_array().cloned().unwrap_or_default();
-    all.iter().filter_map(|one| one["path"].as_str().map(str::to_owned)).collect()
-}
-
 #[test]
 fn what_a_disk_gives_back_older_than_the_bucket_is_set_aside_and_not_pushed() {
     const LONG_AGO: i64 = 1_700_000_000;
-    let _turn = turn();
+    let _turn = TURNS.take();
     let cloud = Cloud::new();
-    let rclone = judge(&cloud);
+    let rclone = cloud.judge();
     let disk = Disk::new(&[]);
     let machine = boot(&cloud, &disk);
     let mut writers = vec![hundred_rows(&machine, "database", 0)];
@@ -295,8 +253,8 @@ fn what_a_disk_gives_back_older_than_the_bucket_is_set_aside_and_not_pushed() {
     let of_tree = || [read(&at, "plain"), read(&at, "d/made"), read(&at, "moved-on")];
     assert_eq!(of_tree(), ["new\n", "new\n", "newer\n"], "{}", logs(&machine));
     assert_eq!(machine.inside(|| count(&Path::new("/data").join(PLACE).join("database"))), 200);
-    let named = ["database", "plain", "d/made"].map(|name| format!("{PLACE}/{name}"));
-    assert_eq!(incidents(&machine), BTreeSet::from(named.clone()));
+    let named = ["d/made", "database", "plain"].map(|name| format!("{PLACE}/{name}"));
+    assert_eq!(incidents(&machine), named);
     let aside = fs::read_dir(late.path().join(".cvm/storage/aside")).expect("it is there").flatten().next();
     let aside = aside.expect("nothing is deleted").path().join(PLACE);
     assert_eq!((read(&aside, "plain"), count(&aside.join("database"))), ("old\n".to_owned(), 100));
@@ -308,12 +266,12 @@ fn what_a_disk_gives_back_older_than_the_bucket_is_set_aside_and_not_pushed() {
     fs::write(old.path().join("copy"), in_bucket("database")).expect("room");
     assert_eq!(count(&old.path().join("copy")), 200);
     // Until an operator has looked; what is set aside stays.
-    assert_eq!(incidents(&machine), BTreeSet::from(named.clone()));
+    assert_eq!(incidents(&machine), named);
     for path in &named {
         machine.ok(&["cvm", "storage", "keep", "--yes", path]);
     }
     flush(&machine);
-    assert_eq!(incidents(&machine), BTreeSet::new());
+    assert_eq!(incidents(&machine), Vec::<String>::new());
     assert_eq!(read(&aside, "plain"), "old\n");
     // After an ordered stop, who puts an older file there means it.
     assert_eq!(machine.stop(), 0, "{}", logs(&machine));
@@ -323,5 +281,5 @@ fn what_a_disk_gives_back_older_than_the_bucket_is_set_aside_and_not_pushed() {
     let machine = boot(&cloud, &late);
     flush(&machine);
     assert_eq!(String::from_utf8_lossy(&in_bucket("plain")), "old\n");
-    assert_eq!(incidents(&machine), BTreeSet::new());
+    assert_eq!(incidents(&machine), Vec::<String>::new());
 }

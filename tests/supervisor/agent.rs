@@ -1,8 +1,10 @@
-//! What the agent, any program that runs as the gateway's user, cannot reach; each attack beside a
-//! control in which it succeeds.
+//! What the agent, any program that runs as the gateway's user, cannot reach; each attack beside a control in which it
+//! succeeds.
 
-use cvm_harness::machine::{Builder, MASTER_KEY, PATIENCE, owner_word};
-use cvm_harness::{Machine, before, until};
+use cvm_harness::machine::{AS_AGENT, HEALTHY, MASTER_KEY, PATIENCE, owner_word};
+use cvm_harness::wait::lock;
+use cvm_harness::{Builder, Machine, before, until};
+use cvm_needs::{Need, skip};
 use cvm_protocol::paths::{NODE, OPENCLAW};
 use nix::pty::{OpenptyResult, Winsize, openpty};
 use std::fs::{self, File};
@@ -12,10 +14,7 @@ use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
-
-const HEALTHY: &str = "#!/bin/sh\nexec cvm-victim http 18789\n";
-const AGENT: [&str; 4] = ["setpriv", "--reuid=990", "--regid=990", "--clear-groups"];
+use std::sync::{Arc, Mutex};
 
 fn product(gateway: &str) -> Builder {
     Builder::product()
@@ -57,10 +56,9 @@ fn the_guest_agent_answers_root_alone_wherever_the_compose_file_mounts_it() {
     let closed = "/run/cvm-dstack/dstack.sock";
 
     // As the compose file mounts it; beside it the control: the same socket in a place that is open.
-    let machine = product(HEALTHY).bind(&socket, closed).bind(&socket, "/srv/open.sock").start();
-    machine.service_in("gateway", &["ready"]);
-    assert!(answers(&machine, &AGENT, "/srv/open.sock"), "the control");
-    assert!(!answers(&machine, &AGENT, closed));
+    let machine = product(HEALTHY).bind(&socket, closed).bind(&socket, "/srv/open.sock").ready();
+    assert!(answers(&machine, &AS_AGENT, "/srv/open.sock"), "the control");
+    assert!(!answers(&machine, &AS_AGENT, closed));
     assert!(answers(&machine, &[], closed));
     assert_eq!(machine.lines_with("dstack's socket"), 0, "{}", machine.output());
 
@@ -74,9 +72,9 @@ fn the_guest_agent_answers_root_alone_wherever_the_compose_file_mounts_it() {
     });
     machine.service_in("gateway", &["ready"]);
     for usual in ["/run/dstack.sock", "/var/run/dstack.sock", "/run/dstack/dstack.sock", "/run/tappd.sock"] {
-        assert!(!answers(&machine, &AGENT, usual) && !answers(&machine, &[], usual), "{usual}");
+        assert!(!answers(&machine, &AS_AGENT, usual) && !answers(&machine, &[], usual), "{usual}");
     }
-    assert!(!answers(&machine, &AGENT, closed));
+    assert!(!answers(&machine, &AS_AGENT, closed));
     assert!(answers(&machine, &[], closed));
     machine
         .line("dstack's socket was mounted at /var/run/dstack.sock, where the agent can use it; it is moved");
@@ -139,7 +137,7 @@ impl Terminal {
             let mut piece = [0; 4096];
             while let Ok(count) = screen.read(&mut piece) {
                 let text = String::from_utf8_lossy(&piece[..count]);
-                shown.lock().unwrap_or_else(PoisonError::into_inner).push_str(&text);
+                lock(&shown).push_str(&text);
             }
         });
         Self { keys, slave, seen }
@@ -159,7 +157,7 @@ impl Terminal {
     }
 
     fn shown(&self) -> String {
-        self.seen.lock().unwrap_or_else(PoisonError::into_inner).replace('\r', "")
+        lock(&self.seen).replace('\r', "")
     }
 
     /// Waits until the screen shows `text`.
@@ -176,8 +174,7 @@ impl Terminal {
 
 #[test]
 fn what_openclaw_leaves_behind_gets_nothing_of_the_operators_terminal() {
-    let machine = product(SPY).start();
-    machine.service_in("gateway", &["ready"]);
+    let machine = product(SPY).ready();
     let stolen = || machine.read("/data/openclaw/stolen");
     let mut terminal = Terminal::new();
     let then = "echo \"then $(stty -g)\"; echo ready; read -r line; echo \"read <$line>\"";
@@ -213,13 +210,14 @@ fn what_openclaw_leaves_behind_gets_nothing_of_the_operators_terminal() {
             terminal.shell(&machine, &format!("{agents} inject; read -r line; echo \"read <$line>\""));
         terminal.shows("read <typed by the agent>");
         shell.wait().expect("it is our child");
+    } else {
+        skip(Need::Tiocsti, "this kernel lets nobody type into a terminal, so the control is left out");
     }
 }
 
 #[test]
 fn openclaw_has_a_terminal_as_large_as_the_operators_and_pipes_stay_pipes() {
-    let machine = product(SPY).start();
-    machine.service_in("gateway", &["ready"]);
+    let machine = product(SPY).ready();
     let mut terminal = Terminal::new();
     let mut shell = terminal.shell(&machine, "openclaw size");
     terminal.shows("33 101\n");
@@ -251,7 +249,7 @@ fn a_file_on_the_volume_lends_nobodys_rights_and_the_gateway_has_limits() {
     let pid = machine.service_in("gateway", &["ready"])["pid"].as_i64().expect("it runs");
     let lends = |path: &str| {
         machine.ok(&["sh", "-c", &format!("cp /usr/bin/id {path}; chmod 4755 {path}")]);
-        machine.ok(&[&AGENT[..], &[path, "-u"]].concat()).trim() == "0"
+        machine.ok(&[&AS_AGENT[..], &[path, "-u"]].concat()).trim() == "0"
     };
     // In /data the agent's own tree is closed to others; its top is not.
     assert!(!lends("/data/borrowed"));

@@ -1,20 +1,16 @@
 //! The control socket against whoever may come: garbage, half messages, slow readers, crowds.
 
-use cvm_harness::machine::PATIENCE;
-use cvm_harness::{Builder, Machine, until};
+use crate::fixtures::product;
+use cvm_harness::machine::{HEALTHY, PATIENCE};
+use cvm_harness::{Machine, until};
 use cvm_protocol::control::REQUEST_MAX;
 use cvm_protocol::paths;
-use std::io::{Read, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::io::{Read as _, Write as _};
+use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixStream;
 
 fn machine() -> Machine {
-    let machine = Builder::product()
-        .fake_gateway("#!/bin/sh\nexec cvm-victim http 18789\n")
-        .environment("MASTER_KEY", cvm_harness::machine::MASTER_KEY)
-        .start();
-    machine.service_in("gateway", &["ready"]);
-    machine
+    product(HEALTHY).ready()
 }
 
 fn connect(machine: &Machine) -> UnixStream {
@@ -120,4 +116,14 @@ fn requests_in_pieces_are_put_together() {
     let mut answer = String::new();
     stream.read_to_string(&mut answer).expect("an answer comes");
     assert!(answer.ends_with("}\n"), "{answer}");
+}
+
+#[test]
+fn a_lost_control_socket_is_opened_again() {
+    let machine = product(HEALTHY).start();
+    let pid = machine.pid_of("gateway");
+    machine.ok(&["rm", paths::CONTROL_SOCKET]);
+    // Whatever ends in this machine makes process 1 look after it.
+    machine.kill(pid, "KILL");
+    assert!(machine.pid_of("gateway") != pid);
 }

@@ -1,54 +1,34 @@
-//! Where secrets must not be: environments, command lines, logs, files, and the memory of
-//! process 1.
+//! Where secrets must not be: environments, command lines, logs, files, and the memory of process 1.
 
 use cvm_harness::evidence::{assert_has_forgotten, assert_process_1_has_forgotten, contains, files};
-use cvm_harness::machine::{GATEWAY_TOKEN, PATIENCE, binaries};
+use cvm_harness::machine::{GATEWAY_TOKEN, HEALTHY, MASTER_KEY, PATIENCE, base64, binaries};
 use cvm_harness::{Builder, Machine, until};
 use std::fs::Permissions;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
 use std::process::Stdio;
 
-const MASTER: &str = cvm_harness::machine::MASTER_KEY;
 const AWS: &str = "aws-canary-93f0d2c4b7e1";
 const REGISTER: &str = "register-canary-17c9e0aa42";
 const REDPILL: &str = "redpill-canary-6e20f1b3";
 const CONFIG: &str = "config-canary-c0ffee11";
 
 fn machine() -> Machine {
-    ready(configured())
-}
-
-fn ready(builder: Builder) -> Machine {
-    let machine = builder.start();
-    machine.service_in("gateway", &["ready"]);
-    machine
+    configured().ready()
 }
 
 fn configured() -> Builder {
     let config = format!("{{\"note\":\"{CONFIG}\"}}");
     Builder::product()
-        .fake_gateway("#!/bin/sh\nexec cvm-victim http 18789\n")
-        .environment("MASTER_KEY", MASTER)
+        .fake_gateway(HEALTHY)
+        .environment("MASTER_KEY", MASTER_KEY)
         .environment("AWS_SECRET_ACCESS_KEY", AWS)
         .environment("MUX_BASE_URL", "https://mux.example.org")
         .environment("MUX_INBOUND_URL", "https://me.example.org/v1/mux/inbound")
         .environment("MUX_REGISTER_KEY", REGISTER)
         .environment("REDPILL_API_KEY", REDPILL)
-        .environment("OPENCLAW_CONFIG_B64", &base64(config.as_bytes()))
+        .environment("OPENCLAW_CONFIG_B64", &base64(config))
         .environment("LOG_LEVEL", "trace")
         .environment("LOG_SERVICES", "1")
-}
-
-fn base64(bytes: &[u8]) -> String {
-    use std::io::Write;
-    let mut child = std::process::Command::new("base64")
-        .arg("-w0")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("base64 is installed");
-    child.stdin.take().expect("piped").write_all(bytes).expect("base64 reads");
-    String::from_utf8(child.wait_with_output().expect("base64 ends").stdout).expect("base64 is text")
 }
 
 /// Everything in /proc of every process that a root shell could look at, by file.
@@ -79,7 +59,7 @@ fn no_process_shows_the_master_key_or_what_is_not_its_own() {
     let all: Vec<_> = ["environ", "cmdline"].iter().flat_map(|f| proc_files(&machine, f)).collect();
     assert!(all.len() > 6, "{} files", all.len());
     for (place, bytes) in &all {
-        for secret in [MASTER, AWS, REGISTER, CONFIG] {
+        for secret in [MASTER_KEY, AWS, REGISTER, CONFIG] {
             assert!(!contains(bytes, secret), "{secret} is in {place}");
         }
         // The model key is the gateway's: its keeper and itself, nobody else.
@@ -93,21 +73,21 @@ fn no_log_and_no_file_holds_a_secret() {
     let mut machine = machine();
     let found: Vec<_> = ["/run", "/tmp", "/var/log", "/root/.ssh", "/home", "/etc/docker"]
         .iter()
-        .flat_map(|d| files(&machine, d))
+        .flat_map(|d| files(&machine.path(d)))
         .collect();
     assert!(found.iter().any(|(name, _)| name.ends_with("supervisor.log")));
     for (name, bytes) in &found {
-        for secret in [MASTER, AWS, REGISTER, REDPILL] {
+        for secret in [MASTER_KEY, AWS, REGISTER, REDPILL] {
             assert!(!contains(bytes, secret), "{secret} is in {name}");
         }
     }
-    for (name, bytes) in files(&machine, "/data") {
-        for secret in [MASTER, AWS, REGISTER, REDPILL] {
+    for (name, bytes) in files(&machine.path("/data")) {
+        for secret in [MASTER_KEY, AWS, REGISTER, REDPILL] {
             assert!(!contains(&bytes, secret), "{secret} is in {name}");
         }
     }
     assert_eq!(machine.stop(), 0);
-    for secret in [MASTER, AWS, REGISTER, REDPILL, CONFIG] {
+    for secret in [MASTER_KEY, AWS, REGISTER, REDPILL, CONFIG] {
         assert!(!machine.output().contains(secret), "{secret} was printed");
     }
 }
@@ -115,7 +95,7 @@ fn no_log_and_no_file_holds_a_secret() {
 #[test]
 fn the_master_key_is_not_in_the_memory_of_process_1_after_the_boot() {
     let machine = machine();
-    assert_process_1_has_forgotten(&machine, &[MASTER, AWS]);
+    assert_process_1_has_forgotten(&machine, &[MASTER_KEY, AWS]);
 }
 
 #[test]
@@ -125,7 +105,7 @@ fn a_keeper_forgets_what_it_gave_its_program() {
     let mut forms = vec![REDPILL.to_owned()];
     // As it lies in base64, wherever in a group of three bytes it begins.
     forms.extend((0..3).map(|before| {
-        let text = base64(format!("{}{REDPILL}", "=".repeat(before)).as_bytes());
+        let text = base64(format!("{}{REDPILL}", "=".repeat(before)));
         text[4..text.len() - 4].to_owned()
     }));
     assert_has_forgotten(machine.outside(i64::from(keeper.pid)), &forms);
@@ -143,11 +123,10 @@ fn root_without_the_right_to_trace_reads_none_of_our_processes() {
     ];
     let not_tracing = |words: &[&'static str]| [&NOT_TRACING[..], words].concat();
     let lib = "/usr/local/lib/openclaw-cvm";
-    let machine = ready(
-        configured()
-            .bind(&binaries().join("cvm-storage"), &format!("{lib}/cvm-storage"))
-            .command(&not_tracing(&["/usr/local/sbin/cvm-init"])),
-    );
+    let machine = configured()
+        .bind(&binaries().join("cvm-storage"), &format!("{lib}/cvm-storage"))
+        .command(&not_tracing(&["/usr/local/sbin/cvm-init"]))
+        .ready();
     // What does not stay by itself: one that follows a log, and two that wait for their input.
     let mut waiting: Vec<_> = [
         "exec cvm logs --follow gateway",
@@ -191,9 +170,9 @@ fn root_without_the_right_to_trace_reads_none_of_our_processes() {
 #[test]
 fn a_wrong_configuration_is_reported_without_its_values() {
     let mut machine = Builder::product()
-        .environment("MASTER_KEY", MASTER)
+        .environment("MASTER_KEY", MASTER_KEY)
         .environment("REDPILL_API_KEY", &format!("{REDPILL} with spaces"))
-        .environment("OPENCLAW_CONFIG_B64", &base64(format!("[\"{CONFIG}\"]").as_bytes()))
+        .environment("OPENCLAW_CONFIG_B64", &base64(format!("[\"{CONFIG}\"]")))
         .environment("OPENCLAW_GATEWAY_TOKEN", "token-canary-aa31")
         .environment("SSH_PORT", "none")
         .start();
@@ -202,7 +181,7 @@ fn a_wrong_configuration_is_reported_without_its_values() {
     for name in ["REDPILL_API_KEY", "OPENCLAW_CONFIG_B64", "OPENCLAW_GATEWAY_TOKEN", "SSH_PORT"] {
         assert!(output.contains(name), "{name} is not named in:\n{output}");
     }
-    for secret in [MASTER, REDPILL, CONFIG, "token-canary-aa31"] {
+    for secret in [MASTER_KEY, REDPILL, CONFIG, "token-canary-aa31"] {
         assert!(!output.contains(secret), "{secret} was printed");
     }
 }
@@ -221,7 +200,7 @@ fn token_of(machine: &Machine) -> String {
 fn secrets_may_come_in_files() {
     let machine = Builder::product()
         .fake_gateway(READER)
-        .file("/run/secrets/master", &format!("{MASTER}\n"), 0o400)
+        .file("/run/secrets/master", &format!("{MASTER_KEY}\n"), 0o400)
         .environment("MASTER_KEY_FILE", "/run/secrets/master")
         .start();
     assert_eq!(token_of(&machine), GATEWAY_TOKEN);
@@ -234,7 +213,7 @@ fn a_secret_that_everybody_may_read_is_hidden_from_the_agent() {
     let dir = tempfile::tempdir().expect("a temporary directory");
     for name in ["master", "other"] {
         let file = dir.path().join(name);
-        std::fs::write(&file, format!("{MASTER}\n")).expect("the directory is writable");
+        std::fs::write(&file, format!("{MASTER_KEY}\n")).expect("the directory is writable");
         std::fs::set_permissions(&file, Permissions::from_mode(0o444)).expect("it is ours");
         chown(&file, Some(1000), Some(1000)).expect("tests run as root");
     }
@@ -247,11 +226,11 @@ fn a_secret_that_everybody_may_read_is_hidden_from_the_agent() {
         .start();
     assert_eq!(token_of(&machine), GATEWAY_TOKEN);
     assert_eq!(machine.read("/data/openclaw/of-master"), "");
-    assert_eq!(machine.read("/data/openclaw/of-other"), format!("{MASTER}\n"));
+    assert_eq!(machine.read("/data/openclaw/of-other"), format!("{MASTER_KEY}\n"));
     machine.line("INFO  MASTER_KEY_FILE: others than root can read the file itself");
     // What root runs there finds what it expects; the copy has no other name; the host's file is as it was.
     assert_eq!(machine.ok(&["stat", "-c", "%a %u", "/run/secrets/master"]).trim(), "400 0");
-    assert_eq!(machine.ok(&["cat", "/run/secrets/master"]), format!("{MASTER}\n"));
+    assert_eq!(machine.ok(&["cat", "/run/secrets/master"]), format!("{MASTER_KEY}\n"));
     assert!(!machine.path("/run/openclaw-cvm/secret").exists());
     let meta = std::fs::metadata(dir.path().join("master")).expect("it is there");
     assert_eq!((meta.uid(), meta.mode() & 0o7777), (1000, 0o444));
@@ -264,13 +243,13 @@ fn a_secret_that_cannot_be_hidden_is_refused_with_the_remedy() {
     let init = "/usr/local/sbin/cvm-init";
     for (last, status) in [(&[init][..], 78), (&[init, "--check"], 78)] {
         let mut machine = Builder::product()
-            .file("/run/secrets/master", &format!("{MASTER}\n"), 0o444)
+            .file("/run/secrets/master", &format!("{MASTER_KEY}\n"), 0o444)
             .environment("MASTER_KEY_FILE", "/run/secrets/master")
             .command(&[&without_rights[..], last].concat())
             .start();
         assert_eq!(machine.wait(), status);
         let output = machine.output();
         assert!(output.contains("MASTER_KEY_FILE: names a file that others than root can read"), "{output}");
-        assert!(output.contains("mode 0400") && !output.contains(MASTER), "{output}");
+        assert!(output.contains("mode 0400") && !output.contains(MASTER_KEY), "{output}");
     }
 }

@@ -1,18 +1,13 @@
-//! PID 1 and a storage worker, with a script in the worker's place: who waits for whom, who is
-//! stopped when the tree is lost, what the last line says, and where the credentials are not.
+//! PID 1 and a storage worker, with a script in the worker's place: who waits for whom, who is stopped when the tree
+//! is lost, what the last line says, and where the credentials are not.
 
 use cvm_harness::evidence::{assert_process_1_has_forgotten, contains};
-use cvm_harness::machine::PATIENCE;
+use cvm_harness::machine::{CRYPT_PASSWORD, HEALTHY, MASTER_KEY, PATIENCE};
 use cvm_harness::{Builder, Machine, until};
 
-const KEY: &str = cvm_harness::machine::MASTER_KEY;
-/// What `KEY` derives: see tests/vectors/keys.json.
-const CRYPT_PASSWORD: &str = "jrq/5kUcKRy6NqQbM7C5bnpMnrR6+7d/aALQruAzhwk=";
 const ACCESS: &str = "access-canary-0a91c7";
 const SECRET: &str = "secret-canary-93f0d2c4b7e1";
-
 const LIB: &str = "/usr/local/lib/openclaw-cvm";
-const HEALTHY: &str = "#!/bin/sh\nexec cvm-victim http 18789\n";
 
 /// Leaves traces, says what `first` says, passes on what the test writes into its pipe, and ends
 /// with `last` when its descriptor 4 does.
@@ -47,7 +42,7 @@ fn bucket(worker: &str, gateway: &str) -> Builder {
         .fake_gateway(gateway)
         .file(&format!("{LIB}/cvm-storage"), worker, 0o755)
         .file(&format!("{LIB}/cvm-standin"), "#!/bin/sh\nexec sleep 100000\n", 0o755)
-        .environment("MASTER_KEY", KEY)
+        .environment("MASTER_KEY", MASTER_KEY)
         .environment("OPENCLAW_GATEWAY_RESTART_DELAY", "0")
         .environment("S3_BUCKET", "bucket-of-mine")
         .environment("S3_ENDPOINT", "https://s3.example.org")
@@ -57,18 +52,12 @@ fn bucket(worker: &str, gateway: &str) -> Builder {
 
 /// A machine whose worker has its tree at once.
 fn on_a_tree(ready: &str, gateway: &str) -> Machine {
-    let machine = bucket(&worker(&format!("say '{ready}'"), DRAINED), gateway).start();
-    machine.service_in("gateway", &["ready"]);
-    machine
+    bucket(&worker(&format!("say '{ready}'"), DRAINED), gateway).ready()
 }
 
 /// Makes the worker say a line.
 fn say(machine: &Machine, line: &str) {
     machine.ok(&["timeout", "20", "sh", "-c", &format!("echo '{line}' > /run/say")]);
-}
-
-fn pid_of(machine: &Machine, service: &str) -> i64 {
-    machine.service_in(service, &["up", "ready"])["pid"].as_i64().expect("a running service has a pid")
 }
 
 fn step(machine: &Machine, name: &str) -> serde_json::Value {
@@ -128,14 +117,14 @@ fn a_bucket_that_cannot_be_opened_leaves_ssh_up_and_the_gateway_down_and_says_wh
 #[test]
 fn a_lost_tree_stops_the_gateway_and_the_next_one_starts_it_again() {
     let machine = on_a_tree(READY, HEALTHY);
-    let first = pid_of(&machine, "gateway");
+    let first = machine.pid_of("gateway");
     say(&machine, LOST);
     machine.line("The storage is lost: another instance has the bucket");
     machine.service_in("gateway", &["blocked"]);
     assert!(machine.find("cvm-victim http").is_none());
     assert_eq!(step(&machine, "home")["state"], "waiting");
     say(&machine, READY);
-    assert_ne!(pid_of(&machine, "gateway"), first);
+    assert_ne!(machine.pid_of("gateway"), first);
     assert_eq!(step(&machine, "home")["tries"], 2);
     assert_eq!(starts(&machine), 1, "the worker stayed");
 }
@@ -148,11 +137,11 @@ const SLOW: &str = "#!/bin/sh\n\
 #[test]
 fn a_worker_that_dies_with_its_tree_is_not_started_again_before_the_gateway_is_gone() {
     let machine = on_a_tree(READY, SLOW);
-    let first = pid_of(&machine, "gateway");
-    machine.kill(pid_of(&machine, "storage"), "KILL");
+    let first = machine.pid_of("gateway");
+    machine.kill(machine.pid_of("storage"), "KILL");
     machine.line("the storage worker ended; the tree is rebuilt");
     second_worker(&machine);
-    assert_ne!(pid_of(&machine, "gateway"), first);
+    assert_ne!(machine.pid_of("gateway"), first);
     assert!(!machine.path("/data/worker/overlap").exists(), "{}", machine.output());
     // Each has read the same specification.
     let lengths = machine.read("/data/worker/spec");
@@ -163,24 +152,24 @@ fn a_worker_that_dies_with_its_tree_is_not_started_again_before_the_gateway_is_g
 #[test]
 fn a_worker_that_dies_under_an_independent_tree_disturbs_nobody() {
     let machine = on_a_tree(INDEPENDENT, HEALTHY);
-    let first = pid_of(&machine, "gateway");
-    machine.kill(pid_of(&machine, "storage"), "KILL");
+    let first = machine.pid_of("gateway");
+    machine.kill(machine.pid_of("storage"), "KILL");
     second_worker(&machine);
-    assert_eq!(pid_of(&machine, "gateway"), first);
+    assert_eq!(machine.pid_of("gateway"), first);
     assert_eq!(step(&machine, "storage")["state"], "done");
 }
 
 #[test]
 fn a_worker_that_dies_in_an_outage_disturbs_nobody_on_an_independent_tree() {
     let machine = on_a_tree(INDEPENDENT, HEALTHY);
-    let first = pid_of(&machine, "gateway");
+    let first = machine.pid_of("gateway");
     let silent = r#"{"storage":"unheard","why":"the bucket cannot be reached"}"#;
     let script = worker(&format!("say '{silent}'"), DRAINED);
     std::fs::write(machine.path(&format!("{LIB}/cvm-storage")), script).expect("it can be replaced");
-    machine.kill(pid_of(&machine, "storage"), "KILL");
+    machine.kill(machine.pid_of("storage"), "KILL");
     second_worker(&machine);
     machine.line("Nothing is replicated: the bucket cannot be reached");
-    assert_eq!(pid_of(&machine, "gateway"), first);
+    assert_eq!(machine.pid_of("gateway"), first);
     assert_eq!(step(&machine, "storage")["state"], "done");
     say(&machine, LOST);
     machine.service_in("gateway", &["blocked"]);
@@ -189,10 +178,10 @@ fn a_worker_that_dies_in_an_outage_disturbs_nobody_on_an_independent_tree() {
 #[test]
 fn an_operator_restarts_the_worker_and_the_gateway_comes_back_by_itself() {
     let machine = on_a_tree(READY, SLOW);
-    let first = pid_of(&machine, "gateway");
+    let first = machine.pid_of("gateway");
     machine.exec(&["cvm", "restart", "storage", "--no-wait"]);
     second_worker(&machine);
-    assert_ne!(pid_of(&machine, "gateway"), first);
+    assert_ne!(machine.pid_of("gateway"), first);
     assert!(!machine.path("/data/worker/overlap").exists());
     assert!(
         !machine.path("/data/worker/terminated").exists(),
@@ -218,8 +207,7 @@ fn a_stop_after_which_the_bucket_lacks_something_is_status_75_and_the_last_line_
         (lacking, "Not everything is in the bucket: 3 files, 4096 bytes are missing there"),
         (silent, "the storage worker ended without saying what is missing"),
     ] {
-        let mut machine = bucket(&worker(&ready, last), HEALTHY).start();
-        machine.service_in("gateway", &["ready"]);
+        let mut machine = bucket(&worker(&ready, last), HEALTHY).ready();
         assert_eq!(machine.stop(), 75, "{}", machine.output());
         let output = machine.output();
         assert!(output.lines().last().is_some_and(|l| l.contains(line)), "{output}");
@@ -238,8 +226,7 @@ fn the_worker_goes_on_while_a_busy_gateway_drains_and_is_told_to_end_after_it() 
         until [ $(wc -c < /data/worker/beats) -gt $((n + 3)) ]; do sleep 0.05; done\n\
         echo gateway >> /data/worker/order; kill $V; exit 0; }\n\
         trap drain TERM; while :; do sleep 0.05; done\n";
-    let mut machine = bucket(&worker(&beats, &last), gateway).start();
-    machine.service_in("gateway", &["ready"]);
+    let mut machine = bucket(&worker(&beats, &last), gateway).ready();
     let data = machine.data();
     assert_eq!(machine.stop(), 0, "{}", machine.output());
     let order = std::fs::read_to_string(data.join("worker/order")).unwrap();
@@ -251,15 +238,12 @@ fn a_second_sigterm_does_not_wait_for_the_bucket() {
     let never = "while :; do sleep 1; done";
     let mut machine = bucket(&worker(&format!("say '{READY}'"), never), HEALTHY)
         .environment("S3_DRAIN_TIMEOUT", "3600")
-        .start();
-    machine.service_in("gateway", &["ready"]);
+        .ready();
     machine.signal(nix::sys::signal::Signal::SIGTERM);
     machine.line("Stopping");
     machine.signal(nix::sys::signal::Signal::SIGTERM);
     assert_eq!(machine.wait(), 75, "{}", machine.output());
 }
-
-// === Secrets ===
 
 /// As they are, and as they travel.
 fn canaries() -> Vec<String> {
@@ -273,7 +257,7 @@ fn canaries() -> Vec<String> {
 #[test]
 fn the_credentials_of_the_bucket_are_in_no_environment_command_line_or_log() {
     let mut machine = on_a_tree(READY, HEALTHY);
-    machine.kill(pid_of(&machine, "storage"), "KILL");
+    machine.kill(machine.pid_of("storage"), "KILL");
     second_worker(&machine);
     machine.service_in("gateway", &["ready"]);
     let mut looked_at = 0;
@@ -300,7 +284,7 @@ fn the_credentials_of_the_bucket_are_in_no_environment_command_line_or_log() {
 #[test]
 fn the_credentials_of_the_bucket_are_not_in_the_memory_of_process_1() {
     let machine = on_a_tree(READY, HEALTHY);
-    machine.kill(pid_of(&machine, "storage"), "KILL");
+    machine.kill(machine.pid_of("storage"), "KILL");
     second_worker(&machine);
     assert_process_1_has_forgotten(&machine, &canaries());
 }
