@@ -191,7 +191,7 @@ mod tests {
             assert_eq!(End::from(ExitStatus::from_raw(signal)), End::Signal(signal));
         }
         // With a core file.
-        assert_eq!(End::from(ExitStatus::from_raw(0x80 | 11)), End::Signal(11));
+        assert_eq!(End::from(ExitStatus::from_raw(0x80 + 11)), End::Signal(11));
     }
 
     #[test]
