@@ -16,7 +16,7 @@ fuzz_target!(|data: &[u8]| {
     let _ = inspect_config(&text, TOKEN);
     // A comment before the generated text changes nothing, as long as it is one.
     if !text.contains(['\n', '\r', '\u{2028}', '\u{2029}']) {
-        let commented = format!("// {text}\n{}", generated_config(&GatewaySettings { port: 18789, redpill: true }));
+        let commented = format!("// {text}\n{}", generated_config(GatewaySettings { port: 18789, redpill: true }));
         assert!(matches!(inspect_config(&commented, TOKEN).token, TokenState::Reference));
     }
 });

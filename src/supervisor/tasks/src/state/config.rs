@@ -29,7 +29,7 @@ pub(crate) fn write(state: &Dir, task: &StateTask, owner: Owner, report: &mut Re
         report.info("gave the gateway the configuration of OPENCLAW_CONFIG_B64");
     } else {
         let settings = GatewaySettings { port: task.port, redpill: task.redpill };
-        state.create(name, generated_config(&settings).as_bytes(), kind)?;
+        state.create(name, generated_config(settings).as_bytes(), kind)?;
         report.info("gave the gateway a generated configuration");
     }
     Ok(())

@@ -39,7 +39,7 @@ pub(crate) struct GatewaySettings {
 }
 
 /// The `openclaw.json` of an instance that was given none.
-pub(crate) fn generated_config(settings: &GatewaySettings) -> String {
+pub(crate) fn generated_config(settings: GatewaySettings) -> String {
     let mut config = json!({
         "gateway": {
             "mode": "local",

@@ -29,12 +29,12 @@ fn the_generated_configuration_is_the_documented_one() {
         },
         "update": { "checkOnStart": false }
     });
-    assert_eq!(parsed(&generated_config(&GatewaySettings { port: 18789, redpill: false })), expected);
+    assert_eq!(parsed(&generated_config(GatewaySettings { port: 18789, redpill: false })), expected);
 }
 
 #[test]
 fn the_model_provider_gets_its_key_by_reference() {
-    let config = parsed(&generated_config(&GatewaySettings { port: 1, redpill: true }));
+    let config = parsed(&generated_config(GatewaySettings { port: 1, redpill: true }));
     let provider = &config["models"]["providers"]["redpill"];
     assert_eq!(provider["baseUrl"], "https://api.redpill.ai/v1");
     assert_eq!(provider["apiKey"], "${REDPILL_API_KEY}");
@@ -44,7 +44,7 @@ fn the_model_provider_gets_its_key_by_reference() {
 #[test]
 fn what_was_generated_is_found_right_again() {
     for redpill in [false, true] {
-        let text = generated_config(&GatewaySettings { port: 4711, redpill });
+        let text = generated_config(GatewaySettings { port: 4711, redpill });
         let expected =
             ConfigFindings { token: TokenState::Reference, port: Some(4711), chat_completions: Some(true) };
         assert_eq!(inspect_config(&text, OWN), expected);
