@@ -172,7 +172,8 @@ pub(crate) fn stage(
             return Ok(Outcome::Later("the volume has no room for a copy of it".to_owned()));
         }
         let _ = std::fs::remove_file(to);
-        // Before the copy: what is sent is this state or a later one, and on the disk before it is sent.
+        // Before the copy: what is sent is this state or a later one, and on the disk before it is sent. Only the
+        // commit of this very moment may be in the log and not in the copy; who compares looks at the content too.
         let state = if database { state_of(volume, path, looked) } else { None };
         let mut remark = None;
         let (size, sha) = match source {
@@ -368,6 +369,55 @@ mod tests {
             let state = serde_json::to_value(staged.known.state.unwrap()).unwrap();
             assert_eq!(state["log"].is_object(), is_remembered, "{state}");
         }
+    }
+
+    #[test]
+    fn the_state_of_a_database_that_is_written_to_all_the_time_is_none_after_its_copy() {
+        use rusqlite::Connection;
+        use std::sync::atomic::{AtomicBool, Ordering};
+        let dir = tempfile::tempdir().unwrap();
+        let mut volume = Volume::plain(dir.path()).unwrap();
+        volume.tick_ns = 0;
+        let db = Connection::open(dir.path().join("db")).unwrap();
+        db.execute_batch(
+            "PRAGMA page_size=512; PRAGMA journal_mode=WAL; PRAGMA synchronous=OFF; PRAGMA wal_autocheckpoint=0;
+             CREATE TABLE t(x); INSERT INTO t VALUES (0);
+             CREATE TABLE what_takes_a_while_to_copy(x);
+             WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n WHERE x < 3000)
+             INSERT INTO what_takes_a_while_to_copy SELECT randomblob(400) FROM n",
+        )
+        .unwrap();
+        let copy = || match staged(&volume, "db", true, true) {
+            Outcome::Ready(copy) => copy,
+            _ => panic!("there is a copy of a database with a log"),
+        };
+        let frames = |copy: &Staged| {
+            let state = serde_json::to_value(copy.known.state.as_ref().unwrap()).unwrap();
+            state["log"]["frames"].as_i64().unwrap()
+        };
+        let before = frames(&copy());
+        let over = &AtomicBool::new(false);
+        let copied: Vec<(i64, i64)> = std::thread::scope(|scope| {
+            scope.spawn(move || {
+                while !over.load(Ordering::Relaxed) {
+                    // One frame each.
+                    db.execute("UPDATE t SET x = x + 1", []).unwrap();
+                    std::thread::sleep(std::time::Duration::from_micros(500));
+                }
+            });
+            let copied = (0..10).map(|_| {
+                let copy = copy();
+                let of_copy = Connection::open(volume.staging().join("copy")).unwrap();
+                let commits = of_copy.query_row("SELECT x FROM t", [], |row| row.get(0)).unwrap();
+                (frames(&copy) - before, commits)
+            });
+            let copied = copied.collect();
+            over.store(true, Ordering::Relaxed);
+            copied
+        });
+        // A commit is in the log before others read it.
+        assert!(copied.iter().all(|(of_state, of_copy)| *of_state <= of_copy + 1), "{copied:?}");
+        assert!(copied.iter().any(|(of_state, of_copy)| of_state < of_copy), "nobody wrote: {copied:?}");
     }
 
     #[test]
