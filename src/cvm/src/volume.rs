@@ -31,14 +31,11 @@ pub(crate) fn run(what: &VolumeCommand) -> Result<Exit, Failure> {
 fn adopt(args: &AdoptArgs, claim: &Claim, roots: &[PathBuf]) -> Result<Exit, Failure> {
     let own = roots.iter().find(|own| MEMORIES.iter().any(|name| own.join(name).exists()));
     let own = own.or(roots.last()).ok_or_else(|| Failure::new(Exit::Bad, WHAT, "there is no volume"))?;
-    let mut files = Vec::new();
-    for name in MEMORIES {
-        files.push(match fs::read(own.join(name)) {
-            Ok(bytes) => Some(bytes),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-            Err(error) => return Err(of_volume(&error)),
-        });
-    }
+    // One that the disk does not give is as good as damaged: the other one counts, if that is whole.
+    let files = MEMORIES.map(|name| match fs::read(own.join(name)) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        read => Some(read.unwrap_or_default()),
+    });
     let found = Found::in_files(&files).unwrap_or(Found::State);
     let is_damaged = found == Found::Damaged;
     let good = judge(claim, found);
@@ -66,9 +63,13 @@ fn adopt(args: &AdoptArgs, claim: &Claim, roots: &[PathBuf]) -> Result<Exit, Fai
         } else {
             "a machine without MASTER_KEY"
         };
+        let now = if is_damaged {
+            "What the volume remembers of its MASTER_KEY cannot be read, and its copy neither"
+        } else {
+            "The volume belongs to another environment"
+        };
         let question = format!(
-            "The volume belongs to another environment. If you go on, it belongs to {whom}, and the other \
-             environment cannot open it any more.\nGo on?"
+            "{now}. If you go on, it belongs to {whom}, and no other environment can open it any more.\nGo on?"
         );
         prompt::confirm(WHAT, &question)?;
     }
@@ -177,6 +178,36 @@ mod tests {
             let memory: Memory = serde_json::from_slice(&fs::read(roots[1].join(name)).unwrap()).unwrap();
             assert_eq!(memory, adopted(&home));
         }
+    }
+
+    #[test]
+    fn a_memory_that_the_disk_does_not_give_is_replaced_and_the_other_one_counts() {
+        let home = Claim { dstack: false, ..claim("b", false) };
+        for hit in MEMORIES {
+            let (_temp, roots) = room();
+            write(&roots[1], &adopted(&claim("a", false))).unwrap();
+            unreadable(&roots[1].join(hit));
+            let stranger = adopt(&of(None), &claim("b", false), &roots).unwrap_err();
+            assert_eq!(stranger.exit, Exit::Refused, "{hit}: it is known whose it is");
+            adopt(&of(Some("c")), &claim("a", false), &roots).unwrap();
+            assert_eq!(memory(&roots[1]).next, claim("c", false).key, "{hit}");
+            assert!(fs::read(roots[1].join(hit)).is_ok(), "{hit}");
+        }
+        let (_temp, roots) = room();
+        for name in MEMORIES {
+            unreadable(&roots[1].join(name));
+        }
+        let refused = adopt(&of(Some("c")), &claim("a", false), &roots).unwrap_err();
+        assert_eq!(refused.exit, Exit::Refused);
+        // Without a supervisor the order to it fails; what comes before is done.
+        let _ = adopt(&of(None), &home, &roots);
+        assert_eq!(memory(&roots[1]), adopted(&home));
+    }
+
+    /// Reading it fails, as from a bad sector, and a rename can take its place.
+    fn unreadable(file: &Path) {
+        let _ = fs::remove_file(file);
+        std::os::unix::fs::symlink(file, file).unwrap();
     }
 
     #[test]

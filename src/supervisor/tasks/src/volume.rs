@@ -29,7 +29,7 @@ pub(crate) fn open(root_dir: &RootDir, claim: &Claim, keys: Keys<'_>, report: &m
     ssh::admit_nobody(&run)?;
     run.write(CLAIM, &json_lines::line(claim), Kind::OF_THIS_BOOT)?;
     shut_the_top(root_dir, report)?;
-    let files = read(root_dir)?;
+    let files = read(root_dir, claim)?;
     let found = match Found::in_files(&files) {
         Some(found) => found,
         None => without_memory(root_dir)?,
@@ -84,7 +84,7 @@ fn shut_the_top(root_dir: &RootDir, report: &mut Report) -> Outcome<()> {
 }
 
 /// What lies in [`MEMORIES`].
-fn read(root_dir: &RootDir) -> Outcome<[Option<Zeroizing<Vec<u8>>>; 2]> {
+fn read(root_dir: &RootDir, claim: &Claim) -> Outcome<[Option<Zeroizing<Vec<u8>>>; 2]> {
     let own = match Dir::open(&root_dir.at(paths::OWN_STATE)) {
         Ok(own) => own,
         Err(error) if error.errno == Errno::ENOENT => return Ok([None, None]),
@@ -99,7 +99,13 @@ fn read(root_dir: &RootDir) -> Outcome<[Option<Zeroizing<Vec<u8>>>; 2]> {
         [Err(_), Ok(Some(good))] if Found::in_files(&[Some(&*good)]) != Some(Found::Damaged) => {
             Ok([None, Some(good)])
         }
-        [Err(error), _] | [_, Err(error)] => Err(error.into()),
+        // A disk that never gives them must not lock the owner out, who has no other way in on dstack.
+        [Err(_), _] | [_, Err(_)] if claim.proven => Ok([Some(Zeroizing::default()), None]),
+        [Err(error), _] | [_, Err(error)] => Err(Failure::again(format!(
+            "{error}; there is no good copy of it either, so no shell is opened and no gateway started. Look at the \
+             disk. Deploy with CVM_OWNER set, and the volume is this MASTER_KEY's again; on a docker host of your own \
+             `docker exec -it CONTAINER cvm volume adopt` makes it anew"
+        ))),
     }
 }
 
@@ -286,6 +292,17 @@ mod tests {
                 assert_eq!(files.each_ref().map(|file| fs::read(at(file)).unwrap()), [&*whole, &*whole]);
             }
         }
+        for file in &files {
+            fs::write(at(file), vec![b' '; MEMORY_MAX + 1]).unwrap();
+        }
+        let failure = machine.boot(&on_dstack("a", false)).unwrap_err();
+        assert!(failure.retry && failure.why.contains("cvm volume adopt"), "{}", failure.why);
+        assert_eq!(machine.admitted(), "");
+        let mut report = Report::default();
+        let keys = Keys { given: KEY, trust_host_keys: false };
+        open(&machine.root_dir, &on_dstack("a", true), keys, &mut report).unwrap();
+        assert!(report.facts.remarks[0].text.contains("damaged"), "{:?}", report.facts.remarks);
+        assert_eq!(files.each_ref().map(|file| fs::read(at(file)).unwrap()), [&*whole, &*whole]);
     }
 
     #[test]
