@@ -62,6 +62,15 @@ pub(crate) struct Row {
 
 pub(crate) type Rows = Vec<(Path, Row)>;
 
+/// Older files of the volume in whose place newer ones of the bucket are being put.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Exchange {
+    /// The directory below `aside/` that the older files go to.
+    pub(crate) aside: String,
+    /// What is put in their place.
+    pub(crate) files: HashMap<Path, Digest>,
+}
+
 pub(crate) struct Index {
     db: Mutex<Connection>,
 }
@@ -76,6 +85,8 @@ pub(crate) struct Totals {
 /// order.
 const CLOCK: &str = "clock";
 const CLOCK_WENT_BACK: &str = "clock_went_back";
+/// The mount that an exchange began after, and the directory of the older files: one line each.
+const EXCHANGE: &str = "exchange";
 
 /// Values of the column `unsure`; 1 is an entry that is settled and about to be another.
 const SURE: i64 = 0;
@@ -107,6 +118,7 @@ impl Index {
              CREATE TABLE IF NOT EXISTS taint (path BLOB PRIMARY KEY, why TEXT NOT NULL) WITHOUT ROWID;
              CREATE TABLE IF NOT EXISTS untold (dir BLOB NOT NULL, name BLOB NOT NULL, PRIMARY KEY (dir, name)) WITHOUT ROWID;
              CREATE TABLE IF NOT EXISTS state (path BLOB PRIMARY KEY, state TEXT NOT NULL) WITHOUT ROWID;
+             CREATE TABLE IF NOT EXISTS exchange (path BLOB PRIMARY KEY, sha BLOB NOT NULL) WITHOUT ROWID;
              CREATE TABLE IF NOT EXISTS tomb (path BLOB PRIMARY KEY) WITHOUT ROWID;
              CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;",
         )?;
@@ -166,7 +178,8 @@ impl Index {
         let transaction = db.transaction()?;
         transaction.execute_batch(&format!(
             "DELETE FROM entry; DELETE FROM tomb; DELETE FROM taint; DELETE FROM untold; DELETE FROM state;
-             DELETE FROM meta WHERE name IN ('head', 'independent', 'laid', 'lowered', 'restored'); {and}"
+             DELETE FROM exchange;
+             DELETE FROM meta WHERE name IN ('head', 'independent', 'laid', 'lowered', 'restored', '{EXCHANGE}'); {and}"
         ))?;
         transaction.commit()?;
         Ok(())
@@ -297,6 +310,50 @@ impl Index {
     /// Nothing is pending whose time would have to be compared.
     pub(crate) fn forget_that_clock_went_back(&self) -> Result<(), Fault> {
         self.db().execute("DELETE FROM meta WHERE name = ?", [CLOCK_WENT_BACK])?;
+        Ok(())
+    }
+
+    /// Remembers which files of the volume are older than the bucket has them, before the first of them is
+    /// touched. `after` is the mount in which the volume was last in use.
+    pub(crate) fn begin_exchange(&self, after: &str, exchange: &Exchange) -> Result<(), Fault> {
+        let mut db = self.db();
+        let transaction = db.transaction()?;
+        forget_exchange(&transaction)?;
+        let Exchange { aside, files } = exchange;
+        let value = format!("{after}\n{aside}");
+        transaction.execute("INSERT INTO meta VALUES (?, ?)", [EXCHANGE, &value])?;
+        for (path, sha) in files {
+            transaction
+                .prepare_cached("INSERT INTO exchange VALUES (?, ?)")?
+                .execute(params![path.as_bytes(), sha.0])?;
+        }
+        transaction.commit()?;
+        Ok(())
+    }
+
+    /// The exchange that was cut off, unless the volume has been in use since: then its files are as they are
+    /// meant to be.
+    pub(crate) fn unfinished_exchange(&self, after: &str) -> Result<Option<Exchange>, Fault> {
+        let Some(value) = self.meta(EXCHANGE)? else { return Ok(None) };
+        let Some((_, aside)) = value.split_once('\n').filter(|(was, _)| *was == after) else {
+            return Ok(None);
+        };
+        let db = self.db();
+        let mut statement = db.prepare_cached("SELECT path, sha FROM exchange")?;
+        let rows = statement.query_map([], |r| Ok((r.get::<_, Vec<u8>>(0)?, Digest(r.get(1)?))))?;
+        let mut exchange = Exchange { aside: aside.to_owned(), files: HashMap::new() };
+        for found in rows {
+            let (path, sha) = found?;
+            exchange.files.extend(Path::new(&path).map(|path| (path, sha)));
+        }
+        Ok(Some(exchange))
+    }
+
+    pub(crate) fn end_exchange(&self) -> Result<(), Fault> {
+        let mut db = self.db();
+        let transaction = db.transaction()?;
+        forget_exchange(&transaction)?;
+        transaction.commit()?;
         Ok(())
     }
 
@@ -572,6 +629,12 @@ impl Index {
             run(params![dir, name, DOUBTED])
         })
     }
+}
+
+fn forget_exchange(db: &Connection) -> rusqlite::Result<()> {
+    db.execute("DELETE FROM exchange", [])?;
+    db.execute("DELETE FROM meta WHERE name = ?", [EXCHANGE])?;
+    Ok(())
 }
 
 fn last_clock(db: &Connection) -> rusqlite::Result<Option<i64>> {

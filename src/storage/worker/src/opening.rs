@@ -104,14 +104,18 @@ pub(crate) fn hold_volume(data: &FsPath) -> Result<Held, Fault> {
     Ok(Held { volume, index, me, _lock: lock })
 }
 
+/// The same, if a worker has used it before.
+fn hold_used_volume() -> Result<Option<Held>, Fault> {
+    use cvm_protocol::paths::{DATA, VOLUME};
+    let is_used = [VOLUME, DATA].iter().any(|root| FsPath::new(root).join(".cvm/storage/index").exists());
+    is_used.then(|| hold_volume(FsPath::new(DATA))).transpose()
+}
+
 /// The tree that an earlier worker has left on the volume, and what of it the bucket does not have:
 /// as far as is known without the bucket.
 pub(crate) fn left_behind(prefix: &str) -> Result<Option<(Volume, Found)>, Fault> {
-    use cvm_protocol::paths::{DATA, VOLUME};
-    if ![VOLUME, DATA].iter().any(|root| FsPath::new(root).join(".cvm/storage/index").exists()) {
-        return Ok(None);
-    }
-    let Held { volume, index, _lock: lock, .. } = hold_volume(FsPath::new(DATA))?;
+    use cvm_protocol::paths::DATA;
+    let Some(Held { volume, index, _lock: lock, .. }) = hold_used_volume()? else { return Ok(None) };
     let in_layer = fs::read_dir(volume.own.join("upper"))?
         .any(|entry| entry.is_ok_and(|entry| !Volume::is_ours(entry.file_name().as_bytes())));
     let volume = if in_layer { volume.overlaid(FsPath::new(DATA)) } else { volume };
@@ -133,6 +137,9 @@ pub(crate) fn open(
     pause: Pause<'_>,
 ) -> Result<Ready, Fault> {
     desk.phase("opening");
+    if let Some(held) = hold_used_volume()? {
+        setback::look_at_clock_of_the_waiting(&held.index, &held.me.place)?;
+    }
     let bucket = Bucket::new(spec)?;
     desk.did("rclone");
     let survey = bucket.survey()?;

@@ -9,6 +9,13 @@
 //! sets; so where the clock has gone back, nothing is. An older file that somebody has put in the place of
 //! a newer one is another file, or has just been written to: it is meant.
 //!
+//! Who looks at the clock is the worker: at each change of the tree, and before each try to reach the bucket.
+//! What is written between two such looks, or where no worker runs (in local mode, or in the seconds until the
+//! next worker), while the clock is behind, is taken for older if the clock has caught up before the next look,
+//! nothing has been sent since, and the machine ends without a stop in order. Then it is set aside and named
+//! like all others. To see that too, somebody would have to watch the clock for as long as the machine runs, and
+//! write to the volume what he saw.
+//!
 //! A volume that was set back as a whole, with its index, is found out by the manifest's generations
 //! (`ownership`).
 
@@ -21,15 +28,17 @@ use crate::database::{self, Owner};
 use crate::desk::Desk;
 use crate::entry::{Entry, Kind, Path};
 use crate::fault::Fault;
-use crate::fetch::{self, Fetcher, Got};
-use crate::index::{Index, Row, Rows};
+use crate::fetch::{self, Fetcher, Got, Wanted};
+use crate::index::{Exchange, Index, Row, Rows};
 use crate::lineage::State;
+use crate::manifest::Digest;
 use crate::volume::{self, Volume, Within};
 use crate::{scan, stage};
 use std::ffi::OsStr;
 use std::fs;
+use std::io::ErrorKind;
 use std::os::unix::ffi::OsStrExt as _;
-use std::path::Path as FsPath;
+use std::path::{Path as FsPath, PathBuf};
 
 /// Where the volume was mounted when its tree was last in use, and not given up in order.
 const IN_USE: &str = "in_use_at";
@@ -40,6 +49,15 @@ const BESIDE: [&str; 4] = ["-wal", "-shm", "-journal", ""];
 pub(super) fn is_in_use(index: &Index, place: &str) -> Result<(), Fault> {
     index.look_at_clock()?;
     index.set_meta(IN_USE, place)
+}
+
+/// Before each try to reach the bucket: the tree that the worker before this one has left in this mount may be
+/// written to for as long as the bucket does not answer, which it does not when the clock is far behind.
+pub(super) fn look_at_clock_of_the_waiting(index: &Index, place: &str) -> Result<(), Fault> {
+    if index.meta(IN_USE)?.is_some_and(|was| was == place) {
+        index.look_at_clock()?;
+    }
+    Ok(())
 }
 
 /// After a stop that left nothing to do. What is changed on the volume from here on is meant.
@@ -57,22 +75,53 @@ pub(super) fn put_right(
     place: &str,
     intended: &Intended,
 ) -> Result<(), Fault> {
-    if index.meta(IN_USE)?.is_none_or(|was| was.is_empty() || was == place) {
+    let Some(last) = index.meta(IN_USE)?.filter(|last| !last.is_empty() && last != place) else {
         return Ok(());
-    }
+    };
     let in_layer = fs::read_dir(volume.own.join("upper"))?.next().is_some();
     let volume = if in_layer { volume.overlaid(&volume.tree) } else { Volume::plain(&volume.root)? };
-    let older = older(&volume, index, intended)?;
-    if older.is_empty() { Ok(()) } else { exchange(desk, bucket, index, &volume, intended, &older) }
+    let begun = index.unfinished_exchange(&last)?;
+    let older = older(&volume, index, intended, begun.as_ref())?;
+    if older.is_empty() && begun.is_none() {
+        return Ok(());
+    }
+    let aside = begun.map_or_else(|| format!("set-back-{}", now_ms()), |begun| begun.aside);
+    let exchange = Exchanging { index, volume: &volume, last: &last, aside: &aside };
+    let all = older.iter().map(|(path, row)| wanted(path, row, intended)).collect();
+    exchange.files(fetch_all(bucket, index, &volume, all, &exchange.scratch())?, &mut || Ok(()))?;
+    if older.is_empty() {
+        return Ok(());
+    }
+    for (path, _) in &older {
+        desk.incident(&path.to_string(), &exchange.why(), below::REMEDY);
+    }
+    desk.warn(format!(
+        "The disk had {} files older than the bucket; what the bucket has was put in their place, and they are set aside in .cvm/storage/aside/{aside} on the volume",
+        older.len()
+    ));
+    Ok(())
 }
 
-fn older(volume: &Volume, index: &Index, intended: &Intended) -> Result<Rows, Fault> {
+/// `begun`: an exchange that was cut off. It has changed the times by which its files were found to be older.
+fn older(
+    volume: &Volume,
+    index: &Index,
+    intended: &Intended,
+    begun: Option<&Exchange>,
+) -> Result<Rows, Fault> {
     let mut older = Vec::new();
-    let Some(until) = index.known_until()?.filter(|_| !keeps_times_in_memory(volume)) else {
+    let until = index.known_until()?.filter(|_| !keeps_times_in_memory(volume));
+    if until.is_none() && begun.is_none() {
         return Ok(older);
-    };
+    }
     for (path, row) in index.all()? {
-        if is_older(volume, index, &path, &row, until)? && !has_the_same(volume, &path, &row, intended) {
+        let put_there = begun.and_then(|begun| begun.files.get(&path));
+        let is_older = match until {
+            _ if put_there.is_some() => true,
+            Some(until) => is_older(volume, index, &path, &row, until)?,
+            None => false,
+        };
+        if is_older && !has_the_same(volume, &path, &row, intended, put_there) {
             older.push((path, row));
         }
     }
@@ -137,8 +186,14 @@ fn no_name_was_changed_since(volume: &Volume, path: &Path, changed: i64) -> Resu
     Ok(volume::look(&volume.upper)?.is_some_and(is_older_directory))
 }
 
-/// Whether it is what the bucket has all the same.
-fn has_the_same(volume: &Volume, path: &Path, row: &Row, intended: &Intended) -> bool {
+/// Whether it is what the bucket has all the same, or what an exchange has put there.
+fn has_the_same(
+    volume: &Volume,
+    path: &Path,
+    row: &Row,
+    intended: &Intended,
+    put_there: Option<&Digest>,
+) -> bool {
     let at = path.below(&volume.upper);
     let copy = volume.staging().join("older");
     let of_copy = |file: &FsPath| {
@@ -152,72 +207,111 @@ fn has_the_same(volume: &Volume, path: &Path, row: &Row, intended: &Intended) ->
     let _ = fs::remove_file(&copy);
     let is =
         |entry: &Entry| found.is_some_and(|(size, sha)| entry.size() == size && entry.sha() == Some(sha));
-    is(&row.entry) || intended.get(path).into_iter().flatten().any(is)
+    is(&row.entry)
+        || intended.get(path).into_iter().flatten().any(is)
+        || put_there.is_some_and(|put| found.is_some_and(|(_, sha)| sha == *put))
 }
 
-fn exchange(
-    desk: &Desk,
+/// All of these, or none: what cannot be had now may be had by the next try, and nothing has been changed yet.
+fn fetch_all(
     bucket: &Bucket,
     index: &Index,
     volume: &Volume,
-    intended: &Intended,
-    older: &[(Path, Row)],
-) -> Result<(), Fault> {
-    let name = format!("set-back-{}", now_ms());
-    let (aside, scratch) = (volume.own.join("aside").join(&name), volume.staging().join("set-back"));
-    let all = older.iter().map(|(path, row)| wanted(path, row, intended)).collect();
+    all: Vec<Wanted>,
+    to: &FsPath,
+) -> Result<Vec<Got>, Fault> {
     let parts = volume.own.join("staging/parts");
     let fetcher = Fetcher { bucket, whole: index.totals()?, parts, progress: &|_, _| {} };
-    let got = fetcher.files(all, &scratch)?;
-    // What cannot be had now may be had by the next try, and nothing has been changed yet.
-    if let Some(fault) = got.iter().find_map(|one| match one {
-        Got::Later(_, fault) => Some(fault.clone()),
-        _ => None,
-    }) {
-        return Err(fault);
+    let got = fetcher.files(all, to)?;
+    match got.iter().find_map(|one| if let Got::Later(_, fault) = one { Some(fault) } else { None }) {
+        Some(fault) => Err(fault.clone()),
+        None => Ok(got),
     }
-    for one in &got {
-        let Got::Good(path, entry) = one else { continue };
-        let what = format!(
-            "the disk had an older state of it than the bucket, as after a loss of power that it does not survive; what the bucket has is in its place, and what was there is in .cvm/storage/aside/{name} on the volume"
-        );
-        // Until an operator has looked.
-        index.taint(path, &what)?;
-        put_aside(volume, path, entry.is_database(), &aside)?;
-        let dir = directory_of(volume, index, path)?;
-        fs::rename(path.below(&scratch), dir.name(path.name()))?;
-        desk.incident(&path.to_string(), &what, below::REMEDY);
-    }
-    desk.warn(format!(
-        "The disk had {} files older than the bucket; what the bucket has was put in their place, and they are set aside in .cvm/storage/aside/{name} on the volume",
-        got.len()
-    ));
-    let _ = fs::remove_dir_all(&scratch);
-    fetch::settle_on_disk(&volume.own)?;
-    // Of what is bad in the bucket, the older state is all there is.
-    take_over(index, volume, got).map(drop)
 }
 
-fn put_aside(volume: &Volume, path: &Path, is_database: bool, aside: &FsPath) -> Result<(), Fault> {
-    let Ok(dir) = Within::open(&volume.upper, path.parent().as_ref()) else { return Ok(()) };
-    for suffix in if is_database { &BESIDE[..] } else { &BESIDE[3..] } {
-        let from = dir.name(&[path.name(), suffix.as_bytes()].concat());
-        let is_file = |stat| volume::kind_of(&stat) == libc::S_IFREG;
-        if !volume::look(&from)?.is_some_and(is_file) {
-            continue;
-        }
-        let name = [path.as_bytes(), suffix.as_bytes()].concat();
-        let to = aside.join(OsStr::from_bytes(&name));
-        fs::create_dir_all(to.parent().unwrap_or(aside))?;
-        if suffix.is_empty() {
-            // It is replaced as one step: were it gone for a moment and we with it, it would be taken for
-            // removed.
-            fs::hard_link(from, to)?;
-        } else {
-            fs::rename(from, to)?;
-        }
+/// Puts what was fetched in the place of what is older.
+///
+/// Each step changes the times by which the next boot would judge, of files and of directories. So the
+/// judgement is in the index before the first step, and a boot that finds it there goes on with it.
+struct Exchanging<'a> {
+    index: &'a Index,
+    volume: &'a Volume,
+    /// The mount in which the volume was last in use.
+    last: &'a str,
+    aside: &'a str,
+}
+
+/// Called before each step; an error ends the exchange there, as a loss of power does.
+type Step<'a> = &'a mut dyn FnMut() -> Result<(), Fault>;
+
+impl Exchanging<'_> {
+    fn scratch(&self) -> PathBuf {
+        self.volume.staging().join("set-back")
     }
-    Ok(())
+
+    fn why(&self) -> String {
+        format!(
+            "the disk had an older state of it than the bucket, as after a loss of power that it does not survive; what the bucket has is in its place, and what was there is in .cvm/storage/aside/{} on the volume",
+            self.aside
+        )
+    }
+
+    fn files(&self, got: Vec<Got>, step: Step<'_>) -> Result<(), Fault> {
+        let Self { index, volume, last, aside } = *self;
+        let good = || {
+            got.iter()
+                .filter_map(|one| if let Got::Good(path, entry) = one { Some((path, entry)) } else { None })
+        };
+        let files = good().filter_map(|(path, entry)| Some((path.clone(), entry.sha()?))).collect();
+        step()?;
+        index.begin_exchange(last, &Exchange { aside: aside.to_owned(), files })?;
+        for (path, entry) in good() {
+            step()?;
+            // Until an operator has looked.
+            index.taint(path, &self.why())?;
+            self.put_aside(path, entry.is_database(), step)?;
+            let dir = directory_of(volume, index, path)?;
+            step()?;
+            fs::rename(path.below(&self.scratch()), dir.name(path.name()))?;
+        }
+        let _ = fs::remove_dir_all(self.scratch());
+        step()?;
+        fetch::settle_on_disk(&volume.own)?;
+        step()?;
+        // Of what is bad in the bucket, the older state is all there is.
+        take_over(index, volume, got)?;
+        step()?;
+        index.end_exchange()
+    }
+
+    fn put_aside(&self, path: &Path, is_database: bool, step: Step<'_>) -> Result<(), Fault> {
+        let volume = self.volume;
+        let Ok(dir) = Within::open(&volume.upper, path.parent().as_ref()) else { return Ok(()) };
+        let aside = volume.own.join("aside").join(self.aside);
+        for suffix in if is_database { &BESIDE[..] } else { &BESIDE[3..] } {
+            let from = dir.name(&[path.name(), suffix.as_bytes()].concat());
+            let is_file = |stat| volume::kind_of(&stat) == libc::S_IFREG;
+            if !volume::look(&from)?.is_some_and(is_file) {
+                continue;
+            }
+            let name = [path.as_bytes(), suffix.as_bytes()].concat();
+            let to = aside.join(OsStr::from_bytes(&name));
+            fs::create_dir_all(to.parent().unwrap_or(&aside))?;
+            step()?;
+            if suffix.is_empty() {
+                // It is replaced as one step: were it gone for a moment and we with it, it would be taken for
+                // removed.
+                match fs::hard_link(from, to) {
+                    // By the try before this one.
+                    Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+                    other => other?,
+                }
+            } else {
+                fs::rename(from, to)?;
+            }
+        }
+        Ok(())
+    }
 }
 
 /// In which the file belongs; those that are missing are as the bucket has them.
@@ -242,8 +336,9 @@ fn directory_of(volume: &Volume, index: &Index, path: &Path) -> Result<Within, F
 mod tests {
     use super::*;
     use crate::index::{Known, Sign};
-    use crate::manifest::{Digest, Line, Word};
+    use crate::manifest::{Line, Word};
     use rusqlite::Connection;
+    use std::collections::HashMap;
 
     const HOUR_NS: i64 = 3_600_000_000_000;
 
@@ -261,7 +356,7 @@ mod tests {
             Self { _dir: dir, volume, index }
         }
 
-        fn at(&self, name: &str) -> std::path::PathBuf {
+        fn at(&self, name: &str) -> PathBuf {
             self.volume.upper.join(name)
         }
 
@@ -298,9 +393,127 @@ mod tests {
         }
 
         fn older(&self) -> Vec<String> {
-            let older = older(&self.volume, &self.index, &Intended::new()).unwrap();
+            let older = older(&self.volume, &self.index, &Intended::new(), None).unwrap();
             older.into_iter().map(|(path, _)| path.to_string()).collect()
         }
+
+        /// The bucket has this content of a file. It had this state, if it is a database.
+        fn has_pushed_this(&self, name: &str, content: &[u8], state: Option<State>) {
+            let path = Path::new(name.as_bytes()).unwrap();
+            let copy = self.volume.own.join("content");
+            fs::write(&copy, content).unwrap();
+            let (size, sha) = stage::hash(&copy).unwrap();
+            let kind = Kind::File { size, sha: Some(sha), database: state.is_some() };
+            let entry = Entry { kind, mode: 0o600, uid: 0, gid: 0, mtime_ns: 0, link: None };
+            self.index.apply(&[Line { path: path.clone(), word: Word::Is(entry) }], None).unwrap();
+            let handle = scan::handle_of(&self.at(name));
+            let changed = volume::now_ns();
+            let state = state.map(|state| {
+                let mut state = serde_json::to_value(state).unwrap();
+                state["changed"] = changed.into();
+                serde_json::from_value(state).unwrap()
+            });
+            let known = Known { sign: Sign { size, mtime_ns: 0, change: changed }, handle, state };
+            self.index.set_known(&[(path, known)]).unwrap();
+        }
+    }
+
+    /// A volume on which a file, a database and its log are older than the bucket has them, and another file
+    /// is missing.
+    struct SetBack {
+        bench: Bench,
+        newer: HashMap<&'static str, Vec<u8>>,
+    }
+
+    impl SetBack {
+        fn new() -> Self {
+            let bench = Bench::new();
+            fs::create_dir(bench.at("d")).unwrap();
+            let db = Connection::open(bench.at("db")).unwrap();
+            let keep_log = rusqlite::config::DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE;
+            db.set_db_config(keep_log, true).unwrap();
+            db.execute_batch("PRAGMA journal_mode=WAL; CREATE TABLE t(x); INSERT INTO t VALUES (1)").unwrap();
+            let old_log = fs::read(bench.at("db-wal")).unwrap();
+            db.execute_batch("INSERT INTO t VALUES (2)").unwrap();
+            let state = State::of(&bench.volume.upper, &Path::new(b"db").unwrap()).unwrap();
+            db.backup("main", bench.volume.own.join("newer"), None).unwrap();
+            drop(db);
+            let newer_db = fs::read(bench.volume.own.join("newer")).unwrap();
+            fs::write(bench.at("db-wal"), old_log).unwrap();
+            fs::write(bench.at("d/plain"), "older").unwrap();
+            bench.tick();
+            bench.has_pushed_this("db", &newer_db, Some(state));
+            bench.has_pushed_this("d/plain", b"newer", None);
+            bench.has_pushed_this("d/missing", b"was there", None);
+            is_in_use(&bench.index, "before").unwrap();
+            let newer =
+                [("db", newer_db), ("d/plain", b"newer".to_vec()), ("d/missing", b"was there".to_vec())];
+            Self { bench, newer: newer.into() }
+        }
+
+        /// A boot that is cut off before its step with that number, if it has so many. True when it was.
+        fn boots(&self, steps: usize) -> bool {
+            let Bench { index, volume, .. } = &self.bench;
+            volume.clear_staging_but_parts().unwrap();
+            let begun = index.unfinished_exchange("before").unwrap();
+            let older = older(volume, index, &Intended::new(), begun.as_ref()).unwrap();
+            let aside = begun.map_or_else(|| "first".to_owned(), |begun| begun.aside);
+            let exchange = Exchanging { index, volume, last: "before", aside: &aside };
+            let got = older.into_iter().map(|(path, row)| {
+                let to = path.below(&exchange.scratch());
+                fs::create_dir_all(to.parent().unwrap()).unwrap();
+                fs::write(to, &self.newer[path.to_string().as_str()]).unwrap();
+                Got::Good(path, row.entry)
+            });
+            let mut left = steps;
+            let mut step = || {
+                left = left.checked_sub(1).ok_or_else(|| Fault::other("the power is gone"))?;
+                Ok(())
+            };
+            exchange.files(got.collect(), &mut step).is_err()
+        }
+    }
+
+    #[test]
+    fn an_exchange_that_is_cut_off_at_any_step_is_finished_by_the_next_boot() {
+        let mut cuts = 0;
+        while {
+            let disk = SetBack::new();
+            let bench = &disk.bench;
+            assert_eq!(bench.older(), ["db", "d/missing", "d/plain"]);
+            let is_cut = disk.boots(cuts);
+            assert!(!disk.boots(usize::MAX));
+            for (name, newer) in &disk.newer {
+                assert!(&fs::read(bench.at(name)).unwrap() == newer, "cut {cuts}: {name}");
+            }
+            assert!(!bench.at("db-wal").exists(), "cut {cuts}");
+            let aside = bench.volume.own.join("aside/first");
+            assert_eq!(fs::read(aside.join("d/plain")).unwrap(), b"older", "cut {cuts}");
+            assert!(!aside.join("d/missing").exists());
+            let rows: i64 = Connection::open(aside.join("db"))
+                .unwrap()
+                .query_row("SELECT count(*) FROM t", [], |row| row.get(0))
+                .unwrap();
+            assert_eq!(rows, 1, "cut {cuts}: with its own log");
+            assert_eq!(bench.index.tainted().unwrap().len(), 3, "cut {cuts}");
+            assert_eq!(bench.index.unfinished_exchange("before").unwrap(), None);
+            is_cut
+        } {
+            cuts += 1;
+        }
+        assert!(cuts > 10, "{cuts} steps");
+    }
+
+    #[test]
+    fn an_exchange_is_not_finished_on_a_volume_that_was_in_use_since() {
+        let disk = SetBack::new();
+        assert!(disk.boots(8));
+        let index = &disk.bench.index;
+        let begun = index.unfinished_exchange("before").unwrap().unwrap();
+        assert_eq!((begun.aside.as_str(), begun.files.len()), ("first", 3));
+        assert_eq!(index.unfinished_exchange("another mount").unwrap(), None);
+        index.clear().unwrap();
+        assert_eq!(index.unfinished_exchange("before").unwrap(), None);
     }
 
     const NONE: [&str; 0] = [];
@@ -335,6 +548,18 @@ mod tests {
         future();
         bench.index.look_at_clock().unwrap();
         assert_eq!(bench.older(), NONE);
+        is_left_in_order(&bench.index).unwrap();
+        // Also who waits for the bucket, if the tree is there already: nothing else can have been written.
+        for (place, is_noticed) in [("a mount of later", false), ("here", true)] {
+            is_in_use(&bench.index, "here").unwrap();
+            bench.has_pushed("f", false, later);
+            let clock = bench.index.meta("clock").unwrap().unwrap();
+            future();
+            look_at_clock_of_the_waiting(&bench.index, place).unwrap();
+            // It has caught up.
+            bench.index.set_meta("clock", &clock).unwrap();
+            assert_eq!(bench.older().is_empty(), is_noticed, "{place}");
+        }
     }
 
     #[test]
