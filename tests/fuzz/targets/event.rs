@@ -1,15 +1,16 @@
-//! Whatever the mux-server delivers is an event or is refused; what is an event has names that fit into a
-//! log line, and a group that speaks to others is left alone.
+//! Whatever the mux-server delivers is an event or is refused. The names of an event fit into a log line, and
+//! a message in a group that speaks to others is not for us.
 #![no_main]
 
-#[allow(dead_code)]
-#[path = "../../../src/mux/client/src/event.rs"]
-mod event;
 #[path = "../../../src/mux/client/src/mention.rs"]
 mod mention;
+#[allow(dead_code)]
+#[path = "../../../src/mux/client/src/message.rs"]
+mod message;
 
-use event::{Head, Message, Source};
+use cvm_mux_contract::event::EventHead;
 use libfuzzer_sys::fuzz_target;
+use message::{Message, Source};
 use serde_json::{Value, json};
 
 const CHANNELS: [&str; 4] = ["telegram", "discord", "whatsapp", "other"];
@@ -41,7 +42,7 @@ fuzz_target!(|data: &[u8]| {
 });
 
 fn look(bytes: &[u8]) {
-    if let Ok(head) = Head::read(bytes) {
+    if let Ok(head) = EventHead::read(bytes) {
         for name in [&head.event_id, &head.channel, &head.session_key] {
             assert!((1..=1024).contains(&name.len()));
         }

@@ -1,40 +1,37 @@
-//! What came with a message: pictures for the agent to see, and a line about everything else.
+//! The attachments of a message: pictures for the agent to see, and a line about everything else.
 //!
-//! The gateway's endpoint takes pictures, 8 of them, 10 MB each; other files it cannot take, and the
-//! agent is told of them. No more than 8 are tried, in a minute at most for all of them. Files are fetched from the mux-server with our token, from elsewhere over
-//! https without it.
-//!
-//! Refuses more than its memory holds: what is left out is named to the agent.
-//! May import: `backoff`, `event`, `http`, `register`.
+//! The gateway's endpoint takes 8 pictures of 10 MB each, and no other files. A file of the mux-server is
+//! fetched with the runtime token, one from elsewhere over https without it. What is left out is named to
+//! the agent.
 
+use crate::address::FileAddress;
 use crate::backoff::Backoff;
-use crate::event::{Attachment, Source};
-use crate::http::{Ask, Http, Unanswered};
-use crate::register::Registration;
+use crate::http_client::{HttpClient, Request, RequestError};
+use crate::message::{Attachment, Source};
+use crate::registration::Registration;
 use base64::display::Base64Display;
 use base64::prelude::BASE64_STANDARD;
 use bytes::Bytes;
+use cvm_mux_contract::INSTANCE_HEADER;
 use hyper::header::CONTENT_TYPE;
-use hyper::http::uri::Scheme;
-use hyper::{Method, Uri};
 use std::borrow::Cow;
 use std::fmt;
 use std::time::Duration;
 use tokio::time::Instant;
 
-const PICTURES: [&str; 6] =
+const PICTURE_TYPES: [&str; 6] =
     ["image/jpeg", "image/png", "image/gif", "image/webp", "image/heic", "image/heif"];
 const PICTURES_MAX: usize = 8;
-/// Of all pictures of one message, as they are sent: what this program has memory for.
+/// Of all pictures of one message, as base64: what this program has memory for.
 const BYTES_MAX: usize = 10 * 1024 * 1024;
-const TIME: Duration = Duration::from_secs(30);
-/// Of all pictures of one message: somebody waits for the answer.
-const TIME_OF_ALL: Duration = Duration::from_secs(60);
-/// Then the message goes without it.
+const REQUEST_TIME: Duration = Duration::from_secs(30);
+/// For all pictures of one message: somebody waits for the answer.
+const TIME_MAX: Duration = Duration::from_secs(60);
+/// After so many tries the message goes without the picture.
 const TRIES: u32 = 6;
 const NAME_MAX: usize = 80;
 
-/// A picture as the gateway takes it: a data URL, made while it is written.
+/// A picture as the gateway takes it: a data URL, which is made while it is written.
 pub(crate) struct Picture<'a> {
     mime: String,
     data: Data<'a>,
@@ -64,44 +61,48 @@ impl Picture<'_> {
     }
 }
 
-/// Pictures, and lines for the agent about what is none or could not be had.
+/// The pictures, and a line for the agent about each attachment that is left out.
 pub(crate) async fn gather<'a>(
-    given: Vec<Attachment<'a>>,
-    http: &Http,
+    attachments: Vec<Attachment<'a>>,
+    http: &HttpClient,
     registration: &Registration,
 ) -> (Vec<Picture<'a>>, Vec<String>) {
     let (mut pictures, mut lines) = (Vec::<Picture<'a>>::new(), Vec::new());
-    let (end, mut tried) = (Instant::now() + TIME_OF_ALL, 0);
-    for one in given {
-        let about = about(&one);
-        let is_picture = PICTURES.contains(&one.mime.as_str());
+    let (end, mut tried) = (Instant::now() + TIME_MAX, 0);
+    for attachment in attachments {
+        let description = describe(&attachment);
+        let is_picture = PICTURE_TYPES.contains(&attachment.mime.as_str());
         let outcome = if !is_picture {
             Err("this kind of file cannot be shown to you")
         } else if tried >= PICTURES_MAX {
             Err("too many pictures in one message")
         } else {
             tried += 1;
-            let trying = tokio::time::timeout_at(end, picture(one, http, registration));
-            trying.await.unwrap_or(Err("it could not be had in time"))
+            let loading = tokio::time::timeout_at(end, load(attachment, http, registration));
+            loading.await.unwrap_or(Err("it could not be had in time"))
         };
         let used: usize = pictures.iter().map(Picture::size).sum();
         match outcome {
             Ok(picture) if used + picture.size() <= BYTES_MAX => pictures.push(picture),
-            Ok(_) => lines.push(format!("[attachment: {about}; left out: too large]")),
-            Err(why) => lines.push(format!("[attachment: {about}; left out: {why}]")),
+            Ok(_) => lines.push(left_out(&description, "too large")),
+            Err(why) => lines.push(left_out(&description, why)),
         }
     }
     (pictures, lines)
 }
 
-/// Lines in the place of what the gateway did not take.
-pub(crate) fn leave_out(given: &[Attachment<'_>]) -> Vec<String> {
-    given.iter().map(|one| format!("[attachment: {}; left out: it was not taken]", about(one))).collect()
+/// Lines in the place of attachments that the gateway did not take.
+pub(crate) fn not_taken(attachments: &[Attachment<'_>]) -> Vec<String> {
+    attachments.iter().map(|one| left_out(&describe(one), "it was not taken")).collect()
 }
 
-fn about(one: &Attachment<'_>) -> String {
-    let kind = if one.mime.is_empty() { "file" } else { &one.mime };
-    match &one.name {
+fn left_out(description: &str, why: &str) -> String {
+    format!("[attachment: {description}; left out: {why}]")
+}
+
+fn describe(attachment: &Attachment<'_>) -> String {
+    let kind = if attachment.mime.is_empty() { "file" } else { &attachment.mime };
+    match &attachment.name {
         Some(name) => {
             let name: String = name.chars().filter(|c| !c.is_control()).take(NAME_MAX).collect();
             format!("{kind} \"{name}\"")
@@ -110,113 +111,72 @@ fn about(one: &Attachment<'_>) -> String {
     }
 }
 
-async fn picture<'a>(
-    one: Attachment<'a>,
-    http: &Http,
+async fn load<'a>(
+    attachment: Attachment<'a>,
+    http: &HttpClient,
     registration: &Registration,
 ) -> Result<Picture<'a>, &'static str> {
-    let Attachment { mime, source, .. } = one;
+    let Attachment { mime, source, .. } = attachment;
     match source {
         Source::Nothing => Err("it came without content"),
         Source::Content(content) => {
             let content = match content {
-                Cow::Borrowed(text) => Cow::Borrowed(bare(text)),
-                Cow::Owned(text) => Cow::Owned(bare(&text).to_owned()),
+                Cow::Borrowed(text) => Cow::Borrowed(without_data_url(text)),
+                Cow::Owned(text) => Cow::Owned(without_data_url(&text).to_owned()),
             };
-            let base64 = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'+' | b'/' | b'=');
-            if content.is_empty() || !content.bytes().all(base64) {
+            let is_base64 = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'+' | b'/' | b'=');
+            if content.is_empty() || !content.bytes().all(is_base64) {
                 return Err("its content is not base64");
             }
             Ok(Picture { mime, data: Data::Base64(content) })
         }
         Source::Url(url) => {
-            let (bytes, kind) = fetch(&url, http, registration).await?;
-            // What the server says of the file counts for more than what was said of it before.
-            let mime = kind.filter(|k| PICTURES.contains(&k.as_str())).unwrap_or(mime);
+            let address = registration.identity().server.file(&url);
+            let address = address.ok_or("its address cannot be read from here")?;
+            let (bytes, served_as) = fetch(address, http, registration).await?;
+            // The type of what was served counts for more than the type that the event names.
+            let mime = served_as.filter(|kind| PICTURE_TYPES.contains(&kind.as_str())).unwrap_or(mime);
             Ok(Picture { mime, data: Data::Raw(bytes) })
         }
     }
 }
 
 /// Without the beginning of a data URL.
-fn bare(text: &str) -> &str {
+fn without_data_url(text: &str) -> &str {
     if text.starts_with("data:") { text.split_once(',').map_or("", |(_, data)| data) } else { text }
 }
 
-/// Below it are the files that the mux-server keeps for us.
-const FILES: &str = "/v1/mux/files/";
-
-/// What is asked for a file. Whether our token goes along is decided on what is asked, and on nothing else.
-#[derive(Debug)]
-struct Place {
-    uri: Uri,
-    is_ours: bool,
-}
-
-/// Where a file is, seen from the mux-server.
-fn place(url: &str, base: &str) -> Option<Place> {
-    let is_path = url.starts_with('/') && !url.starts_with("//");
-    let uri: Uri = if is_path { format!("{base}{url}").parse() } else { url.parse() }.ok()?;
-    let base: Uri = base.parse().ok()?;
-    let origin = origin(&uri)?;
-    let below = uri.path().strip_prefix(base.path().trim_end_matches('/'));
-    // What climbs or is written in another way may arrive elsewhere.
-    let is_plain = |path: &str| !path.contains("..") && !path.contains(['%', '\\']) && !path.contains("//");
-    let is_file = below.is_some_and(|rest| rest.starts_with(FILES) && is_plain(rest));
-    let is_ours = is_file && self::origin(&base) == Some(origin);
-    let is_https = uri.scheme() == Some(&Scheme::HTTPS);
-    (is_ours || is_https).then_some(Place { uri, is_ours })
-}
-
-/// Scheme, host and port, in one form. None where a name stands before the host: nobody has one here.
-fn origin(uri: &Uri) -> Option<(Scheme, String, u16)> {
-    let scheme = uri.scheme()?.clone();
-    let usual = if scheme == Scheme::HTTPS { 443 } else { 80 };
-    let authority = uri.authority().filter(|authority| !authority.as_str().contains('@'))?;
-    Some((scheme, authority.host().to_ascii_lowercase(), authority.port_u16().unwrap_or(usual)))
-}
-
 async fn fetch(
-    url: &str,
-    http: &Http,
+    address: FileAddress,
+    http: &HttpClient,
     registration: &Registration,
 ) -> Result<(Bytes, Option<String>), &'static str> {
-    let Some(Place { uri, is_ours }) = place(url, registration.base_url()) else {
-        return Err("its address cannot be read from here");
-    };
     let mut backoff = Backoff::of_contract();
-    let mut pass = if is_ours { Some(registration.pass().await) } else { None };
+    let mut token = if address.is_ours { Some(registration.token().await) } else { None };
     for _ in 0..TRIES {
-        let id = registration.device_id();
-        let headers = if is_ours { &[("x-openclaw-id", id)][..] } else { &[] };
-        let ask = Ask {
-            method: Method::GET,
-            uri: uri.clone(),
-            bearer: pass.as_ref().map(crate::register::Pass::expose),
-            headers,
-            body: None,
-            room: None,
-            answer_max: BYTES_MAX / 4 * 3,
-            time: TIME,
-        };
-        match http.ask(ask).await {
-            Ok(answer) if answer.is_good() => {
+        let mut request = Request::get(address.uri.clone(), REQUEST_TIME).answer_bytes_max(BYTES_MAX / 4 * 3);
+        if let Some(token) = &token {
+            let device_id = &registration.identity().device_id;
+            request = request.bearer(token.expose()).header(INSTANCE_HEADER, device_id);
+        }
+        match http.send(request).await {
+            Ok(answer) if answer.is_success() => {
                 let kind = answer.headers.get(CONTENT_TYPE).and_then(|v| v.to_str().ok());
                 let kind = kind.and_then(|k| k.split(';').next()).map(|k| k.trim().to_ascii_lowercase());
                 return Ok((answer.body, kind));
             }
-            Ok(answer) if answer.status == 401 && is_ours => {
-                if let Some(old) = &pass
-                    && let Some(new) = registration.renew(old).await
+            Ok(answer) if answer.status == 401 && address.is_ours => {
+                if let Some(refused) = &token
+                    && let Some(new) = registration.renew(refused).await
                 {
-                    pass = Some(new);
+                    token = Some(new);
                     continue;
                 }
             }
             Ok(answer) if matches!(answer.status, 300..=407 | 409..=424 | 426..=428 | 430..=499) => {
                 return Err("it could not be had");
             }
-            Err(Unanswered::TooLarge(_)) => return Err("too large"),
+            Err(RequestError::TooLarge(_)) => return Err("too large"),
             Ok(_) | Err(_) => {}
         }
         tokio::time::sleep(backoff.next()).await;
@@ -227,83 +187,12 @@ async fn fetch(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proptest::prelude::*;
-
-    #[test]
-    fn our_token_goes_to_the_mux_server_and_nowhere_else() {
-        let base = "https://mux.example.org";
-        let at = |url: &str| place(url, base);
-        assert_eq!(
-            at("/v1/mux/files/telegram?x=1").unwrap().uri,
-            "https://mux.example.org/v1/mux/files/telegram?x=1"
-        );
-        for ours in [
-            "/v1/mux/files/telegram?x=%2F..",
-            "https://mux.example.org/v1/mux/files/whatsapp?a",
-            "https://mux.example.org:443/v1/mux/files/telegram",
-            "HTTPS://MUX.example.org/v1/mux/files/a",
-        ] {
-            assert!(at(ours).unwrap().is_ours, "{ours}");
-        }
-        assert!(
-            place("https://mux.example.org/v1/mux/files/a", "https://mux.example.org:443").unwrap().is_ours
-        );
-        let below = |url: &str| place(url, "https://example.org/mux/").unwrap().is_ours;
-        assert!(
-            below("https://example.org/mux/v1/mux/files/a") && !below("https://example.org/v1/mux/files/a")
-        );
-        for other in [
-            "/v1/x",
-            "https://mux.example.org/v1/admin",
-            "https://mux.example.org:444/v1/mux/files/telegram",
-            "/v1/mux/files/../admin",
-            "/v1/mux/files/%2e%2e/admin",
-            "/v1/mux/files//a",
-            "https://mux.example.org.evil.example/v1/mux/files/a",
-            "https://evil.example/v1/mux/files/a?https://mux.example.org/v1/mux/files/a",
-            "https://cdn.example.org/a.png",
-        ] {
-            assert!(!at(other).unwrap().is_ours, "{other}");
-        }
-        for nowhere in [
-            "//evil.example/x",
-            "http://127.0.0.1/x",
-            "http://mux.example.org/v1/mux/files/a",
-            "file:///x",
-            "https://mux.example.org@evil.example/v1/mux/files/a",
-            "https://mux.example.org:443@evil.example/v1/mux/files/a",
-            "https://mux.example.org\\@evil.example/v1/mux/files/a",
-            "https:///v1/mux/files/a",
-            "",
-        ] {
-            assert!(at(nowhere).is_none(), "{nowhere}");
-        }
-    }
-
-    proptest! {
-        /// The token goes where the connection goes: to the host of the very thing that is asked.
-        #[test]
-        fn whatever_an_address_looks_like_the_token_stays_at_home(
-            noise in "[@:/\\\\?#.%a-z0-9]{0,12}", tail in "[@:/\\\\?#.%a-z0-9]{0,12}",
-        ) {
-            for url in [
-                format!("https://{noise}mux.example.org{tail}/v1/mux/files/a"),
-                format!("https://mux.example.org{noise}evil.example{tail}/v1/mux/files/a"),
-                format!("/v1/mux/files/{noise}{tail}"),
-            ] {
-                if let Some(place) = place(&url, "https://mux.example.org").filter(|place| place.is_ours) {
-                    prop_assert_eq!(place.uri.host(), Some("mux.example.org"));
-                    prop_assert!(place.uri.path().starts_with(FILES));
-                }
-            }
-        }
-    }
 
     #[test]
     fn a_picture_is_written_as_a_data_url() {
         let raw = Picture { mime: "image/png".into(), data: Data::Raw(Bytes::from_static(b"abc")) };
         assert_eq!((raw.to_string().as_str(), raw.size()), ("data:image/png;base64,YWJj", 4));
-        assert_eq!(bare("data:image/png;base64,YWJj"), "YWJj");
-        assert_eq!(bare("YWJj"), "YWJj");
+        assert_eq!(without_data_url("data:image/png;base64,YWJj"), "YWJj");
+        assert_eq!(without_data_url("YWJj"), "YWJj");
     }
 }

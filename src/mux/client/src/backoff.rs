@@ -1,6 +1,4 @@
-//! How long to wait before the next try: doubled each time, up to a limit, never all at once.
-//!
-//! Imports nothing of this crate.
+//! How long to wait before the next try: doubled each time, up to a limit.
 
 use std::time::Duration;
 
@@ -26,10 +24,10 @@ impl Backoff {
     }
 }
 
-/// Between four fifths and the whole, so that those who failed together do not come together.
+/// Between four fifths and the whole of a span, so that clients that failed together do not try together.
 pub(crate) fn jittered(span: Duration) -> Duration {
     let mut byte = [0u8; 1];
-    // Without random numbers everybody waits as long.
+    // Without random numbers it is the whole.
     let _ = getrandom::fill(&mut byte);
     let [byte] = byte;
     span.saturating_sub(span / 5 * u32::from(byte) / 255)

@@ -1,15 +1,13 @@
-//! The gateway on loopback: one message in, the agent's answer out.
+//! The gateway on loopback: a question to the agent, and its answer.
 //!
-//! Not streamed: a streamed answer may be corrected by an error after its beginning was sent, a whole
-//! one is final. A run may take as long as it takes; a gateway that dies closes the connection.
-//!
-//! Refuses to judge what the agent says. May import: `attachments`, `event`, `http`.
+//! An answer is not streamed: a stream may report an error after its beginning was sent to the chat, a
+//! whole answer is final. A run may take long; the connection ends when the gateway dies.
 
 use crate::attachments::Picture;
-use crate::http::{Ask, Http, Unanswered};
+use crate::http_client::{HttpClient, Request, RequestError};
 use bytes::Bytes;
-use hyper::{Method, Uri};
-use serde::Serialize;
+use hyper::Uri;
+use serde::{Serialize, Serializer};
 use serde_json::Value;
 use std::borrow::Cow;
 use std::time::Duration;
@@ -17,34 +15,33 @@ use tokio::sync::OwnedSemaphorePermit;
 use zeroize::Zeroizing;
 
 /// Longer than any run that somebody still waits for.
-const TIME: Duration = Duration::from_secs(2 * 3600);
+const RUN_TIME: Duration = Duration::from_secs(2 * 3600);
 /// An answer is text.
-const ANSWER_MAX: usize = 4 * 1024 * 1024;
+const ANSWER_BYTES_MAX: usize = 4 * 1024 * 1024;
 /// What stands around a text and around a picture, some escapes included.
-const AROUND: usize = 512;
+const FRAME_BYTES: usize = 512;
 const READY_TIME: Duration = Duration::from_secs(5);
-const READY_MAX: usize = 64 * 1024;
 /// The agent of a session whose key names none.
-const AGENT: &str = "main";
-/// What agents say when they want to say nothing, and what the gateway says when they said nothing.
+const DEFAULT_AGENT: &str = "main";
+/// What an agent says that wants to say nothing, and what the gateway says for one that said nothing.
 const SILENT: [&str; 2] = ["NO_REPLY", "No response from OpenClaw."];
 
 pub(crate) struct Gateway {
-    http: Http,
+    http: HttpClient,
     base: String,
     token: Zeroizing<String>,
 }
 
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Outcome {
+pub(crate) enum AskOutcome {
     Answer(String),
-    /// Nothing is to be said.
+    /// The agent has nothing to say.
     Silence,
-    /// Not now: it is away, starting, busy.
+    /// The gateway is away, starting, or busy.
     Later(String),
     /// The run failed; the next one may not.
     Failed(String),
-    /// It does not take this message: with its status.
+    /// The gateway does not take this message: status and summary.
     Refused(u16, String),
 }
 
@@ -72,140 +69,135 @@ enum Content<'a> {
 #[serde(tag = "type", rename_all = "snake_case")]
 enum Part<'a> {
     Text { text: &'a str },
-    ImageUrl { image_url: Url<'a> },
+    ImageUrl { image_url: ImageUrl<'a> },
 }
 
 #[derive(Serialize)]
-struct Url<'a> {
-    #[serde(serialize_with = "displayed")]
+struct ImageUrl<'a> {
+    #[serde(serialize_with = "data_url")]
     url: &'a Picture<'a>,
 }
 
-fn displayed<S: serde::Serializer>(picture: &Picture<'_>, to: S) -> Result<S::Ok, S::Error> {
+fn data_url<S: Serializer>(picture: &Picture<'_>, to: S) -> Result<S::Ok, S::Error> {
     to.collect_str(picture)
 }
 
-/// The agent that a key of a session names: `agent:ID:` at its beginning.
-fn named(session: &str) -> Option<&str> {
+/// The agent that a session key names: `agent:ID:` at its beginning.
+fn named_agent(session: &str) -> Option<&str> {
     let (id, _) = session.strip_prefix("agent:")?.split_once(':')?;
     let fits = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-');
     let is_id = (1..=64).contains(&id.len()) && id.bytes().all(fits) && !id.starts_with(['_', '-']);
     is_id.then_some(id)
 }
 
-/// As soon as the gateway has a second agent it answers nobody who leaves the choice to it.
+/// Always one by name: a gateway with two agents refuses a question that leaves the choice to it.
 fn agent(session: &str) -> &str {
-    named(session).unwrap_or(AGENT)
+    named_agent(session).unwrap_or(DEFAULT_AGENT)
 }
 
-/// A key as the gateway keeps it: one that names no agent is the default agent's.
-fn whole_key(session: &str) -> Cow<'_, str> {
+/// A session key as the gateway stores it: a key without an agent belongs to the default agent.
+fn stored_key(session: &str) -> Cow<'_, str> {
     // These two are the gateway's own.
-    if named(session).is_some() || matches!(session, "global" | "unknown") {
+    if named_agent(session).is_some() || matches!(session, "global" | "unknown") {
         Cow::Borrowed(session)
     } else {
-        Cow::Owned(format!("agent:{AGENT}:{session}"))
+        Cow::Owned(format!("agent:{DEFAULT_AGENT}:{session}"))
     }
 }
 
-/// The body of a question.
-pub(crate) fn question(session: &str, text: &str, pictures: &[Picture<'_>]) -> Bytes {
+/// The body of a question. It holds `memory` until it has been sent.
+pub(crate) fn question(
+    session: &str,
+    text: &str,
+    pictures: &[Picture<'_>],
+    memory: Option<OwnedSemaphorePermit>,
+) -> Bytes {
     let content = if pictures.is_empty() {
         Content::Text(text)
     } else {
         let said = (!text.is_empty()).then_some(Part::Text { text });
-        let shown = pictures.iter().map(|url| Part::ImageUrl { image_url: Url { url } });
+        let shown = pictures.iter().map(|url| Part::ImageUrl { image_url: ImageUrl { url } });
         Content::Parts(said.into_iter().chain(shown).collect())
     };
     let model = format!("openclaw/{}", agent(session));
     let chat = Chat { model, stream: false, messages: [Turn { role: "user", content }] };
-    // In one go: growing would need twice the room of what may be ten mebibytes.
-    let size = text.len() + pictures.iter().map(|one| one.size() + AROUND).sum::<usize>() + AROUND;
+    // A vector that grew would need twice the memory of what may be ten mebibytes.
+    let size = text.len() + pictures.iter().map(|one| one.size() + FRAME_BYTES).sum::<usize>() + FRAME_BYTES;
     let mut bytes = Vec::with_capacity(size);
-    // Strings and lists only: there is nothing that it could refuse.
+    // Only maps with names, strings and lists are written, which JSON has.
     let _ = serde_json::to_writer(&mut bytes, &chat);
-    bytes.into()
+    Bytes::from_owner(Body { bytes, _memory: memory })
+}
+
+struct Body {
+    bytes: Vec<u8>,
+    _memory: Option<OwnedSemaphorePermit>,
+}
+
+impl AsRef<[u8]> for Body {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
 }
 
 impl Gateway {
     pub(crate) fn new(port: u16, token: Zeroizing<String>) -> Result<Self, String> {
-        // A connection of its own for each question: none that a restart has made stale.
-        let http = Http::new(false, false)?;
+        // Each question gets a connection of its own: a restart has made older ones stale.
+        let http = HttpClient::new(false, false)?;
         Ok(Self { http, base: format!("http://127.0.0.1:{port}"), token })
     }
 
+    /// A path of the gateway, which always makes an address.
     fn at(&self, path: &str) -> Uri {
-        // Of a number and letters: there is nothing that it could not be.
         format!("{}{path}", self.base).parse().unwrap_or_default()
     }
 
-    /// Whether it is worth a large question: something is there, and does not say that it is not ready.
+    /// Whether a large question is worth its memory: the gateway answers, and not that it is not ready.
     pub(crate) async fn is_ready(&self) -> bool {
-        let ask = Ask {
-            method: Method::GET,
-            uri: self.at("/readyz"),
-            bearer: None,
-            headers: &[],
-            body: None,
-            room: None,
-            answer_max: READY_MAX,
-            time: READY_TIME,
-        };
-        self.http.ask(ask).await.is_ok_and(|answer| !matches!(answer.status, 502..=504))
+        let answer = self.http.send(Request::get(self.at("/readyz"), READY_TIME)).await;
+        answer.is_ok_and(|answer| !matches!(answer.status, 502..=504))
     }
 
-    pub(crate) async fn ask(
-        &self,
-        session: &str,
-        channel: &str,
-        body: Bytes,
-        room: Option<OwnedSemaphorePermit>,
-    ) -> Outcome {
-        let ask = Ask {
-            method: Method::POST,
-            uri: self.at("/v1/chat/completions"),
-            bearer: Some(&self.token),
-            headers: &[
-                ("x-openclaw-session-key", &whole_key(session)),
-                ("x-openclaw-message-channel", channel),
-            ],
-            body: Some(body),
-            room,
-            answer_max: ANSWER_MAX,
-            time: TIME,
-        };
-        match self.http.ask(ask).await {
-            Err(why @ Unanswered::Away(_)) => Outcome::Later(format!("the gateway does not answer: {why}")),
-            Err(why) => Outcome::Failed(format!("the gateway gives no answer: {why}")),
-            Ok(answer) => read(answer.status, &answer.words(), &answer.json()),
+    pub(crate) async fn ask(&self, session: &str, channel: &str, question: Bytes) -> AskOutcome {
+        let key = stored_key(session);
+        let request = Request::post(self.at("/v1/chat/completions"), question, RUN_TIME)
+            .bearer(&self.token)
+            .header("x-openclaw-session-key", &key)
+            .header("x-openclaw-message-channel", channel)
+            .answer_bytes_max(ANSWER_BYTES_MAX);
+        match self.http.send(request).await {
+            Err(why @ RequestError::Unreachable(_)) => {
+                AskOutcome::Later(format!("the gateway does not answer: {why}"))
+            }
+            Err(why) => AskOutcome::Failed(format!("the gateway gives no answer: {why}")),
+            Ok(answer) => judge(answer.status, &answer.summary(), &answer.json()),
         }
     }
 }
 
-fn read(status: u16, words: &str, body: &Value) -> Outcome {
-    let later = |hint: &str| Outcome::Later(format!("the gateway answers {words}: {hint}"));
+fn judge(status: u16, summary: &str, body: &Value) -> AskOutcome {
+    let later = |hint: &str| AskOutcome::Later(format!("the gateway answers {summary}: {hint}"));
     match status {
-        200 => match said(body) {
-            Some(text) if text.trim().is_empty() || SILENT.contains(&text.trim()) => Outcome::Silence,
-            Some(text) => Outcome::Answer(text),
-            None => Outcome::Failed(format!("the gateway answers {words} without a message")),
+        200 => match answer_text(body) {
+            Some(text) if text.trim().is_empty() || SILENT.contains(&text.trim()) => AskOutcome::Silence,
+            Some(text) => AskOutcome::Answer(text),
+            None => AskOutcome::Failed(format!("the gateway answers {summary} without a message")),
         },
         401 => later("it does not take the derived token; `cvm doctor` says why"),
         404 => later("its HTTP API is off; set gateway.http.endpoints.chatCompletions.enabled to true"),
         408 | 425 | 429 => later("it is asked again"),
-        400..=499 => Outcome::Refused(status, words.to_owned()),
-        500 => Outcome::Failed(format!("the gateway answers {words}")),
+        400..=499 => AskOutcome::Refused(status, summary.to_owned()),
+        500 => AskOutcome::Failed(format!("the gateway answers {summary}")),
         _ => later("it is asked again"),
     }
 }
 
-fn said(body: &Value) -> Option<String> {
-    let content = body.pointer("/choices/0/message/content")?;
-    match content {
+fn answer_text(body: &Value) -> Option<String> {
+    match body.pointer("/choices/0/message/content")? {
         Value::Null => Some(String::new()),
         Value::String(text) => Some(text.clone()),
         Value::Array(parts) => {
-            let texts: Vec<&str> = parts.iter().filter_map(|p| p.get("text")?.as_str()).collect();
+            let texts: Vec<&str> = parts.iter().filter_map(|part| part.get("text")?.as_str()).collect();
             Some(texts.concat())
         }
         _ => None,
@@ -219,7 +211,7 @@ mod tests {
 
     #[test]
     fn a_message_without_pictures_is_plain_text() {
-        let body: Value = serde_json::from_slice(&question("s", "hi \"you\"", &[])).unwrap();
+        let body: Value = serde_json::from_slice(&question("s", "hi \"you\"", &[], None)).unwrap();
         assert_eq!(body["messages"], json!([{"role": "user", "content": "hi \"you\""}]));
         assert_eq!((&body["model"], &body["stream"]), (&json!("openclaw/main"), &json!(false)));
     }
@@ -236,24 +228,24 @@ mod tests {
             ("agent:_a:x", "main", "agent:main:agent:_a:x"),
             ("agent:a/b:x", "main", "agent:main:agent:a/b:x"),
         ] {
-            assert_eq!((agent(session), &*whole_key(session)), (wanted, key));
+            assert_eq!((agent(session), &*stored_key(session)), (wanted, key));
         }
     }
 
     #[test]
     fn an_answer_is_text_and_silence_is_none() {
         let with = |content: Value| json!({"choices": [{"message": {"content": content}}]});
-        assert_eq!(read(200, "200", &with(json!("hello"))), Outcome::Answer("hello".into()));
+        assert_eq!(judge(200, "200", &with(json!("hello"))), AskOutcome::Answer("hello".into()));
         for silent in [json!(""), json!("NO_REPLY\n"), json!(null), json!("No response from OpenClaw.")] {
-            assert_eq!(read(200, "200", &with(silent)), Outcome::Silence);
+            assert_eq!(judge(200, "200", &with(silent)), AskOutcome::Silence);
         }
-        assert!(matches!(read(200, "200", &json!({})), Outcome::Failed(_)));
+        assert!(matches!(judge(200, "200", &json!({})), AskOutcome::Failed(_)));
         for status in [401, 404, 429, 502, 503, 504] {
-            assert!(matches!(read(status, "", &json!({})), Outcome::Later(_)), "{status}");
+            assert!(matches!(judge(status, "", &json!({})), AskOutcome::Later(_)), "{status}");
         }
         for status in [400, 403, 413] {
-            assert!(matches!(read(status, "", &json!({})), Outcome::Refused(..)), "{status}");
+            assert!(matches!(judge(status, "", &json!({})), AskOutcome::Refused(..)), "{status}");
         }
-        assert!(matches!(read(500, "", &json!({})), Outcome::Failed(_)));
+        assert!(matches!(judge(500, "", &json!({})), AskOutcome::Failed(_)));
     }
 }

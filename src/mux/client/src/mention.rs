@@ -1,21 +1,20 @@
-//! Whether a message in a group speaks to the bot, where the mux-server does not say so: a server that
-//! leaves `wasMentioned` out would have all groups ignored. What the platform said is judged instead.
+//! Whether a message in a group speaks to the bot, judged by what the platform says of the message.
+//!
+//! It is asked where the mux-server leaves `wasMentioned` out; otherwise every group would be ignored.
 //!
 //! * A command: `/word` at the beginning, alone or with the name of a bot behind it.
 //! * Telegram: a mention of a bot, or a reply to a message of one. The bot's own name is not in an
 //!   event, so every bot counts. A bot's name ends in `bot`.
-//! * Discord: the same. Here the platform says which users are bots.
+//! * Discord: a mention of a bot or a reply to one. The platform says which users are bots.
 //! * `WhatsApp`: a mention of the account's own number, or a reply to it. The event has the number.
-//!
-//! Pure. May import: nothing of this crate.
 
 use serde_json::Value;
 
-/// `raw` is the event as the platform gave it, or something around it.
+/// `raw` is the platform's message, or an envelope around it.
 pub(crate) fn speaks_to_us(channel: &str, text: &str, raw: &Value) -> bool {
     let places = ["/message", "/update/message", "/update/edited_message", "/edited_message"];
     let message = places.iter().find_map(|place| raw.pointer(place).filter(|v| v.is_object()));
-    // What WhatsApp's own library calls a message is in an envelope with its key.
+    // In the envelope of WhatsApp's own library, which has a `key`, "message" is another thing.
     let message = if raw.get("key").is_some() { raw } else { message.unwrap_or(raw) };
     is_command(text)
         || match channel {
@@ -32,11 +31,11 @@ fn is_command(text: &str) -> bool {
     };
     let (command, bot) = word.split_once('@').map_or((word, None), |(command, bot)| (command, Some(bot)));
     let is_name = |b: u8| b.is_ascii_alphanumeric() || b == b'_';
-    !command.is_empty() && command.bytes().all(is_name) && bot.is_none_or(is_bots_name)
+    !command.is_empty() && command.bytes().all(is_name) && bot.is_none_or(is_bot_name)
 }
 
-/// Telegram gives bots no other names.
-fn is_bots_name(name: &str) -> bool {
+/// In Telegram the name of every bot ends like this.
+fn is_bot_name(name: &str) -> bool {
     let at = name.len().saturating_sub(3);
     name.get(at..).is_some_and(|end| end.eq_ignore_ascii_case("bot"))
 }
@@ -45,7 +44,7 @@ fn is_true(value: &Value, pointer: &str) -> bool {
     value.pointer(pointer) == Some(&Value::Bool(true))
 }
 
-fn words<'a>(value: &'a Value, name: &str) -> Option<&'a str> {
+fn string<'a>(value: &'a Value, name: &str) -> Option<&'a str> {
     value.get(name)?.as_str()
 }
 
@@ -54,24 +53,24 @@ fn list<'a>(value: &'a Value, name: &str) -> impl Iterator<Item = &'a Value> {
 }
 
 fn is_telegram(message: &Value) -> bool {
-    // In a forum each message is a reply to the one that opened its topic; a channel or an administrator
-    // without a name has a message sent by a bot of Telegram's.
+    // In a forum each message is a reply to the one that opened its topic. The messages of a channel, and
+    // of an administrator without a name, are sent by a bot of Telegram's.
     let replied = message.get("reply_to_message").filter(|replied| {
         ["forum_topic_created", "sender_chat"].iter().all(|name| replied.get(name).is_none())
     });
     let mentions =
-        [("text", "entities"), ("caption", "caption_entities")].into_iter().any(|(text, entities)| {
-            let text: Vec<u16> = words(message, text).unwrap_or_default().encode_utf16().collect();
-            list(message, entities).any(|entity| match words(entity, "type") {
+        [("text", "entities"), ("caption", "caption_entities")].into_iter().any(|(field, entities)| {
+            let text: Vec<u16> = string(message, field).unwrap_or_default().encode_utf16().collect();
+            list(message, entities).any(|entity| match string(entity, "type") {
                 Some("text_mention") => is_true(entity, "/user/is_bot"),
-                Some("mention") => telegram_name(&text, entity).is_some_and(|name| is_bots_name(&name)),
+                Some("mention") => telegram_name(&text, entity).is_some_and(|name| is_bot_name(&name)),
                 _ => false,
             })
         });
     mentions || replied.is_some_and(|replied| is_true(replied, "/from/is_bot"))
 }
 
-/// Places in a text are counted in what UTF-16 needs.
+/// Telegram counts offset and length in UTF-16 code units.
 fn telegram_name(text: &[u16], entity: &Value) -> Option<String> {
     let number = |name: &str| usize::try_from(entity.get(name)?.as_u64()?).ok();
     let (offset, length) = (number("offset")?, number("length")?);
@@ -79,7 +78,7 @@ fn telegram_name(text: &[u16], entity: &Value) -> Option<String> {
 }
 
 fn is_discord(message: &Value) -> bool {
-    // A webhook speaks under any name, and is no bot that answers.
+    // A webhook is marked as a bot too, and answers nobody.
     let replied =
         message.get("referenced_message").filter(|m| m.get("webhook_id").is_none_or(Value::is_null));
     list(message, "mentions").any(|user| is_true(user, "/bot"))
@@ -89,14 +88,14 @@ fn is_discord(message: &Value) -> bool {
 fn is_whatsapp(message: &Value) -> bool {
     let own: Vec<&str> = ["to", "selfE164", "selfJid", "selfLid"]
         .iter()
-        .filter_map(|name| words(message, name).and_then(number))
+        .filter_map(|name| string(message, name).and_then(number))
         .collect();
     let is_own = |name: &str| number(name).is_some_and(|number| own.contains(&number));
     list(message, "mentionedJids").filter_map(Value::as_str).any(is_own)
-        || ["replyToSenderJid", "replyToSenderE164"].iter().any(|n| words(message, n).is_some_and(is_own))
+        || ["replyToSenderJid", "replyToSenderE164"].iter().any(|n| string(message, n).is_some_and(is_own))
 }
 
-/// Of `+4915..`, `4915..@s.whatsapp.net` and `4915..:7@s.whatsapp.net`.
+/// The telephone number of `+4915..`, `4915..@s.whatsapp.net` and `4915..:7@s.whatsapp.net`.
 fn number(name: &str) -> Option<&str> {
     let user = name.split(['@', ':']).next()?.trim_start_matches('+');
     (!user.is_empty() && user.bytes().all(|b| b.is_ascii_digit())).then_some(user)
@@ -129,7 +128,7 @@ mod tests {
     #[test]
     fn in_telegram_a_mention_of_a_bot_counts() {
         assert!(telegram("@helper_bot what is this?", &mention(0, 11)));
-        // The crab takes two of what is counted.
+        // The crab is two code units.
         assert!(telegram("🦀 @HelperBot hi", &mention(3, 10)));
         assert!(!telegram("@grace what is this?", &mention(0, 6)));
         assert!(!telegram("what is this, robot?", &json!({})));

@@ -1,29 +1,29 @@
-//! What goes back to the mux-server: answers, and that somebody is typing.
+//! Messages to the mux-server's chats, and the sign that somebody is typing.
 //!
-//! Every part of an answer has one key for ever, made of the event's id and the part's number, so that
-//! a part which was sent twice arrives once.
-//!
-//! Refuses to decide by itself that something has arrived. May import: `event`, `http`, `register`.
+//! Each part of an answer has one idempotency key for ever, made of the event's id and the part's
+//! number, so that a part which is sent twice arrives once. Only the server says whether it has arrived.
 
-use crate::event::Message;
-use crate::http::{Answer, Ask, Http, Unanswered};
-use crate::register::{Pass, Registration};
-use hyper::Method;
-use serde_json::{Value, json};
+use crate::http_client::{HttpClient, Request, RequestError, Response, json};
+use crate::message::Message;
+use crate::registration::{Registration, RuntimeToken};
+use cvm_mux_contract::INSTANCE_HEADER;
+use cvm_mux_contract::outbound::{
+    ChannelCall, IDEMPOTENCY_HEADER, Operation, SEND_PATH, SendMessage, ShowTyping, TYPING_PATH,
+};
 use sha2::{Digest as _, Sha256};
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
-const TIME: Duration = Duration::from_secs(30);
+const SEND_TIME: Duration = Duration::from_secs(30);
 const TYPING_TIME: Duration = Duration::from_secs(5);
 /// Telegram shows it for 5 s.
 const TYPING_EVERY: Duration = Duration::from_secs(4);
-/// Who answers at once was not typing, and one that is away does not.
-const TYPING_FIRST: Duration = Duration::from_millis(250);
-const ANSWER_MAX: usize = 64 * 1024;
+/// An agent that answers at once does not type, nor does a gateway that is away.
+const TYPING_AFTER: Duration = Duration::from_millis(250);
 
 pub(crate) struct Outbound {
-    pub(crate) http: Arc<Http>,
+    pub(crate) http: Arc<HttpClient>,
     pub(crate) registration: Arc<Registration>,
 }
 
@@ -38,140 +38,103 @@ pub(crate) struct Part<'a> {
 }
 
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Outcome {
+pub(crate) enum SendOutcome {
     Sent,
     /// Another answer to the same event has arrived before.
     AnsweredBefore,
-    /// It never will be.
+    /// The server will never take it.
     Refused(String),
-    /// Nobody knows; the same again, after this time at least.
+    /// The part may have arrived. It is sent again, after this time at least.
     Unknown(String, Option<Duration>),
-    /// The server itself fails at it, and perhaps always will; the same again, but not for ever.
+    /// The server fails at it, and perhaps always will. It is sent again, but not for ever.
     Failed(String, Option<Duration>),
 }
 
-/// Stable for ever: a changed key is an answer that arrives twice.
-fn key(event: &str, part: i64) -> String {
+/// Never changed: a part with another key arrives twice.
+fn idempotency_key(event: &str, part: i64) -> String {
     let digest = Sha256::new().chain_update(b"openclaw-mux-part-v1\0").chain_update(event).finalize();
-    format!("oc-{}-{part}", crate::hex(digest.iter().take(16)))
+    let first = digest.first_chunk().copied().unwrap_or_default();
+    format!("oc-{:032x}-{part}", u128::from_be_bytes(first))
 }
 
-fn body(part: &Part<'_>, key: &str, device: &str) -> Value {
-    let message = part.message;
-    let mut body = json!({
-        "requestId": key,
-        "op": "send",
-        "channel": part.channel,
-        "sessionKey": part.session,
-        "accountId": message.account.as_deref().unwrap_or("default"),
-        "to": message.to.as_deref().unwrap_or_default(),
-        "text": part.text,
-        "raw": raw(part),
-        "openclawId": device,
-    });
-    if let (Some(thread), Some(body)) = (&message.thread, body.as_object_mut()) {
-        body.insert("threadId".to_owned(), thread.clone());
+impl Part<'_> {
+    fn request<'a>(&'a self, key: &'a str, device_id: &'a str) -> SendMessage<'a> {
+        let (message, channel) = (self.message, self.channel);
+        let call = ChannelCall::message(channel, self.text, message.chat.as_ref(), message.thread.as_ref());
+        SendMessage {
+            account_id: message.account.as_deref().unwrap_or("default").into(),
+            channel: channel.into(),
+            op: Operation::Send,
+            openclaw_id: device_id.into(),
+            raw: [(channel.into(), call)].into(),
+            request_id: key.into(),
+            session_key: self.session.into(),
+            text: self.text.into(),
+            thread_id: message.thread.clone(),
+            to: message.to.as_deref().unwrap_or_default().into(),
+        }
     }
-    body
-}
-
-/// As the channel's own API has it.
-fn raw(part: &Part<'_>) -> Value {
-    if part.channel != "telegram" {
-        return json!({ part.channel: { "send": { "text": part.text } } });
-    }
-    let chat = part.message.chat.clone().unwrap_or_default();
-    // Telegram's numbers, which some write as text.
-    let number = |value: Value| match value.as_str().map(str::parse::<i64>) {
-        Some(Ok(number)) => json!(number),
-        _ => value,
-    };
-    let mut body = serde_json::Map::new();
-    body.insert("chat_id".to_owned(), number(chat));
-    body.insert("text".to_owned(), part.text.into());
-    if let Some(thread) = part.message.thread.clone().map(number).filter(Value::is_number) {
-        body.insert("message_thread_id".to_owned(), thread);
-    }
-    json!({ "telegram": { "method": "sendMessage", "body": body } })
 }
 
 impl Outbound {
-    pub(crate) async fn send(&self, part: &Part<'_>, mut pass: Pass) -> Outcome {
-        let key = key(part.event, part.number);
-        let body = body(part, &key, self.registration.device_id()).to_string();
-        let mut renewed = false;
+    pub(crate) async fn send(&self, part: &Part<'_>, mut token: Arc<RuntimeToken>) -> SendOutcome {
+        let identity = self.registration.identity();
+        let key = idempotency_key(part.event, part.number);
+        let body = json(&part.request(&key, &identity.device_id));
+        let mut is_renewed = false;
         loop {
-            let asked = self.post(&pass, "/v1/mux/outbound/send", Some(&key), &body, TIME).await;
-            let answer = match asked {
-                Ok(answer) => answer,
-                Err(why) => return Outcome::Unknown(format!("the mux-server does not answer: {why}"), None),
-            };
-            if answer.status == 401 && !renewed {
-                renewed = true;
-                if let Some(new) = self.registration.renew(&pass).await {
-                    pass = new;
-                    continue;
-                }
+            let request = Request::post(identity.server.at(SEND_PATH), body.clone(), SEND_TIME)
+                .bearer(token.expose())
+                .header(INSTANCE_HEADER, &identity.device_id)
+                .header(IDEMPOTENCY_HEADER, &key);
+            let answer = self.http.send(request).await;
+            if !is_renewed
+                && answer.as_ref().is_ok_and(|answer| answer.status == 401)
+                && let Some(new) = self.registration.renew(&token).await
+            {
+                (token, is_renewed) = (new, true);
+                continue;
             }
-            return judge(&answer);
+            return judge(answer);
         }
     }
 
-    async fn post(
-        &self,
-        pass: &Pass,
-        path: &str,
-        key: Option<&str>,
-        body: &str,
-        time: Duration,
-    ) -> Result<Answer, Unanswered> {
-        let id = ("x-openclaw-id", self.registration.device_id());
-        let with_key = key.map(|key| [id, ("idempotency-key", key)]);
-        let headers = with_key.as_ref().map_or(std::slice::from_ref(&id), |two| &two[..]);
-        let ask = Ask {
-            method: Method::POST,
-            uri: self.registration.url(path),
-            bearer: Some(pass.expose()),
-            headers,
-            body: Some(body.to_owned().into()),
-            room: None,
-            answer_max: ANSWER_MAX,
-            time,
-        };
-        self.http.ask(ask).await
-    }
-
-    /// Shows "typing" until it is dropped. Nobody misses one that fails.
-    pub(crate) async fn type_on(&self, channel: &str, session: &str) {
-        let body = json!({
-            "channel": channel, "sessionKey": session, "openclawId": self.registration.device_id(),
-        })
-        .to_string();
-        tokio::time::sleep(TYPING_FIRST).await;
+    /// Shows "typing" until it is dropped. One that fails is not missed.
+    pub(crate) async fn show_typing(&self, channel: &str, session: &str) -> Infallible {
+        let identity = self.registration.identity();
+        let body = json(&ShowTyping {
+            channel: channel.into(),
+            openclaw_id: (&identity.device_id).into(),
+            session_key: session.into(),
+        });
+        tokio::time::sleep(TYPING_AFTER).await;
         loop {
-            if let Some(pass) = self.registration.pass_at_hand() {
-                let _ = self.post(&pass, "/v1/mux/outbound/typing", None, &body, TYPING_TIME).await;
+            if let Some(token) = self.registration.last_token() {
+                let request = Request::post(identity.server.at(TYPING_PATH), body.clone(), TYPING_TIME)
+                    .bearer(token.expose())
+                    .header(INSTANCE_HEADER, &identity.device_id);
+                let _ = self.http.send(request).await;
             }
             tokio::time::sleep(TYPING_EVERY).await;
         }
     }
 }
 
-fn judge(answer: &Answer) -> Outcome {
-    let words = answer.words();
+fn judge(answer: Result<Response, RequestError>) -> SendOutcome {
+    let answer = match answer {
+        Ok(answer) => answer,
+        Err(why) => return SendOutcome::Unknown(format!("the mux-server does not answer: {why}"), None),
+    };
+    let why = format!("the mux-server answers {}", answer.summary());
     match answer.status {
-        200..=299 => Outcome::Sent,
-        409 => Outcome::AnsweredBefore,
-        // A server that is being replaced, or a proxy before one that is away, has nothing there.
-        404 if answer.code().is_none() => Outcome::Unknown(format!("the mux-server answers {words}"), None),
-        401 | 408 | 425 | 429 => {
-            Outcome::Unknown(format!("the mux-server answers {words}"), answer.retry_after())
-        }
-        400..=499 => Outcome::Refused(words),
-        500 | 501 | 505..=599 => {
-            Outcome::Failed(format!("the mux-server answers {words}"), answer.retry_after())
-        }
-        _ => Outcome::Unknown(format!("the mux-server answers {words}"), answer.retry_after()),
+        200..=299 => SendOutcome::Sent,
+        409 => SendOutcome::AnsweredBefore,
+        // A server that is being replaced knows no path, nor does a proxy whose server is away.
+        404 if answer.error_code().is_none() => SendOutcome::Unknown(why, None),
+        401 | 408 | 425 | 429 => SendOutcome::Unknown(why, answer.retry_after()),
+        400..=499 => SendOutcome::Refused(answer.summary()),
+        500 | 501 | 505..=599 => SendOutcome::Failed(why, answer.retry_after()),
+        _ => SendOutcome::Unknown(why, answer.retry_after()),
     }
 }
 
@@ -180,41 +143,26 @@ mod tests {
     use super::*;
     use bytes::Bytes;
 
-    fn part<'a>(channel: &'a str, message: &'a Message<'a>) -> Part<'a> {
-        Part { event: "e", number: 0, channel, session: "s", text: "hi", message }
-    }
-
     #[test]
     fn a_part_has_the_same_key_for_ever() {
-        assert_eq!(key("event-1", 0), "oc-786981315d6c0b80f10a34b0b307f51a-0");
-        assert_ne!(key("event-1", 0), key("event-1", 1));
-        assert_ne!(key("event-1", 0), key("event-2", 0));
-    }
-
-    #[test]
-    fn each_channel_gets_its_own_envelope() {
-        let message = Message { chat: Some(json!("42")), thread: Some(json!(7)), ..Message::default() };
-        let telegram = raw(&part("telegram", &message));
-        let wanted = json!({"chat_id": 42, "text": "hi", "message_thread_id": 7});
-        assert_eq!(telegram, json!({"telegram": {"method": "sendMessage", "body": wanted}}));
-        assert_eq!(raw(&part("discord", &message)), json!({"discord": {"send": {"text": "hi"}}}));
-        assert_eq!(raw(&part("whatsapp", &message)), json!({"whatsapp": {"send": {"text": "hi"}}}));
+        assert_eq!(idempotency_key("event-1", 0), "oc-786981315d6c0b80f10a34b0b307f51a-0");
+        assert_ne!(idempotency_key("event-1", 0), idempotency_key("event-1", 1));
+        assert_ne!(idempotency_key("event-1", 0), idempotency_key("event-2", 0));
     }
 
     #[test]
     fn what_is_final_is_told_apart_from_what_is_unknown() {
-        let answer = |status, body: &'static str| Answer {
-            status,
-            headers: hyper::HeaderMap::new(),
-            body: Bytes::from_static(body.as_bytes()),
+        let answer = |status, body: &'static str| {
+            let body = Bytes::from_static(body.as_bytes());
+            judge(Ok(Response { status, headers: hyper::HeaderMap::new(), body }))
         };
-        assert_eq!(judge(&answer(200, "{}")), Outcome::Sent);
-        assert_eq!(judge(&answer(409, "{}")), Outcome::AnsweredBefore);
-        let refused = judge(&answer(403, r#"{"ok":false,"code":"ROUTE_NOT_BOUND"}"#));
-        assert_eq!(refused, Outcome::Refused("403 ROUTE_NOT_BOUND".into()));
+        assert_eq!(answer(200, "{}"), SendOutcome::Sent);
+        assert_eq!(answer(409, "{}"), SendOutcome::AnsweredBefore);
+        let refused = answer(403, r#"{"ok":false,"code":"ROUTE_NOT_BOUND"}"#);
+        assert_eq!(refused, SendOutcome::Refused("403 ROUTE_NOT_BOUND".into()));
         for status in [401, 404, 408, 429, 502, 503, 504] {
-            assert!(matches!(judge(&answer(status, "")), Outcome::Unknown(..)), "{status}");
+            assert!(matches!(answer(status, ""), SendOutcome::Unknown(..)), "{status}");
         }
-        assert!(matches!(judge(&answer(500, "")), Outcome::Failed(..)));
+        assert!(matches!(answer(500, ""), SendOutcome::Failed(..)));
     }
 }

@@ -1,9 +1,8 @@
-//! The order of the work: events of one session one after the other, sessions beside each other.
+//! The order of the work: the events of one session one after the other, different sessions beside each
+//! other.
 //!
-//! A bug in the work on an event costs this event alone. It is tried again a few times, and then the
+//! A panic in the work on an event costs this event alone. It is tried again a few times, and then the
 //! session goes on with the next one.
-//!
-//! Refuses to know what the work is. May import: nothing of this crate.
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashMap};
@@ -12,34 +11,34 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::Notify;
 
-/// The machine is stopping: what is open goes on in the next life.
+/// The program is stopping: events that are not done go on in its next run.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Stopping;
 
 pub(crate) trait Work: Send + Sync + 'static {
     /// Works on one event to its end.
     fn process(&self, seq: i64, size: u64) -> impl Future<Output = Result<(), Stopping>> + Send;
-    /// A panic has ended the work on this event, so many times in a row. Yields whether it ends now;
-    /// otherwise it is worked on again.
-    fn broke(&self, seq: i64, times: u32) -> impl Future<Output = Result<bool, Stopping>> + Send;
+    /// A panic has ended the work on this event, so many times in a row. Returns whether the event ends
+    /// here; otherwise it is worked on again.
+    fn panicked(&self, seq: i64, times: u32) -> impl Future<Output = Result<bool, Stopping>> + Send;
     fn is_stopping(&self) -> bool;
 }
 
 #[derive(Default)]
 struct Session {
-    /// Numbers and sizes of what is not done.
+    /// Numbers and sizes of the events that are not done.
     open: BTreeMap<i64, u64>,
     is_worked_on: bool,
 }
 
 #[derive(Default)]
 pub(crate) struct Sessions {
-    /// Those that have something that is not done.
+    /// The sessions that have events which are not done.
     all: Mutex<HashMap<String, Session>>,
-    depth: AtomicU64,
+    events: AtomicU64,
     bytes: AtomicU64,
-    running: AtomicUsize,
-    at_rest: Notify,
+    workers: AtomicUsize,
+    worker_ended: Notify,
     changed: Notify,
 }
 
@@ -49,24 +48,25 @@ impl Sessions {
     }
 
     /// How many events are not done.
-    pub(crate) fn depth(&self) -> u64 {
-        self.depth.load(Ordering::Relaxed)
+    pub(crate) fn events(&self) -> u64 {
+        self.events.load(Ordering::Relaxed)
     }
 
     pub(crate) fn bytes(&self) -> u64 {
         self.bytes.load(Ordering::Relaxed)
     }
 
-    /// An event came, or came a step further.
-    pub(crate) fn has_changed(&self) {
+    /// To be called when an event has come a step further.
+    pub(crate) fn notify_change(&self) {
         self.changed.notify_one();
     }
 
+    /// Waits until an event has come, or come a step further.
     pub(crate) async fn changed(&self) {
         self.changed.notified().await;
     }
 
-    /// An event that is in the queue. One that is here already stays where it is.
+    /// Takes an event that is in the queue. An event that is here already keeps its place.
     pub(crate) fn push<W: Work>(self: &Arc<Self>, work: &Arc<W>, seq: i64, name: String, size: u64) {
         let mut all = self.all();
         let session = all.entry(name.clone()).or_default();
@@ -80,26 +80,26 @@ impl Sessions {
         let was_worked_on = std::mem::replace(&mut session.is_worked_on, true);
         drop(all);
         if is_new {
-            self.depth.fetch_add(1, Ordering::Relaxed);
+            self.events.fetch_add(1, Ordering::Relaxed);
             self.bytes.fetch_add(size, Ordering::Relaxed);
-            self.has_changed();
+            self.notify_change();
         }
         if !was_worked_on {
-            self.running.fetch_add(1, Ordering::Relaxed);
+            self.workers.fetch_add(1, Ordering::Relaxed);
             let (worker, work) = (Worker { sessions: Arc::clone(self), name }, Arc::clone(work));
             tokio::spawn(async move { worker.work_through(&work).await });
         }
     }
 
-    /// When nothing is worked on any more. After the word to stop that is soon.
-    pub(crate) async fn rest(&self) {
-        while self.running.load(Ordering::Relaxed) > 0 {
-            self.at_rest.notified().await;
+    /// Waits until nothing is worked on any more, which after the order to stop is soon.
+    pub(crate) async fn finished(&self) {
+        while self.workers.load(Ordering::Relaxed) > 0 {
+            self.worker_ended.notified().await;
         }
     }
 }
 
-/// Has a session to itself, and gives it back however it ends.
+/// Works on one session alone, and gives it back however it ends.
 struct Worker {
     sessions: Arc<Sessions>,
     name: String,
@@ -110,8 +110,8 @@ impl Drop for Worker {
         if let Some(session) = self.sessions.all().get_mut(&self.name) {
             session.is_worked_on = false;
         }
-        self.sessions.running.fetch_sub(1, Ordering::Relaxed);
-        self.sessions.at_rest.notify_one();
+        self.sessions.workers.fetch_sub(1, Ordering::Relaxed);
+        self.sessions.worker_ended.notify_one();
     }
 }
 
@@ -130,9 +130,9 @@ impl Worker {
         let Some(size) = self.sessions.all().get_mut(&self.name).and_then(|s| s.open.remove(&seq)) else {
             return;
         };
-        self.sessions.depth.fetch_sub(1, Ordering::Relaxed);
+        self.sessions.events.fetch_sub(1, Ordering::Relaxed);
         self.sessions.bytes.fetch_sub(size, Ordering::Relaxed);
-        self.sessions.has_changed();
+        self.sessions.notify_change();
     }
 
     async fn work_through<W: Work>(&self, work: &Arc<W>) {
@@ -148,7 +148,7 @@ impl Worker {
                 outcome.map(|()| true)
             } else {
                 panics += 1;
-                work.broke(seq, panics).await
+                work.panicked(seq, panics).await
             };
             match is_done {
                 Ok(true) => {
@@ -166,12 +166,12 @@ impl Worker {
 mod tests {
     use super::*;
 
-    /// Notes what it does, and panics at odd events as often as it is told to.
+    /// Records what it does, and panics at odd events as often as it is told to.
     #[derive(Default)]
     struct Clumsy {
         did: Mutex<Vec<i64>>,
         falls: AtomicUsize,
-        /// How it fares with a panic: whether it panics there too.
+        /// Whether it panics when it is told of a panic, too.
         is_hopeless: bool,
     }
 
@@ -187,7 +187,7 @@ mod tests {
             Ok(())
         }
 
-        async fn broke(&self, _: i64, times: u32) -> Result<bool, Stopping> {
+        async fn panicked(&self, _: i64, times: u32) -> Result<bool, Stopping> {
             assert!(!self.is_hopeless, "another bug");
             Ok(times >= 3)
         }
@@ -208,7 +208,7 @@ mod tests {
             for (seq, session) in events {
                 sessions.push(&clumsy, *seq, (*session).to_owned(), 10);
             }
-            sessions.rest().await;
+            sessions.finished().await;
         });
         let did = clumsy.did.lock().unwrap().clone();
         (did, sessions, clumsy)
@@ -217,7 +217,7 @@ mod tests {
     #[test]
     fn a_session_is_worked_through_in_order_and_forgotten() {
         let (did, sessions, _) = work(0, false, &[(2, "s"), (4, "s"), (2, "s"), (6, "t")]);
-        assert_eq!((did.len(), sessions.depth(), sessions.bytes()), (3, 0, 0));
+        assert_eq!((did.len(), sessions.events(), sessions.bytes()), (3, 0, 0));
         let of_s: Vec<i64> = did.into_iter().filter(|seq| *seq < 6).collect();
         assert_eq!(of_s, [2, 4]);
         assert!(sessions.all().is_empty());
@@ -226,24 +226,24 @@ mod tests {
     #[test]
     fn a_panic_is_tried_again_and_the_session_goes_on() {
         let (did, sessions, _) = work(1, false, &[(1, "s"), (2, "s")]);
-        assert_eq!((did, sessions.depth()), (vec![1, 1, 2], 0));
+        assert_eq!((did, sessions.events()), (vec![1, 1, 2], 0));
     }
 
     #[test]
     fn an_event_that_always_panics_ends_and_the_session_goes_on() {
         let (did, sessions, _) = work(100, false, &[(1, "s"), (2, "s")]);
-        assert_eq!((did, sessions.depth(), sessions.bytes()), (vec![1, 1, 1, 2], 0, 0));
+        assert_eq!((did, sessions.events(), sessions.bytes()), (vec![1, 1, 1, 2], 0, 0));
     }
 
     #[test]
     fn a_worker_that_dies_gives_its_session_back_to_the_next_event() {
         let (did, sessions, clumsy) = work(1, true, &[(1, "s"), (2, "s")]);
-        assert_eq!((did, sessions.depth()), (vec![1], 2));
+        assert_eq!((did, sessions.events()), (vec![1], 2));
         tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
             sessions.push(&clumsy, 4, "s".to_owned(), 10);
-            sessions.rest().await;
+            sessions.finished().await;
         });
         assert_eq!(*clumsy.did.lock().unwrap(), [1, 1, 2, 4]);
-        assert_eq!((sessions.depth(), sessions.bytes()), (0, 0));
+        assert_eq!((sessions.events(), sessions.bytes()), (0, 0));
     }
 }

@@ -1,8 +1,7 @@
-//! An answer cut into messages that a channel takes, at places where a reader would turn the page.
+//! An answer split into messages that a channel takes, at places where a reader would turn the page.
 //!
-//! Pure. Refuses to lose text: the cuts put together are the text again; only white space at the
-//! ends of a message goes, and a code block that is cut is closed and opened again.
-//! May import: nothing of this crate.
+//! The pieces put together are the text again. Only white space at the ends of a message is left out, and
+//! a code block that is cut is closed and opened again.
 
 use unicode_segmentation::UnicodeSegmentation as _;
 
@@ -10,18 +9,18 @@ use unicode_segmentation::UnicodeSegmentation as _;
 pub(crate) fn limit_of(channel: &str) -> usize {
     match channel {
         "telegram" | "whatsapp" => 4096,
-        // Discord's, and no more for whom we do not know.
+        // Discord's limit, and the one for channels that are not known.
         _ => 2000,
     }
 }
 
 const FENCE: &str = "```";
-/// Kept free where there are code blocks: to close one, and to open it again with its language.
+/// Units that a message keeps free to close a code block, and to open it again with its language.
 const FENCE_ROOM: usize = 48;
 /// A longer word after a fence is no language.
 const LANGUAGE_MAX: usize = 24;
 
-/// The messages of an answer; none for one without words.
+/// The messages of an answer. An answer of white space has none.
 pub(crate) fn messages(text: &str, limit: usize) -> Vec<String> {
     let fenced = text.contains(FENCE) && limit > 4 * FENCE_ROOM;
     let cuts = cut(text, if fenced { limit - FENCE_ROOM } else { limit });
@@ -32,17 +31,7 @@ pub(crate) fn messages(text: &str, limit: usize) -> Vec<String> {
     let mut all = Vec::with_capacity(cuts.len());
     for piece in cuts {
         let before = open.clone();
-        for line in piece.lines().filter_map(|line| line.trim_start().strip_prefix(FENCE)) {
-            // A longer fence is one too.
-            let word = line.trim_start_matches('`').trim();
-            open = match open {
-                Some(_) if word.is_empty() => None,
-                None if !word.contains('`') => {
-                    Some(if word.len() <= LANGUAGE_MAX { word.to_owned() } else { String::new() })
-                }
-                as_before => as_before,
-            };
-        }
+        open = piece.lines().fold(open, open_block_after);
         let inside = trimmed(piece);
         if inside.is_empty() {
             continue;
@@ -58,7 +47,21 @@ pub(crate) fn messages(text: &str, limit: usize) -> Vec<String> {
     all
 }
 
-/// Line breaks before, all white space behind: indentation means something.
+/// The language of the code block that is open after a line, given the one that was open before it.
+fn open_block_after(open: Option<String>, line: &str) -> Option<String> {
+    let Some(rest) = line.trim_start().strip_prefix(FENCE) else { return open };
+    // A fence may have more than three marks.
+    let language = rest.trim_start_matches('`').trim();
+    match open {
+        Some(_) if language.is_empty() => None,
+        None if language.contains('`') => None,
+        None if language.len() > LANGUAGE_MAX => Some(String::new()),
+        None => Some(language.to_owned()),
+        open => open,
+    }
+}
+
+/// Without line breaks before the text, whose indentation means something, and white space behind it.
 fn trimmed(text: &str) -> &str {
     text.trim_start_matches(['\n', '\r']).trim_end()
 }
@@ -67,7 +70,7 @@ fn units(text: &str) -> usize {
     text.chars().map(char::len_utf16).sum()
 }
 
-/// The text in pieces of at most `limit` units; put together they are the text.
+/// Pieces of at most `limit` units; put together they are the text.
 fn cut(text: &str, limit: usize) -> Vec<&str> {
     let limit = limit.max(2);
     let mut pieces = Vec::new();
@@ -77,7 +80,7 @@ fn cut(text: &str, limit: usize) -> Vec<&str> {
         if window.len() == rest.len() {
             break;
         }
-        let (piece, after) = rest.split_at(place(window));
+        let (piece, after) = rest.split_at(cut_at(window));
         pieces.push(piece);
         rest = after;
     }
@@ -87,38 +90,36 @@ fn cut(text: &str, limit: usize) -> Vec<&str> {
     pieces
 }
 
-/// As much of the beginning as fits, whole characters as readers see them; of one that is too
-/// large in itself, whole code points.
+/// As much of the beginning as fits, in characters as readers see them. A first character that is too
+/// large in itself is cut between code points.
 fn window(text: &str, limit: usize) -> &str {
     // Every byte is at most one unit.
     if text.len() <= limit {
         return text;
     }
-    let (mut used, mut end) = (0, 0);
+    let mut used = 0;
     for (at, grapheme) in text.grapheme_indices(true) {
         let size = units(grapheme);
         if used + size > limit {
-            if at == 0 {
-                end = 0;
-                for (at, one) in grapheme.char_indices() {
-                    if used + one.len_utf16() > limit {
-                        break;
-                    }
-                    used += one.len_utf16();
-                    end = at + one.len_utf8();
-                }
-            }
-            return text.get(..end).unwrap_or(text);
+            return if at == 0 { code_points(text, limit) } else { text.get(..at).unwrap_or(text) };
         }
         used += size;
-        end = at + grapheme.len();
     }
     text
 }
 
-/// Where to cut a full window: behind the last paragraph, line, sentence or word that leaves the
-/// window more than half full; else behind its last word; else at its end.
-fn place(window: &str) -> usize {
+fn code_points(text: &str, limit: usize) -> &str {
+    let mut used = 0;
+    let too_much = text.char_indices().find(|(_, one)| {
+        used += one.len_utf16();
+        used > limit
+    });
+    too_much.and_then(|(at, _)| text.get(..at)).unwrap_or(text)
+}
+
+/// Where to cut a full window: behind the last paragraph, line, sentence or word that leaves it more
+/// than half full; otherwise behind its last word; otherwise at its end.
+fn cut_at(window: &str) -> usize {
     const BREAKS: [&[&str]; 4] =
         [&["\n\n"], &["\n"], &[". ", "! ", "? ", "… ", "。", "！", "？"], &[" ", "\t", "\u{3000}"]];
     let half = window.len() / 2;
@@ -144,7 +145,7 @@ mod tests {
         assert!(messages(" \n\n ", 4096).is_empty());
         assert_eq!(messages(&"x".repeat(4096), 4096).len(), 1);
         assert_eq!(messages(&"x".repeat(4097), 4096).len(), 2);
-        // Two units each.
+        // Each of these characters is two units.
         assert_eq!(messages(&"😀".repeat(2048), 4096).len(), 1);
         assert_eq!(messages(&"😀".repeat(2049), 4096).len(), 2);
     }
