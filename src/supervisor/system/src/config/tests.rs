@@ -860,6 +860,16 @@ proptest! {
         }
     }
 
+    /// The mux client asks with this library.
+    #[test]
+    fn whatever_passes_as_a_url_is_one_for_http(path in "[!-~]{0,12}", host in "[!-~]{1,6}", port in 1_u16..) {
+        for text in [format!("https://{host}"), format!("http://h_1:{port}/{path}"), format!("https://[::1]/{path}")] {
+            if let Ok(url) = HttpUrl::parse(&text) {
+                prop_assert!(url.as_str().parse::<http::Uri>().is_ok_and(|uri| uri.authority().is_some()), "{text}");
+            }
+        }
+    }
+
     #[test]
     fn no_message_holds_the_value_of_a_secret(
         shape in prop::collection::vec((any::<prop::sample::Index>(), 0_u8..6, any::<bool>()), 1..12)
