@@ -9,22 +9,20 @@
 //! Nothing is earlier whose file has changed since the other state: somebody has put it there, or a log was
 //! written back into it.
 //!
-//! Refuses to write, to wait for locks, and to guess: what is not proven to be earlier is not. So the index
-//! beside a log (`-shm`) is not read: after a loss of power it is what the kernel happened to write out.
-//! May import: `copying`, `entry`, `volume`.
+//! What is not proven to be earlier is not.
 
 use crate::copying;
 use crate::entry::Path;
 use crate::volume;
+use cvm_sqlite_log::{self as sqlite_log, Behind, Next};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
-use std::io::{self, BufReader, ErrorKind, Read};
+use std::io::{self, BufReader, ErrorKind};
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::Path as FsPath;
 
-/// Of the log's header, and of each frame's.
-const HEADER: usize = 32;
-const FRAME: usize = 24;
+/// Where a database's file counts its changes.
+const COUNTER: u64 = 24;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct State {
@@ -52,9 +50,9 @@ impl State {
             let stat = file.metadata().ok()?;
             let changed = stat.ctime().saturating_mul(1_000_000_000).saturating_add(stat.ctime_nsec());
             // One that has only begun has a log and no header.
-            let mut head = [0; 28];
-            let counter = file.read_exact_at(&mut head, 0).ok().and_then(|()| big(&head, 24));
-            Some((changed, counter.unwrap_or(0)))
+            let mut counter = [0; 4];
+            let has_header = file.read_exact_at(&mut counter, COUNTER).is_ok();
+            Some((changed, if has_header { u32::from_be_bytes(counter) } else { 0 }))
         };
         let (changed, counter) = copying::open(top, path, read).ok()???;
         Some(Self { changed, counter, log: Log::of(top, path).ok()? })
@@ -96,43 +94,23 @@ impl Log {
         if file.metadata()?.len() == 0 {
             return Ok(None);
         }
-        let mut header = [0; HEADER];
-        file.read_exact_at(&mut header, 0)?;
-        Self::read(file, &header).map(Some).ok_or_else(|| ErrorKind::InvalidData.into())
-    }
-
-    /// All of its committed frames whose sums are right.
-    fn read(log: File, header: &[u8; HEADER]) -> Option<Self> {
-        let (magic, number) = (big(header, 0)?, big(header, 12)?);
-        let salts = [big(header, 16)?, big(header, 20)?];
-        if magic & !1 != 0x377f_0682 {
-            return None;
-        }
-        let is_big = magic & 1 == 1;
-        let page = usize::try_from(big(header, 8)?).ok().filter(|size| (512..=65536).contains(size))?;
-        let mut sum = summed([0, 0], header.get(..24)?, is_big);
-        if sum != [big(header, 24)?, big(header, 28)?] {
-            return None;
-        }
-        let mut log = BufReader::new(log);
-        log.read_exact(&mut [0; HEADER]).ok()?;
-        let mut frame = vec![0; FRAME + page];
+        let mut log = sqlite_log::Log::open(BufReader::new(file))?.ok_or(ErrorKind::InvalidData)?;
         let (mut frames, mut committed) = (0, 0);
-        let ends_in_nothing = loop {
-            match log.read_exact(&mut frame) {
-                Err(error) if error.kind() == ErrorKind::UnexpectedEof => break true,
-                other => other.ok()?,
-            }
-            sum = summed(summed(sum, frame.get(..8)?, is_big), frame.get(FRAME..)?, is_big);
-            if frame.get(8..16) != header.get(16..24) || sum != [big(&frame, 16)?, big(&frame, 20)?] {
-                break frame.iter().all(|byte| *byte == 0);
-            }
-            frames += 1;
-            if big(&frame, 4)? != 0 {
-                committed = frames;
+        let behind = loop {
+            match log.next_frame()? {
+                Next::End(behind) => break behind,
+                Next::Frame(frame) => {
+                    frames += 1;
+                    committed = if frame.commits { frames } else { committed };
+                }
             }
         };
-        Some(Self { number, salts, frames: committed, ends_in_nothing })
+        Ok(Some(Self {
+            number: log.number(),
+            salts: log.salts(),
+            frames: committed,
+            ends_in_nothing: behind == Behind::Nothing,
+        }))
     }
 
     fn is_earlier_than(&self, then: &Self) -> bool {
@@ -143,23 +121,6 @@ impl Log {
         // The first of the salts is counted up with the number.
         later < u32::MAX / 2 && then.salts[0].wrapping_sub(self.salts[0]) == later
     }
-}
-
-/// `SQLite`'s sum of a log, in the order of bytes that the log's header names.
-fn summed([mut one, mut two]: [u32; 2], bytes: &[u8], is_big: bool) -> [u32; 2] {
-    let word = |bytes: &[u8]| {
-        let bytes = bytes.try_into().unwrap_or_default();
-        if is_big { u32::from_be_bytes(bytes) } else { u32::from_le_bytes(bytes) }
-    };
-    for (first, second) in bytes.chunks_exact(8).map(|eight| eight.split_at(4)) {
-        one = one.wrapping_add(word(first)).wrapping_add(two);
-        two = two.wrapping_add(word(second)).wrapping_add(one);
-    }
-    [one, two]
-}
-
-fn big(bytes: &[u8], at: usize) -> Option<u32> {
-    Some(u32::from_be_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
 }
 
 #[cfg(test)]
@@ -206,6 +167,8 @@ mod tests {
     }
 
     const WAL: &str = "PRAGMA journal_mode=WAL; PRAGMA wal_autocheckpoint=0";
+    /// With its header.
+    const FRAME: usize = 24 + 4096;
 
     #[test]
     fn fewer_frames_of_the_same_log_are_an_earlier_state_where_nothing_is_behind_them() {
@@ -229,7 +192,7 @@ mod tests {
         fs::write(&log, &bytes).unwrap();
         assert!(cut().log.unwrap().frames < late.log.unwrap().frames && !cut().is_earlier_than(&late));
         // One that was never written, or is cut off, is lost.
-        bytes[last - FRAME - 4095..].fill(0);
+        bytes[last + 1 - FRAME..].fill(0);
         fs::write(&log, &bytes).unwrap();
         assert!(cut().is_earlier_than(&late));
         fs::write(&log, &whole[..last]).unwrap();

@@ -2,8 +2,8 @@
 //! are must not be started on them: there is no way back from a migration.
 //!
 //! `SQLite` keeps the number of a schema in the first page, and what was committed last may be in the
-//! log. Both are read without `SQLite`, a few dozen bytes of each database, so that not one of many gigabytes
-//! has to be fetched, copied or changed for it.
+//! log. Both are read without `SQLite`: the first bytes of each database and all of its log, so that no database
+//! of many gigabytes has to be fetched, copied or changed for it.
 //!
 //! Refuses to judge what it cannot read: the gateway will say what is wrong with it.
 
@@ -11,6 +11,7 @@ use crate::files::{Dir, read_following};
 use crate::report::{Failure, Outcome, detail};
 use crate::root_dir::RootDir;
 use cvm_protocol::paths;
+use cvm_sqlite_log::{Log, Next};
 use serde_json::Value;
 use std::ffi::OsStr;
 use std::io::Read;
@@ -103,62 +104,19 @@ fn word(bytes: &[u8]) -> Option<u32> {
     Some(u32::from_be_bytes(bytes.get(..4)?.try_into().ok()?))
 }
 
-/// The number in the last committed first page of a log (<https://sqlite.org/fileformat2.html#walformat>).
-/// Frames of an earlier log, and one that was cut off, do not count: their salt or sum is another.
-fn committed(mut log: impl Read) -> Option<u32> {
-    let mut head = [0; 32];
-    log.read_exact(&mut head).ok()?;
-    let (magic, size) = (word(&head)?, word(head.get(8..)?)?);
-    if magic & !1 != 0x377f_0682 || !(512..=65_536).contains(&size) || !size.is_power_of_two() {
-        return None;
-    }
-    let mut sum = Sum { is_big_endian: magic & 1 == 1, a: 0, b: 0 };
-    sum.add(head.get(..24)?);
-    if !sum.is(head.get(24..)?) {
-        return None;
-    }
-    let mut frame = vec![0; 24 + usize::try_from(size).ok()?];
+/// The number in the last committed first page of a log.
+fn committed(log: impl Read) -> Option<u32> {
+    let mut log = Log::open(log).ok()??;
     let (mut seen, mut committed) = (None, None);
-    while log.read_exact(&mut frame).is_ok() {
-        let (about, page) = frame.split_at(24);
-        sum.add(about.get(..8)?);
-        sum.add(page);
-        if about.get(8..16) != head.get(16..24) || !sum.is(about.get(16..)?) {
-            break;
+    while let Ok(Next::Frame(frame)) = log.next_frame() {
+        if frame.page == 1 {
+            seen = frame.content.get(NUMBER).and_then(word);
         }
-        if word(about) == Some(1) {
-            seen = page.get(NUMBER).and_then(word);
-        }
-        if word(about.get(4..)?) != Some(0) {
+        if frame.commits {
             committed = seen.or(committed);
         }
     }
     committed
-}
-
-/// The running sum of a log.
-struct Sum {
-    is_big_endian: bool,
-    a: u32,
-    b: u32,
-}
-
-impl Sum {
-    fn add(&mut self, bytes: &[u8]) {
-        let read = |word: &[u8]| {
-            let word = word.try_into().unwrap_or_default();
-            if self.is_big_endian { u32::from_be_bytes(word) } else { u32::from_le_bytes(word) }
-        };
-        for pair in bytes.chunks_exact(8) {
-            let (x, y) = pair.split_at(4);
-            self.a = self.a.wrapping_add(read(x)).wrapping_add(self.b);
-            self.b = self.b.wrapping_add(read(y)).wrapping_add(self.a);
-        }
-    }
-
-    fn is(&self, bytes: &[u8]) -> bool {
-        bytes.get(..8).is_some_and(|given| word(given) == Some(self.a) && word(&given[4..]) == Some(self.b))
-    }
 }
 
 #[cfg(test)]
