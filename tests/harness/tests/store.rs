@@ -118,8 +118,10 @@ fn a_store_does_not_outlive_a_test_that_is_killed() {
             std::thread::park();
         }
     }
+    let chapter = module_path!().split_once("::").expect("a chapter of the harness").1;
+    let this_test = format!("{chapter}::a_store_does_not_outlive_a_test_that_is_killed");
     let mut killed = Command::new(std::env::current_exe().expect("a running program has a path"))
-        .args(["--exact", "a_store_does_not_outlive_a_test_that_is_killed", "--nocapture"])
+        .args(["--exact", &this_test, "--nocapture"])
         .env("CVM_TO_BE_KILLED", "1")
         .stdout(Stdio::piped())
         .spawn()
