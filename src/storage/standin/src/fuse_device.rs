@@ -1,4 +1,4 @@
-//! The one descriptor that is held, and what is done with it.
+//! The descriptor of the FUSE device, and what is done with it while its server lives and afterwards.
 
 use crate::fuse_replies;
 use crate::kernel_dcache::{Names, Trees};
@@ -14,25 +14,25 @@ const REQUEST_MAX: usize = 1024 * 1024 + 4096;
 /// Requests answered before the socket is looked at again.
 const AT_ONCE: usize = 256;
 
-/// What there is to answer for.
-pub(crate) enum Held {
-    Nothing,
-    /// Its server lives. `hydrated`: when it dies, answer.
-    Kept {
+/// The device of one mount.
+pub(crate) enum FuseDevice {
+    None,
+    /// Its server lives. `hydrated`: everything is copied up, so this program answers when the server dies.
+    WithServer {
         device: OwnedFd,
         trees: Option<Trees>,
         hydrated: bool,
     },
-    /// Its server is dead. Without names there is nothing to answer with, and all is refused until
-    /// the server's own descriptor is closed as well.
-    Served {
+    /// Its server is dead and this program answers. Without names every request is refused, until the server's own
+    /// descriptor is closed as well.
+    Answered {
         device: OwnedFd,
         names: Option<Names>,
         buffer: Vec<u8>,
     },
 }
 
-impl Held {
+impl FuseDevice {
     /// Takes over what came with an `F`: the device, or the device, the mount and the upper layer.
     pub(crate) fn keep(&mut self, passed: Vec<OwnedFd>) -> bool {
         let mut passed = passed.into_iter();
@@ -44,79 +44,79 @@ impl Held {
         if !is_fuse_device(&device) {
             return false;
         }
-        *self = Self::Kept { device, trees, hydrated: false };
+        *self = Self::WithServer { device, trees, hydrated: false };
         true
     }
 
-    /// Whether there is anything that this could be said of.
+    /// Everything is copied up. False when there is no device.
     pub(crate) fn hydrated(&mut self) -> bool {
-        if let Self::Kept { hydrated, .. } = self {
+        if let Self::WithServer { hydrated, .. } = self {
             *hydrated = true;
         }
-        !matches!(self, Self::Nothing)
+        !matches!(self, Self::None)
     }
 
-    pub(crate) fn word(&self) -> u8 {
+    pub(crate) fn state(&self) -> u8 {
         match self {
-            Self::Nothing | Self::Served { names: None, .. } => b'n',
-            Self::Kept { .. } => b'h',
-            Self::Served { .. } => b's',
+            Self::None | Self::Answered { names: None, .. } => b'n',
+            Self::WithServer { .. } => b'h',
+            Self::Answered { .. } => b's',
         }
     }
 
-    pub(crate) fn is_kept(&self) -> bool {
-        matches!(self, Self::Kept { .. })
+    pub(crate) fn has_server(&self) -> bool {
+        matches!(self, Self::WithServer { .. })
     }
 
-    /// The device, while it is ours to read.
-    pub(crate) fn served(&self) -> Option<BorrowedFd<'_>> {
+    /// The device, while this program answers its requests.
+    pub(crate) fn answered(&self) -> Option<BorrowedFd<'_>> {
         match self {
-            Self::Served { device, .. } => Some(device.as_fd()),
+            Self::Answered { device, .. } => Some(device.as_fd()),
             _ => None,
         }
     }
 
     /// The server is gone, with all its descriptors.
     pub(crate) fn take_over(&mut self) {
-        *self = match std::mem::replace(self, Self::Nothing) {
-            Self::Kept { device, trees, hydrated: true } => begin(device, Some(names_of(trees))),
+        *self = match std::mem::replace(self, Self::None) {
+            Self::WithServer { device, trees, hydrated: true } => begin(device, Some(names_of(trees))),
             // Closed: nobody else has it open, so the kernel fails every request at once.
-            Self::Kept { .. } | Self::Served { names: None, .. } => {
+            Self::WithServer { .. } | Self::Answered { names: None, .. } => {
                 eprintln!(
                     "cvm-standin: the server ended before everything was copied: nothing to answer with"
                 );
-                Self::Nothing
+                Self::None
             }
             other => other,
         };
     }
 
-    /// The server is dead, but waits for itself: whatever it is answered, it ends then.
-    pub(crate) fn set_free(&mut self) {
-        *self = match std::mem::replace(self, Self::Nothing) {
-            Self::Kept { device, trees, hydrated } => begin(device, hydrated.then(|| names_of(trees))),
+    /// The server was killed and waits for its own answer: whatever it is answered, it ends then.
+    pub(crate) fn answer_while_dying(&mut self) {
+        *self = match std::mem::replace(self, Self::None) {
+            Self::WithServer { device, trees, hydrated } => begin(device, hydrated.then(|| names_of(trees))),
             other => other,
         };
     }
 
-    /// Answers what is there to be answered.
+    /// Answers the requests that are waiting, without waiting for more.
     pub(crate) fn serve(&mut self) {
-        let Self::Served { device, names, buffer } = self else { return };
+        let Self::Answered { device, names, buffer } = self else { return };
         for _ in 0..AT_ONCE {
             match nix::unistd::read(&*device, buffer) {
                 Ok(length) => {
                     let request = buffer.get(..length).unwrap_or_default();
                     if let Some(answer) = fuse_replies::to(request, names.as_ref()) {
-                        // Whoever asked may have gone since.
+                        // The process that asked may have gone since.
                         let _ = nix::unistd::write(&*device, &answer);
                     }
                 }
                 Err(Errno::EAGAIN) => return,
-                // ENOENT: whoever asked was interrupted just now.
+                // ENOENT: the process that asked was interrupted just now.
                 Err(Errno::EINTR | Errno::ENOENT) => {}
                 Err(errno) => {
                     eprintln!("cvm-standin: the mount has ended ({errno})");
-                    *self = Self::Nothing;
+                    *self = Self::None;
                     return;
                 }
             }
@@ -133,18 +133,18 @@ fn names_of(trees: Option<Trees>) -> Names {
     names
 }
 
-fn begin(device: OwnedFd, names: Option<Names>) -> Held {
-    // Not before: the server has the same open file, and may not expect it.
+fn begin(device: OwnedFd, names: Option<Names>) -> FuseDevice {
+    // Only now: the server shares this open file, and may not expect it to be non-blocking.
     if let Err(errno) = descriptor::set_nonblocking(&device) {
         eprintln!("cvm-standin: the device stays blocking ({errno}): it is closed instead");
-        return Held::Nothing;
+        return FuseDevice::None;
     }
-    // What the dead server has read and not answered. An older kernel refuses, and then whoever
-    // waits for such an answer waits until the mount is aborted.
+    // Asks for the requests that the dead server has read and not answered. An older kernel refuses, and then such
+    // a request waits until the mount is aborted.
     if let Err(errno) = nix::unistd::write(&device, &fuse_replies::resend()) {
         eprintln!("cvm-standin: requests already read by the server are lost ({errno})");
     }
-    Held::Served { device, names, buffer: vec![0; REQUEST_MAX] }
+    FuseDevice::Answered { device, names, buffer: vec![0; REQUEST_MAX] }
 }
 
 /// Character device 10:229, by whatever name.

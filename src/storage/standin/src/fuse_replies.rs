@@ -1,4 +1,4 @@
-//! The words of FUSE: what is answered to each request. Pure: bytes in, bytes out.
+//! The reply to each FUSE request. Pure: bytes in, bytes out.
 //!
 //! The layouts are those of `linux/fuse.h`, in the byte order of this machine.
 
@@ -33,14 +33,14 @@ const NOTIFY_REPLY: u32 = 41;
 const BATCH_FORGET: u32 = 42;
 const READDIRPLUS: u32 = 44;
 
-/// Keep the pages that were read before: nobody can read them again.
+/// The kernel keeps the pages that it has read: nobody can read them again.
 const KEEP_CACHE: u32 = 1 << 1;
 
 /// Since Linux 6.9: give the requests again that a server has read and not answered.
 const NOTIFY_RESEND: u32 = 7;
 
-/// What to write in return for one request, if it wants anything. Without names: that there is
-/// nobody to ask, in the words of the kernel.
+/// The reply to one request; none for a request that wants no reply. Without names the reply is ENOTCONN, as the
+/// kernel itself answers for a dead server.
 pub(crate) fn to(request: &[u8], names: Option<&Names>) -> Option<Vec<u8>> {
     let opcode = number(request, 4)?;
     let unique = long(request, 8)?;
@@ -69,12 +69,12 @@ fn content(opcode: u32, node: u64, body: &[u8], names: &Names) -> Result<Vec<u8>
         GETATTR => names.node(node).as_ref().map(attributes).ok_or(Errno::ESTALE),
         OPEN if Names::is_made_up(node) => Err(Errno::EIO),
         OPEN | OPENDIR => Ok(words(&[0, 0, KEEP_CACHE, 0])),
-        // A directory that ends at once.
+        // An empty directory.
         READDIR | READDIRPLUS => Ok(Vec::new()),
         READ | READLINK => Err(Errno::EIO),
         RELEASE | RELEASEDIR | FLUSH | ACCESS | DESTROY => Ok(Vec::new()),
         GETXATTR => Err(Errno::ENODATA),
-        // Whoever offers no room asks how much is needed.
+        // A caller without a buffer asks how much room is needed.
         LISTXATTR if number(body, 0).unwrap_or(0) == 0 => Ok(words(&[0, 0])),
         LISTXATTR => Ok(Vec::new()),
         STATFS => Ok(file_system()),

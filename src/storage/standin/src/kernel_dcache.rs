@@ -1,20 +1,19 @@
-//! The names of the lower layer that the kernel still holds, and how it calls them.
+//! The names of the lower layer that the kernel still has in its cache, and the nodes that it knows them by.
 //!
 //! Most names may be answered with "does not exist": the overlay then takes what it has in its
 //! upper layer. Not so the names that it has found in the lower layer before. Before `mkdir` of a
-//! directory that is there, before creating exclusively, and before a rename onto a name, the
-//! kernel asks again for the name below, however long its answer was good for; and if that does
-//! not lead to the same node as before, the overlay fails with ESTALE. So `mkdir -p` and every
+//! directory that exists, before creating exclusively, and before a rename onto a name, the
+//! kernel asks again for the name in the lower layer, however long the last answer was valid; and if the answer is
+//! not the same node as before, the overlay fails with ESTALE. So `mkdir -p` and every
 //! replacement of a file by rename would fail.
 //!
-//! Only the dead server knew these nodes; and the kernel, which tells them from its cache
-//! without asking anybody. The cache has no list, so the names to try come from the upper layer:
-//! everything has been copied there, and what was deleted since has left a whiteout there.
+//! Besides the dead server only the kernel knows these nodes, and it answers from its cache without asking the
+//! server. The cache cannot be listed, so the names to try come from the upper layer:
+//! everything has been copied there, and every deleted file has left a whiteout there.
 //!
-//! A name of the upper layer of which the kernel does not know whether it is below is answered
-//! as if it were, by a node made up here. For when it is removed, the overlay asks whether it has
-//! to leave a whiteout: one too many hides nothing, one too few brings back a deleted file when
-//! the layers are mounted again.
+//! Where the kernel does not know whether a name of the upper layer is in the lower layer too, the answer is yes,
+//! with a made-up node. When the name is removed, the overlay asks whether it has to leave a whiteout: one too many
+//! hides nothing, one too few brings back a deleted file when the layers are mounted again.
 
 use cvm_sys::fuse_dcache::{self, Known};
 use nix::errno::Errno;
@@ -29,7 +28,7 @@ use std::time::{Duration, Instant};
 /// The root of every FUSE file system.
 const ROOT: u64 = 1;
 
-/// Nodes that no server has given: servers count from 1.
+/// Numbers of made-up nodes. Servers count from 1 and do not get here.
 const MADE_UP: u64 = 1 << 63;
 const MADE_UP_DIRECTORY: u64 = MADE_UP | 1 << 62;
 
@@ -59,7 +58,7 @@ impl Names {
         self.node(*self.children.get(&parent)?.get(name)?)
     }
 
-    /// What is made up is told by its number alone: there may be many.
+    /// A made-up node is described by its number alone: there may be many.
     pub(crate) fn node(&self, node: u64) -> Option<Known> {
         let mode = match self.nodes.get(&node) {
             Some(known) => return Some(*known),
@@ -97,7 +96,7 @@ impl Names {
                 let path = directory.join(std::ffi::OsStr::from_bytes(&name));
                 let below = match fuse_dcache::find(&trees.mount, &path).and_then(fuse_dcache::known) {
                     Ok(known) => names.insert(known),
-                    // It has been asked for, and is not there.
+                    // The kernel knows that the lower layer does not have it.
                     Err(Errno::ENOENT) => continue,
                     Err(_) => names.make_up(is_directory),
                 };
@@ -124,7 +123,7 @@ impl Names {
         self.made_up | if is_directory { MADE_UP_DIRECTORY } else { MADE_UP }
     }
 
-    /// Nobody has seen its content, which is not even empty.
+    /// Whether nobody knows the content of this node.
     pub(crate) fn is_made_up(node: u64) -> bool {
         node & MADE_UP != 0
     }
@@ -139,8 +138,8 @@ impl Names {
     }
 }
 
-/// The names in a directory of the upper layer, and which are directories. None if it hides what
-/// is below it, or cannot be listed.
+/// The names in a directory of the upper layer, and which are directories. Empty if the directory hides the lower
+/// layer's, or cannot be listed.
 fn listing(upper: &OwnedFd, directory: &Path) -> Vec<(Box<[u8]>, bool)> {
     let flags = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let Ok(fd) = openat(upper.as_fd(), directory, flags, Mode::empty()) else { return Vec::new() };
