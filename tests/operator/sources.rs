@@ -3,7 +3,7 @@
 use crate::fixtures::{git, read, rust_files};
 use cvm_harness::machine::repository;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 #[test]
@@ -150,22 +150,21 @@ fn the_image_says_when_git_does_not_know_its_files_or_their_dates() {
 #[test]
 fn every_file_of_tests_belongs_to_a_program() {
     let manifests = read("tests/Cargo.toml") + &read("tests/fuzz/Cargo.toml");
-    for file in rust_files("tests") {
-        let below = file.strip_prefix(repository().join("tests")).expect("it lies there").to_owned();
-        let is_program = |path: &Path| manifests.contains(&format!("path = \"{}\"", path.display()));
-        if is_program(&below)
-            || below.strip_prefix("fuzz").is_ok_and(is_program)
-            || below.ends_with("src/lib.rs")
+    let files = rust_files("tests");
+    let text = |file: &PathBuf| fs::read_to_string(file).expect("a source file");
+    for file in &files {
+        let program = file.strip_prefix(repository().join("tests")).expect("it lies there");
+        let program = program.strip_prefix("fuzz").unwrap_or(program);
+        if manifests.contains(&format!("path = \"{}\"", program.display()))
+            || file.ends_with("needs/src/lib.rs")
         {
             continue;
         }
-        let is_folder = file.file_name().is_some_and(|name| name == "mod.rs");
-        let folder = file.parent().expect("it lies in a folder");
-        let (name, above) =
-            if is_folder { (folder.file_name(), folder.parent()) } else { (file.file_stem(), Some(folder)) };
-        let (name, above) = (name.expect("it has a name").display(), above.expect("it lies in a folder"));
-        let tops = ["main.rs", "lib.rs", "mod.rs"]
-            .map(|top| fs::read_to_string(above.join(top)).unwrap_or_default());
-        assert!(tops.concat().contains(&format!("mod {name};\n")), "no program has {}", file.display());
+        // The module, and the folder in which another file names it.
+        let module = if file.ends_with("mod.rs") { file.parent().expect("a folder") } else { file };
+        let name = module.file_stem().expect("it has a name").display();
+        let mut beside = files.iter().filter(|other| other.parent() == module.parent());
+        let is_named = beside.any(|other| text(other).contains(&format!("mod {name};\n")));
+        assert!(is_named, "no program has {}", file.display());
     }
 }
