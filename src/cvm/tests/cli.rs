@@ -7,6 +7,7 @@
 mod common;
 
 use common::{cvm, run};
+use cvm_needs::{Need, skip};
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
@@ -300,7 +301,8 @@ fn under_its_other_name_it_is_openclaw() {
     let link = directory.path().join("openclaw");
     std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_cvm"), &link).unwrap();
     if std::path::Path::new(cvm_protocol::paths::OPENCLAW).exists() {
-        return; // it would run the gateway's command line
+        skip(Need::Bare, "the gateway is installed here, and its command line would run");
+        return;
     }
     // `cvm` does not read openclaw's arguments: `--version` does not print the version of `cvm`.
     let (code, out, err) = run(Command::new(link).arg("--version").env_clear().stdin(Stdio::null()));

@@ -20,6 +20,8 @@ pub enum Need {
     Tiocsti,
     /// A kernel and an engine that restrict containers by these.
     Profiles,
+    /// No gateway where the image has it.
+    Bare,
     /// An hour: `CVM_SOAK` is set.
     Time,
 }
@@ -33,6 +35,7 @@ impl Need {
             Self::MemoryCgroup => "memory-cgroup",
             Self::Tiocsti => "tiocsti",
             Self::Profiles => "profiles",
+            Self::Bare => "bare",
             Self::Time => "time",
         }
     }
