@@ -1,11 +1,11 @@
 //! Files and directories, written so that a kill at any moment leaves the old or the new.
 //!
 //! Everything goes through [`Dir`], an open directory, one name at a time and never through a
-//! symbolic link: part of what we write lies in trees that the agent owns, and root following a
+//! symbolic link: some of these files lie in trees that the agent owns, and root following a
 //! link of the agent's would write where the agent cannot.
 //!
-//! Refuses to follow links in the last component, to open what is not a plain file, and to read
-//! more than it was told to.
+//! It follows no link in the last component of a path, opens only plain files, and reads at most as much as it is
+//! told to.
 
 use crate::report::{Failure, shown};
 use nix::errno::Errno;
@@ -30,7 +30,7 @@ pub(crate) struct Owner {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Kind {
     pub(crate) mode: u32,
-    /// None: whoever we are.
+    /// None: the user that this process runs as.
     pub(crate) owner: Option<Owner>,
     /// Whether it must outlive a power cut. Files of this boot in /run need not, and a flush of
     /// a container's disk costs more than the rest of a boot.
@@ -121,7 +121,7 @@ impl Dir {
 
     fn open_or_make_parents(path: &Path) -> FileResult<Self> {
         std::fs::create_dir_all(path).map_err(trouble("make", path))?;
-        // Through links: /var/run is one, and so may be whatever the image's author put there.
+        // Links are followed: /var/run is one, and an image may have more.
         let real = std::fs::canonicalize(path).map_err(trouble("find", path))?;
         Self::open(&real)
     }
@@ -169,7 +169,7 @@ impl Dir {
         Ok(())
     }
 
-    /// Whoever is not us cannot rename or replace what is ours in here; says whether somebody could before.
+    /// Makes sure that no other user can rename or replace our files in this directory. Says whether one could before.
     pub(crate) fn shut(&self) -> FileResult<bool> {
         const OF_OTHERS: u32 = 0o022;
         const STICKY: u32 = 0o1000;
@@ -188,7 +188,7 @@ impl Dir {
         Ok(true)
     }
 
-    /// What lies at `name`: a link is itself, not what it leads to.
+    /// Kind, mode, owner and times of `name`. A link is not followed.
     pub(crate) fn stat(&self, name: &OsStr) -> FileResult<Option<FileStat>> {
         match fstatat(&self.fd, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
             Ok(stat) => Ok(Some(stat)),
@@ -197,7 +197,7 @@ impl Dir {
         }
     }
 
-    /// Whether there is anything at `name`, be it a link that leads nowhere.
+    /// Whether `name` exists, also as a link that leads nowhere.
     pub(crate) fn has(&self, name: &str) -> FileResult<bool> {
         Ok(self.stat(OsStr::new(name))?.is_some())
     }
@@ -240,7 +240,7 @@ impl Dir {
         let draft = self.draft(name, bytes, kind)?;
         let moved =
             match renameat2(&self.fd, draft.as_os_str(), &self.fd, name, RenameFlags::RENAME_NOREPLACE) {
-                // File systems without it: nothing but us writes here before the gateway runs.
+                // This file system cannot do it. Before the gateway runs, nothing else writes here.
                 Err(Errno::EINVAL | Errno::ENOSYS) => renameat(&self.fd, draft.as_os_str(), &self.fd, name),
                 other => other,
             };
@@ -251,7 +251,7 @@ impl Dir {
         }
     }
 
-    /// A whole file beside its later place. One left behind by a kill is replaced.
+    /// Writes the whole file under a name beside its final one. A file that a killed try has left there is replaced.
     fn draft(&self, name: &OsStr, bytes: &[u8], kind: Kind) -> FileResult<OsString> {
         let mut draft = OsString::from(".");
         draft.push(name);
@@ -308,7 +308,7 @@ pub(crate) fn is_kind(stat: &FileStat, kind: SFlag) -> bool {
     SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits()) == kind
 }
 
-/// A file of the machine's, links followed, if it is a plain one of at most `limit` bytes.
+/// A plain file of at most `limit` bytes, at any path of the machine; links are followed.
 pub(crate) fn read_following(path: &Path, limit: usize) -> FileResult<Option<Zeroizing<Vec<u8>>>> {
     let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
     let error = |errno| FileError { what: "read", path: path.to_owned(), errno };

@@ -2,14 +2,14 @@
 //! reports one line on file descriptor 3.
 //!
 //! Everything that may block on a disk, a mount or a foreign program happens here and not in
-//! PID 1, which holds the deadline and kills this process with all it started. So every room
-//! expects to be killed anywhere, and starts from whatever an earlier try has left behind.
+//! PID 1, which holds the deadline and kills this process with all it started. So every task
+//! may be killed at any line, and begins from whatever an earlier try has left behind.
 //!
 //! Exit status: 0 the task is done, 1 it failed and the report says why, 2 there was nobody to
 //! report to.
 //!
-//! Refuses to run services, to keep time, and to write a secret anywhere but into the file it
-//! is for: standard output and standard error are a log that operators read.
+//! A secret is written only into the file that it is for: standard output and standard error are a log that operators
+//! read.
 
 mod docker;
 mod files;
@@ -42,7 +42,7 @@ const TASK_MAX: usize = 32 * 1024 * 1024;
 const REPORT_FD: i32 = 3;
 
 fn main() -> ExitCode {
-    // First of all, so that nothing opened later can come to lie at this number.
+    // Before anything else is opened, so that no other file gets this number.
     let Ok(fd) = descriptor::inherited(REPORT_FD) else {
         eprintln!(
             "cvm-task is started by cvm-init: a task on standard input, a pipe for the report on descriptor 3"
@@ -79,8 +79,8 @@ fn read_task() -> Outcome<Task> {
     serde_json::from_slice(&bytes).map_err(|e| broken(format!("is not understood (column {})", e.column())))
 }
 
-/// Standard input, which holds secrets, for one reading; in its place comes nothing. Not a gap: a
-/// pipe that came to lie at number 0 would be closed in the program that it is made for.
+/// Takes standard input, which holds secrets, and puts /dev/null in its place. Number 0 must not stay free: a pipe
+/// that got it would be closed in the program that the pipe is made for.
 fn task_input() -> std::io::Result<OwnedFd> {
     let input = std::io::stdin().as_fd().try_clone_to_owned()?;
     nix::unistd::dup2_stdin(File::open("/dev/null")?)?;

@@ -1,11 +1,10 @@
 //! Ends what a run left behind after its keeper was killed.
 //!
-//! A keeper ends its own tree. When the keeper itself is killed, its processes fall to PID 1 and
-//! nothing ties them together any more but the variable `CVM_RUN` in their environment, their
-//! sessions and groups, and who descends from whom.
+//! A keeper ends its own process tree. When the keeper itself is killed, its processes become children of PID 1. What
+//! still shows that they belong together is the variable `CVM_RUN` in their environment, their sessions and groups,
+//! and who descends from whom.
 //!
-//! Refuses to end PID 1, this process and its ancestors, and to say that it is done before two
-//! looks in a row have found nobody.
+//! PID 1, this process and its ancestors are never ended. It is done when two looks in a row have found nobody.
 
 use crate::port;
 use crate::processes::{self, Process, Table};
@@ -27,7 +26,7 @@ const BETWEEN: Duration = Duration::from_millis(5);
 /// The kernel's limit for one environment is below this.
 const ENVIRONMENT_MAX: u64 = 8 * 1024 * 1024;
 
-/// With `listens_on` only whoever of the run listens on that port.
+/// With `listens_on`: only those processes of the run that listen on that port.
 pub(crate) fn end(
     root_dir: &RootDir,
     run: &str,
@@ -101,8 +100,8 @@ fn marked<'a>(
     table.all().filter(move |p| !spared.contains(&p.pid) && !p.is_dead() && is_marked(root_dir, p.pid, run))
 }
 
-/// The marked ones, who shares a session or group with them that one of them led, and everything
-/// below: an environment can be cleared, and a leader may have ended before.
+/// The marked processes, the members of sessions and groups that one of them led, and all descendants: a process can
+/// clear its environment, and a leader may have ended before.
 fn members<'a>(table: &'a Table, marked: &BTreeSet<i32>, spared: &[i32]) -> Vec<&'a Process> {
     let foreign = |leader: i32| leader <= 1 || spared.contains(&leader) || is_unmarked(table, leader, marked);
     let mine = table.all().filter(|p| marked.contains(&p.pid));
@@ -113,7 +112,7 @@ fn members<'a>(table: &'a Table, marked: &BTreeSet<i32>, spared: &[i32]) -> Vec<
     all.into_iter().filter(|pid| !spared.contains(pid)).filter_map(|pid| table.get(pid)).collect()
 }
 
-/// A leader that lives and is not of this run: its circle is somebody else's.
+/// Whether the leader lives and is not of this run: then the session or group belongs to somebody else.
 fn is_unmarked(table: &Table, leader: i32, marked: &BTreeSet<i32>) -> bool {
     table.get(leader).is_some_and(|p| !p.is_dead()) && !marked.contains(&leader)
 }
@@ -128,8 +127,8 @@ fn is_marked(root_dir: &RootDir, pid: i32, run: &str) -> bool {
 fn environment(root_dir: &RootDir, pid: i32) -> Option<Zeroizing<Vec<u8>>> {
     let path = processes::proc_file(root_dir, pid, "environ");
     let file = File::open(&path).or_else(|error| {
-        // Root without CAP_SYS_PTRACE, as in a container without privileges, may not look into a
-        // process of another user's; as that user it may.
+        // Without CAP_SYS_PTRACE, as in a container without privileges, root may not read this of another user's
+        // process; as that user it may.
         let owner = std::fs::metadata(path.parent().unwrap_or(&path)).map_err(|_| error)?;
         let _acting = AsUser::of(Uid::from_raw(owner.uid()), Gid::from_raw(owner.gid()))?;
         File::open(&path)

@@ -1,9 +1,8 @@
 //! Frees a service's port: ends whoever listens there, with everything below it.
 //!
-//! A gateway can restart itself and leave the old one holding the port; the new one would then
-//! fail for ever. Whoever it is, the port is the service's.
-//!
-//! Refuses to end PID 1, this process and its ancestors.
+//! A gateway can restart itself and leave the old process holding the port, and every new gateway would then
+//! fail. Whichever process listens there, the port belongs to the service. PID 1, this process and its ancestors are
+//! never ended.
 
 use crate::processes::{self, Process, Table};
 use crate::report::{Failure, Outcome, Report};
@@ -20,7 +19,7 @@ const GRACE: Duration = Duration::from_secs(3);
 /// From SIGKILL until everything is gone, and the socket with it.
 const AFTER_KILL: Duration = Duration::from_secs(2);
 const LOOK_EVERY: Duration = Duration::from_millis(20);
-/// Somebody may take the port again while we free it.
+/// The port may be taken again while it is being freed.
 const ROUNDS: u32 = 3;
 
 pub(crate) fn free(root_dir: &RootDir, port: u16, service: &str, report: &mut Report) -> Outcome<()> {
@@ -47,7 +46,7 @@ pub(crate) fn free(root_dir: &RootDir, port: u16, service: &str, report: &mut Re
             report.warn(format!("port {port} was held by pid {} ({}); ended it", holder.pid, holder.name));
         }
         end(root_dir, &table, &holders);
-        // The socket goes with the last process that has it; what is left of it is the kernel's.
+        // The socket ends with the last process that has it open; closing it is the kernel's work.
         wait_until(AFTER_KILL, || is_free(port));
     }
     if is_free(port) {
@@ -121,7 +120,8 @@ fn end(root_dir: &RootDir, table: &Table, holders: &[Process]) {
         processes::send(root_dir, holder, Signal::SIGTERM);
     }
     wait_until(GRACE, || !tree.iter().any(|p| processes::still_runs(root_dir, p)));
-    // Anew, for what was started meanwhile. What lost its parent meanwhile is in the old list.
+    // A second table, for processes that were started meanwhile. Those that lost their parent meanwhile are in the
+    // first.
     let now = Table::read(root_dir);
     let alive = tree.iter().filter(|p| processes::still_runs(root_dir, p)).map(|p| p.pid);
     let late: Vec<Process> =
@@ -132,7 +132,7 @@ fn end(root_dir: &RootDir, table: &Table, holders: &[Process]) {
     wait_until(AFTER_KILL, || !tree.iter().chain(&late).any(|p| processes::still_runs(root_dir, p)));
 }
 
-/// Whether it was reached.
+/// Whether `reached` became true in time.
 fn wait_until(limit: Duration, mut reached: impl FnMut() -> bool) -> bool {
     let until = Instant::now() + limit;
     loop {

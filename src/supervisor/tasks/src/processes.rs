@@ -1,9 +1,7 @@
 //! The processes of this machine, as /proc shows them, and ending some of them.
 //!
-//! A process is known by its pid and the time it started, so that a number that was given to
-//! somebody else meanwhile is never signalled.
-//!
-//! Refuses to signal PID 1, this process, and whatever this process descends from.
+//! A process is identified by its pid and the time it started, so that a pid that was given to
+//! another process meanwhile is never signalled. PID 1, this process and its ancestors are never signalled.
 
 use crate::root_dir::RootDir;
 use nix::sys::signal::{Signal, kill};
@@ -26,7 +24,7 @@ pub(crate) struct Process {
 }
 
 impl Process {
-    /// Nothing runs in it any more; only its parent has not asked yet.
+    /// It has ended, and its parent has not reaped it yet.
     pub(crate) fn is_dead(&self) -> bool {
         matches!(self.state, 'Z' | 'X')
     }
@@ -120,7 +118,7 @@ pub(crate) fn still_runs(root_dir: &RootDir, process: &Process) -> bool {
 /// Sends `signal` if `process` is still what it was.
 pub(crate) fn send(root_dir: &RootDir, process: &Process, signal: Signal) {
     if process.pid > 1 && still_runs(root_dir, process) {
-        // It may have ended this very moment, which is all we want of it.
+        // It may have ended at this moment, which is what the signal is for.
         let _ = kill(Pid::from_raw(process.pid), signal);
     }
 }

@@ -1,14 +1,14 @@
-//! Running a foreign program to its end, with its words.
+//! Runs a foreign program to its end and returns what it printed.
 //!
-//! Refuses to search PATH, to hand down our environment, and to keep more than the first words
-//! of what a program says. There is no time limit here: PID 1 holds the deadline of the whole
-//! step and ends it with everything below it.
+//! PATH is not searched, our environment is not handed down, and of what a program prints only the beginning is
+//! kept. There is no time limit here: PID 1 holds the deadline of the whole
+//! task and ends it with everything that it started.
 
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// Enough for the sentence that matters.
+/// Bytes of a program's output that are kept: enough for the sentence that matters.
 const WORDS_MAX: usize = 300;
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -25,7 +25,7 @@ pub(crate) fn run(program: &Path, arguments: &[&str], input: &str) -> io::Result
         .args(arguments)
         .env_clear()
         .env("PATH", PATH)
-        // Words that this crate can show without a translation table.
+        // Messages in English, whatever the image's language.
         .env("LC_ALL", "C.UTF-8")
         .current_dir("/")
         .stdin(Stdio::piped())
@@ -33,7 +33,7 @@ pub(crate) fn run(program: &Path, arguments: &[&str], input: &str) -> io::Result
         .stderr(Stdio::piped())
         .spawn()?;
     if let Some(mut stdin) = child.stdin.take() {
-        // A program that ends without reading says why in its own words.
+        // A program that ends without reading its input has printed why.
         let _ = stdin.write_all(input.as_bytes());
     }
     let output = child.wait_with_output()?;

@@ -5,15 +5,14 @@
 //! how many there are. What an operator may know beyond that goes to standard error, which is a
 //! private log ([`detail`]).
 //!
-//! Refuses to grow beyond what one line of the wire holds.
+//! It never becomes longer than one line of the report pipe may be.
 
-use cvm_protocol::report::Level;
-use cvm_protocol::report::{Note, REPORT_MAX};
+use cvm_protocol::report::{Level, Note, REPORT_MAX};
 use cvm_protocol::status::Remark;
 use cvm_protocol::task::{Facts, TaskReport};
 use std::path::Path;
 
-/// Together far below the limit of a report, escapes included.
+/// All notes together stay far below the limit of a report, escapes included.
 const NOTES_MAX: usize = 24;
 const TEXT_MAX: usize = 1000;
 const _: () = assert!(NOTES_MAX * TEXT_MAX * 2 <= REPORT_MAX);

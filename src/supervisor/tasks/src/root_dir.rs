@@ -1,7 +1,7 @@
 //! Where the root directory is: `/`, or a directory of a test's own.
 //!
-//! Every path of every room goes through here, so that a test runs against a tree of its own and
-//! cannot touch the machine. Refuses nothing.
+//! Every path of every task goes through here, so that a test runs against a tree of its own and
+//! cannot touch the machine.
 
 use std::path::{Path, PathBuf};
 

@@ -1,17 +1,16 @@
-//! Everything sshd needs: its directory, the host key, its configuration; and who may log in, which the
-//! step of the volume asks for.
+//! Everything that sshd needs: its directory, its host key and its configuration. Also the keys that may log in, which
+//! the task `volume` writes.
 //!
-//! This comes before anything that can fail, because it is the way in when the rest does. So
-//! nothing here waits for a disk longer than a moment: the volume and the mounted keys are read by
-//! threads that may be left behind.
+//! This task comes before everything that can fail, because SSH is the way in when something else fails. So
+//! nothing here waits long for a disk: the volume and the mounted keys are read by
+//! threads that are left behind when they do not answer.
 //!
-//! `sshd -t` is not run: it takes as long (6 ms) as a fifth of the whole boot may, and it repeats
-//! what sshd does when it starts, whose words are in its log. What it could find is looked up here
-//! (program, account, directory) or is ours alone and tested (configuration, key).
+//! `sshd -t` is not run: it takes 6 ms, a fifth of what the whole boot may take, and it repeats
+//! what sshd does when it starts and writes into its log. What it could find is looked up here
+//! (program, account, directory) or is written here and tested (configuration, key).
 //!
-//! Refuses to take keys that the CVM's host has mounted, unless it is told to: the host would get a
-//! root shell. Refuses to take `*.pub` files for permission: a public key that lies in `~/.ssh` is
-//! the other half of a key of this machine's, not somebody who may come in.
+//! Keys that the CVM's host has mounted count only if the configuration says so: otherwise the host would get a
+//! root shell. A `*.pub` file in `~/.ssh` is no permission: it is the public half of a key of this machine.
 
 use crate::files::{self, Dir, Kind};
 use crate::programs;
@@ -39,7 +38,7 @@ const SSHD_DIRECTORY: &str = "/run/sshd";
 const SOURCE_PENALTIES: &[u8] = b"persourcepenalties";
 /// Where the keys of the CVM's host are mounted, read-only and with any owner.
 const MOUNTED: &str = "/root/.ssh";
-/// What remarks about them stand under.
+/// The topic of remarks about them.
 const TOPIC: &str = "ssh keys";
 const MOUNTED_NAMES: [&str; 2] = ["authorized_keys", "authorized_keys2"];
 const KEYS_MAX: usize = 1024 * 1024;
@@ -47,7 +46,7 @@ const KEYS_MAX: usize = 1024 * 1024;
 pub(crate) const SEED: &str = "ssh-host-key-seed";
 /// Suffix of a file that holds no seed; a number follows.
 const DAMAGED: &str = "damaged";
-/// For a disk that does not answer. One that does needs less than a millisecond.
+/// How long a disk may take to answer. One that works needs less than a millisecond.
 const PATIENCE: Duration = Duration::from_secs(3);
 
 type Seed = Zeroizing<[u8; 32]>;
@@ -81,7 +80,7 @@ pub(crate) fn prepare(
     let text = |path: &str| root_dir.at(path).to_string_lossy().into_owned();
     let mounted = text(&format!("{MOUNTED}/{}", MOUNTED_NAMES[0]));
     let copied = text(paths::AUTHORIZED_KEYS);
-    // The second, so that a key that is added while we run counts too, if sshd likes its owner.
+    // The second, so that a key that is added later counts too, if sshd accepts its owner.
     let both = [copied.as_str(), mounted.as_str()];
     let config = sshd_config(&SshdSettings {
         port,
@@ -94,7 +93,7 @@ pub(crate) fn prepare(
     Ok(())
 }
 
-/// What `sshd -t` could complain about and is not written here.
+/// Checks what `sshd -t` could complain about and this program does not write.
 fn check_sshd(root_dir: &RootDir) -> Outcome<()> {
     if !programs::is_executable(&root_dir.at(SSHD)) {
         return Err(Failure::for_good(format!("there is no {SSHD} in this image; add openssh-server to it")));
@@ -130,7 +129,7 @@ fn as_seed(bytes: &[u8]) -> Option<Seed> {
 
 /// The seed of a machine without `MASTER_KEY`: the volume's, or one for this boot.
 fn kept(root_dir: &RootDir, run: &Dir, report: &mut Report) -> Outcome<Seed> {
-    // Chosen beforehand, so that a volume that answers too late stores the one that is in use.
+    // Chosen before the volume is asked, so that a volume that answers too late stores the seed that is in use.
     let candidate = match run.read(SEED, KEYS_MAX)?.and_then(|bytes| as_seed(&bytes)) {
         Some(seed) => seed,
         None => random()?,
@@ -179,15 +178,15 @@ fn on_volume(own_state: &Path, proposed: &Seed) -> Result<(Seed, Option<String>)
     Ok((proposed.clone(), warning))
 }
 
-/// Nobody comes in, until it is known whose volume this is.
+/// Removes every key: nobody may log in until it is known whose volume this is.
 pub(crate) fn admit_nobody(run: &Dir) -> Outcome<()> {
     let name = name_of(paths::AUTHORIZED_KEYS);
-    // A /run that takes nothing keeps nothing either.
+    // Removed first: if the write fails, no key is left.
     run.remove(OsStr::new(name))?;
     Ok(run.write(name, b"", Kind::OF_THIS_BOOT)?)
 }
 
-/// Who may log in: asked for once the volume has turned out to be this environment's.
+/// Writes the keys that may log in, once it is known that the volume belongs to this environment.
 pub(crate) fn admit(root_dir: &RootDir, run: &Dir, keys: Keys<'_>, report: &mut Report) -> Outcome<()> {
     let mounted = root_dir.at(MOUNTED);
     let (texts, complaints) = within(PATIENCE, move || mounted_keys(&mounted))
@@ -213,10 +212,10 @@ pub(crate) fn admit(root_dir: &RootDir, run: &Dir, keys: Keys<'_>, report: &mut 
     Ok(())
 }
 
-/// What the host has mounted counts for nothing: neither its keys, nor its `config` and `rc`, which programs
-/// that an operator runs as root would obey. Whoever relied on it is told.
+/// Makes everything void that the host has mounted: its keys, and its `config` and `rc`, which programs
+/// that an operator runs as root would obey. A remark tells operators who relied on it.
 fn forget_the_hosts(root_dir: &RootDir, mounted: &[&str], given: &str, report: &mut Report) {
-    // Of the keys that are given as well, nothing is lost.
+    // A key that is also in the environment still counts.
     let all = merge_authorized_keys(&[&[given], mounted].concat(), &[]);
     let lost = count(&all).saturating_sub(count(&merge_authorized_keys(&[given], &[])));
     if lost > 0 {
@@ -247,7 +246,7 @@ fn count(keys: &str) -> usize {
     keys.lines().filter(|line| AuthorizedKey::parse(line).is_ok()).count()
 }
 
-/// What is mounted, whoever it belongs to: root may read it, and it is sshd that would mind.
+/// The mounted keys, whatever user they belong to: root may read them, and only sshd would object to the owner.
 fn mounted_keys(directory: &Path) -> (Vec<String>, Vec<String>) {
     let (mut texts, mut complaints) = (Vec::new(), Vec::new());
     for path in MOUNTED_NAMES.map(|name| PathBuf::from(directory).join(name)) {
@@ -260,7 +259,7 @@ fn mounted_keys(directory: &Path) -> (Vec<String>, Vec<String>) {
     (texts, complaints)
 }
 
-/// What `work` gives, if it gives it in time. Later it is nobody's.
+/// The result of `work`, if it comes in time. A result that comes later is thrown away.
 fn within<T: Send + 'static>(limit: Duration, work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
     let (sender, receiver) = mpsc::channel();
     std::thread::spawn(move || sender.send(work()));

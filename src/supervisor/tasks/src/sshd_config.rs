@@ -1,7 +1,7 @@
-//! What sshd is told: its configuration, and who may log in.
+//! The text of sshd's configuration, and of the file with the keys that may log in.
 //!
-//! Refuses: passwords in any form, key exchanges that a recorded session could be opened with
-//! later, and options that an OpenSSH we run on does not know (9.2 of Debian 12 up to 10.x).
+//! No passwords in any form, no key exchange with which a recorded session could be decrypted
+//! later, and no option that one of the OpenSSHs does not know (9.2 of Debian 12 up to 10.x).
 
 use std::collections::HashSet;
 use std::fmt::Write as _;
@@ -23,9 +23,9 @@ pub(crate) struct SshdSettings<'a> {
     pub(crate) knows_source_penalties: bool,
 }
 
-/// Everything after the lines that differ.
+/// The lines that are the same for every instance.
 ///
-/// Algorithms are given by what is taken away, with wildcards: a list of what is allowed
+/// Algorithms are taken away from sshd's defaults, with wildcards: a list of allowed ones
 /// would have to name what 9.2 does not know, which stops sshd, or leave out what 10.x does
 /// better. What remains:
 ///

@@ -1,11 +1,11 @@
-//! Whose volume this is, and with it who may come in.
+//! Decides whose volume this is, and so whose keys may log in.
 //!
-//! PID 1 does not touch a volume, and this task may be killed at its deadline: until it has said that
-//! the volume is this environment's, the environment's keys open no shell, and nothing that stands on
-//! the volume is started. Whoever has put back an older state of the disk, or has none that answers,
-//! gains nothing by it.
+//! PID 1 does not touch a volume, and this task may be killed at its deadline. Until it has reported that
+//! the volume belongs to this environment, the environment's keys open no shell, and nothing that needs
+//! the volume is started. So an attacker gains nothing by putting back an older state of the disk, or by a disk that
+//! does not answer.
 //!
-//! Refuses to judge: `cvm_protocol::volume` does.
+//! The rules are in `cvm_protocol::volume`.
 
 use crate::files::{Dir, Kind, trouble};
 use crate::report::{Failure, Outcome, Report};
@@ -39,7 +39,7 @@ pub(crate) fn open(root_dir: &RootDir, claim: &Claim, keys: Keys<'_>, report: &m
     if let Some(text) = good.remark {
         report.remark("volume", text);
     }
-    // A volume that takes nothing costs the gateway; who may mend it is in already.
+    // On a volume that cannot be written to, no gateway starts; the operators who may repair it can log in already.
     let kept = Some(Found::Memory(good.memory.clone()));
     for (name, there) in MEMORIES.into_iter().zip(files) {
         if Found::in_files(&[there]) != kept {
@@ -53,8 +53,8 @@ pub(crate) fn open(root_dir: &RootDir, claim: &Claim, keys: Keys<'_>, report: &m
     Ok(())
 }
 
-/// Who may write into the top of the volume can rename our own directory, whoever that belongs to, and put
-/// one of his in its place. A sticky top keeps everybody from that.
+/// Makes sure that only root can rename our own directory on the volume and put another in its place: who may write
+/// into the directory above it could, unless that is sticky.
 fn shut_the_top(root_dir: &RootDir, report: &mut Report) -> Outcome<()> {
     for path in [paths::DATA, paths::OWN_STATE] {
         let directory = match Dir::open(&root_dir.at(path)) {

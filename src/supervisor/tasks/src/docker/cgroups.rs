@@ -1,7 +1,7 @@
 //! Control groups that dockerd can write to. A container often sees them read-only, or not at
 //! all; with `CAP_SYS_ADMIN` both can be helped.
 //!
-//! Refuses to fail: what does not work here becomes a note, and dockerd says what it lacks.
+//! It never fails: what does not work here becomes a note, and dockerd says what it lacks.
 
 use crate::report::Report;
 use crate::root_dir::RootDir;
@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 const CGROUPS: &str = "/sys/fs/cgroup";
 /// Where this container's own processes go, so that the group they were in can have controllers.
 const OWN_GROUP: &str = "openclaw-cvm";
-/// Somebody may fork between two looks.
+/// A process may fork between two looks.
 const ROUNDS: u32 = 10;
 
 pub(crate) fn prepare(root_dir: &RootDir, report: &mut Report) {
@@ -35,7 +35,7 @@ fn is_version_two(path: &Path) -> bool {
     statfs(path).is_ok_and(|s| s.filesystem_type() == CGROUP2_SUPER_MAGIC)
 }
 
-/// Fails only when this is no machine of version 2.
+/// Fails only when this machine does not have version 2.
 fn version_two(root: &Path) -> Result<(), String> {
     if !is_version_two(root) {
         return Err("not version 2".into());
@@ -87,7 +87,7 @@ fn mount_at(path: &Path, kind: &str, data: Option<&str>) -> Result<(), String> {
         .map_err(|errno| format!("{} cannot be mounted ({})", path.display(), errno.desc()))
 }
 
-/// Takes read-only away, from this mount alone.
+/// Makes this one mount writable.
 fn writable(path: &Path) -> Result<(), String> {
     let flags = statvfs(path).map_or(FsFlags::empty(), |s| s.flags());
     if !flags.contains(FsFlags::ST_RDONLY) {
@@ -133,7 +133,7 @@ fn make_room(root: &Path) -> Result<(), String> {
     fs::create_dir_all(&own).map_err(|e| format!("{} cannot be made ({e})", own.display()))?;
     let pids = fs::read_to_string(root.join("cgroup.procs")).unwrap_or_default();
     for pid in pids.split_ascii_whitespace() {
-        // One that has just ended is gone as well.
+        // A process that has just ended has left the group too.
         let _ = fs::write(own.join("cgroup.procs"), pid);
     }
     Ok(())

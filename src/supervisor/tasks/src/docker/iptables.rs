@@ -1,11 +1,9 @@
 //! Finds an iptables that works on the running kernel: some kernels have no `nf_tables`, some no
 //! legacy tables, and the program starts in both cases.
 //!
-//! Works means: a chain of our own can be made in the tables that dockerd uses, with the kinds of
-//! rule that dockerd writes, and removed again. A backend that holds docker's chains already is
-//! preferred, since rules in two backends contradict each other.
-//!
-//! Refuses to touch any other chain.
+//! An iptables works if it can make a chain of our own in the tables that dockerd uses, with the kinds of
+//! rule that dockerd writes, and remove it again. No other chain is touched. A backend that holds docker's chains already
+//! is preferred, since rules in two backends contradict each other.
 
 use crate::files::{Dir, FileError, FileResult};
 use crate::programs;
@@ -62,7 +60,7 @@ pub(crate) struct Works {
 
 pub(crate) fn choose(root_dir: &RootDir) -> Choice {
     let candidates = order(root_dir);
-    // The two families do not know of each other, and each is a wait for programs.
+    // IPv4 and IPv6 at once: neither depends on the other, and each mostly waits for programs.
     std::thread::scope(|scope| {
         let v6 = scope.spawn(|| first_that_works(root_dir, "ip6tables", &candidates));
         let v4 = first_that_works(root_dir, "iptables", &candidates);
@@ -116,7 +114,7 @@ fn trial(restore: &std::path::Path) -> Result<(), String> {
     let removed =
         run(format!("*filter\n-F {chain}\n-X {chain}\nCOMMIT\n*nat\n-F {chain}\n-X {chain}\nCOMMIT\n"));
     if made.is_err() && removed.is_err() {
-        // Alone, for the table that took it.
+        // The filter table alone: the nat table may be what both failed at.
         let _ = run(format!("*filter\n-F {chain}\n-X {chain}\nCOMMIT\n"));
     }
     made.and(removed)

@@ -1,8 +1,7 @@
-//! Makes ready for dockerd: what an earlier one left behind goes, and what it needs from this
-//! kernel is tried out, so that it is told what works instead of failing on what does not.
+//! Prepares the start of dockerd: removes what an earlier dockerd left behind, and tries out what dockerd needs from this
+//! kernel, so that it is told what works instead of failing on what does not.
 //!
-//! Refuses to start dockerd, to touch a dockerd that runs, and to overrule `/etc/docker/daemon.json`:
-//! what the user says there counts.
+//! A dockerd that runs is not touched, and what the user wrote into `/etc/docker/daemon.json` counts.
 
 mod cgroups;
 mod iptables;
@@ -68,8 +67,8 @@ fn privileges(root_dir: &RootDir) -> Outcome<()> {
     may_contain(root_dir)
 }
 
-/// A capability can be there and its use still be forbidden, by a seccomp or `AppArmor` profile. Tried
-/// is what is done for each container, in a thread whose mount namespace goes with it.
+/// A process can have a capability and still be forbidden to use it, by a seccomp or `AppArmor` profile. So what
+/// dockerd does for each container is tried, in a thread whose mount namespace ends with it.
 fn may_contain(root_dir: &RootDir) -> Outcome<()> {
     let trial = Dir::ensure(&root_dir.at(paths::RUN).join("mount-trial"), 0o700, None)?;
     let tried = std::thread::scope(|scope| scope.spawn(|| namespace::change_root(trial.path())).join());
@@ -138,7 +137,7 @@ fn firewall(root_dir: &RootDir, config: &mut Map<String, Value>, report: &mut Re
 fn forwarding(root_dir: &RootDir, config: &mut Map<String, Value>, report: &mut Report) {
     let setting = root_dir.at("/proc/sys/net/ipv4/ip_forward");
     let is_off = std::fs::read_to_string(&setting).is_ok_and(|text| text.trim() == "0");
-    // That root may write to a file of /proc does not mean that its file system lets it.
+    // The mode of a file of /proc may allow writing while its file system is read-only.
     if !is_off || std::fs::OpenOptions::new().write(true).open(&setting).is_ok() {
         return;
     }

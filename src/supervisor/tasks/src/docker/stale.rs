@@ -1,8 +1,8 @@
 //! Removes what a dockerd or containerd of an earlier boot left behind: a pid file makes the
 //! next one believe that it runs already.
 //!
-//! Refuses to remove the pid file of a process that lives and has that name, and a socket that
-//! somebody answers on.
+//! The pid file of a process that lives and has that name stays, and so does a socket that
+//! is answered.
 
 use crate::processes;
 use crate::report::{self, Report, shown};
@@ -46,7 +46,7 @@ pub(crate) fn remove(root_dir: &RootDir, report: &mut Report) {
 fn pid_file(root_dir: &RootDir, path: &str, report: &mut Report) {
     let at = root_dir.at(path);
     let Ok(text) = fs::read_to_string(&at) else {
-        // Not there, or not readable as text: in that case as stale as can be.
+        // It does not exist, or is not text: then it is stale.
         if at.is_file() {
             discard(&at, report);
         }
@@ -54,7 +54,7 @@ fn pid_file(root_dir: &RootDir, path: &str, report: &mut Report) {
     };
     let running = text.trim().parse().ok().and_then(|pid| processes::look_up(root_dir, pid));
     match running {
-        // A low pid is soon somebody else's, hence the name.
+        // A low pid soon belongs to another process, so the name is compared too.
         Some(p) if !p.is_dead() && ["dockerd", "containerd"].iter().any(|n| p.name.contains(n)) => {
             report.warn(format!("{path} names pid {} ({}), which runs; left alone", p.pid, p.name));
         }
@@ -73,7 +73,7 @@ fn socket(path: &Path) {
             let outcome = fs::remove_file(path).map_or_else(|e| e.to_string(), |()| "removed".to_owned());
             report::detail(format!("nobody answers on {}: {outcome}", shown(path)));
         }
-        // Its queue is full, or it is none of ours to open: somebody is there.
+        // Its queue is full, or this process may not open it: a process listens there.
         Err(_) => {}
     }
 }

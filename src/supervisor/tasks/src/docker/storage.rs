@@ -4,7 +4,7 @@
 //! The driver whose data is there is kept while it works: with another one docker would not see
 //! its images.
 //!
-//! Refuses to leave a mount or a directory of the trial behind.
+//! No mount or directory of the trial is left behind.
 
 use crate::files::trouble;
 use crate::programs;
@@ -135,7 +135,7 @@ impl Trial {
     }
 
     fn unmount(&self) {
-        // Detached if it is busy: nobody but us knows the place.
+        // Detached if it is busy: no other process knows this directory.
         let _ = umount2(&self.at("merged"), MntFlags::MNT_DETACH);
     }
 

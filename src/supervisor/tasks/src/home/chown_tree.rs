@@ -2,7 +2,7 @@
 //!
 //! The directory at the top is given last, so that a try that is killed half-way is repeated.
 //!
-//! Refuses to follow a link, to leave the file system, to give away a device, and to give away a
+//! No link is followed, the file system is not left, and no device is given away. Neither is a
 //! file that has another name outside of the tree: it would be given away there too.
 
 use crate::files::{FileError, FileResult, Owner, trouble};

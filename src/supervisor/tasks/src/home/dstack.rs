@@ -1,7 +1,7 @@
-//! Whether the agent could reach dstack's guest agent, who answers with quotes and keys.
+//! Checks that the agent cannot reach dstack's guest agent, which answers with quotes and keys.
 //!
-//! Process 1 has moved its socket away at boot; this looks at the result before each start of the
-//! gateway's tree. Refuses to change anything.
+//! PID 1 has moved the guest agent's socket away at boot; this looks at the result before the gateway's home is made.
+//! Nothing is changed here.
 
 use crate::report::{Failure, Outcome};
 use crate::root_dir::RootDir;

@@ -5,12 +5,12 @@
 //! leaves the old one; and what is found at both places with the same content has been moved
 //! already.
 //!
-//! A database and its `-wal`, `-shm` and `-journal` are one thing: a log beside a database that
-//! it does not belong to would be played into it. They go together or stay together.
+//! A database and its `-wal`, `-shm` and `-journal` are moved together or not at all: SQLite would apply a log to a
+//! database that it does not belong to.
 //!
-//! Refuses to overwrite: on a clash what is in the target stays, and what came is put beside it.
-//! Refuses to move sockets, fifos and devices, which hold nothing. Hard links are copied as
-//! separate files, and extended attributes are not kept, when the move crosses file systems.
+//! Nothing is overwritten: on a clash the target's file stays, and the moved one is put beside it.
+//! Sockets, fifos and devices hold nothing and are not moved. Hard links become
+//! separate files, and extended attributes are lost, when the move crosses file systems.
 
 use crate::files::{FileError, FileResult, trouble};
 use crate::report;
@@ -24,7 +24,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown, lchown, symlink};
 use std::path::Path;
 
-/// What is kept beside: `NAME.from-home-N`.
+/// The name of a file that is put beside another: `NAME.from-home-N`.
 pub(crate) const SUFFIX: &str = "from-home";
 /// A copy that is not whole yet.
 const DRAFT: &str = ".cvm-moving";

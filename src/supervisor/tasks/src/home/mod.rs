@@ -4,9 +4,9 @@
 //! Root has `/root/.openclaw` alone: programs that an operator runs as root read settings below
 //! `~/.config`, and the agent writes `/data/.config`.
 //!
-//! Refuses to lose anything: what lay in a home moves to the volume or stays beside what is
-//! there, under a name that says so. Refuses to start over what cannot be linked, when it is the
-//! gateway's state.
+//! Nothing is lost: the files of a home move to the volume, or are kept beside what is
+//! there, under a name that says so. If the link to the gateway's state cannot be made, the task fails and no gateway
+//! starts.
 
 mod chown_tree;
 mod dstack;
@@ -26,7 +26,7 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
 const ROOT_HOME: &str = "/root";
-/// Suffix of what had to make room; a number follows.
+/// Suffix of a file that had to make room; a number follows.
 const ASIDE: &str = "before-openclaw-cvm";
 
 pub(crate) fn prepare(root_dir: &RootDir, user: &str, docker: DockerUse, report: &mut Report) -> Outcome<()> {
@@ -201,8 +201,8 @@ fn leads_to(link: &Path, said: &str, target: &Path) -> bool {
     words == Path::new(said) || std::fs::canonicalize(link).is_ok_and(|real| real == target)
 }
 
-/// A link or file of somebody's keeps its content and gets another name: wherever it led, what
-/// is there was never ours to move.
+/// A link or file that is not ours gets another name and stays as it is: what the link leads to
+/// is not ours to move.
 fn set_aside(dir: &Dir, name: &OsStr, what: &str, report: &mut Report) -> Result<(), Obstacle> {
     let aside = dir.set_aside(name, ASIDE)?;
     let (old, new) = (shown(&dir.path().join(name)), aside.to_string_lossy().into_owned());
@@ -211,7 +211,7 @@ fn set_aside(dir: &Dir, name: &OsStr, what: &str, report: &mut Report) -> Result
 }
 
 fn move_in(from: &Path, to: &Path, link: &Link, report: &mut Report) -> Result<(), Obstacle> {
-    // First the owner: what is moved by a try that is killed half-way must be the agent's too.
+    // The owner first: files that a killed try has moved must belong to the agent too.
     chown_tree::give(from, link.owner)?;
     let moved = merge::into(from, to)?;
     if moved.entries > 0 {

@@ -1,4 +1,4 @@
-//! Where something is mounted, and with which rights. Refuses to mount anything new.
+//! Where something is mounted, and with which rights.
 
 use crate::root_dir::RootDir;
 use nix::errno::Errno;
@@ -27,8 +27,7 @@ impl Mounts {
     }
 }
 
-/// From now on no file of this mount lends its owner's rights, and none is a device. What it is mounted with
-/// besides stays.
+/// From now on set-user-id bits and devices on this mount have no effect. The other flags of the mount stay.
 pub(crate) fn lend_no_rights(point: &Path) -> Result<(), Errno> {
     let has = statvfs(point)?.flags();
     if has.contains(FsFlags::ST_NOSUID | FsFlags::ST_NODEV) {

@@ -4,8 +4,8 @@
 //! more (mail spool, skeleton, its own log), and is not in every image. The lock is the one that
 //! `useradd`, `passwd` and the C library take (lckpwdf(3)), so nobody edits at the same time.
 //!
-//! Refuses to change an account that exists, names that would break the files' format, and accounts
-//! that the agent must not be: root, a system's own, the mux client's.
+//! An account that exists is not changed. Names that would break the files' format are refused, and so are accounts
+//! that the agent must not be: root, a system account, the mux client's.
 
 use crate::files::{Dir, Kind, Owner, read_following};
 use crate::programs;
@@ -94,7 +94,7 @@ impl Files {
 fn create(root_dir: &RootDir, name: &str, report: &mut Report) -> Outcome<Account> {
     let etc = Dir::open(&root_dir.at(ETC))?;
     let _lock = lock(root_dir)?;
-    // Anew: it may have been made while we waited for the lock.
+    // Looked up again: another process may have made it while this one waited for the lock.
     let files = Files::read(root_dir)?;
     if let Some(account) = files.account(name) {
         return Ok(account);
@@ -111,7 +111,7 @@ fn create(root_dir: &RootDir, name: &str, report: &mut Report) -> Outcome<Accoun
     let home = format!("/home/{name}");
     let shell = ["/bin/bash", "/bin/sh"].into_iter().find(|s| programs::is_executable(&root_dir.at(s)));
     append(&etc, "shadow", &format!("{name}:!:::::::"), name)?;
-    // Last: an account is there when its line in passwd is.
+    // The line in passwd comes last: with it the account exists.
     let shell = shell.unwrap_or("/bin/sh");
     append(&etc, "passwd", &format!("{name}:x:{uid}:{gid}:OpenClaw gateway:{home}:{shell}"), name)?;
     report.info(format!("made the user {name} (uid {uid}, gid {gid})"));

@@ -1,6 +1,6 @@
 //! The gateway's `openclaw.json`: written when there is none, else only looked at.
 //!
-//! Refuses to change one that exists, to follow it if it is a link, and to repeat its content.
+//! One that exists is not changed, not followed if it is a link, and its content is never repeated.
 
 use super::bootstrap::{GatewaySettings, TokenState, generated_config, inspect_config};
 use super::unpack;
@@ -41,13 +41,13 @@ pub(crate) fn inspect(state: &Dir, task: &StateTask, token: &GatewayToken, repor
     let bytes = match state.read(NAME, CONFIG_MAX) {
         Ok(Some(bytes)) => bytes,
         Ok(None) => return,
-        // Somebody keeps it elsewhere, which is theirs to do.
+        // It is a link: the user keeps the file elsewhere.
         Err(error) if error.errno == Errno::ELOOP => {
             return report::detail("openclaw.json is a link; what it leads to is not looked at");
         }
         Err(error) => return report.remark(TOKEN, &format!("openclaw.json is not looked at: {error}")),
     };
-    // What is no UTF-8 becomes what is no JSON5 either.
+    // Bytes that are not UTF-8 become text that is not JSON5.
     let findings = inspect_config(&String::from_utf8_lossy(&bytes), token.expose());
     if let Some(words) = trouble_with(&findings.token) {
         report.remark(TOKEN, &words);

@@ -8,7 +8,7 @@
 //! To write: as the gateway's user, who owns the tree. Root would leave files of root's there, or
 //! follow a link of the agent's to a file that only root can open.
 //!
-//! Refuses to change a row, to make a table, and to write as root where the gateway is not root.
+//! No row is changed, no table is made, and root writes nothing where the gateway is not root.
 
 use crate::files::{Dir, FileResult, Owner, is_kind, trouble};
 use cvm_sys::as_user::AsUser;
@@ -48,9 +48,9 @@ const COPY_MAX: i64 = 512 * 1024 * 1024;
 pub(crate) enum Found {
     /// No database, and no file either.
     None,
-    /// A database that could hold a device and does not.
+    /// The database has the table and no device in it.
     NoRow,
-    /// A database that could not.
+    /// The database has no such table.
     NoTable,
     Id(String),
     Unclear(String),
@@ -122,7 +122,7 @@ pub(crate) fn insert_device(state: &Dir, legacy: &[u8], owner: Owner) -> Result<
     as_owner(owner, write)?.map_err(|error| why(&error))
 }
 
-/// Does `work` with the owner's rights to files, and no more. Only root has others.
+/// Does `work` with the rights that the owner has to files.
 fn as_owner<T>(owner: Owner, work: impl FnOnce() -> T) -> Result<T, String> {
     let (uid, gid) = (Uid::from_raw(owner.uid), Gid::from_raw(owner.gid));
     let acting = (uid != Uid::effective()).then(|| AsUser::of(uid, gid)).transpose();
@@ -132,7 +132,7 @@ fn as_owner<T>(owner: Owner, work: impl FnOnce() -> T) -> Result<T, String> {
     Ok(work())
 }
 
-/// The file is the agent's: what it calls a table may be a view, and that any program.
+/// The file is the agent's: what looks like a table may be a view, which can compute anything.
 fn distrust(connection: &Connection) -> rusqlite::Result<()> {
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_TRUSTED_SCHEMA, false)?;
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_DEFENSIVE, true)?;

@@ -1,12 +1,9 @@
-//! The device identity of the keys, given to the gateway: but only while the state holds none.
+//! Gives the gateway the device identity that is derived from `MASTER_KEY`, while its state holds none.
 //!
 //! The gateway keeps its identity in `state/openclaw.sqlite`. While there is no such file it
 //! imports `identity/device.json` at its start; once there is, that file makes it refuse to start,
-//! so the row is put in instead. An identity that differs from the derived one is paired with
-//! somebody under its own name, so it is told and never changed.
-//!
-//! Refuses to change a row, to leave a file beside a database that can do without, and to judge
-//! what it cannot read.
+//! so the row is put in instead. An identity that differs from the derived one may be paired already,
+//! so a remark tells of it and it is never changed.
 
 use super::bootstrap;
 use super::database::{self, Found};
@@ -67,7 +64,7 @@ pub(crate) fn settle(own: &Dir, state: &Dir, seed: &[u8], owner: Owner, report: 
 }
 
 fn find(own: &Dir, state: &Dir, seed: &DeviceSeed) -> FileResult<Found> {
-    // The database first: what it holds counts for the gateway, whatever lies beside it.
+    // The database first: the gateway uses what it holds, whatever file lies beside it.
     match database::device(own, state)? {
         Found::None => in_file(state),
         Found::NoRow => Ok(match in_file(state)? {
@@ -113,8 +110,8 @@ fn write(state: &Dir, seed: &DeviceSeed, owner: Owner) -> Outcome<()> {
     Ok(())
 }
 
-/// Into the database, and no file is left. That fails only over what is the agent's doing, and a
-/// gateway with a device of its own is better than none.
+/// Puts the device into the database and leaves no file. That fails only by something that the agent did, and a
+/// gateway with a device of its own making is better than none.
 fn insert(state: &Dir, seed: &DeviceSeed, owner: Owner, report: &mut Report) -> Outcome<()> {
     if let Err(why) = database::insert_device(state, legacy(seed).expose(), owner) {
         let text =

@@ -1,11 +1,10 @@
 //! What the gateway finds when it starts: its configuration, workspace files, device identity,
 //! and the token that it will ask for.
 //!
-//! All of it is for a beginning. What is there already counts, whatever it says; where it differs
-//! from what the keys say, that is told and not changed.
+//! All of it is written once, at the beginning. A file that exists counts, whatever it says; where it differs
+//! from what the keys say, a remark tells of it and nothing is changed.
 //!
-//! Refuses to overwrite, to follow a link of the agent's, to print a secret, and a state that a newer
-//! gateway has written.
+//! No file is overwritten and no link of the agent's is followed. A state that a newer gateway has written is refused.
 
 mod bootstrap;
 mod config;

@@ -1,11 +1,11 @@
-//! Whether the gateway of this image knows the databases of this state. A gateway that is older than they
-//! are must not be started on them: there is no way back from a migration.
+//! Whether the gateway of this image knows the databases of this state. A gateway that is older than the databases
+//! must not be started on them: a migration cannot be undone.
 //!
 //! `SQLite` keeps the number of a schema in the first page, and what was committed last may be in the
 //! log. Both are read without `SQLite`: the first bytes of each database and all of its log, so that no database
 //! of many gigabytes has to be fetched, copied or changed for it.
 //!
-//! Refuses to judge what it cannot read: the gateway will say what is wrong with it.
+//! A file that cannot be read is no reason to refuse: the gateway will say what is wrong with it.
 
 use crate::files::{Dir, read_following};
 use crate::report::{Failure, Outcome, detail};
@@ -22,7 +22,7 @@ const PACKAGE_MAX: usize = 4 * 1024 * 1024;
 const SHARED: (&str, &str) = ("state", "openclaw.sqlite");
 const AGENTS: &str = "agents";
 const OF_AGENT: (&str, &str) = ("agent", "openclaw-agent.sqlite");
-/// More than any machine has agents.
+/// A limit for the number of agents; no machine has that many.
 const AGENTS_MAX: usize = 10_000;
 
 /// Of the first page of a database: what it begins with, and where the number is.

@@ -1,6 +1,6 @@
 //! The gateway's token: derived and handed in, or random and kept on the volume.
 //!
-//! Refuses to print it; the supervisor gets it over the report, which is no log.
+//! It is never printed; PID 1 gets it in the report, which is not a log.
 
 use crate::files::{Dir, Kind};
 use crate::report::{Failure, Outcome, Report};
@@ -45,7 +45,7 @@ fn stored(own: &Dir, report: &mut Report) -> Outcome<Option<GatewayToken>> {
 }
 
 fn create(own: &Dir) -> Outcome<GatewayToken> {
-    // One try is enough but for a generator that is stuck, which a second shows.
+    // The first try practically never fails, unless the generator is stuck; the second one shows that.
     for _ in 0..2 {
         let mut random = [0; 32];
         getrandom::fill(&mut random)

@@ -1,7 +1,7 @@
 //! Writes the user's files into the workspace, at the first boot.
 //!
-//! Refuses to leave the workspace, by its own reading of every path and by following no link;
-//! and to replace a file.
+//! Nothing outside of the workspace is written: every path is checked here again, and no link is followed. No file
+//! is replaced.
 
 use crate::files::{Dir, FileError, Kind, Owner};
 use crate::report::{self, Failure, Outcome, Report};
@@ -26,7 +26,7 @@ pub(crate) fn write(state: &Dir, files: &[u8], owner: Owner, report: &mut Report
         match one(&workspace, path, text.as_bytes(), owner) {
             Ok(true) => written += 1,
             Ok(false) => kept += 1,
-            // A link or a file where a directory belongs: somebody's, and it stays.
+            // A link or a file where a directory belongs: it is the agent's, and stays.
             Err(Obstacle::File(error))
                 if matches!(error.errno, Errno::ELOOP | Errno::ENOTDIR | Errno::EISDIR) =>
             {

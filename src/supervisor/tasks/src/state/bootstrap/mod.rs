@@ -1,8 +1,7 @@
-//! What a first boot writes, and what a later boot reads from what it finds.
+//! The `openclaw.json` that a first boot writes, and what a later boot reads from the one that it finds.
 //!
-//! Refuses: to write a secret where a reference does (the generated configuration names
-//! variables), to change a configuration that exists (it is looked at, no more), and to fail on
-//! one it does not understand, because the gateway is the judge of that.
+//! The generated configuration names variables and holds no secret. One that exists is only looked at, and one that is
+//! not understood is no failure: the gateway decides whether it is right.
 
 mod json5;
 
@@ -45,7 +44,7 @@ pub(crate) fn generated_config(settings: GatewaySettings) -> String {
             "mode": "local",
             "bind": "lan",
             "port": settings.port,
-            // By reference: nothing to leak from the file, and no second truth to drift.
+            // By reference: the file has no secret to leak, and cannot differ from the variable.
             "auth": { "mode": "token", "token": TOKEN_REFERENCE },
             // How the mux client talks to the gateway.
             "http": { "endpoints": { "chatCompletions": { "enabled": true } } },
