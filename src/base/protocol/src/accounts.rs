@@ -3,7 +3,7 @@
 //! The binaries are static, and a static C library cannot load the modules of the name service
 //! switch; `getpwnam` would fail or worse. The two files are the whole truth inside a container.
 //!
-//! Refuses to read the files itself, and to guess: a line that is not whole is no account.
+//! The caller reads the files. A line that is not whole is no account.
 
 use std::ops::RangeInclusive;
 
@@ -11,17 +11,17 @@ use std::ops::RangeInclusive;
 /// volume's files have the same owner in the next. Also what they will be before it is made.
 pub const GATEWAY_ID: u32 = 990;
 
-/// As whom the mux client runs once it has opened what only root may. Not the gateway's user,
-/// which is the agent's, and must not reach the register key.
+/// The user that the mux client becomes once it has opened what only root may open. It is not the gateway's user,
+/// whom the agent runs as and who must not reach the register key.
 pub const MUX_UID: u32 = 18_790;
 
 /// Numbers of accounts that are made here, where [`GATEWAY_ID`] is taken.
 pub const MADE_IDS: RangeInclusive<u32> = 1000..=1999;
 
-/// Below are a system's own accounts, and above too (Debian's policy, 9.2.2).
+/// Numbers of people. Those below and above are system accounts (Debian's policy, 9.2.2).
 const PEOPLE: RangeInclusive<u32> = 1000..=59_999;
 
-/// Users and groups inside the agent's containers, but for their root, who is the agent.
+/// Users and groups inside the agent's containers, except their root, who is the agent.
 pub const CONTAINER_IDS: RangeInclusive<u32> = 200_001..=265_535;
 
 /// Who a process can be.

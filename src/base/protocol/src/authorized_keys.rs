@@ -1,7 +1,7 @@
 //! Public keys that may log in, as `authorized_keys` lines.
 //!
-//! Refuses: to show a line (a private key may have been pasted by mistake), and to let a key
-//! through that sshd would skip without a word, such as one cut off by a terminal.
+//! An error never shows the line (a private key may have been pasted by mistake). A key that sshd would
+//! skip silently is an error, such as one that a terminal has cut off.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;

@@ -1,11 +1,11 @@
-//! Doors: what the configuration opens that is shut by default, for as long as it is open.
+//! Doors: protections that are on by default and that this configuration turns off.
 //!
 //! One list serves the boot log, `cvm-init --check`, `cvm status` and `cvm doctor`.
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
-/// A protection that is off, and how to have it back. Holds no value of a secret.
+/// A protection that is off, and how to turn it on again. Holds no value of a secret.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Door {
     /// The setting that opens it, such as `ENABLE_DOCKER=1`.

@@ -82,7 +82,7 @@ impl From<ExitStatus> for End {
         match (status.code(), status.signal()) {
             (Some(code), _) => Self::Code(code),
             (None, Some(signal)) => Self::Signal(signal),
-            // Stopped or continued: nobody here waits for either.
+            // Stopped or continued, which no wait here asks for.
             (None, None) => Self::Unseen,
         }
     }

@@ -3,8 +3,8 @@
 use serde::Serialize;
 use zeroize::Zeroizing;
 
-/// One message as a line. Wiped by the caller when it carries secrets: written into a buffer
-/// of its size, because one that grows would leave pieces of them behind.
+/// One message as a line, wiped when it is dropped. It is written into a buffer of its exact size, because a buffer
+/// that grows would leave pieces of a secret behind.
 pub fn line<T: Serialize>(message: &T) -> Zeroizing<Vec<u8>> {
     // Nothing here has a map with keys that are not strings, the only thing serde_json refuses.
     let mut size = Size(0);

@@ -1,11 +1,11 @@
-//! The key room: the only place where HKDF labels meet keys.
+//! Every key of an instance, derived from `MASTER_KEY`. No other file knows the labels of the derivation.
 //!
 //! `HKDF-SHA256[salt = "", info = LABEL](MASTER_KEY, 32)` (RFC 5869) gives every key that an
 //! instance needs, so that a new machine becomes the old one from `MASTER_KEY` alone. One type
 //! for each key: a salt cannot be handed in where a password belongs.
 //!
-//! Refuses: to print a key, to hand out a bare array, to leave an unwiped copy of its own
-//! behind, and to change a label. A label or a shape that changes here is user data lost.
+//! No key is printed, every copy made here is wiped, and a label never changes: with another label or another shape of
+//! a key, users lose their data.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD, STANDARD_NO_PAD};

@@ -5,7 +5,7 @@
 //! Here because the storage worker and `cvm derive` make the same form, the latter on a laptop without anything
 //! of rclone's.
 //!
-//! Refuses nothing: what is revealed of something else is noise.
+//! Text that is not in this form is revealed as noise.
 
 use aes::Aes256;
 use base64::Engine as _;

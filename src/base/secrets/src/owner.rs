@@ -1,4 +1,4 @@
-//! By what an environment proves to be its owner's: a word that the compose file holds, and an epoch.
+//! The two values by which an environment is proven to be its owner's: the word in the compose file, and the epoch.
 
 use std::fmt;
 

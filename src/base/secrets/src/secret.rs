@@ -1,7 +1,7 @@
 //! Bytes that nobody else may read, and that are gone when they are dropped.
 //!
-//! Refuses: to be printed, cloned, compared with `==` or serialised. Whoever needs the bytes
-//! says `expose()`, so that every place that touches a secret is found with one `grep`.
+//! A secret cannot be printed, cloned, compared with `==` or serialised. The bytes are read with
+//! `expose()`, so that one `grep` finds every place that touches a secret.
 
 use zeroize::Zeroize;
 

@@ -1,13 +1,13 @@
-//! One thread in another user's place before the file system: what that user may not open, create
-//! or unlink, this thread may not either, although the process is root's.
+//! Lets one thread of root's use the file system with the rights of another user: what that user may not open, create
+//! or unlink, the thread may not either.
 //!
-//! nix has the calls for user and group; its one for the other groups is for all threads at once.
+//! nix has the calls for user and group; its call for the supplementary groups changes all threads at once.
 
 use nix::errno::Errno;
 use nix::unistd::{Gid, Uid, getgroups, setfsgid, setfsuid};
 use std::marker::PhantomData;
 
-/// Until it is dropped, in the thread that made it.
+/// The thread that makes it has the other user's rights until this is dropped.
 pub struct AsUser {
     user: Uid,
     group: Gid,
@@ -22,7 +22,7 @@ impl AsUser {
         let groups = getgroups()?.into_iter().map(Gid::as_raw).collect();
         set_groups(&[])?;
         let acting = Self { group: setfsgid(group), user: setfsuid(user), groups, here: PhantomData };
-        // The calls do not say whether they did it; another one says what is.
+        // The calls do not say whether they succeeded; a second call returns the current value.
         if (setfsuid(user), setfsgid(group)) == (user, group) { Ok(acting) } else { Err(Errno::EPERM) }
     }
 }
@@ -36,7 +36,7 @@ impl Drop for AsUser {
     }
 }
 
-/// Of this thread alone.
+/// The supplementary groups of this thread alone.
 #[allow(unsafe_code)]
 fn set_groups(groups: &[libc::gid_t]) -> nix::Result<()> {
     // SAFETY: the kernel reads as many numbers as the slice has.

@@ -1,7 +1,6 @@
-//! What a file is known by wherever it is: the file system's own handle, which survives every
-//! rename and dies with the file.
+//! File handles: the file system's own identity of a file, which survives every rename and ends with the file.
 //!
-//! Taking one needs no right. Asking whether its file still lives needs `CAP_DAC_READ_SEARCH`;
+//! To take one needs no right. To ask whether its file still exists needs `CAP_DAC_READ_SEARCH`;
 //! without it, and on file systems without handles, there is no answer.
 
 use nix::errno::Errno;
@@ -26,10 +25,10 @@ pub struct Handle(Vec<u8>);
 /// What has become of a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Fate {
-    /// It has a name; this one, when the kernel knows it.
+    /// The file has a name: this one, if the kernel knows it.
     Lives(Vec<u8>),
     Gone,
-    /// This machine may not ask.
+    /// The kernel does not answer, for want of a right or of handles.
     Unknown,
 }
 
@@ -54,7 +53,7 @@ impl Handle {
         &self.0
     }
 
-    /// As it was written down. One from elsewhere finds nothing, or another file.
+    /// From [`Self::as_bytes`]. A handle of another file system finds nothing, or another file.
     pub fn from_bytes(bytes: Vec<u8>) -> Self {
         Self(bytes)
     }

@@ -1,5 +1,5 @@
-//! What the kernel knows about files without asking the file system: for a file system whose
-//! server is dead, or is this very program. Nothing here sends a request, so nothing here waits.
+//! What the kernel's cache knows about the files of a FUSE mount, without a request to the mount's server: the server
+//! may be dead, or may be this program. So nothing here waits.
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
@@ -7,7 +7,7 @@ use std::ffi::CStr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 
-/// Of a FUSE file: how its server and the kernel call it, and what was last heard of it.
+/// A FUSE file: the node by which its server and the kernel know it, and the attributes that the server last gave.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Known {
     pub nodeid: u64,
@@ -108,7 +108,7 @@ fn handle<F: AsFd>(file: F) -> nix::Result<Handle> {
     }
 }
 
-/// As they are remembered; `fstat` would ask the server when their time is over.
+/// The attributes from the cache; `fstat` would ask the server once they have expired.
 #[allow(unsafe_code)]
 fn attributes<F: AsFd>(file: F) -> nix::Result<libc::statx> {
     let mut stat = std::mem::MaybeUninit::<libc::statx>::zeroed();

@@ -64,7 +64,7 @@ impl Kernel for Linux {
         all.push(readable(self.0.as_fd()));
         let timeout = until.map_or(PollTimeout::NONE, |until| {
             let left = until.saturating_duration_since(Instant::now());
-            // Rounded up: who wakes before the time would find nothing to do, and spin.
+            // Rounded up: a wait that ends before its time finds nothing to do, and the loop would spin.
             let wait = if left.is_zero() { left } else { left + Duration::from_millis(1) };
             PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX)
         });
@@ -105,12 +105,12 @@ impl Kernel for Linux {
     }
 }
 
-/// A wish to read.
+/// For `wait`: ready when `fd` can be read.
 pub fn readable(fd: BorrowedFd<'_>) -> PollFd<'_> {
     PollFd::new(fd, PollFlags::POLLIN)
 }
 
-/// A wish to write.
+/// For `wait`: ready when `fd` can be written.
 pub fn writable(fd: BorrowedFd<'_>) -> PollFd<'_> {
     PollFd::new(fd, PollFlags::POLLOUT)
 }

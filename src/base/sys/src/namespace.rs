@@ -1,7 +1,6 @@
-//! A mount namespace of one thread alone: what is mounted in it is seen nowhere else, and goes with
-//! the thread.
+//! A mount namespace of one thread alone: its mounts are seen nowhere else, and end with the thread.
 //!
-//! Refuses to make that thread: whoever calls is it, and has no other use for it afterwards.
+//! The calling thread gets the namespace, and should do nothing else afterwards.
 
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
@@ -14,12 +13,12 @@ pub fn enter() -> Result<(), Errno> {
     make_private()
 }
 
-/// Or what is mounted here would also be mounted where it was copied from.
+/// Keeps mounts made here from appearing in the namespace that this one was copied from.
 fn make_private() -> Result<(), Errno> {
     mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
 }
 
-/// Tries what is done for each container, with a directory as its root: says what is refused, and how.
+/// Tries what dockerd does for each container, with a directory as its root. An error names what was refused.
 pub fn change_root(trial: &Path) -> Result<(), (&'static str, Errno)> {
     unshare(CloneFlags::CLONE_NEWNS).map_err(|errno| ("a mount namespace", errno))?;
     make_private()
@@ -27,7 +26,7 @@ pub fn change_root(trial: &Path) -> Result<(), (&'static str, Errno)> {
         .map_err(|errno| ("mounting", errno))?;
     match chdir(trial).and_then(|()| pivot_root(".", ".")) {
         Err(errno @ (Errno::EPERM | Errno::EACCES | Errno::ENOSYS)) => Err(("pivot_root", errno)),
-        // Of this root, and not of a right: dockerd has another way there.
+        // Any other error comes from this root and not from a missing right; dockerd then does it another way.
         _ => Ok(()),
     }
 }

@@ -1,9 +1,9 @@
-//! Whether a TCP port can be had. No traffic: the kernel is asked by taking it for a moment.
+//! Whether a TCP port is free. No traffic: the port is bound for a moment.
 
 use std::io::ErrorKind;
 use std::net::{Ipv4Addr, Ipv6Addr, TcpListener};
 
-/// On every address of both families. To ask /proc would cost 20 ms and more: the kernel walks
+/// On every address of both families. Reading /proc would cost 20 ms and more: the kernel walks
 /// its whole table of sockets.
 pub fn is_free(port: u16) -> bool {
     let both = TcpListener::bind((Ipv6Addr::UNSPECIFIED, port));

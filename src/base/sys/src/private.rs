@@ -1,9 +1,10 @@
-//! Memory that holds secrets, or has held some.
+//! Keeps the memory of a program that handles secrets from being read.
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-/// Nobody who may not trace every process reads this one's memory or environment, and no core file
-/// is left of it, nor, unless it is asked for, of what it starts. The first call of a program.
+/// From now on only a process that may trace every process can read the memory and environment of this one. Neither
+/// this process nor its children leave a core file, unless a child raises its limit again. The first call of a
+/// program.
 pub fn keep_private() {
     // It fails only for an unknown value.
     let _ = nix::sys::prctl::set_dumpable(false);

@@ -11,7 +11,8 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
-/// A process as it was seen once. Its number may be another's by now; its start time never is.
+/// A process at the moment when it was seen. Another process may have its pid by now, but never the same start time
+/// with it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Seen {
     pid: Pid,
@@ -58,7 +59,7 @@ pub fn signal_descendants(signal: i32) -> u32 {
     u32::try_from(reached.count()).unwrap_or(u32::MAX)
 }
 
-/// Walks until nobody new turns up, at most. Each walk stops whoever forked during the last.
+/// The most walks before killing. Each walk stops the processes that were forked during the last one.
 const WALKS_MAX: u32 = 200;
 
 /// Ends every process below this one, and says how many they were.
@@ -81,7 +82,7 @@ pub fn kill_descendants() -> u32 {
     signal_descendants(libc::SIGKILL)
 }
 
-/// Signals the process that was seen, and nobody who has its number now.
+/// Signals the process that was seen, and no other that has its pid now.
 fn send(seen: Seen, signal: i32) -> bool {
     match pidfd_of(seen.pid) {
         // Looked at after it was opened: it leads to this process, or to none any more.

@@ -1,8 +1,8 @@
 //! Signals as data: blocked from the first instruction, then delivered into a pipe that the
 //! one wait point of the program reads.
 //!
-//! As PID 1 a signal without a handler is thrown away by the kernel unless it is blocked, so
-//! a SIGTERM that comes before the handlers stand would be lost. [`block_all`] first, then
+//! The kernel drops a signal to PID 1 that has no handler, unless the signal is blocked, so
+//! a SIGTERM that comes before the handlers are installed would be lost. [`block_all`] first, then
 //! [`Signals::take`].
 
 use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
