@@ -15,8 +15,8 @@ fn the_status_says_soon_that_an_answer_waits_for_the_server() {
     let session = telegram("1");
     let n = world.hand_over(&session);
     until("it waits for the server", PATIENCE, || {
-        let mux = &world.machine.status()["mux"];
-        (mux["waiting"] == 0 && mux["to_send"] == 1).then_some(())
+        let count = |label| world.machine.fact("mux", label).map(|value| value["count"].clone());
+        (count("waiting for the agent")? == 0 && count("answers to send")? == 1).then_some(())
     });
     world.mux.heal();
     world.answers(&session, &[n]);

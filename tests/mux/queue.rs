@@ -49,7 +49,7 @@ fn the_queue_is_in_the_bucket_when_the_worker_says_so() {
     assert!(status.contains("CapEff:\t0000000000000000"), "{status}");
 
     until("status says why there is no registration", PATIENCE, || {
-        let status = machine.status();
-        status["mux"]["register_error"].as_str().filter(|e| e.contains("does not answer")).map(drop)
+        let why = machine.fact("mux", "not registered")?;
+        why["text"].as_str().filter(|e| e.contains("does not answer")).map(drop)
     });
 }

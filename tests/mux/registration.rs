@@ -64,7 +64,7 @@ fn mistakes_of_the_configuration_are_in_the_status_and_the_client_keeps_trying()
         let refuses = |mux: &Mux| mux.ill(Door::Register, Ill::Says(status), 1_000_000);
         let mut world = World::unregistered(echo, refuses, |builder| builder);
         let told = until(&format!("the status speaks of {status}; {}", world.logs()), PATIENCE, || {
-            let error = world.machine.status()["mux"]["register_error"].as_str()?.to_owned();
+            let error = world.machine.fact("mux", "not registered")?["text"].as_str()?.to_owned();
             error.contains(&status.to_string()).then_some(error)
         });
         eprintln!("{told}");

@@ -5,7 +5,7 @@ use cvm_harness::machine::repository;
 use cvm_machine::machine::{ENGINE_WAITS, Machine, STOP_AT_MOST};
 use cvm_system::config::Config;
 use cvm_system::env::{Environment, SSH_TRUST_HOST_KEYS, VARIABLES};
-use cvm_system::{boot_plan, services};
+use cvm_system::roles::{self, Given};
 use std::fs;
 use std::process::Command;
 use std::time::Duration;
@@ -75,9 +75,11 @@ fn longest(more: &[(&str, &str)]) -> Machine {
     let given = given.iter().chain(more).map(|(n, v)| (n.as_bytes().to_vec(), v.as_bytes().to_vec()));
     let (config, _) =
         Config::parse(&Environment::new(given)).unwrap_or_else(|_| panic!("this is a configuration"));
-    let services = services::services(&config);
-    assert!(["dockerd", "storage", "mux"].iter().all(|name| services.iter().any(|s| s.name == *name)));
-    Machine::new(boot_plan::steps(&config), services)
+    let given = Given { config: &config, keys: None, owner_epoch: 0 };
+    let (plan, _) = roles::gateway(&given).unwrap_or_else(|why| panic!("{why}"));
+    let machine = Machine::new(plan);
+    assert!(["dockerd", "storage", "mux"].iter().all(|name| machine.find(name).is_some()));
+    machine
 }
 
 #[test]

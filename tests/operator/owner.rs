@@ -172,7 +172,7 @@ fn an_old_environment_is_void_once_the_epoch_was_raised_with_its_old_compose_fil
 fn a_forged_environment_does_not_send_the_volume_to_its_own_bucket() {
     let desk = Desk::new();
     let worker = "#!/bin/sh\necho start >> /data/starts\nprintf '%s\\n' \
-                  '{\"storage\":\"ready\",\"mode\":\"sync\",\"reason\":null,\"independent\":true}' >&3\ncat <&4\n";
+                  '{\"report\":\"gate\",\"gate\":\"storage\",\"state\":\"open\",\"outlives\":true}' >&3\ncat <&4\n";
     let bucket = |name: &str| {
         desk.on_dstack()
             .file("/usr/local/lib/openclaw-cvm/cvm-storage", worker, 0o755)

@@ -32,10 +32,10 @@ exit 0
     )
 }
 
-const READY: &str = r#"{"storage":"ready","mode":"fuse","reason":null,"independent":false}"#;
-const INDEPENDENT: &str = r#"{"storage":"ready","mode":"sync","reason":"no /dev/fuse","independent":true}"#;
-const LOST: &str = r#"{"storage":"not-ready","why":"another instance has the bucket","retry":true}"#;
-const DRAINED: &str = r#"say '{"storage":"drained","files":0,"bytes":0}'"#;
+const READY: &str = r#"{"report":"gate","gate":"storage","state":"open","outlives":false}"#;
+const INDEPENDENT: &str = r#"{"report":"gate","gate":"storage","state":"open","outlives":true}"#;
+const LOST: &str = r#"{"report":"gate","gate":"storage","state":"closed","why":"another instance has the bucket","retry":true}"#;
+const DRAINED: &str = r#"say '{"report":"drained","missing":null}'"#;
 
 fn bucket(worker: &str, gateway: &str) -> Builder {
     Builder::product()
@@ -78,7 +78,7 @@ fn second_worker(machine: &Machine) {
 
 #[test]
 fn the_gateway_waits_until_the_worker_has_the_tree_and_ssh_does_not() {
-    let note = r#"say '{"storage":"note","level":"info","text":"Attempting FUSE mount..."}'"#;
+    let note = r#"say '{"report":"note","level":"info","text":"Attempting FUSE mount..."}'"#;
     let machine = bucket(&worker(note, DRAINED), HEALTHY).start();
     machine.line("SSH daemon started.");
     machine.line("S3 storage configured (bucket: bucket-of-mine), setting up rclone...");
@@ -91,14 +91,16 @@ fn the_gateway_waits_until_the_worker_has_the_tree_and_ssh_does_not() {
     machine.service_in("gateway", &["ready"]);
     let status = machine.status();
     assert_eq!(status["healthy"], true, "{status:#}");
-    let storage = &status["storage"];
-    assert_eq!((&storage["mode"], &storage["how"]), (&"s3".into(), &"sync".into()), "{storage:#}");
-    assert_eq!((&storage["reason"], &storage["independent"]), (&"no /dev/fuse".into(), &true.into()));
+    assert_eq!(status["storage"]["mode"], "s3");
+    say(&machine, r#"{"report":"status","facts":[{"label":"mode","value":{"text":"sync"}}]}"#);
+    until("the worker's fact is shown", PATIENCE, || {
+        (machine.fact("storage", "mode")?["text"] == "sync").then_some(())
+    });
 }
 
 #[test]
 fn a_bucket_that_cannot_be_opened_leaves_ssh_up_and_the_gateway_down_and_says_why() {
-    let refusal = r#"say '{"storage":"not-ready","why":"the key does not open this bucket","retry":false}'"#;
+    let refusal = r#"say '{"report":"gate","gate":"storage","state":"closed","why":"the key does not open this bucket","retry":false}'"#;
     let mut machine = bucket(&worker(refusal, DRAINED), HEALTHY).start();
     machine.line("SSH daemon started.");
     machine.line("Boot step storage failed: the key does not open this bucket; an operator is needed");
@@ -139,7 +141,7 @@ fn a_worker_that_dies_with_its_tree_is_not_started_again_before_the_gateway_is_g
     let machine = on_a_tree(READY, SLOW);
     let first = machine.pid_of("gateway");
     machine.kill(machine.pid_of("storage"), "KILL");
-    machine.line("the storage worker ended; the tree is rebuilt");
+    machine.line("the storage worker ended and is started again");
     second_worker(&machine);
     assert_ne!(machine.pid_of("gateway"), first);
     assert!(!machine.path("/data/worker/overlap").exists(), "{}", machine.output());
@@ -163,7 +165,8 @@ fn a_worker_that_dies_under_an_independent_tree_disturbs_nobody() {
 fn a_worker_that_dies_in_an_outage_disturbs_nobody_on_an_independent_tree() {
     let machine = on_a_tree(INDEPENDENT, HEALTHY);
     let first = machine.pid_of("gateway");
-    let silent = r#"{"storage":"unheard","why":"the bucket cannot be reached"}"#;
+    let silent =
+        r#"{"report":"gate","gate":"storage","state":"unknown","why":"the bucket cannot be reached"}"#;
     let script = worker(&format!("say '{silent}'"), DRAINED);
     std::fs::write(machine.path(&format!("{LIB}/cvm-storage")), script).expect("it can be replaced");
     machine.kill(machine.pid_of("storage"), "KILL");
@@ -201,10 +204,10 @@ fn a_stop_after_which_the_bucket_has_everything_is_status_0() {
 #[test]
 fn a_stop_after_which_the_bucket_lacks_something_is_status_75_and_the_last_line_says_what() {
     let ready = format!("say '{READY}'");
-    let lacking = r#"say '{"storage":"drained","files":3,"bytes":4096}'"#;
+    let lacking = r#"say '{"report":"drained","missing":"Not everything is in the bucket: 3 files are missing there"}'"#;
     let silent = "";
     for (last, line) in [
-        (lacking, "Not everything is in the bucket: 3 files, 4096 bytes are missing there"),
+        (lacking, "Not everything is in the bucket: 3 files are missing there"),
         (silent, "the storage worker ended without saying what is missing"),
     ] {
         let mut machine = bucket(&worker(&ready, last), HEALTHY).ready();

@@ -21,6 +21,7 @@ mod connection;
 mod control_socket;
 mod derive;
 mod doctor;
+mod facts;
 mod failure;
 mod gateway_access;
 mod health;

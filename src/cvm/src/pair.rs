@@ -14,7 +14,9 @@ use crate::stdout;
 use crate::style::Style;
 use crate::text::{clean, width};
 use crate::units::{now_ms, span};
-use cvm_protocol::mux::{MuxStatus, PairSpec};
+use cvm_protocol::fact::text_of;
+use cvm_protocol::mux::{DEVICE, INBOUND, MUX_CLIENT, PairSpec, SERVER};
+use cvm_protocol::status::Status;
 use cvm_secrets::base64_bytes::PackedBytes;
 use cvm_secrets::keys::KeyRing;
 use cvm_secrets::keys::MasterKey;
@@ -69,7 +71,7 @@ fn specification(args: &PairArgs) -> Result<PairSpec, Failure> {
         Given::As(value) => value.expose_str().map(str::to_owned),
         Given::Not | Given::Unusable => None,
     };
-    let here = control_socket::status_within(PATIENCE).ok().and_then(|snapshot| snapshot.status.mux);
+    let here = control_socket::status_within(PATIENCE).ok().and_then(|snapshot| Here::of(&snapshot.status));
     let base_url = args
         .server
         .clone()
@@ -100,6 +102,21 @@ fn specification(args: &PairArgs) -> Result<PairSpec, Failure> {
     })
 }
 
+/// What the mux client of this machine reports about itself.
+struct Here {
+    base_url: String,
+    inbound_url: String,
+    device_id: String,
+}
+
+impl Here {
+    fn of(status: &Status) -> Option<Self> {
+        let client = status.services.iter().find(|service| service.name == MUX_CLIENT)?;
+        let text = |label| text_of(&client.facts, label).map(str::to_owned);
+        Some(Self { base_url: text(SERVER)?, inbound_url: text(INBOUND)?, device_id: text(DEVICE)? })
+    }
+}
+
 /// Over http, everybody on the way could read the admin token.
 fn check_encrypted(base_url: &HttpUrl, http_allowed: bool) -> Result<(), Failure> {
     if http_allowed || !base_url.is_exposed() {
@@ -113,7 +130,7 @@ fn check_encrypted(base_url: &HttpUrl, http_allowed: bool) -> Result<(), Failure
 fn device(
     args: &PairArgs,
     environment: &Environment,
-    here: Option<MuxStatus>,
+    here: Option<Here>,
 ) -> Result<(String, Option<String>), Failure> {
     let master = match environment.given("MASTER_KEY") {
         Given::As(value) => MasterKey::new(value.duplicate()),

@@ -127,6 +127,13 @@ impl Machine {
         until(&format!("the supervisor answers; it said:\n{}", self.output()), PATIENCE, || ask().ok())
     }
 
+    /// The value of a fact that a service reports, as it stands in the status.
+    pub fn fact(&self, service: &str, label: &str) -> Option<serde_json::Value> {
+        let facts = self.service(service)["facts"].as_array().cloned().unwrap_or_default();
+        let fact = facts.into_iter().find(|fact| fact["label"] == label)?;
+        Some(fact["value"].clone())
+    }
+
     /// One service of the status.
     #[track_caller]
     pub fn service(&self, name: &str) -> serde_json::Value {

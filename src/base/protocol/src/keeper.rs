@@ -1,7 +1,7 @@
 //! The messages between PID 1 and a keeper.
 //!
 //! * PID 1 to a keeper: [`KeeperSpec`], in a sealed memfd on standard input.
-//! * a keeper to PID 1: [`KeeperReport`] lines on an inherited pipe.
+//! * a keeper to PID 1: [`KeeperReport`] lines on a pipe that is the keeper's alone.
 
 use crate::exit_status::End;
 use cvm_secrets::base64_bytes::{PackedBytes, PackedEnvironment};
@@ -22,35 +22,35 @@ pub struct KeeperSpec {
     pub leftovers: Leftovers,
     pub oom_score_adj: i16,
     pub limits: Option<Limits>,
-    pub input: Input,
-    /// Whether the main process gets the report pipe as file descriptor 3.
-    pub passes_report: bool,
-    pub stop: Stop,
+    pub channel: Channel,
     pub log: Log,
     pub liveness: Option<ProbeSpec>,
     pub startup: Option<ProbeSpec>,
     pub readiness: Option<ProbeSpec>,
 }
 
-/// What the main process reads on standard input.
+/// What the main process and PID 1 have between them, besides signals, output and probes.
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Input {
-    Nothing,
-    Bytes(PackedBytes),
-    /// What the keeper was given as file descriptor 4. All runs share its position.
-    Descriptor,
+pub enum Channel {
+    /// Nothing: standard input is empty, and SIGTERM asks the program to end.
+    None,
+    /// A task: its work is on standard input, its report pipe is descriptor 3, and SIGTERM asks it to end.
+    Task(PackedBytes),
+    /// A service of ours: its sealed specification is on standard input, at whatever position a run before it left
+    /// it; its report pipe is descriptor 3; and end of file on descriptor 4, which never says anything else, asks
+    /// it to end. A signal would not do: Go takes SIGTERM for itself once it has mounted something.
+    Service,
 }
 
-/// How the main process is asked to end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Stop {
-    /// SIGTERM.
-    Signal,
-    /// End of file on its file descriptor 4, which never says anything else: for a program whose
-    /// runtime takes signals for itself. The report pipe is its descriptor 3.
-    Lifeline,
+/// The keeper's own descriptors above standard error.
+pub mod descriptors {
+    /// The keeper's reports.
+    pub const REPORTS: i32 = 3;
+    /// The report pipe of the program that it keeps.
+    pub const OF_THE_PROGRAM: i32 = 4;
+    /// The specification of a service of ours.
+    pub const SPECIFICATION: i32 = 5;
 }
 
 /// No core files, and so many processes of one user.

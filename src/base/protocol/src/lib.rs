@@ -8,6 +8,7 @@ pub mod authorized_keys;
 pub mod control;
 pub mod doors;
 pub mod exit_status;
+pub mod fact;
 pub mod json_lines;
 pub mod keeper;
 pub mod mux;

@@ -4,7 +4,7 @@
 //! in public.
 
 use crate::doors::Door;
-use crate::mux::MuxStatus;
+use crate::fact::Fact;
 use serde::{Deserialize, Serialize};
 
 /// The whole snapshot. Field names are an interface: add, do not rename.
@@ -23,9 +23,6 @@ pub struct Status {
     pub remarks: Vec<Remark>,
     pub boot: Vec<Step>,
     pub services: Vec<Service>,
-    /// What the mux client says, where there is one and it has spoken.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub mux: Option<MuxStatus>,
     pub healthy: bool,
     /// Why not, one line each.
     pub unhealthy: Vec<String>,
@@ -48,22 +45,13 @@ pub struct Storage {
     pub mode: String,
     /// What that means for the data, in words.
     pub meaning: String,
-    /// With `s3`, while the tree is there: `fuse` or `sync`.
-    #[serde(default)]
-    pub how: Option<String>,
-    /// Why it is not the better of the two.
-    #[serde(default)]
-    pub reason: Option<String>,
-    /// Whether the tree outlives the storage worker.
-    #[serde(default)]
-    pub independent: Option<bool>,
 }
 
 impl Storage {
     /// Before anything is known but the configuration.
     pub fn new(mode: &str, meaning: impl Into<String>) -> Self {
         let (mode, meaning) = (mode.to_owned(), meaning.into());
-        Self { mode, meaning, how: None, reason: None, independent: None }
+        Self { mode, meaning }
     }
 }
 
@@ -117,4 +105,7 @@ pub struct Service {
     pub next_action: String,
     pub required: bool,
     pub dropped_lines: u64,
+    /// How it says that it stands, where it says anything.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub facts: Vec<Fact>,
 }

@@ -2,9 +2,6 @@
 //!
 //! * PID 1 to `cvm-storage`: [`StorageSpec`], in a sealed memfd on standard input. The only place
 //!   where bucket credentials and crypt passwords travel.
-//! * `cvm-storage` to PID 1: [`StorageReport`] lines on descriptor 3.
-//! * PID 1 to `cvm-storage`, to end it: descriptor 4, a pipe that says nothing and is closed. Go
-//!   takes SIGTERM for itself once a mount exists, so a signal cannot be the message.
 //! * operator to `cvm-storage`: one [`Question`] line on the socket at [`paths::STORAGE_SOCKET`],
 //!   answered by [`Answer`] lines, the last of which is `done`, `status` or `refused`.
 //!
@@ -12,12 +9,13 @@
 //!
 //! [`paths::STORAGE_SOCKET`]: crate::paths::STORAGE_SOCKET
 
-use crate::report::Level;
 use cvm_secrets::base64_bytes::PackedBytes;
 use serde::{Deserialize, Serialize};
 
 /// The name of the service: the worker.
 pub const STORAGE_WORKER: &str = "storage";
+/// The gate that the worker opens while the tree at /data is the bucket's.
+pub const STORAGE_GATE: &str = "storage";
 
 /// Version of the operator's protocol.
 pub const VERSION: u32 = 1;
@@ -63,35 +61,6 @@ pub enum CryptSpec {
     Clear { password: PackedBytes, salt: PackedBytes },
     /// In rclone's obscured form, as the user gave them.
     Obscured { password: PackedBytes, salt: PackedBytes },
-}
-
-/// What the worker tells PID 1. Public: no name of the agent's files is in it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "storage", rename_all = "kebab-case")]
-pub enum StorageReport {
-    /// A line for the boot log.
-    Note { level: Level, text: String },
-    /// The tree at /data is good. Sent again when `independent` changes.
-    Ready {
-        mode: Mode,
-        /// Why it is not the better mode.
-        reason: Option<String>,
-        /// Whether the tree outlives the worker.
-        independent: bool,
-    },
-    /// There is no tree, or it must not be used any more: what stands on it is stopped.
-    NotReady {
-        why: String,
-        /// Whether the worker goes on trying.
-        retry: bool,
-    },
-    /// The bucket cannot be asked, and nothing is known against a tree that is there: one that is
-    /// independent goes on to be used.
-    Unheard { why: String },
-    /// There is no tree yet, and nothing is wrong: another instance has the bucket.
-    Waits { why: String },
-    /// The last word: what the bucket does not have.
-    Drained { files: u64, bytes: u64 },
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -285,17 +254,4 @@ pub struct Drill {
     pub files: u64,
     pub databases: u64,
     pub text: String,
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_report_is_one_line_that_says_what_it_is() {
-        let text = r#"{"storage":"ready","mode":"fuse","reason":null,"independent":false}"#;
-        let ready = StorageReport::Ready { mode: Mode::Fuse, reason: None, independent: false };
-        assert_eq!(serde_json::from_str::<StorageReport>(text).unwrap(), ready);
-        assert_eq!(serde_json::to_string(&ready).unwrap(), text);
-    }
 }

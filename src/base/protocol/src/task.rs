@@ -1,7 +1,7 @@
 //! The messages between PID 1 and `cvm-task`.
 //!
 //! * PID 1 to `cvm-task`: [`Task`], in a sealed memfd on standard input.
-//! * `cvm-task` to PID 1: [`TaskReport`], on the same pipe as its keeper.
+//! * `cvm-task` to PID 1: [`TaskReport`], on a report pipe of its own.
 
 use crate::report::Note;
 use crate::status::Remark;

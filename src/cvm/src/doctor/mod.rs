@@ -22,6 +22,7 @@ mod ports;
 mod proc_files;
 mod report;
 mod rooms;
+mod services;
 mod sources;
 mod ssh;
 mod storage;
@@ -41,6 +42,7 @@ const ROOMS: &[(&str, Room)] = &[
     ("ssh", ssh::check),
     ("gateway", gateway::check),
     ("mux", mux::check),
+    ("services", services::check),
     ("files", files::check),
     ("storage", storage::check),
     ("disk", disk::check),

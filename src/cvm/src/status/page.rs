@@ -3,12 +3,12 @@
 //!
 //! Pure: the same snapshot, time and style give the same page.
 
+use crate::facts;
 use crate::storage::{self, WorkerAnswer};
 use crate::style::{Style, Tone};
 use crate::table::{self, Cell, Column, NONE, Row, STAYS, labelled};
 use crate::text::{clean, width, wrap};
 use crate::units::{count, precise_span, span};
-use cvm_protocol::mux::MuxStatus;
 use cvm_protocol::status::{Phase, Service, Status, Step};
 
 /// `worker` is the storage worker's answer, in the mode that has one; `now_ms` is since 1970.
@@ -25,7 +25,7 @@ pub(crate) fn page(status: &Status, worker: Option<&WorkerAnswer>, now_ms: u64, 
         first + &head(status, style),
         below,
         services(&status.services, style),
-        status.mux.as_ref().map(|mux| self::mux(mux, now_ms, style)).unwrap_or_default(),
+        facts_of(&status.services, now_ms, style),
         boot(status, style),
         doors(status, style),
         remarks(status, style),
@@ -148,44 +148,15 @@ fn remedy(service: &Service) -> Option<String> {
     }
 }
 
-/// The mux client: whether messages come in and answers get out, and the last errors.
-fn mux(mux: &MuxStatus, now_ms: u64, style: Style) -> String {
-    let ago = |at: u64| span(now_ms.saturating_sub(at));
-    let mut text = style.paint("MUX", Tone::Strong) + "\n";
-    let mut line = |label: &str, value: &str, tone| text += &labelled(label, value, tone, 2, style);
-    let until = mux.registered_until_ms.filter(|at| *at > now_ms);
-    match (until, &mux.register_error) {
-        (Some(at), None) => line("registered", &format!("for {} more", span(at - now_ms)), Tone::Plain),
-        (Some(at), Some(why)) => {
-            line(
-                "registered",
-                &format!("for {} more, then no longer: {why}", span(at - now_ms)),
-                Tone::Caution,
-            );
+/// What services report about themselves.
+fn facts_of(services: &[Service], now_ms: u64, style: Style) -> String {
+    let mut text = String::new();
+    for service in services.iter().filter(|service| !service.facts.is_empty()) {
+        text += &(style.paint(&clean(&service.name).to_uppercase(), Tone::Strong) + "\n");
+        for fact in &service.facts {
+            let tone = facts::tone(fact.severity_at(now_ms));
+            text += &labelled(&clean(&fact.label), &facts::line(fact, now_ms), tone, 2, style);
         }
-        (None, why) => line("not registered", why.as_deref().unwrap_or("not yet"), Tone::Bad),
-    }
-    let events = count(mux.waiting, "event waits for the agent", "events wait for the agent");
-    let answers = count(mux.to_send, "answer is to be sent", "answers are to be sent");
-    let oldest = mux.oldest_at_ms.map(|at| format!(", the oldest since {}", ago(at))).unwrap_or_default();
-    line("queue", &format!("{events}, {answers}{oldest}"), Tone::Plain);
-    let refused = count(mux.refused, "refused", "refused");
-    let counted =
-        format!("{} accepted, {} answered, {} ignored, {refused}", mux.accepted, mux.answered, mux.ignored);
-    line("since start", &counted, if mux.refused > 0 { Tone::Caution } else { Tone::Plain });
-    if let Some(why) = mux.gateway_error.as_ref().filter(|_| mux.waiting > 0) {
-        line("gateway", why, Tone::Caution);
-    }
-    if let (Some(why), Some(at)) = (&mux.last_error, mux.last_error_at_ms) {
-        line("last error", &format!("{why}; {} ago", ago(at)), Tone::Caution);
-    }
-    if let Some(at) = mux.last_unreplicated_ack_at_ms {
-        let acks = count(mux.unreplicated_acks, "delivery", "deliveries");
-        let answered = format!(
-            "{acks} answered 503 because the bucket did not have them in time, the last {} ago",
-            ago(at)
-        );
-        line("bucket", &answered, Tone::Caution);
     }
     text
 }

@@ -1,7 +1,7 @@
 //! Snapshots for tests, written by hand.
 
 use cvm_protocol::doors::Door;
-use cvm_protocol::mux::MuxStatus;
+use cvm_protocol::fact::{Fact, Value};
 use cvm_protocol::status::Remark;
 use cvm_protocol::status::{Fingerprint, Phase, Service, Status, Step, Storage};
 
@@ -24,6 +24,7 @@ pub(crate) fn service(name: &str, state: &str) -> Service {
         next_action: "-".into(),
         required: true,
         dropped_lines: 0,
+        facts: Vec::new(),
     }
 }
 
@@ -54,23 +55,16 @@ pub(crate) fn step(name: &str, state: &str, began: Option<u64>, took: Option<u64
 pub(crate) fn with_mux(now_ms: u64) -> Status {
     let mut status = healthy();
     status.services.push(running("mux", "ready", 140, (640, Some(700))));
-    status.mux = Some(MuxStatus {
-        registered_until_ms: Some(now_ms + 3_600_000),
-        register_error: Some("it answers 503; it is tried again".into()),
-        gateway_error: Some("the gateway does not answer: Connection refused (os error 111)".into()),
-        last_error: Some("the mux-server refuses the answer to event 7: 403 ROUTE_NOT_BOUND".into()),
-        last_error_at_ms: Some(now_ms - 90_000),
-        waiting: 12,
-        to_send: 1,
-        oldest_at_ms: Some(now_ms - 125_000),
-        accepted: 340,
-        answered: 320,
-        ignored: 6,
-        refused: 1,
-        unreplicated_acks: 2,
-        last_unreplicated_ack_at_ms: Some(now_ms - 600_000),
-        ..MuxStatus::default()
-    });
+    let since = |ms| Value::Since { at_ms: now_ms - ms, late_ms: Some(900_000) };
+    let until = Fact::new("registered until", Value::Until { at_ms: now_ms + 3_600_000 });
+    let error = "the mux-server refuses the answer to event 7: 403 ROUTE_NOT_BOUND";
+    status.services[3].facts = vec![
+        until.warns(Some("it answers 503; it is tried again")),
+        Fact::new("waiting for the agent", Value::Count(12)),
+        Fact::new("oldest of them", since(125_000)),
+        Fact::text("last error", error).warns(None),
+        Fact::text("not heard of", "for a day").is_bad(Some("`cvm logs mux`")),
+    ];
     status
 }
 
@@ -105,7 +99,6 @@ pub(crate) fn healthy() -> Status {
             Service { required: false, ..running("dockerd", "ready", 88, (60, Some(1_240))) },
             gateway,
         ],
-        mux: None,
         healthy: true,
         unhealthy: Vec::new(),
     }

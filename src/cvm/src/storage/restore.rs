@@ -12,7 +12,7 @@ use cvm_protocol::storage::StorageSpec;
 use cvm_secrets::keys::KeyRing;
 use cvm_system::config::{Config, Storage};
 use cvm_system::env::Environment;
-use cvm_system::specifications::storage_spec;
+use cvm_system::storage_specification;
 use std::io::ErrorKind;
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
@@ -62,7 +62,7 @@ fn specification(environment: &Environment) -> Result<StorageSpec, Failure> {
         let hint = "set S3_BUCKET, MASTER_KEY and the credentials as they are set for the VM";
         return Err(Failure::new(Exit::Usage, WHAT, "S3_BUCKET is not set, so there is no bucket").hint(hint));
     };
-    Ok(storage_spec(s3, &KeyRing::derive(master), config.gateway.user.as_str()))
+    Ok(storage_specification(s3, &KeyRing::derive(master), config.gateway.user.as_str(), 0))
 }
 
 #[cfg(test)]

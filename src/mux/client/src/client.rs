@@ -10,10 +10,11 @@ use crate::outbound::Outbound;
 use crate::queue::Queue;
 use crate::registration::{Identity, Registration};
 use crate::replication::Replication;
-use crate::status::StatusReporter;
+use crate::status::{MuxStatus, StatusReporter};
 use crate::tasks::Tasks;
 use crate::upkeep;
 use crate::work_context::WorkContext;
+use cvm_channel::Channel;
 use cvm_protocol::mux::MuxSpec;
 use cvm_protocol::paths;
 use cvm_protocol::report::Level;
@@ -23,7 +24,6 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpSocket};
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use zeroize::Zeroizing;
 
@@ -32,15 +32,20 @@ const BACKLOG: u32 = 512;
 /// Of the time for a stop, what the queue itself needs.
 const STOP_MARGIN: Duration = Duration::from_secs(5);
 
-/// Runs until SIGTERM. An error is the task that has ended before, or what cannot be set up.
-pub(crate) async fn run(spec: MuxSpec, status: StatusReporter) -> Result<(), String> {
+/// Runs until PID 1 asks it to end. An error is the task that has ended before, or what cannot be set up.
+pub(crate) async fn run(spec: MuxSpec, channel: Channel) -> Result<(), String> {
+    let Channel { reports, lifeline } = channel;
+    let (ask_to_end, mut asked_to_end) = watch::channel(false);
+    std::thread::spawn(move || {
+        lifeline.wait();
+        let _ = ask_to_end.send(true);
+    });
     let (stop, stopping) = watch::channel(false);
     let drain = Duration::from_secs(u64::from(spec.drain_s)).saturating_sub(STOP_MARGIN);
-    let status = Arc::new(status);
+    let status = Arc::new(StatusReporter::new(MuxStatus::default(), reports));
     let (mut tasks, mut server, dispatcher) = start(spec, Arc::clone(&status), stopping).await?;
-    let mut terminate = signal(SignalKind::terminate()).map_err(|e| e.to_string())?;
     let ended = tokio::select! {
-        _ = terminate.recv() => None,
+        _ = asked_to_end.changed() => None,
         task = tasks.ended() => Some(task),
         task = server.ended() => Some(task),
     };

@@ -136,13 +136,13 @@ mod tests {
     use crate::http_client::HttpClient;
     use crate::queue::{Accepted, Queue, tests::damage};
     use crate::registration::{Identity, Registration};
+    use crate::status::MuxStatus;
     use crate::status::StatusReporter;
-    use cvm_protocol::mux::MuxStatus;
     use tokio::sync::watch;
 
     /// A dispatcher whose gateway and mux-server need not be asked.
     fn dispatcher(queue: &Queue) -> (Arc<Dispatcher>, Arc<StatusReporter>, watch::Sender<bool>) {
-        let status = Arc::new(StatusReporter::new(MuxStatus::default(), None));
+        let status = Arc::new(StatusReporter::new(MuxStatus::default(), cvm_channel::Reporter::nowhere()));
         let http = Arc::new(HttpClient::new(false, false).unwrap());
         let identity = Identity {
             server: ServerAddress::parse("http://127.0.0.1:9").unwrap(),

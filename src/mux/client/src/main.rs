@@ -2,8 +2,7 @@
 //! gateway, which knows nothing of it, and loses no message between the two.
 //!
 //! ```text
-//! cvm-mux          the client: PID 1 starts it, with a specification on standard input and a pipe for
-//!                  reports on descriptor 3
+//! cvm-mux          the client: PID 1 starts it, with a channel (`base/channel`)
 //! cvm-mux pair     one question to the mux-server's operator interface, for `cvm pair`
 //! ```
 //!
@@ -53,17 +52,12 @@ mod tasks;
 mod upkeep;
 mod work_context;
 
+use cvm_channel::Channel;
 use cvm_protocol::mux::MuxSpec;
-use cvm_sys::memfd;
-use serde::de::DeserializeOwned;
-use status::StatusReporter;
-use std::fs::File;
-use std::io::{Seek as _, SeekFrom};
-use std::os::fd::AsFd as _;
 use std::path::Path;
 use std::process::ExitCode;
 
-const SPEC_MAX: usize = 64 * 1024;
+const PROGRAM: &str = "cvm-mux";
 const EXIT_USAGE: u8 = 64;
 
 fn main() -> ExitCode {
@@ -91,13 +85,16 @@ fn main() -> ExitCode {
 }
 
 fn serve() -> ExitCode {
-    let Some(status) = StatusReporter::inherited() else {
-        eprintln!("cvm-mux is started by cvm-init: reports on descriptor 3");
-        return ExitCode::from(EXIT_USAGE);
+    let channel = match Channel::take(PROGRAM) {
+        Ok(channel) => channel,
+        Err(why) => {
+            eprintln!("{why}");
+            return ExitCode::from(EXIT_USAGE);
+        }
     };
-    let outcome = spec::<MuxSpec>().and_then(|spec| {
+    let outcome = cvm_channel::specification::<MuxSpec>(PROGRAM).and_then(|spec| {
         privileges::give_up(Path::new(&spec.directory), spec.uid)?;
-        runtime()?.block_on(client::run(spec, status))
+        runtime()?.block_on(client::run(spec, channel))
     });
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -109,7 +106,7 @@ fn serve() -> ExitCode {
 }
 
 fn ask_for_pairing() -> ExitCode {
-    let outcome = spec().and_then(|spec| runtime()?.block_on(pair::pair(spec)));
+    let outcome = cvm_channel::specification(PROGRAM).and_then(|spec| runtime()?.block_on(pair::pair(spec)));
     match outcome {
         Ok(answer) => {
             println!("{answer}");
@@ -120,19 +117,6 @@ fn ask_for_pairing() -> ExitCode {
             ExitCode::FAILURE
         }
     }
-}
-
-/// Standard input, from its beginning: an earlier run may have read the same file.
-fn spec<T: DeserializeOwned>() -> Result<T, String> {
-    let mut input = File::from(std::io::stdin().as_fd().try_clone_to_owned().map_err(|e| e.to_string())?);
-    let _ = input.seek(SeekFrom::Start(0));
-    let bytes = memfd::read_all(input.into(), SPEC_MAX).map_err(|e| e.to_string())?;
-    let nothing = File::open("/dev/null").map_err(|e| e.to_string())?;
-    nix::unistd::dup2_stdin(nothing).map_err(|e| e.to_string())?;
-    // The error is not shown: its text may quote the input, which has secrets.
-    serde_json::from_slice(bytes.trim_ascii_end()).map_err(|_| {
-        "the specification for cvm-mux is not understood: all binaries must come from one image".to_owned()
-    })
 }
 
 fn runtime() -> Result<tokio::runtime::Runtime, String> {

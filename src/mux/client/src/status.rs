@@ -3,35 +3,117 @@
 //! Status and notes are public, so no word of a message, no name of a chat and no secret is in them.
 
 use crate::clock::now_ms;
-use cvm_protocol::json_lines;
-use cvm_protocol::mux::{MuxReport, MuxStatus};
+use cvm_channel::Reporter;
+use cvm_protocol::fact::{Fact, Severity, Value};
+use cvm_protocol::mux::{DEVICE, INBOUND, SERVER};
 use cvm_protocol::report::Level;
-use cvm_sys::descriptor;
-use std::fs::File;
-use std::io::Write as _;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::Notify;
 
-const REPORT_PIPE: i32 = 3;
 /// Between two reports while something changes all the time.
 const REPORT_EVERY: Duration = Duration::from_secs(1);
+
+/// A run of the agent takes minutes, and so may wait those behind it.
+const OLD_MS: u64 = 15 * 60 * 1000;
+
+/// How the mux client stands.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct MuxStatus {
+    pub(crate) base_url: String,
+    pub(crate) inbound_url: String,
+    pub(crate) device_id: String,
+    /// Until when the mux-server's token lives; none when there is no good one.
+    pub(crate) registered_until_ms: Option<u64>,
+    /// Why it is not registered, with the remedy.
+    pub(crate) register_error: Option<String>,
+    /// Whether the gateway answered the last question.
+    pub(crate) gateway_error: Option<String>,
+    pub(crate) last_error: Option<String>,
+    pub(crate) last_error_at_ms: Option<u64>,
+    /// Events that the agent has not answered yet.
+    pub(crate) waiting: u64,
+    /// Answers that the mux-server has not taken yet.
+    pub(crate) to_send: u64,
+    /// When the oldest of both was accepted.
+    pub(crate) oldest_at_ms: Option<u64>,
+    /// Since the start of this process.
+    pub(crate) accepted: u64,
+    pub(crate) duplicates: u64,
+    pub(crate) answered: u64,
+    /// Ended without an answer, as they should.
+    pub(crate) ignored: u64,
+    /// Ended without an answer that somebody expected: see the log.
+    pub(crate) refused: u64,
+    /// Deliveries answered 503 because the bucket did not have them in time: the server asks again.
+    pub(crate) unreplicated_acks: u64,
+    pub(crate) last_unreplicated_ack_at_ms: Option<u64>,
+}
+
+impl MuxStatus {
+    /// What operators are shown.
+    fn facts(&self) -> Vec<Fact> {
+        let mut facts = vec![
+            self.registration(),
+            Fact::text(SERVER, &self.base_url),
+            Fact::text(INBOUND, &self.inbound_url),
+            Fact::text(DEVICE, &self.device_id),
+        ];
+        facts.push(Fact::new("waiting for the agent", Value::Count(self.waiting)));
+        facts.push(Fact::new("answers to send", Value::Count(self.to_send)));
+        if let Some(at_ms) = self.oldest_at_ms.filter(|_| self.waiting + self.to_send > 0) {
+            let remedy = "`cvm status` and `cvm doctor` say how the gateway is; nothing is lost meanwhile";
+            let oldest = Fact::new("oldest of them", Value::Since { at_ms, late_ms: Some(OLD_MS) });
+            facts.push(Fact { remedy: Some(remedy.to_owned()), ..oldest });
+        }
+        if let Some(why) = self.gateway_error.as_ref().filter(|_| self.waiting > 0) {
+            facts.push(Fact::text("gateway", why).warns(Some("`cvm status` and `cvm doctor` say how it is")));
+        }
+        let counts = [
+            ("accepted", self.accepted),
+            ("duplicates", self.duplicates),
+            ("answered", self.answered),
+            ("ignored", self.ignored),
+        ];
+        facts.extend(counts.map(|(label, count)| Fact::new(label, Value::Count(count))));
+        let refused = Fact::new("refused", Value::Count(self.refused));
+        facts.push(if self.refused > 0 { refused.warns(Some("`cvm logs mux` says why")) } else { refused });
+        if let (Some(why), Some(at_ms)) = (&self.last_error, self.last_error_at_ms) {
+            facts.push(Fact::text("last error", why).warns(None));
+            facts.push(Fact::new("last error at", Value::Since { at_ms, late_ms: None }));
+        }
+        if let Some(at_ms) = self.last_unreplicated_ack_at_ms {
+            let late =
+                Fact::new("answered 503 because the bucket was slow", Value::Count(self.unreplicated_acks));
+            let remedy = "`cvm storage status` says why the bucket is slow; nothing is lost: the mux-server keeps \
+                          them and asks again";
+            facts.push(late.warns(Some(remedy)));
+            facts.push(Fact::new("last of these", Value::Since { at_ms, late_ms: None }));
+        }
+        facts
+    }
+
+    fn registration(&self) -> Fact {
+        let severity = if self.register_error.is_some() { Severity::Warning } else { Severity::Ok };
+        match (self.registered_until_ms, &self.register_error) {
+            (Some(at_ms), why) => {
+                let remedy = why.clone();
+                Fact { severity, remedy, ..Fact::new("registered", Value::Until { at_ms }) }
+            }
+            (None, why) => Fact::text("not registered", why.as_deref().unwrap_or("not yet")).is_bad(None),
+        }
+    }
+}
 
 pub(crate) struct StatusReporter {
     status: Mutex<MuxStatus>,
     changed: Notify,
-    pipe: Mutex<Option<File>>,
+    reports: Reporter,
 }
 
 impl StatusReporter {
-    /// Reports on the pipe that PID 1 has left on descriptor 3; none if there is no such descriptor.
-    pub(crate) fn inherited() -> Option<Self> {
-        let pipe = descriptor::inherited(REPORT_PIPE).ok()?;
-        Some(Self::new(MuxStatus::default(), Some(File::from(pipe))))
-    }
-
-    pub(crate) fn new(status: MuxStatus, pipe: Option<File>) -> Self {
-        Self { status: Mutex::new(status), changed: Notify::new(), pipe: Mutex::new(pipe) }
+    pub(crate) fn new(status: MuxStatus, reports: Reporter) -> Self {
+        Self { status: Mutex::new(status), changed: Notify::new(), reports }
     }
 
     fn status(&self) -> MutexGuard<'_, MuxStatus> {
@@ -45,13 +127,7 @@ impl StatusReporter {
 
     /// A line for the boot log.
     pub(crate) fn note(&self, level: Level, text: impl Into<String>) {
-        let text = text.into();
-        match level {
-            Level::Error => tracing::error!("{text}"),
-            Level::Warn => tracing::warn!("{text}"),
-            Level::Info | Level::Debug => tracing::info!("{text}"),
-        }
-        self.report(&MuxReport::Note { level, text });
+        self.reports.note(level, text);
     }
 
     /// Something that did not work, and what to do.
@@ -64,24 +140,12 @@ impl StatusReporter {
         });
     }
 
-    fn report(&self, report: &MuxReport) {
-        let mut pipe = self.pipe.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(pipe) = pipe.as_mut() {
-            // A pipe that nobody reads means that PID 1 is gone, and this process with it.
-            let _ = pipe.write_all(&json_lines::line(report));
-        }
-    }
-
     /// Reports the status whenever it has changed.
     pub(crate) async fn report_changes(&self) {
-        let mut reported = None;
         loop {
-            let status = self.status().clone();
-            if reported.as_ref() != Some(&status) {
-                self.report(&MuxReport::State(Box::new(status.clone())));
-                reported = Some(status);
-                tokio::time::sleep(REPORT_EVERY).await;
-            }
+            let facts = self.status().facts();
+            self.reports.status(facts);
+            tokio::time::sleep(REPORT_EVERY).await;
             self.changed.notified().await;
         }
     }

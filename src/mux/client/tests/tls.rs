@@ -6,8 +6,6 @@
 use cvm_protocol::json_lines;
 use cvm_protocol::mux::{MuxSpec, PairSpec};
 use cvm_secrets::base64_bytes::PackedBytes;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{ServerConfig, ServerConnection, StreamOwned};
@@ -222,19 +220,27 @@ fn the_client_registers_over_https_and_looks_at_the_keys_there() {
     };
     let reports = dir.path().join("reports");
     let told = File::create(&reports).unwrap();
+    let lifeline = dir.path().join("lifeline");
+    nix::unistd::mkfifo(&lifeline, nix::sys::stat::Mode::S_IRWXU).unwrap();
     let mut running = client(&spec, &authority.path("ca.pem"))
-        .args(["-c", "exec \"$CLIENT\" 3>&1"])
+        .args(["-c", "exec \"$CLIENT\" 3>&1 4<\"$LIFELINE\""])
+        .env("LIFELINE", &lifeline)
         .stdout(told)
         .spawn()
         .unwrap();
+    let lifeline = File::options().write(true).open(&lifeline).unwrap();
     let began = Instant::now();
-    let registered =
-        || std::fs::read_to_string(&reports).unwrap().contains("\"registered_until_ms\":4102444800000");
+    let registered = || {
+        std::fs::read_to_string(&reports)
+            .unwrap()
+            .contains(r#""registered","value":{"until":{"at_ms":4102444800000}"#)
+    };
     while !registered() || !server.heard().contains("GET /.well-known/jwks.json") {
         assert!(began.elapsed() < Duration::from_secs(120), "{}", std::fs::read_to_string(&reports).unwrap());
         std::thread::sleep(Duration::from_millis(20));
     }
     assert!(server.heard().contains(&format!("authorization: Bearer {KEY}")), "{}", server.heard());
-    kill(Pid::from_raw(running.id().try_into().unwrap()), Signal::SIGTERM).unwrap();
+    // A signal would not be heard: the end of the lifeline is the message.
+    drop(lifeline);
     assert_eq!(running.wait().unwrap().code(), Some(0));
 }

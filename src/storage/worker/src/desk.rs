@@ -12,13 +12,12 @@ use crate::manifest::{Anchor, Digest};
 use crate::owner::uptime;
 use crate::steps::Steps;
 use crate::volume::Volume;
-use cvm_protocol::json_lines;
-use cvm_protocol::report::Level;
-use cvm_protocol::storage::{Drill, Incident, Mode, Progress, StorageReport, StorageSpec, StorageStatus};
+use cvm_channel::Reporter;
+use cvm_protocol::fact::{Fact, Value};
+use cvm_protocol::report::{GateState, Level};
+use cvm_protocol::storage::{Drill, Incident, Mode, Progress, STORAGE_GATE, StorageSpec, StorageStatus};
 use sha2::{Digest as _, Sha256};
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::Write as _;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -36,7 +35,7 @@ pub(crate) struct Open {
 
 pub(crate) struct Desk {
     board: Mutex<Board>,
-    reports: Mutex<Option<File>>,
+    reports: Reporter,
     open: Mutex<Option<Arc<Open>>>,
     steps: Mutex<Steps>,
     began: Duration,
@@ -53,18 +52,19 @@ struct Board {
     retry_at: Option<Duration>,
     drilled_ms: Option<u64>,
     incidents: BTreeMap<String, (String, String, Duration)>,
-    said: Option<StorageReport>,
+    /// What was last said of the gate.
+    gate: Option<GateState>,
 }
 
 impl Desk {
-    pub(crate) fn new(spec: &StorageSpec, reports: Option<File>) -> Self {
+    pub(crate) fn new(spec: &StorageSpec, reports: Reporter) -> Self {
         let mut board = Board::default();
         board.status.bucket.clone_from(&spec.bucket);
         board.status.prefix.clone_from(&spec.prefix);
         "opening".clone_into(&mut board.status.phase);
         Self {
             board: Mutex::new(board),
-            reports: Mutex::new(reports),
+            reports,
             open: Mutex::new(None),
             steps: Mutex::default(),
             began: uptime(),
@@ -105,22 +105,8 @@ impl Desk {
 
     // === To PID 1 ===
 
-    fn report(&self, report: &StorageReport) {
-        let mut reports = self.reports.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(pipe) = reports.as_mut() {
-            // Nobody to report to: PID 1 is gone, and the lifeline says so too.
-            let _ = pipe.write_all(&json_lines::line(report));
-        }
-    }
-
     pub(crate) fn note(&self, level: Level, text: impl Into<String>) {
-        let text = text.into();
-        match level {
-            Level::Error => tracing::error!("{text}"),
-            Level::Warn => tracing::warn!("{text}"),
-            Level::Info | Level::Debug => tracing::info!("{text}"),
-        }
-        self.report(&StorageReport::Note { level, text });
+        self.reports.note(level, text);
     }
 
     pub(crate) fn info(&self, text: impl Into<String>) {
@@ -138,13 +124,18 @@ impl Desk {
             (status.why, status.progress) = (None, if independent { None } else { status.progress.take() });
             (status.mode, status.reason, status.independent) = (Some(mode), reason.clone(), independent);
         }
-        self.say_once(&StorageReport::Ready { mode, reason, independent });
+        let mut facts = vec![Fact::text("mode", mode.as_str())];
+        facts.extend(reason.map(|why| Fact::text("why not fuse", why).warns(None)));
+        facts.push(Fact::new("outlives the worker", Value::Flag(independent)));
+        self.reports.status(facts);
+        self.say_once(&GateState::Open { outlives: independent });
     }
 
     /// The state in which nothing may stand on the tree, in one word, and why.
     pub(crate) fn not_ready(&self, phase: &str, why: String, retry: bool) {
         self.show_phase(phase, &why);
-        self.say_once(&StorageReport::NotReady { why, retry });
+        self.reports.status(Vec::new());
+        self.say_once(&GateState::Closed { why, retry });
     }
 
     /// The same, of a fault and with its remedy.
@@ -156,13 +147,13 @@ impl Desk {
     pub(crate) fn unheard(&self, phase: &str, fault: &Fault) {
         let why = format!("{fault}; {}", fault.remedy());
         self.show_phase(phase, &why);
-        self.say_once(&StorageReport::Unheard { why });
+        self.say_once(&GateState::Unknown { why });
     }
 
     /// Another instance has the bucket.
     pub(crate) fn waits(&self, why: String) {
         self.show_phase("waiting", &why);
-        self.say_once(&StorageReport::Waits { why });
+        self.say_once(&GateState::Waiting { why });
     }
 
     fn show_phase(&self, phase: &str, why: &str) {
@@ -172,27 +163,34 @@ impl Desk {
     }
 
     /// PID 1 hears of changes, not of each try.
-    fn say_once(&self, report: &StorageReport) {
+    fn say_once(&self, state: &GateState) {
         {
             let mut board = self.board();
-            if board.said.as_ref() == Some(report) {
+            if board.gate.as_ref() == Some(state) {
                 return;
             }
-            board.said = Some(report.clone());
+            board.gate = Some(state.clone());
         }
-        match report {
-            StorageReport::NotReady { why, .. }
-            | StorageReport::Unheard { why }
-            | StorageReport::Waits { why } => {
+        match state {
+            GateState::Open { outlives } => {
+                tracing::info!("the tree is ready (outlives the worker: {outlives})");
+            }
+            GateState::Closed { why, .. } | GateState::Unknown { why } | GateState::Waiting { why } => {
                 tracing::warn!("not ready: {why}");
             }
-            other => tracing::info!("{other:?}"),
         }
-        self.report(report);
+        self.reports.gate(STORAGE_GATE, state.clone());
     }
 
+    /// The last word: what the bucket does not have.
     pub(crate) fn drained(&self, files: u64, bytes: u64) {
-        self.report(&StorageReport::Drained { files, bytes });
+        let missing = (files > 0).then(|| {
+            format!(
+                "Not everything is in the bucket: {files} files, {bytes} bytes are missing there; they are on the \
+                 volume and are pushed at the next boot"
+            )
+        });
+        self.reports.drained(missing);
     }
 
     // === For operators ===
@@ -260,10 +258,10 @@ impl Desk {
         board.incidents.insert(path.to_owned(), (what.to_owned(), remedy.to_owned(), uptime()));
         let count = board.incidents.len();
         drop(board);
-        self.report(&StorageReport::Note {
-            level: Level::Error,
-            text: format!("Storage incident ({count} in all): something in the bucket or the tree needs a look; `cvm storage status` names it"),
-        });
+        self.note(
+            Level::Error,
+            format!("Storage incident ({count} in all): something in the bucket or the tree needs a look; `cvm storage status` names it"),
+        );
     }
 
     /// Takes back what no longer holds; yields whether it did.

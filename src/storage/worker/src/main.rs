@@ -60,20 +60,16 @@ mod watch;
 mod way;
 mod worker;
 
+use cvm_channel::Channel;
 use cvm_protocol::storage::StorageSpec;
-use cvm_sys::{descriptor, memfd};
 use desk::Desk;
 use ending::Ending;
-use std::fs::File;
-use std::io::{Seek as _, SeekFrom};
-use std::os::fd::AsFd as _;
 use std::process::ExitCode;
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 use worker::{Order, Worker};
 
-/// Everything but the keys is short.
-const SPEC_MAX: usize = 1024 * 1024;
+const PROGRAM: &str = "cvm-storage";
 /// `EX_TEMPFAIL`: what the bucket does not have stays on the volume for the next boot.
 const UNDRAINED: u8 = 75;
 const USAGE: u8 = 64;
@@ -115,23 +111,17 @@ fn main() -> ExitCode {
     }
 }
 
-/// Standard input, from its beginning: a worker before us may have read the same file.
 fn spec() -> Result<StorageSpec, String> {
-    let broken = "the specification for cvm-storage is not understood: all binaries must come from one image";
-    let mut input = File::from(std::io::stdin().as_fd().try_clone_to_owned().map_err(|e| e.to_string())?);
-    let _ = input.seek(SeekFrom::Start(0));
-    let bytes = memfd::read_all(input.into(), SPEC_MAX).map_err(|e| e.to_string())?;
-    // Whatever this process starts must not read it again.
-    let nothing = File::open("/dev/null").map_err(|e| e.to_string())?;
-    nix::unistd::dup2_stdin(nothing).map_err(|e| e.to_string())?;
-    // The text of the error may quote the input: not said.
-    serde_json::from_slice(bytes.trim_ascii_end()).map_err(|_| broken.to_owned())
+    cvm_channel::specification(PROGRAM)
 }
 
 fn work() -> ExitCode {
-    let (Ok(reports), Ok(lifeline)) = (descriptor::inherited(3), descriptor::inherited(4)) else {
-        eprintln!("cvm-storage is started by cvm-init: reports on descriptor 3, a lifeline on descriptor 4");
-        return ExitCode::from(USAGE);
+    let Channel { reports, lifeline } = match Channel::take(PROGRAM) {
+        Ok(channel) => channel,
+        Err(why) => {
+            eprintln!("{why}");
+            return ExitCode::from(USAGE);
+        }
     };
     let spec = match spec() {
         Ok(spec) => spec,
@@ -140,7 +130,7 @@ fn work() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let desk = Arc::new(Desk::new(&spec, Some(File::from(reports))));
+    let desk = Arc::new(Desk::new(&spec, reports));
     let (sender, orders) = mpsc::channel();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
@@ -155,9 +145,7 @@ fn work() -> ExitCode {
     let ending = Arc::new(Ending::new(Duration::from_secs(u64::from(spec.drain_s))));
     let (stopper, ends, watched) = (sender.clone(), Arc::clone(&ending), Arc::clone(&desk));
     std::thread::spawn(move || {
-        // Nothing is ever written to it; its end is the message.
-        let mut byte = [0u8; 1];
-        while matches!(nix::unistd::read(&lifeline, &mut byte), Err(nix::errno::Errno::EINTR) | Ok(1..)) {}
+        lifeline.wait();
         ends.until();
         let _ = stopper.send(Order::Stop);
         // Whatever the worker is doing just now.

@@ -20,7 +20,6 @@ use cvm_machine::snapshot::{self, About};
 use cvm_protocol::control::{Body, Request, Verb};
 use cvm_protocol::exit_status::End;
 use cvm_protocol::keeper::KeeperReport;
-use cvm_protocol::mux::MuxReport;
 use cvm_protocol::report::Level;
 use cvm_protocol::report::Note;
 use cvm_protocol::status;
@@ -232,12 +231,8 @@ impl<K: Kernel> World<K> {
             let Owner::Service { id, run, part: Part::Main } = owner else { continue };
             let report = match words {
                 Words::Keeper(report) => report,
-                Words::Mux(report) => {
-                    self.hear_mux(report);
-                    continue;
-                }
-                Words::Storage(report) => {
-                    self.feed(Event::Storage { id, run, report });
+                Words::Service(report) => {
+                    self.feed(Event::Report { id, run, report });
                     continue;
                 }
             };
@@ -250,29 +245,13 @@ impl<K: Kernel> World<K> {
                 KeeperReport::Failing { parts } => service::Event::Failing { run, parts },
                 KeeperReport::Readiness { ok } => service::Event::Readiness { run, ready: ok },
                 KeeperReport::Dropped { lines } => {
-                    self.count_dropped(id, lines);
+                    self.feed(Event::Dropped { id, lines });
                     continue;
                 }
                 // Silence is measured by the absence of answers; the rest has been dealt with.
                 KeeperReport::Liveness { ok: false } | KeeperReport::TreeGone { .. } => continue,
             };
             self.feed(Event::Service { id, event });
-        }
-    }
-
-    fn hear_mux(&mut self, report: MuxReport) {
-        match report {
-            // It hands on what a server says, which must not write lines into our log.
-            MuxReport::Note { level, text } => say(level, &text.replace(char::is_control, " ")),
-            MuxReport::State(state) => self.about.mux = Some(*state),
-        }
-    }
-
-    fn count_dropped(&mut self, id: ServiceId, lines: u64) {
-        let name = self.machine.service(id).map_or("", |s| s.service.name);
-        tracing::warn!("{name}: {lines} log lines dropped, the disk was slower than the service");
-        if let Some(count) = self.about.dropped_lines.get_mut(id.0) {
-            *count += lines;
         }
     }
 
@@ -358,7 +337,7 @@ impl<K: Kernel> World<K> {
         match action {
             Action::Say(level, text) => say(level, &text),
             Action::RunStep(of) => {
-                let run = format!("step-{}/{}", of.step.as_str(), of.number);
+                let run = format!("step-{}/{}", of.step.0, of.number);
                 let kept = match self.kit.step(of.step, &run) {
                     Some(spec) => self.children.keep(&mut self.kernel, Owner::Step(of), &spec, None),
                     None => Err("this version has no work for it".to_owned()),
@@ -416,9 +395,9 @@ impl<K: Kernel> World<K> {
             Part::Sweep => self.kit.sweep(service, &name),
             Part::Prepare => self.kit.prepare(service.prepare?, service.name, &name),
         };
-        let handed = if part == Part::Main { self.kit.handed(service) } else { None };
+        let specification = if part == Part::Main { self.kit.specification(service) } else { None };
         let owner = Owner::Service { id, run, part };
-        let error = self.children.keep(&mut self.kernel, owner, &spec, handed).err()?;
+        let error = self.children.keep(&mut self.kernel, owner, &spec, specification).err()?;
         if part == Part::Sweep {
             self.look_again(id, run);
         }
@@ -541,10 +520,18 @@ impl<K: Kernel> World<K> {
             Verb::Start { service } => self.order(service, Order::Start),
             Verb::Stop { service } => self.order(service, Order::Stop),
             Verb::Restart { service } => self.order(service, Order::Restart),
-            Verb::GatewayAccess => {
-                let (user, environment) = self.kit.gateway_access();
+            Verb::GatewayAccess => self.gateway_access(),
+        }
+    }
+
+    fn gateway_access(&self) -> Body {
+        let services = self.machine.services().iter().map(|record| &record.service);
+        match services.into_iter().find(|service| service.environment.of_the_gateway) {
+            Some(gateway) => {
+                let (user, environment) = self.kit.access_to(gateway);
                 Body::GatewayAccess { user, environment }
             }
+            None => Body::Refused { why: "no gateway runs in this machine".to_owned() },
         }
     }
 
@@ -573,7 +560,7 @@ impl<K: Kernel> World<K> {
 
     fn name_of(&self, owner: Owner) -> &'static str {
         match owner {
-            Owner::Step(of) => of.step.as_str(),
+            Owner::Step(of) => of.step.0,
             Owner::Service { id, .. } => self.machine.service(id).map_or("", |s| s.service.name),
             Owner::Logger => "log",
         }

@@ -5,17 +5,14 @@ use cvm_machine::machine::{ServiceId, ServiceRecord, Try};
 use cvm_machine::service::Run;
 use cvm_protocol::exit_status::End;
 use cvm_protocol::json_lines;
-use cvm_protocol::keeper::{KeeperReport, KeeperSpec};
-use cvm_protocol::mux::MuxReport;
-use cvm_protocol::report::REPORT_MAX;
-use cvm_protocol::storage::StorageReport;
+use cvm_protocol::keeper::{Channel, KeeperReport, KeeperSpec, descriptors};
+use cvm_protocol::report::{REPORT_MAX, ServiceReport};
 use cvm_protocol::task::TaskReport;
 use cvm_sys::kernel::Kernel;
 use cvm_sys::spawn::{Blocked, Program, Session};
 use cvm_sys::{descriptor, memfd};
 use nix::errno::Errno;
 use nix::unistd::Pid;
-use serde::Deserialize;
 use std::collections::BTreeSet;
 use std::ffi::CString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -49,24 +46,17 @@ pub(crate) enum Part {
     Sweep,
 }
 
-/// A line on a report pipe. A step shares the pipe of its keeper, and so do the services that speak.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Line {
-    Keeper(KeeperReport),
-    Task(TaskReport),
-    Storage(StorageReport),
-    Mux(MuxReport),
-}
-
 pub(crate) struct Child {
     pub(crate) pid: Pid,
     pub(crate) owner: Owner,
-    reports: Option<OwnedFd>,
-    partial: Vec<u8>,
+    /// What the keeper says.
+    reports: Option<ReportPipe>,
+    /// What the program says that it keeps. The keeper does not write there, nor the program to the keeper's: a
+    /// service that faces the network must not be able to say that it is gone.
+    of_the_program: Option<ReportPipe>,
     /// The keeper's last word, if it came to say it.
     gone: Option<End>,
-    /// What a step reported.
+    /// What a task reported.
     pub(crate) task: Option<TaskReport>,
 }
 
@@ -77,7 +67,7 @@ impl Child {
     }
 }
 
-/// Something a keeper said, or the program it keeps.
+/// Something a keeper said, or the service it keeps.
 pub(crate) struct Said {
     pub(crate) owner: Owner,
     pub(crate) words: Words,
@@ -85,8 +75,50 @@ pub(crate) struct Said {
 
 pub(crate) enum Words {
     Keeper(KeeperReport),
-    Storage(StorageReport),
-    Mux(MuxReport),
+    Service(ServiceReport),
+}
+
+/// Our end of a pipe with reports, a line each.
+struct ReportPipe {
+    pipe: OwnedFd,
+    partial: Vec<u8>,
+    /// The rest of a line that was too long.
+    skips: bool,
+}
+
+impl ReportPipe {
+    /// Theirs and ours.
+    fn new() -> nix::Result<(OwnedFd, Self)> {
+        let (pipe, theirs) = descriptor::pipe()?;
+        descriptor::set_nonblocking(&pipe)?;
+        Ok((theirs, Self { pipe, partial: Vec::new(), skips: false }))
+    }
+
+    /// Hands the whole lines that have come to `hear`. Returns whether more may come.
+    fn read(&mut self, mut hear: impl FnMut(&[u8])) -> bool {
+        let mut bytes = [0u8; 4096];
+        for _ in 0..READS_A_TURN {
+            match nix::unistd::read(&self.pipe, &mut bytes) {
+                Ok(n) if n > 0 => self.partial.extend(bytes.iter().take(n)),
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => return true,
+                // The other end is closed; how it ended is said when it is reaped.
+                Ok(_) | Err(_) => return false,
+            }
+            while let Some(end) = self.partial.iter().position(|b| *b == b'\n') {
+                let line: Vec<u8> = self.partial.drain(..=end).collect();
+                if !std::mem::take(&mut self.skips) {
+                    hear(&line);
+                }
+            }
+            // After the whole lines in front of it: only the one that is too long is lost.
+            if self.partial.len() > REPORT_MAX {
+                self.partial.clear();
+                self.skips = true;
+            }
+        }
+        true
+    }
 }
 
 pub(crate) struct Children {
@@ -106,32 +138,32 @@ impl Children {
         &self.home
     }
 
-    /// Starts a keeper for `spec`. `handed` is what [`Input::Descriptor`] speaks of.
-    ///
-    /// [`Input::Descriptor`]: cvm_protocol::keeper::Input::Descriptor
+    /// Starts a keeper for `spec`. `specification` goes to a service of ours.
     pub(crate) fn keep(
         &mut self,
         kernel: &mut impl Kernel,
         owner: Owner,
         spec: &KeeperSpec,
-        handed: Option<BorrowedFd<'_>>,
+        specification: Option<BorrowedFd<'_>>,
     ) -> Result<(), String> {
         let words = |e: Errno| e.desc().to_owned();
         let input = memfd::sealed(c"spec", &json_lines::line(spec)).map_err(|e| e.to_string())?;
-        let (reports, theirs) = descriptor::pipe().map_err(words)?;
-        descriptor::set_nonblocking(&reports).map_err(words)?;
+        let (theirs, reports) = ReportPipe::new().map_err(words)?;
         let (out, errors) = (std::io::stdout(), std::io::stderr());
-        let mut descriptors = vec![input.as_fd(), out.as_fd(), errors.as_fd(), theirs.as_fd()];
-        descriptors.extend(handed);
-        let pid = self.start(kernel, &["cvm-keeper", &spec.name], &descriptors).map_err(words)?;
-        self.all.push(Child {
-            pid,
-            owner,
-            reports: Some(reports),
-            partial: Vec::new(),
-            gone: None,
-            task: None,
-        });
+        let mut handed = vec![input.as_fd(), out.as_fd(), errors.as_fd(), theirs.as_fd()];
+        let program = match spec.channel {
+            Channel::None => None,
+            Channel::Task(_) | Channel::Service => Some(ReportPipe::new().map_err(words)?),
+        };
+        handed.extend(program.iter().map(|(theirs, _)| theirs.as_fd()));
+        if let Channel::Service = spec.channel {
+            let missing =
+                || "there is no specification for it: see the first lines of the boot log".to_owned();
+            handed.push(specification.ok_or_else(missing)?);
+        }
+        let pid = self.start(kernel, &["cvm-keeper", &spec.name], &handed).map_err(words)?;
+        let of_the_program = program.map(|(_, ours)| ours);
+        self.all.push(Child { pid, owner, reports: Some(reports), of_the_program, gone: None, task: None });
         Ok(())
     }
 
@@ -144,7 +176,7 @@ impl Children {
         let descriptors = [theirs.as_fd(), out.as_fd(), errors.as_fd()];
         let pid = self.start(kernel, &["cvm-keeper", "--log", file], &descriptors).map_err(words)?;
         let owner = Owner::Logger;
-        self.all.push(Child { pid, owner, reports: None, partial: Vec::new(), gone: None, task: None });
+        self.all.push(Child { pid, owner, reports: None, of_the_program: None, gone: None, task: None });
         Ok(ours)
     }
 
@@ -152,7 +184,7 @@ impl Children {
         &self,
         kernel: &mut impl Kernel,
         words: &[&str],
-        descriptors: &[BorrowedFd<'_>],
+        handed: &[BorrowedFd<'_>],
     ) -> Result<Pid, Errno> {
         let path =
             CString::new(self.home.join("cvm-keeper").as_os_str().as_bytes()).map_err(|_| Errno::EINVAL)?;
@@ -162,7 +194,7 @@ impl Children {
             argv: &argv,
             environment: &[],
             directory: c"/",
-            descriptors,
+            descriptors: handed,
             identity: None,
             oom_score_adj: None,
             limits: None,
@@ -170,7 +202,7 @@ impl Children {
             dies_with_parent: false,
             // An order to end that comes before it listens waits for it.
             blocked: Blocked::All,
-            news: descriptors.get(3).copied(),
+            news: usize::try_from(descriptors::REPORTS).ok().and_then(|at| handed.get(at)).copied(),
         };
         kernel.spawn(&program, |stage, errno, news| {
             // Standard error here is the container's: this is a broken installation.
@@ -185,7 +217,7 @@ impl Children {
 
     pub(crate) fn with_reports<T>(&self, look: impl FnOnce(&[BorrowedFd<'_>]) -> T) -> T {
         let fds: Vec<BorrowedFd<'_>> =
-            self.all.iter().filter_map(|c| c.reports.as_ref()).map(AsFd::as_fd).collect();
+            self.all.iter().flat_map(Child::pipes).map(|pipe| pipe.pipe.as_fd()).collect();
         look(&fds)
     }
 
@@ -230,8 +262,8 @@ impl Children {
     /// Reads what was said and forgets it, so that nobody waits for a reader.
     pub(crate) fn discard(&self) {
         let mut scrap = [0u8; 4096];
-        for pipe in self.all.iter().filter_map(|c| c.reports.as_ref()) {
-            while nix::unistd::read(pipe, &mut scrap).is_ok_and(|n| n > 0) {}
+        for pipe in self.all.iter().flat_map(Child::pipes) {
+            while nix::unistd::read(&pipe.pipe, &mut scrap).is_ok_and(|n| n > 0) {}
         }
     }
 
@@ -244,70 +276,113 @@ impl Children {
 }
 
 impl Child {
-    fn listen(&mut self, said: &mut Vec<Said>) {
-        let mut bytes = [0u8; 4096];
-        for _ in 0..READS_A_TURN {
-            let Some(pipe) = &self.reports else { return };
-            match nix::unistd::read(pipe, &mut bytes) {
-                Ok(n) if n > 0 => self.partial.extend(bytes.iter().take(n)),
-                Err(Errno::EINTR) => {}
-                Err(Errno::EAGAIN) => return,
-                // The other end is closed; how it ended is said when it is reaped.
-                Ok(_) | Err(_) => self.reports = None,
-            }
-            while let Some(end) = self.partial.iter().position(|b| *b == b'\n') {
-                let line: Vec<u8> = self.partial.drain(..=end).collect();
-                self.hear(&line, said);
-            }
-            if self.partial.len() > REPORT_MAX {
-                self.partial.clear();
-            }
-        }
+    fn pipes(&self) -> impl Iterator<Item = &ReportPipe> {
+        self.reports.iter().chain(&self.of_the_program)
     }
 
-    fn hear(&mut self, line: &[u8], said: &mut Vec<Said>) {
-        let words = match serde_json::from_slice(line) {
-            Ok(Line::Keeper(KeeperReport::TreeGone { end, .. })) => {
-                self.gone = Some(end);
-                return;
+    /// What the program has said comes first: its last report was written before the keeper's.
+    fn listen(&mut self, said: &mut Vec<Said>) {
+        let owner = self.owner;
+        if let Some(pipe) = &mut self.of_the_program {
+            let task = &mut self.task;
+            let more = pipe.read(|line| match owner {
+                Owner::Service { part: Part::Main, .. } => {
+                    let report = serde_json::from_slice(line).ok().map(Words::Service);
+                    said.extend(report.map(|words| Said { owner, words }));
+                }
+                _ => *task = serde_json::from_slice(line).ok().or(task.take()),
+            });
+            if !more {
+                self.of_the_program = None;
             }
-            Ok(Line::Task(report)) => {
-                self.task = Some(report);
-                return;
+        }
+        if let Some(pipe) = &mut self.reports {
+            let gone = &mut self.gone;
+            let more = pipe.read(|line| match serde_json::from_slice(line) {
+                Ok(KeeperReport::TreeGone { end, .. }) => *gone = Some(end),
+                Ok(report) => said.push(Said { owner, words: Words::Keeper(report) }),
+                Err(_) => {}
+            });
+            if !more {
+                self.reports = None;
             }
-            Ok(Line::Keeper(report)) => Words::Keeper(report),
-            Ok(Line::Storage(report)) => Words::Storage(report),
-            Ok(Line::Mux(report)) => Words::Mux(report),
-            Err(_) => return,
-        };
-        said.push(Said { owner: self.owner, words });
+        }
     }
 }
 
 #[cfg(test)]
-#[allow(clippy::expect_used)]
+#[allow(clippy::expect_used, clippy::panic)]
 mod tests {
     use super::*;
+    use cvm_protocol::json_lines::line;
     use nix::fcntl::{FcntlArg, fcntl};
+
+    fn main_of_a_service() -> Owner {
+        Owner::Service { id: ServiceId(0), run: Run(1), part: Part::Main }
+    }
+
+    /// A child that was not started, with the other ends of its pipes: the keeper's and the program's.
+    fn child(owner: Owner) -> (Child, OwnedFd, OwnedFd) {
+        let (keeper, reports) = ReportPipe::new().expect("a pipe");
+        let (program, of_the_program) = ReportPipe::new().expect("a pipe");
+        let (reports, of_the_program) = (Some(reports), Some(of_the_program));
+        let pid = Pid::from_raw(7);
+        (Child { pid, owner, reports, of_the_program, gone: None, task: None }, keeper, program)
+    }
 
     #[test]
     fn of_very_many_reports_at_once_none_is_lost() {
-        let (reports, theirs) = descriptor::pipe().expect("a pipe");
-        let room = fcntl(&theirs, FcntlArg::F_SETPIPE_SZ(1 << 20)).expect("a pipe of 1 MiB");
-        descriptor::set_nonblocking(&reports).expect("it is open");
-        let line = json_lines::line(&KeeperReport::Liveness { ok: true });
+        let (mut child, keeper, _program) = child(main_of_a_service());
+        let room = fcntl(&keeper, FcntlArg::F_SETPIPE_SZ(1 << 20)).expect("a pipe of 1 MiB");
+        let line = line(&KeeperReport::Liveness { ok: true });
         let count = usize::try_from(room).expect("a size") / line.len() - 1000;
         let text = line.repeat(count);
         assert!(text.len() > 4 * REPORT_MAX);
-        assert_eq!(nix::unistd::write(&theirs, &text), Ok(text.len()));
-        let owner = Owner::Service { id: ServiceId(0), run: Run(1), part: Part::Main };
-        let (partial, gone, task) = (Vec::new(), None, None);
-        let mut child = Child { pid: Pid::from_raw(7), owner, reports: Some(reports), partial, gone, task };
+        assert_eq!(nix::unistd::write(&keeper, &text), Ok(text.len()));
         let mut said = Vec::new();
         // Each call takes a part, so that nothing else has to wait for all of it.
         child.listen(&mut said);
         assert!(!said.is_empty() && said.len() < count);
         (0..10).for_each(|_| child.listen(&mut said));
         assert_eq!(said.len(), count);
+    }
+
+    #[test]
+    fn a_service_cannot_speak_for_its_keeper_nor_a_keeper_for_its_service() {
+        let (mut child, keeper, program) = child(main_of_a_service());
+        let gone = line(&KeeperReport::TreeGone { end: End::Code(0), killed: 0 });
+        let started = line(&KeeperReport::Started { pid: 1 });
+        let drained = line(&ServiceReport::Drained { missing: None });
+        for bytes in [&gone, &started, &drained] {
+            nix::unistd::write(&program, bytes).expect("it has room");
+        }
+        nix::unistd::write(&keeper, &drained).expect("it has room");
+        let mut said = Vec::new();
+        child.listen(&mut said);
+        assert_eq!(child.end(), End::Unseen);
+        assert!(matches!(&said[..], [Said { words: Words::Service(ServiceReport::Drained { .. }), .. }]));
+        // The same words of the keeper's count.
+        nix::unistd::write(&keeper, &gone).expect("it has room");
+        child.listen(&mut said);
+        assert_eq!(child.end(), End::Code(0));
+    }
+
+    #[test]
+    fn of_a_line_that_is_too_long_no_piece_is_heard_and_the_lines_around_it_are() {
+        let (mut child, _keeper, program) = child(main_of_a_service());
+        fcntl(&program, FcntlArg::F_SETPIPE_SZ(1 << 20)).expect("a pipe of 1 MiB");
+        let note = |text: &str| line(&ServiceReport::Drained { missing: Some(text.to_owned()) });
+        let mut long = b"x".repeat(2 * REPORT_MAX);
+        long.extend_from_slice(&note("the end of the long line"));
+        for bytes in [&note("before"), &long, &note("after").to_vec()] {
+            assert_eq!(nix::unistd::write(&program, bytes), Ok(bytes.len()));
+        }
+        let mut said = Vec::new();
+        (0..10).for_each(|_| child.listen(&mut said));
+        let heard = said.into_iter().map(|said| match said.words {
+            Words::Service(ServiceReport::Drained { missing }) => missing.unwrap_or_default(),
+            _ => panic!("nothing else was said"),
+        });
+        assert_eq!(heard.collect::<Vec<_>>(), ["before", "after"]);
     }
 }

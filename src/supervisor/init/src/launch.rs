@@ -1,18 +1,16 @@
 //! What PID 1 keeps after the boot border: how to describe each service and each step to a
 //! keeper, with the secrets that this one needs and no others.
 //!
-//! `MASTER_KEY` and the bucket's passwords are not among them: they are wiped with the
-//! environment. The storage worker and the mux client are started for ever, so their
-//! specifications lie ready in sealed memory files, of which only the descriptors are kept.
+//! `MASTER_KEY` and the bucket's passwords are not among them: they are wiped with the environment. Services of
+//! ours are started again and again, so their specifications lie ready in sealed memory files, of which only the
+//! descriptors are kept.
 
-use cvm_machine::description::{self, Prepare, Service, Ties};
-use cvm_machine::plan::StepName;
+use cvm_machine::description::{self, Prepare, Service};
+use cvm_machine::plan::GateName;
 use cvm_protocol::authorized_keys::AuthorizedKey;
 use cvm_protocol::json_lines::line;
-use cvm_protocol::keeper::{Input, KeeperSpec, Log, ProbeSpec, Stop};
-use cvm_protocol::keeper::{Leftovers, Probe};
+use cvm_protocol::keeper::{Channel, KeeperSpec, Leftovers, Log, Probe, ProbeSpec};
 use cvm_protocol::paths;
-use cvm_protocol::storage::StorageSpec;
 use cvm_protocol::task::{DockerUse, StateTask, Task};
 use cvm_protocol::volume::Claim;
 use cvm_secrets::base64_bytes::{PackedBytes, PackedEnvironment};
@@ -20,14 +18,16 @@ use cvm_secrets::keys::{DeviceSeed, GatewayToken, HostKeySeed, KeyRing};
 use cvm_secrets::secret::Secret;
 use cvm_sys::memfd;
 use cvm_system::config::{
-    Config, Docker, FirstBoot, Gateway, Log as LogSettings, LogFormat, Ssh, Storage, WorkspaceFiles,
+    Config, Docker, FirstBoot, Gateway, Log as LogSettings, LogFormat, Ssh, WorkspaceFiles,
 };
 use cvm_system::env::Environment;
-use cvm_system::specifications::{mux_spec, storage_spec};
+use cvm_system::gates;
+use cvm_system::roles::Specifications;
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::Duration;
+use zeroize::Zeroizing;
 
 /// The contract's size of a log file; one old one is kept.
 const LOG_BYTES: u64 = 10 * 1024 * 1024;
@@ -50,10 +50,8 @@ pub(crate) struct Kit {
     host_key_seed: Option<HostKeySeed>,
     /// What this boot says of itself to the volume.
     claim: Claim,
-    /// What the storage worker is to be told.
-    bucket: Option<OwnedFd>,
-    /// What the mux client is to be told.
-    mux: Option<OwnedFd>,
+    /// What services of ours are told, sealed, by their names.
+    specifications: Vec<(&'static str, OwnedFd)>,
     /// Where the binaries of this build lie.
     home: PathBuf,
 }
@@ -63,11 +61,10 @@ impl Kit {
         config: Config,
         environment: &Environment,
         keys: Option<KeyRing>,
+        specifications: Specifications,
         claim: Claim,
         home: PathBuf,
     ) -> Self {
-        let bucket = keys.as_ref().and_then(|keys| bucket_of(&config, keys, claim.epoch));
-        let mux = keys.as_ref().and_then(|keys| mux_of(&config, keys));
         let passthrough = environment.passthrough().map(|(n, v)| (n.to_vec(), v.duplicate())).collect();
         let (token, device_seed, host_key_seed) = match keys {
             Some(keys) => (Some(keys.gateway_token), Some(keys.device_seed), Some(keys.host_key_seed)),
@@ -86,8 +83,7 @@ impl Kit {
             device_seed,
             host_key_seed,
             claim,
-            bucket,
-            mux,
+            specifications: sealed(specifications),
             home,
         }
     }
@@ -113,9 +109,7 @@ impl Kit {
             leftovers: service.leftovers,
             oom_score_adj: service.oom_score_adj,
             limits: service.limits,
-            input: if service.ties.speaks() { Input::Descriptor } else { Input::Nothing },
-            passes_report: service.ties.speaks(),
-            stop: if service.ties == Ties::Storage { Stop::Lifeline } else { Stop::Signal },
+            channel: if service.has_channel { Channel::Service } else { Channel::None },
             log: self.log(service.name),
             liveness,
             startup: service.startup.as_ref().map(|p| spec_of(p, PROBE_EAGER, PROBE_CALM)),
@@ -123,13 +117,9 @@ impl Kit {
         }
     }
 
-    /// What goes with the description of a service.
-    pub(crate) fn handed(&self, service: &Service) -> Option<BorrowedFd<'_>> {
-        match service.ties {
-            Ties::None => None,
-            Ties::Storage => self.bucket.as_ref().map(AsFd::as_fd),
-            Ties::Mux => self.mux.as_ref().map(AsFd::as_fd),
-        }
+    /// What a service of ours is told, sealed.
+    pub(crate) fn specification(&self, service: &Service) -> Option<BorrowedFd<'_>> {
+        self.specifications.iter().find(|(name, _)| *name == service.name).map(|(_, sealed)| sealed.as_fd())
     }
 
     /// A program without a slash lies beside our own.
@@ -148,8 +138,8 @@ impl Kit {
     }
 
     /// None for a step that no process carries out.
-    pub(crate) fn step(&self, step: StepName, run: &str) -> Option<KeeperSpec> {
-        Some(self.task(step.as_str(), run, &self.task_of(step)?))
+    pub(crate) fn step(&self, step: GateName, run: &str) -> Option<KeeperSpec> {
+        Some(self.task(step.0, run, &self.task_of(step)?))
     }
 
     pub(crate) fn prepare(&self, prepare: Prepare, service: &str, run: &str) -> KeeperSpec {
@@ -171,20 +161,19 @@ impl Kit {
         self.task(&format!("{}-sweep", service.name), &format!("{run}-sweep"), &task)
     }
 
-    fn task_of(&self, step: StepName) -> Option<Task> {
+    fn task_of(&self, step: GateName) -> Option<Task> {
         Some(match step {
-            StepName::Ssh => Task::Ssh {
+            gates::SSH => Task::Ssh {
                 port: self.ssh.port.get(),
                 seed: self.host_key_seed.as_ref().map(|s| PackedBytes::pack(s.expose())),
                 trust_host_keys: self.ssh.trust_host_keys,
             },
-            StepName::Volume => Task::Volume {
+            gates::VOLUME => Task::Volume {
                 claim: self.claim.clone(),
                 extra_keys: lines(self.ssh.authorized_keys.iter().map(AuthorizedKey::line)),
                 trust_host_keys: self.ssh.trust_host_keys,
             },
-            StepName::Storage => return None,
-            StepName::Home => Task::Home {
+            gates::HOME => Task::Home {
                 user: self.gateway.user.as_str().into(),
                 docker: match self.docker {
                     Docker::On => DockerUse::Allowed,
@@ -192,7 +181,7 @@ impl Kit {
                     Docker::OffByDefault => DockerUse::NoneByDefault,
                 },
             },
-            StepName::State => Task::State(StateTask {
+            gates::STATE => Task::State(StateTask {
                 user: self.gateway.user.as_str().into(),
                 port: self.gateway.port.get(),
                 redpill: self.gateway.redpill,
@@ -201,6 +190,8 @@ impl Kit {
                 device_seed: self.device_seed.as_ref().map(|s| PackedBytes::pack(s.expose())),
                 token: self.token.as_ref().map(|t| PackedBytes::pack(t.expose().as_bytes())),
             }),
+            // A service opens it.
+            _ => return None,
         })
     }
 
@@ -209,15 +200,13 @@ impl Kit {
             name: name.into(),
             run: run.into(),
             argv: self.argv(&["cvm-task".to_owned(), name.to_owned()]),
-            environment: self.environment(description::Environment::Plain, "root"),
+            environment: self.environment(description::Environment::default(), "root"),
             user: "root".into(),
             directory: "/".into(),
             leftovers: Leftovers::Kill,
             oom_score_adj: 0,
             limits: None,
-            input: Input::Bytes(PackedBytes::pack(&line(task))),
-            passes_report: true,
-            stop: Stop::Signal,
+            channel: Channel::Task(PackedBytes::pack(&line(task))),
             // A step's own words go into one file for all of them.
             log: Log { copy_to_stdout: false, ..self.log("steps") },
             liveness: None,
@@ -236,30 +225,17 @@ impl Kit {
     }
 
     fn environment(&self, kind: description::Environment, user: &str) -> PackedEnvironment {
-        let path = match kind {
-            description::Environment::Dockerd => format!("{}:{}", paths::DOCKERD_BIN, paths::PATH),
-            description::Environment::Plain
-            | description::Environment::Storage
-            | description::Environment::Gateway => paths::PATH.to_owned(),
+        let path = match kind.path_first {
+            Some(first) => format!("{first}:{}", paths::PATH),
+            None => paths::PATH.to_owned(),
         };
         let home = home_of(user);
         let mut pairs: Vec<(&[u8], &[u8])> = Vec::new();
-        if kind == description::Environment::Gateway {
-            pairs.extend(self.gateway_pairs());
+        if kind.of_the_gateway {
+            pairs.extend(self.passthrough.iter().map(|(n, v)| (n.as_slice(), v.expose())));
+            pairs.extend(self.token.iter().map(|t| (&b"OPENCLAW_GATEWAY_TOKEN"[..], t.expose().as_bytes())));
         }
-        if kind == description::Environment::Storage {
-            pairs.extend([
-                (&b"GOGC"[..], &b"50"[..]),
-                (b"GOMEMLIMIT", b"128MiB"),
-                // Of its many threads each would keep what it once used.
-                (b"MALLOC_ARENA_MAX", b"2"),
-            ]);
-        }
-        if kind == description::Environment::Dockerd {
-            // A container that is not privileged sees the kernel's settings read-only, and dockerd
-            // would start none because it cannot turn IPv6 off in it.
-            pairs.push((b"DOCKER_ALLOW_IPV6_ON_IPV4_INTERFACE", b"1"));
-        }
+        pairs.extend(kind.variables.iter().map(|(n, v)| (n.as_bytes(), v.as_bytes())));
         // A user's LANG is passed through; a service without one still speaks UTF-8.
         let has_lang = pairs.iter().any(|(name, _)| *name == b"LANG");
         let own = [("PATH", path.as_str()), ("HOME", &home), ("USER", user), ("LOGNAME", user)];
@@ -270,46 +246,24 @@ impl Kit {
         PackedEnvironment::pack(&pairs)
     }
 
-    fn gateway_pairs(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
-        const SWITCHES: [(&str, &str); 6] = [
-            // Restarts stay in the process that is supervised.
-            ("OPENCLAW_NO_RESPAWN", "1"),
-            // Its doctor leaves service files alone.
-            ("OPENCLAW_SERVICE_REPAIR_POLICY", "external"),
-            // Neither updates itself nor manages services: both are the image's business.
-            ("OPENCLAW_SUPERVISOR_MODE", "external"),
-            ("OPENCLAW_DISABLE_BONJOUR", "1"),
-            ("OPENCLAW_STATE_DIR", paths::STATE),
-            ("OPENCLAW_CONFIG_PATH", "/data/openclaw/openclaw.json"),
-        ];
-        let passed = self.passthrough.iter().map(|(n, v)| (n.as_slice(), v.expose()));
-        let token = self.token.iter().map(|t| (&b"OPENCLAW_GATEWAY_TOKEN"[..], t.expose().as_bytes()));
-        passed.chain(SWITCHES.iter().map(|(n, v)| (n.as_bytes(), v.as_bytes()))).chain(token)
-    }
-
     /// For the operator's `openclaw`: as whom, and with what, the gateway runs.
-    pub(crate) fn gateway_access(&self) -> (String, PackedEnvironment) {
-        let user = self.gateway.user.as_str();
-        (user.to_owned(), self.environment(description::Environment::Gateway, user))
+    pub(crate) fn access_to(&self, gateway: &Service) -> (String, PackedEnvironment) {
+        (gateway.user.clone(), self.environment(gateway.environment, &gateway.user))
     }
 }
 
-/// The line for the storage worker, out of this process's memory: what it is made from and the
-/// line itself are wiped when this returns.
-fn bucket_of(config: &Config, keys: &KeyRing, owner_epoch: u32) -> Option<OwnedFd> {
-    let Storage::S3(s3) = &config.storage else { return None };
-    let spec = StorageSpec { owner_epoch, ..storage_spec(s3, keys, config.gateway.user.as_str()) };
-    let sealed = memfd::sealed(c"bucket", &line(&spec));
-    // Without it each start of the worker fails and says so.
-    sealed.inspect_err(|why| tracing::error!("The storage worker cannot be told of its bucket: {why}")).ok()
-}
-
-/// The same for the mux client.
-fn mux_of(config: &Config, keys: &KeyRing) -> Option<OwnedFd> {
-    let spec =
-        mux_spec(config.mux.as_ref()?, &config.gateway, keys, matches!(config.storage, Storage::S3(_)));
-    let sealed = memfd::sealed(c"mux", &line(&spec));
-    sealed.inspect_err(|why| tracing::error!("The mux client cannot be told of its server: {why}")).ok()
+/// The lines, out of this process's memory: each is wiped when this returns.
+fn sealed(specifications: Specifications) -> Vec<(&'static str, OwnedFd)> {
+    let seal = |(name, line): (&'static str, Zeroizing<Vec<u8>>)| match memfd::sealed(c"specification", &line)
+    {
+        Ok(sealed) => Some((name, sealed)),
+        // Without it each start of the service fails and says so.
+        Err(why) => {
+            tracing::error!("{name}: it cannot be given its specification: {why}");
+            None
+        }
+    };
+    specifications.into_iter().filter_map(seal).collect()
 }
 
 fn spec_of(probe: &Probe, eager: Duration, calm: Duration) -> ProbeSpec {

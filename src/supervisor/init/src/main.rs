@@ -24,6 +24,7 @@ mod reexec;
 mod secret_files;
 
 use cvm_machine::machine::Machine;
+use cvm_machine::plan::Unplannable;
 use cvm_machine::snapshot::About;
 use cvm_protocol::paths;
 use cvm_protocol::status::Remark;
@@ -35,7 +36,7 @@ use cvm_sys::signals;
 use cvm_system::config::{Config, Storage};
 use cvm_system::env::{Environment, Problem, Warning};
 use cvm_system::owner::{self, Proof};
-use cvm_system::{boot_plan, services};
+use cvm_system::roles::{self, Given};
 use nix::poll::{PollFd, PollFlags, poll};
 use secret_files::Exposed;
 use std::ffi::OsString;
@@ -173,7 +174,15 @@ fn supervise(began: Instant) -> u8 {
             return exit::CONFIG;
         }
     };
-    let mut world = prepare(settings, environment, kernel, began);
+    let mut world = match prepare(settings, environment, kernel, began) {
+        Ok(world) => world,
+        Err(why) => {
+            utter(&format!(
+                "ERROR The plan of this machine has a fault: {why}. This is a bug; nothing was started.\n"
+            ));
+            return exit::INTERNAL;
+        }
+    };
     for line in covered {
         tracing::info!("{line}");
     }
@@ -193,7 +202,7 @@ fn prepare(
     environment: Environment,
     kernel: Linux,
     began: Instant,
-) -> event_loop::World<Linux> {
+) -> Result<event_loop::World<Linux>, Unplannable> {
     let Settings { config, warnings, proof, dstack } = settings;
     let voice = log::Voice::raise(config.log.level, config.log.format);
     tracing::info!("openclaw-cvm {} starting", env!("CARGO_PKG_VERSION"));
@@ -214,11 +223,13 @@ fn prepare(
         tracing::info!("Keys derived (crypt password, crypt salt, gateway token).");
         keys
     });
-    let services = services::services(&config);
+    let owner_epoch = proof.as_ref().map_or(0, |proof| proof.epoch.get());
+    let (plan, specifications) =
+        roles::gateway(&Given { config: &config, keys: keys.as_ref(), owner_epoch })?;
     let claim = Claim {
         key: keys.as_ref().map(|keys| keys.volume_fingerprint.to_hex()),
         proven: proof.is_some(),
-        epoch: proof.map_or(0, |proof| proof.epoch.get()),
+        epoch: owner_epoch,
         dstack,
     };
     let about = About {
@@ -232,19 +243,17 @@ fn prepare(
             .map(|w| Remark { topic: w.variable.clone(), text: w.says.clone() })
             .chain(remarks)
             .collect(),
-        dropped_lines: vec![0; services.len()],
-        mux: None,
     };
-    let machine = Machine::new(boot_plan::steps(&config), services);
+    let machine = Machine::new(plan);
     if let Some(warning) = machine.warning_of_a_long_stop() {
         tracing::warn!("{warning}");
     }
     let children = keepers::Children::new();
-    let kit = launch::Kit::new(config, &environment, keys, claim, children.home().to_owned());
+    let kit = launch::Kit::new(config, &environment, keys, specifications, claim, children.home().to_owned());
     drop(environment);
     let mut world = event_loop::World::new(machine, kit, children, kernel, voice, about, began);
     world.start_logger();
-    world
+    Ok(world)
 }
 
 /// Who could log in before this container was started again: its /run may be on a disk. The step of the

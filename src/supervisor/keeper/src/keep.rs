@@ -7,8 +7,7 @@ use crate::progress::Progress;
 use crate::report::Reporter;
 use cvm_protocol::accounts::Account;
 use cvm_protocol::exit_status::{End, Stage};
-use cvm_protocol::keeper::Leftovers;
-use cvm_protocol::keeper::{Input, KeeperReport, KeeperSpec, Log, Stop};
+use cvm_protocol::keeper::{Channel, KeeperReport, KeeperSpec, Leftovers, Log, descriptors};
 use cvm_sys::kernel::{Kernel, Linux, readable, writable};
 use cvm_sys::reap::Reaped;
 use cvm_sys::spawn::{Blocked, Identity, Limits, Program, Session};
@@ -80,17 +79,17 @@ enum Lifeline {
 
 /// Keeps one program until nothing of it is left.
 pub(crate) fn keep(spec: KeeperSpec) -> Result<(), String> {
-    let pipe = descriptor::inherited(3).map_err(|e| format!("the report pipe: {e}"))?;
+    let pipe = descriptor::inherited(descriptors::REPORTS).map_err(|e| format!("the report pipe: {e}"))?;
     let reporter = Reporter::new(pipe).map_err(|e| format!("the report pipe: {}", e.desc()))?;
-    let input = input_of(&spec.input).map_err(|e| format!("the program's input: {e}"))?;
+    let given = Given::to(&spec.channel).map_err(|e| format!("what the program is given: {e}"))?;
     if spec.leftovers == Leftovers::Kill {
         process_tree::adopt_orphans().map_err(|e| format!("becoming the one who adopts orphans: {e}"))?;
     }
     let kernel = Linux::taking(&[libc::SIGCHLD, libc::SIGTERM, libc::SIGQUIT])
         .map_err(|e| format!("taking signals: {e}"))?;
-    if let Some(mut keeper) = begin(kernel, &spec, &input, reporter) {
-        // The program has its copy of what the description held.
-        drop((spec, input));
+    if let Some(mut keeper) = begin(kernel, &spec, &given, reporter) {
+        // The program has its copies.
+        drop((spec, given));
         while matches!(keeper.turn(), Turn::Go) {}
     }
     Ok(())
@@ -100,11 +99,11 @@ pub(crate) fn keep(spec: KeeperSpec) -> Result<(), String> {
 fn begin<K: Kernel>(
     mut kernel: K,
     spec: &KeeperSpec,
-    input: &OwnedFd,
+    given: &Given,
     mut reporter: Reporter,
 ) -> Option<Keeper<K>> {
     let oom_kills = oom_kills();
-    let started = match start(&mut kernel, spec, input, &reporter) {
+    let started = match start(&mut kernel, spec, given) {
         Ok(started) => started,
         Err((stage, errno)) => {
             let end = End::NotStarted { stage, errno: errno as i32 };
@@ -147,39 +146,49 @@ struct Started {
     lifeline: Lifeline,
 }
 
-/// Before any descriptor of our own is opened: one that was not handed over is then missed,
-/// and not mistaken for another.
-fn input_of(input: &Input) -> std::io::Result<OwnedFd> {
-    match input {
-        Input::Nothing => memfd::sealed(c"input", &[]),
-        Input::Bytes(bytes) => memfd::sealed(c"input", &bytes.unpack().unwrap_or_default()),
-        Input::Descriptor => Ok(descriptor::inherited(4)?),
+/// What the program gets besides its output, the lifeline aside.
+struct Given {
+    input: OwnedFd,
+    report_pipe: Option<OwnedFd>,
+}
+
+impl Given {
+    /// Before any descriptor of our own is opened: one that was not handed over is then missed,
+    /// and not mistaken for another.
+    fn to(channel: &Channel) -> std::io::Result<Self> {
+        let of_the_program = || descriptor::inherited(descriptors::OF_THE_PROGRAM);
+        Ok(match channel {
+            Channel::None => Self { input: memfd::sealed(c"input", &[])?, report_pipe: None },
+            Channel::Task(work) => {
+                let report_pipe = Some(of_the_program()?);
+                Self { input: memfd::sealed(c"input", &work.unpack().unwrap_or_default())?, report_pipe }
+            }
+            Channel::Service => {
+                let report_pipe = Some(of_the_program()?);
+                Self { input: descriptor::inherited(descriptors::SPECIFICATION)?, report_pipe }
+            }
+        })
     }
 }
 
 /// Their end and ours.
-fn lifeline_of(stop: Stop) -> nix::Result<(Option<OwnedFd>, Lifeline)> {
-    match stop {
-        Stop::Signal => Ok((None, Lifeline::None)),
-        Stop::Lifeline => {
+fn lifeline_of(channel: &Channel) -> nix::Result<(Option<OwnedFd>, Lifeline)> {
+    match channel {
+        Channel::None | Channel::Task(_) => Ok((None, Lifeline::None)),
+        Channel::Service => {
             let (theirs, ours) = descriptor::pipe()?;
             Ok((Some(theirs), Lifeline::Held(ours)))
         }
     }
 }
 
-fn start(
-    kernel: &mut impl Kernel,
-    spec: &KeeperSpec,
-    input: &OwnedFd,
-    reporter: &Reporter,
-) -> Result<Started, (Stage, Errno)> {
+fn start(kernel: &mut impl Kernel, spec: &KeeperSpec, given: &Given) -> Result<Started, (Stage, Errno)> {
     let at_files = |errno: Errno| (Stage::Files, errno);
     let (output, output_theirs) = descriptor::pipe().map_err(at_files)?;
     let (exec, exec_theirs) = descriptor::pipe().map_err(at_files)?;
     descriptor::set_nonblocking(&output).map_err(at_files)?;
     descriptor::set_nonblocking(&exec).map_err(at_files)?;
-    let (lifeline_theirs, lifeline) = lifeline_of(spec.stop).map_err(at_files)?;
+    let (lifeline_theirs, lifeline) = lifeline_of(&spec.channel).map_err(at_files)?;
     let identity = identity_of(&spec.user)?;
     let words = |e| (Stage::Exec, e);
     let argv = c_strings(spec.argv.iter().map(|a| a.clone().into_bytes())).map_err(words)?;
@@ -187,10 +196,8 @@ fn start(
     environment.push(CString::new(format!("CVM_RUN={}", spec.run)).map_err(|_| words(Errno::EINVAL))?.into());
     let directory = CString::new(spec.directory.as_str()).map_err(|_| (Stage::Directory, Errno::EINVAL))?;
     let out = output_theirs.as_fd();
-    let mut descriptors = vec![input.as_fd(), out, out];
-    if spec.passes_report || lifeline_theirs.is_some() {
-        descriptors.push(reporter.pipe().as_fd());
-    }
+    let mut descriptors = vec![given.input.as_fd(), out, out];
+    descriptors.extend(given.report_pipe.as_ref().map(AsFd::as_fd));
     descriptors.extend(lifeline_theirs.as_ref().map(AsFd::as_fd));
     let program = Program {
         path: argv.first().ok_or((Stage::Exec, Errno::EINVAL))?,

@@ -4,23 +4,20 @@
 use cvm_protocol::json_lines;
 use cvm_protocol::keeper::KeeperReport;
 use cvm_sys::descriptor;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 /// What is kept for a reader that has stopped reading. Many times what one life of a service says.
 const KEPT_MAX: usize = 64 * 1024;
 
 pub(crate) struct Reporter {
-    /// As it was handed over, for a program that reports too.
     pipe: OwnedFd,
-    /// The same pipe, of which only we know that it never waits.
-    own: OwnedFd,
     kept: Vec<u8>,
 }
 
 impl Reporter {
     pub(crate) fn new(pipe: OwnedFd) -> nix::Result<Self> {
-        let own = descriptor::own_nonblocking(pipe.as_raw_fd())?;
-        Ok(Self { pipe, own, kept: Vec::new() })
+        descriptor::set_nonblocking(&pipe)?;
+        Ok(Self { pipe, kept: Vec::new() })
     }
 
     pub(crate) fn send(&mut self, report: &KeeperReport) {
@@ -36,7 +33,7 @@ impl Reporter {
 
     pub(crate) fn flush(&mut self) {
         while !self.kept.is_empty() {
-            match descriptor::write_some(&self.own, &self.kept) {
+            match descriptor::write_some(&self.pipe, &self.kept) {
                 Ok(n) => drop(self.kept.drain(..n)),
                 Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EINTR) => return,
                 // PID 1 is there as long as anything is: this pipe is not one.
@@ -47,9 +44,10 @@ impl Reporter {
 
     /// What to wait for: room for what is kept.
     pub(crate) fn interest(&self) -> Option<BorrowedFd<'_>> {
-        (!self.kept.is_empty()).then(|| self.own.as_fd())
+        (!self.kept.is_empty()).then(|| self.pipe.as_fd())
     }
 
+    #[cfg(test)]
     pub(crate) fn pipe(&self) -> &OwnedFd {
         &self.pipe
     }

@@ -1,7 +1,7 @@
 //! How a service is described: everything in which one differs from another.
 
 use crate::backoff::Backoff;
-use crate::plan::StepName;
+use crate::plan::{GateName, Provides};
 use crate::service::{Liveness, Rules};
 use cvm_protocol::keeper::{Leftovers, Limits, Probe};
 use std::time::Duration;
@@ -19,13 +19,19 @@ pub struct Service {
     pub what: &'static str,
     /// A program without a slash is one of this build's own binaries.
     pub argv: Vec<String>,
-    pub ties: Ties,
+    /// Whether it is a program of ours, with a sealed specification, a report pipe and a lifeline.
+    pub has_channel: bool,
     /// The account it runs as.
     pub user: String,
     pub environment: Environment,
     pub directory: &'static str,
-    /// Boot steps without which it cannot run.
-    pub needs: &'static [StepName],
+    /// Gates without which it cannot run.
+    pub needs: &'static [GateName],
+    /// Gates that it opens and closes.
+    pub provides: Vec<Provides>,
+    /// The last word of a machine in which this service ended without a last word of its own. None: it leaves
+    /// nothing undone.
+    pub must_drain: Option<&'static str>,
     /// A task that runs before each start.
     pub prepare: Option<Prepare>,
     /// What to run once when it exits with 78.
@@ -50,17 +56,14 @@ pub struct Service {
     pub required: bool,
 }
 
-/// Which variables a service gets. None gets the supervisor's own.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Environment {
-    /// PATH, HOME and LANG.
-    Plain,
-    /// Plain, with limits for the Go in it: its collector lets twice the memory in use grow otherwise.
-    Storage,
-    /// Plain, with the iptables that works first in PATH.
-    Dockerd,
-    /// Plain, what the user passes through, and the gateway's own switches.
-    Gateway,
+/// Which variables a service gets, beside PATH, HOME, USER and LANG. None gets the supervisor's own.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Environment {
+    /// Searched before the rest of PATH.
+    pub path_first: Option<&'static str>,
+    pub variables: &'static [(&'static str, &'static str)],
+    /// Also what the user passes through, and the gateway's token.
+    pub of_the_gateway: bool,
 }
 
 /// Work before each start, done by `cvm-task`.
@@ -72,25 +75,38 @@ pub enum Prepare {
     FreePort(u16),
 }
 
-/// What a service and PID 1 say to each other besides signals and probes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Ties {
-    None,
-    /// The bucket's specification on standard input, reports on descriptor 3, and the order to
-    /// end as end of file on descriptor 4: see `cvm_protocol::storage`.
-    Storage,
-    /// Its specification on standard input, reports on descriptor 3: see `cvm_protocol::mux`.
-    Mux,
-}
-
-impl Ties {
-    /// Whether it is handed a specification, and says on descriptor 3 how it stands.
-    pub fn speaks(self) -> bool {
-        self != Self::None
-    }
-}
-
 impl Service {
+    /// One that runs as root, needs nothing, is not required, comes back soon for ever, and ends with all that it
+    /// has started.
+    pub fn new(name: &'static str, what: &'static str, argv: &[&str]) -> Self {
+        Self {
+            name,
+            what,
+            argv: argv.iter().map(|word| (*word).to_owned()).collect(),
+            has_channel: false,
+            user: "root".into(),
+            environment: Environment::default(),
+            directory: "/",
+            needs: &[],
+            provides: Vec::new(),
+            must_drain: None,
+            prepare: None,
+            repair: None,
+            backoff: Backoff::seconds(1, 30, 60),
+            stop_order: 1,
+            grace: Duration::from_secs(2),
+            leftovers: Leftovers::Kill,
+            liveness: None,
+            startup: None,
+            readiness: None,
+            oom_score_adj: 0,
+            limits: None,
+            says_started: None,
+            says_ready: None,
+            required: false,
+        }
+    }
+
     /// What the state machine needs to know of it.
     pub fn rules(&self) -> Rules {
         Rules {

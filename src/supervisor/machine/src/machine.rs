@@ -11,20 +11,20 @@
 //! A pure state machine over the machines of the single services. It owns which step may
 //! run, which service may start, and in which order things end.
 //!
-//! It knows no pids, files or clocks. What the storage worker's reports mean is in [`tree`].
+//! It knows no pids, files or clocks. What the reports of services mean is in [`gates`].
 
-mod tree;
+mod gates;
 
 use crate::description::Service;
 use crate::moment::Moment;
-use crate::plan::{STEP_BACKOFF, Step, StepName, Weight, Work};
+use crate::plan::{GateName, Plan, STEP_BACKOFF, Step, Weight, Work};
 use crate::service::{self, Refusal, Run, State, Unit};
 use cvm_protocol::exit_status::End;
-use cvm_protocol::report::Level;
-use cvm_protocol::storage::StorageReport;
+use cvm_protocol::fact::Fact;
+use cvm_protocol::report::{Level, ServiceReport};
 use cvm_protocol::time::words;
+pub use gates::Gate;
 use std::time::Duration;
-pub use tree::Tree;
 
 /// Index of a service in the plan.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -33,7 +33,7 @@ pub struct ServiceId(pub usize);
 /// One try of one step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Try {
-    pub step: StepName,
+    pub step: GateName,
     pub number: u32,
 }
 
@@ -48,15 +48,20 @@ pub enum Event {
         id: ServiceId,
         event: service::Event,
     },
-    /// What the storage worker said in one of its runs.
-    Storage {
+    /// What a service of ours said in one of its runs.
+    Report {
         id: ServiceId,
         run: Run,
-        report: StorageReport,
+        report: ServiceReport,
     },
     Order {
         id: ServiceId,
         order: Order,
+    },
+    /// The keeper of a service dropped lines of its log.
+    Dropped {
+        id: ServiceId,
+        lines: u64,
     },
     /// SIGTERM or SIGINT. A second one shortens.
     Terminate,
@@ -98,7 +103,7 @@ pub enum Action {
     Exit {
         /// Processes did not die of SIGKILL in time.
         abandoned: bool,
-        /// The bucket lacks something, or nobody knows whether it does.
+        /// A service left something undone, or nobody knows whether it did.
         undrained: bool,
     },
 }
@@ -146,7 +151,7 @@ pub enum StepState {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Next {
     TryAt(Moment),
-    /// Whoever does it goes on trying by itself.
+    /// Whoever does it keeps trying by itself.
     Underway,
     /// Nothing, before an operator has acted.
     Operator,
@@ -170,8 +175,11 @@ pub struct StepRecord {
     pub tries: u32,
     /// Its last try was given up on without having ended.
     pub held: bool,
-    /// What it works on was lost while it ran: whatever comes of it, it is to be done again.
+    /// A gate that it needs closed while it ran: whatever its outcome, it is done again.
     void: bool,
+    /// The service that opens the gate, where it is not this step's own task.
+    provider: Option<ServiceId>,
+    pub gate: Gate,
 }
 
 impl StepRecord {
@@ -191,6 +199,33 @@ pub struct ServiceRecord {
     pub unit: Unit,
     pub first_exec: Option<Moment>,
     pub first_ready: Option<Moment>,
+    /// Lines of its log that the disk was too slow for.
+    pub dropped_lines: u64,
+    /// How the service said last that it stands.
+    pub facts: Vec<Fact>,
+    last_word: gates::LastWord,
+    /// At any time in this life.
+    has_opened_a_gate: bool,
+    /// An operator's order that waits until nobody needs its gates any more.
+    later: Option<Order>,
+    notes: gates::NoteAllowance,
+}
+
+impl ServiceRecord {
+    fn new(service: Service) -> Self {
+        Self {
+            unit: Unit::new(service.rules()),
+            service,
+            first_exec: None,
+            first_ready: None,
+            dropped_lines: 0,
+            facts: Vec::new(),
+            last_word: gates::LastWord::Unsaid,
+            has_opened_a_gate: false,
+            later: None,
+            notes: gates::NoteAllowance::default(),
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -219,32 +254,36 @@ pub struct Machine {
     closing_since: Moment,
     /// What is left of [`OVERHEAD`].
     overhead: Duration,
-    storage: tree::Storage,
 }
 
 impl Machine {
-    pub fn new(steps: Vec<Step>, services: Vec<Service>) -> Self {
+    pub fn new(plan: Plan) -> Self {
+        let (steps, services) = plan.into_parts();
+        let provider = |step: &Step| match step.work {
+            Work::Service { name, .. } => services.iter().position(|s| s.name == name).map(ServiceId),
+            Work::Task => None,
+        };
         let steps = steps
             .into_iter()
-            .map(|step| StepRecord { step, state: StepState::Pending, tries: 0, held: false, void: false })
-            .collect();
-        let services = services
-            .into_iter()
-            .map(|service| {
-                let unit = Unit::new(service.rules());
-                ServiceRecord { service, unit, first_exec: None, first_ready: None }
+            .map(|step| StepRecord {
+                provider: provider(&step),
+                step,
+                state: StepState::Pending,
+                tries: 0,
+                held: false,
+                void: false,
+                gate: Gate::default(),
             })
             .collect();
-        let (phase, closing_since, storage) = (Phase::Up, Moment::default(), tree::Storage::default());
+        let services = services.into_iter().map(ServiceRecord::new).collect();
         Self {
             steps,
             services,
-            phase,
+            phase: Phase::Up,
             asked: false,
             hurried: false,
-            closing_since,
+            closing_since: Moment::default(),
             overhead: OVERHEAD,
-            storage,
         }
     }
 
@@ -341,7 +380,8 @@ impl Machine {
             Event::Boot => self.advance(now, &mut out),
             Event::StepEnded { of, outcome } => self.on_step_ended(of, outcome, now, &mut out),
             Event::Service { id, event } => self.on_service(id, event, now, &mut out),
-            Event::Storage { id, run, report } => self.on_storage(id, run, report, now, &mut out),
+            Event::Report { id, run, report } => self.on_report(id, run, report, now, &mut out),
+            Event::Dropped { id, lines } => self.on_dropped(id, lines, &mut out),
             Event::Order { id, order } => self.on_order(id, order, now, &mut out),
             Event::Terminate => self.on_terminate(now, &mut out),
             Event::Defect => self.on_defect(now, &mut out),
@@ -352,17 +392,25 @@ impl Machine {
             }
             Event::Tick => self.on_tick(now, &mut out),
         }
-        self.settle_worker(now, &mut out);
+        self.hold_or_release_providers(now, &mut out);
         self.progress(now, &mut out);
         out
     }
 
     fn on_service(&mut self, id: ServiceId, event: service::Event, now: Moment, out: &mut Vec<Action>) {
         // Before the service itself hears of it, which may start it again at once.
-        self.watch_worker(id, &event, now, out);
+        self.watch_provider(id, &event, now, out);
         self.tell_unit(id, event, now, out);
         // Something may have waited for this end.
         self.advance(now, out);
+    }
+
+    fn on_dropped(&mut self, id: ServiceId, lines: u64, out: &mut Vec<Action>) {
+        let Some(record) = self.services.get_mut(id.0) else { return };
+        record.dropped_lines += lines;
+        let name = record.service.name;
+        let text = format!("{name}: {lines} log lines dropped, the disk was slower than the service");
+        out.push(Action::Say(Level::Warn, text));
     }
 
     /// Starts whatever has become possible.
@@ -391,28 +439,32 @@ impl Machine {
     fn may_begin(&self, index: usize) -> bool {
         let Some(record) = self.steps.get(index) else { return false };
         record.state == StepState::Pending
-            // Of a tree that was lost: the new one is theirs who come later.
-            && !self.is_stood_on(record.step.name)
+            // While somebody from before the gate closed is still alive, it does not open anew.
+            && !self.is_in_use(record.step.name)
+            && (record.provider.is_none() || self.services_may_start())
             && record.step.after.iter().all(|name| self.has_settled(*name))
             && record.step.needs.iter().all(|name| self.is_done(*name))
     }
 
     fn may_start(&self, index: usize) -> bool {
-        // SSH first: nothing starts before its step has come to an end, good or bad. And sshd does not
-        // before it is known whose keys it may take.
-        [StepName::Ssh, StepName::Volume].into_iter().all(|step| self.has_settled(step))
+        self.services_may_start()
             && self.services.get(index).is_some_and(|s| s.service.needs.iter().all(|n| self.is_done(*n)))
     }
 
-    fn record_of(&self, name: StepName) -> Option<&StepRecord> {
+    /// Whether the steps that come before every service have ended.
+    fn services_may_start(&self) -> bool {
+        self.steps.iter().filter(|r| r.step.before_services).all(StepRecord::has_settled)
+    }
+
+    fn record_of(&self, name: GateName) -> Option<&StepRecord> {
         self.steps.iter().find(|r| r.step.name == name)
     }
 
-    fn has_settled(&self, name: StepName) -> bool {
+    fn has_settled(&self, name: GateName) -> bool {
         self.record_of(name).is_none_or(StepRecord::has_settled)
     }
 
-    fn is_done(&self, name: StepName) -> bool {
+    fn is_done(&self, name: GateName) -> bool {
         self.record_of(name).is_none_or(|r| matches!(r.state, StepState::Done { .. }))
     }
 
@@ -422,8 +474,9 @@ impl Machine {
         (record.held, record.void) = (false, false);
         record.state = StepState::Running { since: now };
         out.push(match &record.step.work {
-            Work::Run => Action::RunStep(Try { step: record.step.name, number: record.tries }),
-            Work::Awaited { says, .. } => Action::Say(Level::Info, says.clone()),
+            Work::Task => Action::RunStep(Try { step: record.step.name, number: record.tries }),
+            Work::Service { says: Some(says), .. } => Action::Say(Level::Info, says.clone()),
+            Work::Service { says: None, .. } => return,
         });
     }
 
@@ -462,7 +515,7 @@ impl Machine {
 
     fn fail_step(
         &mut self,
-        name: StepName,
+        name: GateName,
         began: Moment,
         refusal: Refusal,
         now: Moment,
@@ -483,7 +536,7 @@ impl Machine {
             Next::TryAt(_) => format!("next try in {}", words(wait)),
             Next::Underway | Next::Operator => "trying again cannot help until something is changed".into(),
         };
-        out.push(Action::Say(level, format!("Boot step {} failed: {why}; {follows}", name.as_str())));
+        out.push(Action::Say(level, format!("Boot step {} failed: {why}; {follows}", name.0)));
         record.state = StepState::Failed { began, took: now.since(began), why, next };
     }
 
@@ -529,14 +582,14 @@ impl Machine {
     }
 
     /// Failed steps among `names`, and among what those need, are tried again at once.
-    fn retry_now(&mut self, names: &[StepName], now: Moment, out: &mut Vec<Action>) {
+    fn retry_now(&mut self, names: &[GateName], now: Moment, out: &mut Vec<Action>) {
         for name in names {
             let Some(index) = self.steps.iter().position(|r| r.step.name == *name) else { continue };
             let Some(record) = self.steps.get(index) else { continue };
             let needs = record.step.needs;
-            if matches!(record.step.work, Work::Awaited { .. }) {
+            if matches!(record.step.work, Work::Service { .. }) {
                 if needs.iter().all(|n| self.is_done(*n)) {
-                    self.wake_worker(now, out);
+                    self.wake_provider(index, now, out);
                 } else {
                     self.retry_now(needs, now, out);
                 }
@@ -586,7 +639,7 @@ impl Machine {
             format!("Stopping: services get up to {} in all", words(self.stop_budget())),
         ));
         for record in &mut self.steps {
-            if record.state.is_alive() && record.step.work == Work::Run {
+            if record.state.is_alive() && record.step.work == Work::Task {
                 let of = Try { step: record.step.name, number: record.tries };
                 out.push(Action::KillStep { of, hard: false });
             }
@@ -656,9 +709,9 @@ impl Machine {
         } else {
             Action::Say(Level::Info, format!("Stopped in order after {took}"))
         });
-        let missing = self.missing_in_bucket();
-        let undrained = missing.is_some();
-        out.extend(missing.map(|text| Action::Say(Level::Error, text)));
+        let undone = self.left_undone();
+        let undrained = !undone.is_empty();
+        out.extend(undone.into_iter().map(|text| Action::Say(Level::Error, text)));
         out.push(Action::Exit { abandoned, undrained });
     }
 
@@ -728,7 +781,7 @@ impl Machine {
         let name = record.service.name;
         let required = record.service.required;
         out.extend(actions.into_iter().map(|action| match action {
-            // What nobody depends on warns and does not cry.
+            // A failed optional service is a warning.
             service::Action::Say(Level::Error, text) if !required => {
                 Action::Say(Level::Warn, format!("{name}: {text}"))
             }

@@ -1,11 +1,10 @@
 //! The snapshot of the machine's state that operators are shown. Reads everything, and nobody reads it back.
 
-use crate::machine::{self, Machine, Next, ServiceRecord, StepRecord, StepState, Tree};
+use crate::machine::{self, Machine, Next, ServiceRecord, StepRecord, StepState};
 use crate::moment::Moment;
 use crate::plan::Weight;
 use crate::service::{Life, State};
 use cvm_protocol::doors::Door;
-use cvm_protocol::mux::MuxStatus;
 use cvm_protocol::status::{Fingerprint, Phase, Remark, Service, Status, Step, Storage};
 use cvm_protocol::time::words;
 use std::time::Duration;
@@ -18,41 +17,25 @@ pub struct About {
     pub keys: Vec<Fingerprint>,
     pub doors: Vec<Door>,
     pub remarks: Vec<Remark>,
-    /// Log lines dropped, for each service.
-    pub dropped_lines: Vec<u64>,
-    /// The last word of the mux client.
-    pub mux: Option<MuxStatus>,
 }
 
 /// The snapshot of this moment.
 pub fn snapshot(machine: &Machine, about: &About, now: Moment) -> Status {
     let boot: Vec<Step> = machine.steps().iter().map(|r| step(r, now)).collect();
-    let dropped = about.dropped_lines.iter().copied().chain(std::iter::repeat(0));
-    let services: Vec<Service> =
-        machine.services().iter().zip(dropped).map(|(r, lost)| service(machine, r, lost, now)).collect();
+    let services: Vec<Service> = machine.services().iter().map(|r| service(machine, r, now)).collect();
     let unhealthy = complaints(machine, &boot, &services);
     Status {
         version: about.version.clone(),
         phase: phase(machine),
         uptime_ms: now.as_millis(),
-        storage: with_tree(&about.storage, machine.tree()),
+        storage: about.storage.clone(),
         keys: about.keys.clone(),
         doors: about.doors.clone(),
         remarks: about.remarks.clone(),
         boot,
         services,
-        mux: about.mux.clone(),
         healthy: unhealthy.is_empty(),
         unhealthy,
-    }
-}
-
-fn with_tree(storage: &Storage, tree: Option<&Tree>) -> Storage {
-    Storage {
-        how: tree.map(|t| t.mode.as_str().to_owned()),
-        reason: tree.and_then(|t| t.reason.clone()),
-        independent: tree.map(|t| t.independent),
-        ..storage.clone()
     }
 }
 
@@ -102,7 +85,7 @@ fn millis(span: Duration) -> u64 {
 
 fn step(record: &StepRecord, now: Moment) -> Step {
     let mut shown = Step {
-        name: record.step.name.as_str().to_owned(),
+        name: record.step.name.0.to_owned(),
         state: String::new(),
         required: record.step.weight == Weight::Required,
         began_ms: None,
@@ -139,7 +122,7 @@ fn step(record: &StepRecord, now: Moment) -> Step {
 /// What `next_action` says when nothing is due.
 const NOTHING: &str = "-";
 
-fn service(machine: &Machine, record: &ServiceRecord, dropped_lines: u64, now: Moment) -> Service {
+fn service(machine: &Machine, record: &ServiceRecord, now: Moment) -> Service {
     let unit = &record.unit;
     let name = record.service.name;
     let mut shown = Service {
@@ -159,7 +142,8 @@ fn service(machine: &Machine, record: &ServiceRecord, dropped_lines: u64, now: M
         next_start_in_ms: None,
         next_action: NOTHING.to_owned(),
         required: record.service.required,
-        dropped_lines,
+        dropped_lines: record.dropped_lines,
+        facts: record.facts.clone(),
     };
     if let Some(past) = unit.last() {
         let text = match (&past.why, &past.end) {
@@ -200,7 +184,7 @@ fn service(machine: &Machine, record: &ServiceRecord, dropped_lines: u64, now: M
         }
         State::Waiting { .. } if unit.is_held() => {
             shown.why = unit.last().and_then(|p| p.why.clone());
-            ("waiting", "starts when nothing stands on its last tree any more".to_owned())
+            ("waiting", "starts when everything that needs its gate has ended".to_owned())
         }
         State::Waiting { until } => {
             shown.why = unit.last().and_then(|p| p.why.clone());
@@ -219,26 +203,26 @@ fn service(machine: &Machine, record: &ServiceRecord, dropped_lines: u64, now: M
 }
 
 fn blocked(machine: &Machine, record: &ServiceRecord, shown: &mut Service) -> (&'static str, String) {
-    match machine.missing_for(&record.service) {
-        Some(missing) => {
-            let name = missing.step.name.as_str();
-            shown.why = match &missing.state {
-                StepState::Failed { why, .. } => Some(format!("boot step {name}: {why}")),
-                _ => Some(format!("boot step {name} is not done yet")),
-            };
-            let next = match &missing.state {
-                StepState::Failed { next: Next::Operator, .. } => {
-                    format!("mend it, then `cvm start {}`", record.service.name)
-                }
-                StepState::Failed { next: Next::Underway, .. } => {
-                    format!("starts when boot step {name} is done; the storage worker goes on trying")
-                }
-                _ => format!("starts when boot step {name} is done"),
-            };
-            ("blocked", next)
+    let Some(missing) = machine.missing_for(&record.service) else {
+        let first = machine.steps().iter().filter(|r| r.step.before_services).map(|r| r.step.name.0);
+        let first: Vec<&str> = first.collect();
+        return ("blocked", format!("starts when boot steps {} have ended", first.join(" and ")));
+    };
+    let name = missing.step.name.0;
+    shown.why = match &missing.state {
+        StepState::Failed { why, .. } => Some(format!("boot step {name}: {why}")),
+        _ => Some(format!("boot step {name} is not done yet")),
+    };
+    let next = match &missing.state {
+        StepState::Failed { next: Next::Operator, .. } => {
+            format!("mend it, then `cvm start {}`", record.service.name)
         }
-        None => ("blocked", "starts when boot step ssh has ended".to_owned()),
-    }
+        StepState::Failed { next: Next::Underway, .. } => {
+            format!("starts when boot step {name} is done; {} keeps trying", missing.provided_by())
+        }
+        _ => format!("starts when boot step {name} is done"),
+    };
+    ("blocked", next)
 }
 
 fn running(record: &ServiceRecord, ready: bool, since: Moment, life: Life) -> (&'static str, String) {

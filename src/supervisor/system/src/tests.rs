@@ -1,27 +1,28 @@
 //! The whole machine in virtual time: boots, orders and shutdowns, with the real plan and with
 //! plans made by hand, and a world that reports whatever it likes.
 
-use crate::boot_plan;
 use crate::config::Config;
 use crate::env::Environment;
-use crate::services;
+use crate::gates;
+use crate::roles::{self, Given};
 use cvm_machine::backoff::Backoff;
-use cvm_machine::description::{self, Service};
+use cvm_machine::description::Service;
 use cvm_machine::machine::{
     Action, Event, Machine, Next, Order, Phase, ServiceId, StepRecord, StepState, Try, unreported,
 };
 use cvm_machine::moment::Moment;
-use cvm_machine::plan::{Step, StepName, Weight, Work};
+use cvm_machine::plan::{GateName, Plan, Step, Weight, Work};
 use cvm_machine::service::{self, Event as Happens, Liveness, Refusal, Run, State, Unit};
 use cvm_machine::snapshot::{self, About};
 use cvm_protocol::exit_status::End;
-use cvm_protocol::keeper::{Leftovers, Probe};
-use cvm_protocol::report::Level;
+use cvm_protocol::keeper::Probe;
+use cvm_protocol::report::{GateState, Level, ServiceReport};
 use cvm_protocol::status::{self, Status};
-use cvm_protocol::storage::StorageReport;
 use proptest::prelude::*;
 use std::time::Duration;
 
+mod provided;
+mod specifications;
 mod storage;
 
 const MS: Duration = Duration::from_millis(1);
@@ -43,7 +44,12 @@ fn config(pairs: &[(&str, &str)]) -> Config {
 }
 
 fn machine_of(config: &Config) -> Machine {
-    Machine::new(boot_plan::steps(config), services::services(config))
+    let given = Given { config, keys: None, owner_epoch: 0 };
+    roles::gateway(&given).map_or_else(|why| panic!("{why}"), |(plan, _)| Machine::new(plan))
+}
+
+fn machine(steps: Vec<Step>, services: Vec<Service>) -> Machine {
+    Plan::new(steps, services).map_or_else(|why| panic!("{why}"), Machine::new)
 }
 
 /// Everything that a bucket needs.
@@ -77,7 +83,7 @@ impl Boot {
     fn with_ssh() -> Self {
         let mut boot = Self::of(machine_of(&config(&[])));
         boot.send(Event::Boot);
-        boot.done(StepName::Ssh);
+        boot.done(gates::SSH);
         boot.runs("sshd");
         boot
     }
@@ -86,7 +92,7 @@ impl Boot {
     fn up() -> Self {
         let mut boot = Self::local();
         boot.send(Event::Boot);
-        for step in [StepName::Ssh, StepName::Home, StepName::State] {
+        for step in [gates::SSH, gates::HOME, gates::STATE] {
             boot.done(step);
         }
         for name in ["sshd", "dockerd", "gateway"] {
@@ -118,25 +124,25 @@ impl Boot {
         done
     }
 
-    fn step(&self, name: StepName) -> &StepRecord {
+    fn step(&self, name: GateName) -> &StepRecord {
         self.machine.steps().iter().find(|r| r.step.name == name).unwrap()
     }
 
-    fn ended(&mut self, name: StepName, outcome: Result<(), Refusal>) -> Vec<Action> {
+    fn ended(&mut self, name: GateName, outcome: Result<(), Refusal>) -> Vec<Action> {
         // The step beside it, which starts nothing as long as this one runs.
-        let volume = self.machine.steps().iter().find(|r| r.step.name == StepName::Volume);
-        if name == StepName::Ssh && volume.is_some_and(|r| matches!(r.state, StepState::Running { .. })) {
-            self.done(StepName::Volume);
+        let volume = self.machine.steps().iter().find(|r| r.step.name == gates::VOLUME);
+        if name == gates::SSH && volume.is_some_and(|r| matches!(r.state, StepState::Running { .. })) {
+            self.done(gates::VOLUME);
         }
         let of = Try { step: name, number: self.step(name).tries };
         self.send(Event::StepEnded { of, outcome })
     }
 
-    fn done(&mut self, name: StepName) -> Vec<Action> {
+    fn done(&mut self, name: GateName) -> Vec<Action> {
         self.ended(name, Ok(()))
     }
 
-    fn fails(&mut self, name: StepName, retry: bool) -> Vec<Action> {
+    fn fails(&mut self, name: GateName, retry: bool) -> Vec<Action> {
         self.ended(name, Err(Refusal { why: "no space left on device".into(), retry }))
     }
 
@@ -182,15 +188,7 @@ impl Boot {
 
     fn status(&self) -> Status {
         let storage = status::Storage::new("local", "");
-        let about = About {
-            version: "0".into(),
-            storage,
-            keys: vec![],
-            doors: vec![],
-            remarks: vec![],
-            dropped_lines: vec![],
-            mux: None,
-        };
+        let about = About { version: "0".into(), storage, keys: vec![], doors: vec![], remarks: vec![] };
         snapshot::snapshot(&self.machine, &about, self.now)
     }
 
@@ -212,9 +210,9 @@ impl Boot {
     fn deed(&self, action: &Action) -> Option<String> {
         use service::Action as Do;
         Some(match action {
-            Action::RunStep(of) => format!("run {}#{}", of.step.as_str(), of.number),
-            Action::KillStep { of, hard: false } => format!("end {}#{}", of.step.as_str(), of.number),
-            Action::KillStep { of, hard: true } => format!("kill {}#{}", of.step.as_str(), of.number),
+            Action::RunStep(of) => format!("run {}#{}", of.step.0, of.number),
+            Action::KillStep { of, hard: false } => format!("end {}#{}", of.step.0, of.number),
+            Action::KillStep { of, hard: true } => format!("kill {}#{}", of.step.0, of.number),
             Action::SignalAll { hard: false } => "TERM all".into(),
             Action::SignalAll { hard: true } => "KILL all".into(),
             Action::Exit { abandoned: false, undrained: false } => "exit".into(),
@@ -253,8 +251,8 @@ fn said(actions: &[Action]) -> Vec<(Level, &str)> {
 fn nothing_at_all_is_started_before_the_ssh_step_has_ended() {
     let mut boot = Boot::local();
     let run = |step| Action::RunStep(Try { step, number: 1 });
-    assert_eq!(boot.send(Event::Boot), [run(StepName::Ssh), run(StepName::Volume)]);
-    assert_eq!(boot.done(StepName::Volume), []);
+    assert_eq!(boot.send(Event::Boot), [run(gates::SSH), run(gates::VOLUME)]);
+    assert_eq!(boot.done(gates::VOLUME), []);
     assert_eq!(boot.pass(s(9)), []);
 }
 
@@ -262,9 +260,9 @@ fn nothing_at_all_is_started_before_the_ssh_step_has_ended() {
 fn sshd_is_not_started_before_it_is_known_whose_volume_it_is() {
     let mut boot = Boot::local();
     boot.send(Event::Boot);
-    let of = Try { step: StepName::Ssh, number: 1 };
+    let of = Try { step: gates::SSH, number: 1 };
     assert_eq!(boot.send(Event::StepEnded { of, outcome: Ok(()) }), []);
-    let done = boot.done(StepName::Volume);
+    let done = boot.done(gates::VOLUME);
     assert_eq!(boot.deeds(&done), ["prepare sshd", "prepare dockerd", "run home#1"]);
 }
 
@@ -276,8 +274,8 @@ fn on_a_volume_of_somebody_elses_nothing_starts_but_sshd_until_an_operator_has_a
     ] {
         let mut boot = Boot::of(machine_of(&config(&[pairs, &[("ENABLE_DOCKER", "1")]].concat())));
         boot.send(Event::Boot);
-        boot.fails(StepName::Volume, false);
-        let done = boot.done(StepName::Ssh);
+        boot.fails(gates::VOLUME, false);
+        let done = boot.done(gates::SSH);
         assert_eq!(boot.deeds(&done), beside);
         for deed in beside {
             boot.runs(deed.split(' ').next_back().expect("a verb and a name"));
@@ -288,7 +286,7 @@ fn on_a_volume_of_somebody_elses_nothing_starts_but_sshd_until_an_operator_has_a
         // The order goes to the first cause. The worker would push a stranger's volume to his bucket.
         let done = boot.order("gateway", Order::Start);
         assert_eq!(boot.deeds(&done), ["run volume#2"]);
-        let done = boot.done(StepName::Volume);
+        let done = boot.done(gates::VOLUME);
         assert_eq!(boot.deeds(&done), after);
     }
 }
@@ -297,7 +295,7 @@ fn on_a_volume_of_somebody_elses_nothing_starts_but_sshd_until_an_operator_has_a
 fn a_volume_that_does_not_answer_holds_sshd_up_no_longer_than_the_deadline_and_two_kills() {
     let mut boot = Boot::local();
     boot.send(Event::Boot);
-    let of = Try { step: StepName::Ssh, number: 1 };
+    let of = Try { step: gates::SSH, number: 1 };
     boot.send(Event::StepEnded { of, outcome: Ok(()) });
     let done = boot.pass(s(16));
     assert_eq!(boot.deeds(&done), ["end volume#1", "kill volume#1", "prepare sshd"]);
@@ -307,7 +305,7 @@ fn a_volume_that_does_not_answer_holds_sshd_up_no_longer_than_the_deadline_and_t
 fn sshd_is_started_before_everything_else() {
     let mut boot = Boot::local();
     boot.send(Event::Boot);
-    let done = boot.done(StepName::Ssh);
+    let done = boot.done(gates::SSH);
     assert_eq!(boot.deeds(&done), ["prepare sshd", "prepare dockerd", "run home#1"]);
 }
 
@@ -315,10 +313,10 @@ fn sshd_is_started_before_everything_else() {
 fn a_boot_goes_through_its_steps_in_order_and_starts_the_gateway_last() {
     let mut boot = Boot::local();
     let mut done = boot.send(Event::Boot);
-    done.extend(boot.done(StepName::Ssh));
+    done.extend(boot.done(gates::SSH));
     done.extend(boot.runs("sshd"));
-    done.extend(boot.done(StepName::Home));
-    done.extend(boot.done(StepName::State));
+    done.extend(boot.done(gates::HOME));
+    done.extend(boot.done(gates::STATE));
     done.extend(boot.runs("gateway"));
     let expected = [
         "run ssh#1",
@@ -339,12 +337,9 @@ fn the_lines_that_operators_look_for_are_said_word_for_word_when_they_become_tru
     let line = |text: &'static str| vec![(Level::Info, text)];
     let mut boot = Boot::local();
     boot.send(Event::Boot);
-    assert_eq!(said(&boot.done(StepName::Ssh)), [], "launched is not started");
+    assert_eq!(said(&boot.done(gates::SSH)), [], "launched is not started");
     assert_eq!(said(&boot.runs("sshd")), line("SSH daemon started."));
-    assert_eq!(
-        said(&boot.done(StepName::Home)),
-        line("Home symlinks created (~/.openclaw, ~/.config → /data)")
-    );
+    assert_eq!(said(&boot.done(gates::HOME)), line("Home symlinks created (~/.openclaw, ~/.config → /data)"));
     assert_eq!(said(&boot.runs("dockerd")), [], "running is not ready");
     boot.pass(s(2));
     let ready = Happens::Readiness { run: boot.run("dockerd"), ready: true };
@@ -358,7 +353,7 @@ fn the_lines_that_operators_look_for_are_said_word_for_word_when_they_become_tru
 fn a_failed_ssh_step_is_a_warning_and_the_rest_goes_on() {
     let mut boot = Boot::local();
     boot.send(Event::Boot);
-    let done = boot.fails(StepName::Ssh, true);
+    let done = boot.fails(gates::SSH, true);
     assert_eq!(
         said(&done),
         [(Level::Warn, "Boot step ssh failed: no space left on device; next try in 2 s")]
@@ -368,7 +363,7 @@ fn a_failed_ssh_step_is_a_warning_and_the_rest_goes_on() {
     assert_eq!(boot.shown("sshd").why.as_deref(), Some("boot step ssh: no space left on device"));
     let retried = boot.pass(s(2));
     assert_eq!(boot.deeds(&retried), ["run ssh#2"]);
-    let done = boot.done(StepName::Ssh);
+    let done = boot.done(gates::SSH);
     assert_eq!(boot.deeds(&done), ["prepare sshd"], "SSH comes up as soon as it can");
 }
 
@@ -376,7 +371,7 @@ fn a_failed_ssh_step_is_a_warning_and_the_rest_goes_on() {
 fn an_ssh_step_that_hangs_holds_the_boot_up_no_longer_than_its_deadline_and_two_kills() {
     let mut boot = Boot::local();
     boot.send(Event::Boot);
-    boot.done(StepName::Volume);
+    boot.done(gates::VOLUME);
     let mut times = Vec::new();
     for _ in 0..16_000 {
         let done = boot.pass(MS);
@@ -399,7 +394,7 @@ fn an_ssh_step_that_hangs_holds_the_boot_up_no_longer_than_its_deadline_and_two_
         0,
         "no second victim"
     );
-    let freed = boot.ended(StepName::Ssh, Err(unreported(&End::Signal(9))));
+    let freed = boot.ended(gates::SSH, Err(unreported(&End::Signal(9))));
     assert_eq!(
         said(&freed),
         [(Level::Warn, "Boot step ssh failed: it took longer than its 10 s and was ended; next try in 2 s")]
@@ -415,18 +410,18 @@ fn a_step_that_the_kernel_holds_is_tried_again_on_an_operators_order_and_its_old
     assert_eq!(boot.shown("gateway").next_action, "mend it, then `cvm start gateway`");
     let done = boot.order("gateway", Order::Start);
     assert_eq!(boot.deeds(&done), ["run home#2"]);
-    let old = Try { step: StepName::Home, number: 1 };
+    let old = Try { step: gates::HOME, number: 1 };
     assert_eq!(boot.send(Event::StepEnded { of: old, outcome: Ok(()) }), []);
-    boot.fails(StepName::Home, false);
-    assert_eq!(boot.done(StepName::Home), [], "each try ends once");
+    boot.fails(gates::HOME, false);
+    assert_eq!(boot.done(gates::HOME), [], "each try ends once");
 }
 
 #[test]
 fn a_step_that_the_kernel_held_ends_once() {
     let mut boot = Boot::with_ssh();
     boot.pass(s(306));
-    boot.fails(StepName::Home, true);
-    assert_eq!(boot.done(StepName::Home), []);
+    boot.fails(gates::HOME, true);
+    assert_eq!(boot.done(gates::HOME), []);
     let done = boot.pass(s(2));
     assert_eq!(boot.deeds(&done), ["run home#2"]);
 }
@@ -435,12 +430,12 @@ fn a_step_that_the_kernel_held_ends_once() {
 fn trying_the_ssh_step_again_holds_nothing_up() {
     let mut boot = Boot::local();
     boot.send(Event::Boot);
-    boot.fails(StepName::Ssh, true);
+    boot.fails(gates::SSH, true);
     boot.order("gateway", Order::Stop);
     boot.pass(s(2));
-    assert!(matches!(boot.step(StepName::Ssh).state, StepState::Running { .. }));
-    boot.done(StepName::Home);
-    boot.done(StepName::State);
+    assert!(matches!(boot.step(gates::SSH).state, StepState::Running { .. }));
+    boot.done(gates::HOME);
+    boot.done(gates::STATE);
     let done = boot.order("gateway", Order::Start);
     assert_eq!(boot.deeds(&done), ["prepare gateway"]);
     boot.runs("gateway");
@@ -452,9 +447,9 @@ fn trying_the_ssh_step_again_holds_nothing_up() {
 fn a_failed_required_step_keeps_the_gateway_down_and_ssh_up_and_status_says_why() {
     let mut boot = Boot::local();
     boot.send(Event::Boot);
-    boot.done(StepName::Ssh);
+    boot.done(gates::SSH);
     boot.runs("sshd");
-    let done = boot.fails(StepName::Home, true);
+    let done = boot.fails(gates::HOME, true);
     assert_eq!(
         said(&done),
         [(Level::Error, "Boot step home failed: no space left on device; next try in 2 s")]
@@ -481,18 +476,16 @@ fn a_failed_step_is_tried_again_after_2_4_8_16_32_60_60_seconds() {
     let mut boot = Boot::with_ssh();
     let mut waits = Vec::new();
     for _ in 0..7 {
-        boot.fails(StepName::Home, true);
-        let StepState::Failed { next: Next::TryAt(at), .. } = boot.step(StepName::Home).state else {
-            panic!()
-        };
+        boot.fails(gates::HOME, true);
+        let StepState::Failed { next: Next::TryAt(at), .. } = boot.step(gates::HOME).state else { panic!() };
         let wait = at.since(boot.now);
         assert_eq!(boot.pass(just_under(wait)), []);
         let done = boot.pass(MS);
-        assert_eq!(boot.deeds(&done), [format!("run home#{}", boot.step(StepName::Home).tries)]);
+        assert_eq!(boot.deeds(&done), [format!("run home#{}", boot.step(gates::HOME).tries)]);
         waits.push(wait.as_secs());
     }
     assert_eq!(waits, [2, 4, 8, 16, 32, 60, 60]);
-    let done = boot.done(StepName::Home);
+    let done = boot.done(gates::HOME);
     assert_eq!(boot.deeds(&done), ["run state#1"]);
     assert_eq!(boot.status().phase, status::Phase::Booting);
 }
@@ -502,13 +495,13 @@ fn an_operators_start_of_the_gateway_tries_its_failed_step_again_at_once() {
     for (retry, order) in [(true, Order::Start), (false, Order::Start), (false, Order::Restart)] {
         let mut boot = Boot::local();
         boot.send(Event::Boot);
-        boot.done(StepName::Ssh);
-        boot.fails(StepName::Home, retry);
+        boot.done(gates::SSH);
+        boot.fails(gates::HOME, retry);
         let done = boot.order("gateway", order);
         assert_eq!(boot.deeds(&done), ["run home#2"]);
         assert_eq!(boot.order("gateway", order), [], "it is being tried already");
-        boot.done(StepName::Home);
-        let done = boot.done(StepName::State);
+        boot.done(gates::HOME);
+        let done = boot.done(gates::STATE);
         assert_eq!(boot.deeds(&done), ["prepare gateway"]);
     }
 }
@@ -516,8 +509,8 @@ fn an_operators_start_of_the_gateway_tries_its_failed_step_again_at_once() {
 #[test]
 fn a_step_that_cannot_succeed_by_itself_waits_for_an_operator_and_says_so() {
     let mut boot = Boot::with_ssh();
-    boot.done(StepName::Home);
-    let done = boot.fails(StepName::State, false);
+    boot.done(gates::HOME);
+    let done = boot.fails(gates::STATE, false);
     let text = "Boot step state failed: no space left on device; trying again cannot help until something is changed";
     assert_eq!(said(&done), [(Level::Error, text)]);
     assert_eq!(boot.pass(s(100_000)), []);
@@ -527,14 +520,14 @@ fn a_step_that_cannot_succeed_by_itself_waits_for_an_operator_and_says_so() {
 #[test]
 fn a_step_past_its_deadline_is_ended_then_killed_and_its_late_failure_is_called_lateness() {
     let mut boot = Boot::with_ssh();
-    boot.done(StepName::Home);
+    boot.done(gates::HOME);
     assert_eq!(boot.pass(just_under(s(60))), []);
     let done = boot.pass(MS);
     assert_eq!(boot.deeds(&done), ["end state#1"]);
     assert_eq!(boot.pass(just_under(s(3))), []);
     let done = boot.pass(MS);
     assert_eq!(boot.deeds(&done), ["kill state#1"]);
-    let done = boot.ended(StepName::State, Err(unreported(&End::Signal(9))));
+    let done = boot.ended(gates::STATE, Err(unreported(&End::Signal(9))));
     let text = "Boot step state failed: it took longer than its 1 min and was ended; next try in 2 s";
     assert_eq!(said(&done), [(Level::Error, text)]);
 }
@@ -543,10 +536,10 @@ fn a_step_past_its_deadline_is_ended_then_killed_and_its_late_failure_is_called_
 fn a_step_that_reports_success_while_it_is_being_ended_has_succeeded() {
     let mut boot = Boot::local();
     boot.send(Event::Boot);
-    boot.done(StepName::Ssh);
-    boot.done(StepName::Home);
+    boot.done(gates::SSH);
+    boot.done(gates::HOME);
     boot.pass(s(60));
-    let done = boot.done(StepName::State);
+    let done = boot.done(gates::STATE);
     assert!(boot.deeds(&done).contains(&"prepare gateway".to_owned()), "its work is done");
 }
 
@@ -554,15 +547,15 @@ fn a_step_that_reports_success_while_it_is_being_ended_has_succeeded() {
 fn an_outcome_of_an_earlier_try_changes_nothing() {
     let mut boot = Boot::local();
     boot.send(Event::Boot);
-    boot.done(StepName::Ssh);
-    boot.fails(StepName::Home, true);
+    boot.done(gates::SSH);
+    boot.fails(gates::HOME, true);
     boot.pass(s(2));
-    let before = boot.step(StepName::Home).state.clone();
-    let of = Try { step: StepName::Home, number: 1 };
+    let before = boot.step(gates::HOME).state.clone();
+    let of = Try { step: gates::HOME, number: 1 };
     assert_eq!(boot.send(Event::StepEnded { of, outcome: Ok(()) }), []);
-    assert_eq!(boot.step(StepName::Home).state, before);
-    boot.done(StepName::Home);
-    assert_eq!(boot.fails(StepName::Home, true), [], "and an outcome said twice neither");
+    assert_eq!(boot.step(gates::HOME).state, before);
+    boot.done(gates::HOME);
+    assert_eq!(boot.fails(gates::HOME, true), [], "and an outcome said twice neither");
 }
 
 #[test]
@@ -580,7 +573,7 @@ fn a_stop_ordered_before_a_service_could_start_is_honoured_and_can_be_taken_back
     boot.send(Event::Boot);
     assert_eq!(boot.order("gateway", Order::Stop), []);
     assert_eq!(boot.shown("gateway").state, "stopped");
-    for step in [StepName::Ssh, StepName::Home, StepName::State] {
+    for step in [gates::SSH, gates::HOME, gates::STATE] {
         let done = boot.done(step);
         assert!(!boot.deeds(&done).iter().any(|d| d.ends_with("gateway")), "{done:?}");
     }
@@ -595,9 +588,9 @@ fn a_start_ordered_before_a_service_can_start_is_remembered() {
     boot.order("gateway", Order::Stop);
     assert_eq!(boot.order("gateway", Order::Start), []);
     assert_eq!(boot.shown("gateway").state, "blocked");
-    boot.done(StepName::Ssh);
-    boot.done(StepName::Home);
-    let done = boot.done(StepName::State);
+    boot.done(gates::SSH);
+    boot.done(gates::HOME);
+    let done = boot.done(gates::STATE);
     assert_eq!(boot.deeds(&done), ["prepare gateway"]);
 }
 
@@ -638,7 +631,7 @@ fn the_machine_is_healthy_exactly_while_everything_required_is_ready() {
         ]
     );
     boot.send(Event::Boot);
-    for step in [StepName::Ssh, StepName::Home, StepName::State] {
+    for step in [gates::SSH, gates::HOME, gates::STATE] {
         boot.done(step);
     }
     assert_eq!(boot.status().phase, status::Phase::Running);
@@ -791,8 +784,8 @@ fn no_order_starts_anything_on_the_way_down() {
     }
     let mut early = Boot::local();
     early.send(Event::Boot);
-    early.done(StepName::Ssh);
-    early.fails(StepName::Home, true);
+    early.done(gates::SSH);
+    early.fails(gates::HOME, true);
     early.send(Event::Terminate);
     assert_eq!(early.order("gateway", Order::Start), [], "nor a step");
     let done = early.pass(s(1));
@@ -833,7 +826,7 @@ fn after_a_second_stop_signal_a_world_that_never_answers_is_left_within_18_secon
 
 #[test]
 fn whoever_is_left_gets_term_then_kill_and_is_then_abandoned() {
-    let mut boot = Boot::of(Machine::new(vec![], vec![]));
+    let mut boot = Boot::of(machine(vec![], vec![]));
     let done = boot.send(Event::Terminate);
     assert_eq!(boot.deeds(&done), ["TERM all"]);
     assert_eq!(boot.pass(just_under(s(2))), []);
@@ -851,7 +844,7 @@ fn whoever_is_left_gets_term_then_kill_and_is_then_abandoned() {
 
 #[test]
 fn a_second_stop_signal_during_the_last_sweep_kills_at_once() {
-    let mut boot = Boot::of(Machine::new(vec![], vec![]));
+    let mut boot = Boot::of(machine(vec![], vec![]));
     boot.send(Event::Terminate);
     let done = boot.send(Event::Terminate);
     assert_eq!(boot.deeds(&done), ["KILL all"]);
@@ -883,14 +876,14 @@ fn a_stop_signal_before_the_boot_began_leaves_without_starting_anything() {
 fn a_stop_signal_ends_the_step_that_runs_and_its_failure_is_no_error() {
     let mut boot = Boot::local();
     boot.send(Event::Boot);
-    boot.done(StepName::Ssh);
+    boot.done(gates::SSH);
     let done = boot.send(Event::Terminate);
     assert_eq!(boot.deeds(&done), ["end home#1", "kill tree of dockerd"], "there is no gateway to wait for");
-    let done = boot.ended(StepName::Home, Err(unreported(&End::Signal(3))));
+    let done = boot.ended(gates::HOME, Err(unreported(&End::Signal(3))));
     let text =
         "Boot step home failed: its process killed by SIGQUIT without a report; everything is being stopped";
     assert_eq!(said(&done), [(Level::Info, text)]);
-    let StepState::Failed { next, .. } = boot.step(StepName::Home).state else { panic!() };
+    let StepState::Failed { next, .. } = boot.step(gates::HOME).state else { panic!() };
     assert_eq!(next, Next::Operator);
 }
 
@@ -936,7 +929,7 @@ fn the_stop_signal_after_a_defect_is_the_first_one() {
     assert_eq!(boot.deeds(&done), [""; 0], "nobody is hurried");
     let done = boot.send(Event::Terminate);
     assert_eq!(said(&done)[0], (Level::Warn, "Second stop signal: not waiting any longer"));
-    let mut swept = Boot::of(Machine::new(vec![], vec![]));
+    let mut swept = Boot::of(machine(vec![], vec![]));
     swept.send(Event::Defect);
     let done = swept.send(Event::Terminate);
     assert_eq!(swept.deeds(&done), [""; 0]);
@@ -953,53 +946,45 @@ fn a_defect_during_a_stop_changes_nothing() {
 
 // === Plans made by hand ===
 
-fn step(name: StepName, after: &'static [StepName], needs: &'static [StepName]) -> Step {
-    let (weight, work) = (Weight::Required, Work::Run);
-    Step { name, after, needs, deadline: Some(s(10)), weight, work, says: None }
+fn step(name: GateName, after: &'static [GateName], needs: &'static [GateName]) -> Step {
+    Step {
+        name,
+        after,
+        needs,
+        before_services: false,
+        deadline: Some(s(10)),
+        weight: Weight::Required,
+        work: Work::Task,
+        says: None,
+    }
 }
 
-fn service(name: &'static str, needs: &'static [StepName], stop_order: u8) -> Service {
+fn service(name: &'static str, needs: &'static [GateName], stop_order: u8) -> Service {
     Service {
-        name,
-        what: "a service of a test",
-        argv: vec!["/bin/true".into()],
-        ties: description::Ties::None,
-        user: "root".into(),
-        environment: description::Environment::Plain,
-        directory: "/",
         needs,
-        prepare: None,
-        repair: None,
         backoff: Backoff::seconds(1, 8, 60),
         stop_order,
         grace: s(10),
-        leftovers: Leftovers::Kill,
-        liveness: None,
-        startup: None,
-        readiness: None,
-        oom_score_adj: 0,
-        limits: None,
-        says_started: None,
-        says_ready: None,
         required: true,
+        ..Service::new(name, "a service of a test", &["/bin/true"])
     }
 }
 
 #[test]
 fn steps_that_wait_for_nothing_of_each_other_run_side_by_side() {
     let steps = vec![
-        step(StepName::Ssh, &[], &[]),
-        step(StepName::Storage, &[], &[]),
-        step(StepName::Home, &[StepName::Storage], &[]),
-        step(StepName::State, &[], &[StepName::Storage]),
+        step(gates::SSH, &[], &[]),
+        step(gates::STORAGE, &[], &[]),
+        step(gates::HOME, &[gates::STORAGE], &[]),
+        step(gates::STATE, &[], &[gates::STORAGE]),
     ];
-    let mut boot = Boot::of(Machine::new(steps, vec![]));
+    let mut boot = Boot::of(machine(steps, vec![]));
     let done = boot.send(Event::Boot);
     assert_eq!(boot.deeds(&done), ["run ssh#1", "run storage#1"]);
-    let done = boot.fails(StepName::Storage, true);
+    let done = boot.fails(gates::STORAGE, true);
     assert_eq!(boot.deeds(&done), ["run home#1"], "after is satisfied by a failure, needs is not");
     boot.pass(s(2));
-    let done = boot.done(StepName::Storage);
+    let done = boot.done(gates::STORAGE);
     assert_eq!(boot.deeds(&done), ["run state#1"]);
 }
 
@@ -1008,7 +993,7 @@ fn services_of_one_group_are_stopped_together_and_the_slowest_decides() {
     let mut slow = service("slow", &[], 3);
     slow.grace = s(100);
     let services = vec![service("quick", &[], 3), slow, service("later", &[], 200)];
-    let mut boot = Boot::of(Machine::new(vec![], services));
+    let mut boot = Boot::of(machine(vec![], services));
     let done = boot.send(Event::Boot);
     assert_eq!(boot.deeds(&done), ["launch quick", "launch slow", "launch later"], "no ssh step to wait for");
     for name in ["quick", "slow", "later"] {
@@ -1027,7 +1012,7 @@ fn services_of_one_group_are_stopped_together_and_the_slowest_decides() {
 #[test]
 fn a_service_that_cannot_be_ended_does_not_keep_the_next_group_from_its_stop() {
     let services = vec![service("stuck", &[], 1), service("later", &[], 2)];
-    let mut boot = Boot::of(Machine::new(vec![], services));
+    let mut boot = Boot::of(machine(vec![], services));
     boot.send(Event::Boot);
     boot.runs("stuck");
     boot.runs("later");
@@ -1043,7 +1028,7 @@ fn a_service_that_cannot_be_ended_does_not_keep_the_next_group_from_its_stop() {
 fn a_delay_of_zero_restarts_in_the_same_step_of_the_machine() {
     let mut eager = service("eager", &[], 1);
     eager.backoff = Backoff::seconds(0, 0, 60);
-    let mut boot = Boot::of(Machine::new(vec![], vec![eager]));
+    let mut boot = Boot::of(machine(vec![], vec![eager]));
     boot.send(Event::Boot);
     boot.runs("eager");
     boot.pass(s(1));
@@ -1057,7 +1042,7 @@ fn a_hung_service_is_shown_with_what_will_be_done_about_it() {
     let probe = Probe::Listens { port: 1 };
     hung.liveness = Some((Liveness { start: s(30), start_at_most: s(30), silence: s(20) }, probe.clone()));
     hung.readiness = Some(probe);
-    let mut boot = Boot::of(Machine::new(vec![], vec![hung]));
+    let mut boot = Boot::of(machine(vec![], vec![hung]));
     boot.send(Event::Boot);
     boot.runs("hung");
     assert_eq!(boot.shown("hung").next_action, "becomes ready; ended if it stays silent until uptime 31 s");
@@ -1078,8 +1063,8 @@ fn a_hung_service_is_shown_with_what_will_be_done_about_it() {
 fn the_real_plans_need_only_what_comes_before_and_services_need_only_what_is_there() {
     for pairs in [&S3[..], &[], &[DOCKER]] {
         let machine = machine_of(&config(pairs));
-        let names: Vec<StepName> = machine.steps().iter().map(|r| r.step.name).collect();
-        assert_eq!(names[0], StepName::Ssh);
+        let names: Vec<GateName> = machine.steps().iter().map(|r| r.step.name).collect();
+        assert_eq!(names[0], gates::SSH);
         for (index, record) in machine.steps().iter().enumerate() {
             let needed = record.step.needs.iter().chain(record.step.after);
             assert!(needed.into_iter().all(|need| names[..index].contains(need)), "{:?}", record.step.name);
@@ -1105,7 +1090,7 @@ enum Move {
     Service(usize, Report),
     Order(usize, Order),
     /// The storage worker says something, if there is one.
-    Storage(StorageReport),
+    Storage(ServiceReport),
     Childless,
 }
 
@@ -1141,16 +1126,15 @@ fn moves(most: usize) -> impl Strategy<Value = Vec<Move>> {
         1 => any::<bool>().prop_map(Report::Ready),
     ];
     let order = prop_oneof![Just(Order::Start), Just(Order::Stop), Just(Order::Restart)];
+    let gate = prop_oneof![
+        6 => any::<bool>().prop_map(|outlives| GateState::Open { outlives }),
+        2 => any::<bool>().prop_map(|retry| GateState::Closed { why: "no".into(), retry }),
+        1 => Just(GateState::Waiting { why: "not yet".into() }),
+        1 => Just(GateState::Unknown { why: "silence".into() }),
+    ];
     let storage = prop_oneof![
-        6 => any::<bool>().prop_map(|independent| StorageReport::Ready {
-            mode: cvm_protocol::storage::Mode::Sync,
-            reason: None,
-            independent,
-        }),
-        2 => any::<bool>().prop_map(|retry| StorageReport::NotReady { why: "no".into(), retry }),
-        1 => Just(StorageReport::Waits { why: "not yet".into() }),
-        1 => Just(StorageReport::Unheard { why: "silence".into() }),
-        1 => (0u64..2).prop_map(|files| StorageReport::Drained { files, bytes: files }),
+        10 => gate.prop_map(storage::gate),
+        1 => any::<bool>().prop_map(|all| ServiceReport::Drained { missing: (!all).then(|| "some".into()) }),
     ];
     let one = prop_oneof![
         2 => (0u32..5_000).prop_map(Move::Pass),
@@ -1183,7 +1167,7 @@ impl World {
         for action in &actions {
             self.check(action);
         }
-        let ssh = self.boot.step(StepName::Ssh);
+        let ssh = self.boot.step(gates::SSH);
         let something_runs = self.boot.machine.services().iter().any(|r| r.unit.run().is_some());
         assert!(ssh.tries > 0 || !something_runs, "a service before the first try of the ssh step");
         let status = self.boot.status();
@@ -1198,13 +1182,13 @@ impl World {
             && begins
         {
             let record = self.boot.machine.service(*id).unwrap();
-            let met = |need: &StepName| matches!(self.boot.step(*need).state, StepState::Done { .. });
+            let met = |need: &GateName| matches!(self.boot.step(*need).state, StepState::Done { .. });
             assert!(record.service.needs.iter().all(met), "{deed} without what it needs");
             // Two overlays on one upper layer would corrupt it.
             let free = record.service.name != "storage"
-                || met(&StepName::Storage)
-                || !self.boot.machine.is_stood_on(StepName::Storage);
-            assert!(free, "{deed} while somebody stands on the old tree");
+                || met(&gates::STORAGE)
+                || !self.boot.machine.is_in_use(gates::STORAGE);
+            assert!(free, "{deed} while somebody uses the old tree");
         }
         if matches!(action, Action::Exit { .. }) {
             assert!(self.stopping, "left without a stop signal");
@@ -1235,7 +1219,7 @@ impl World {
                     .machine
                     .steps()
                     .iter()
-                    .find(|r| (r.state.is_alive() || r.held) && r.step.work == Work::Run);
+                    .find(|r| (r.state.is_alive() || r.held) && r.step.work == Work::Task);
                 if let Some(record) = running {
                     let of = Try { step: record.step.name, number: record.tries };
                     let outcome = outcome.map_err(|retry| Refusal { why: "no".into(), retry });
@@ -1266,7 +1250,7 @@ impl World {
             Move::Storage(report) => {
                 let Some(id) = self.boot.machine.find("storage") else { return };
                 let Some(run) = self.boot.machine.service(id).and_then(|s| s.unit.run()) else { return };
-                self.feed(Event::Storage { id, run, report: report.clone() });
+                self.feed(Event::Report { id, run, report: report.clone() });
             }
             Move::Childless => self.feed(Event::Childless),
         }
@@ -1342,7 +1326,7 @@ proptest! {
                     world.happens(&Move::Order(index, Order::Start));
                 }
             }
-            let tree = StorageReport::Ready { mode: cvm_protocol::storage::Mode::Sync, reason: None, independent: true };
+            let tree = storage::gate(GateState::Open { outlives: true });
             world.happens(&Move::Storage(tree));
             world.happens(&Move::Step(Ok(())));
             for report in [Report::Swept, Report::Prepared(Ok(())), Report::Gone(End::Code(1)), Report::Exec] {

@@ -2,8 +2,8 @@
 //! one instant.
 
 use super::*;
-use cvm_machine::backoff::Backoff;
-use cvm_machine::description::{self, Service, Ties};
+use cvm_machine::description::Service;
+use cvm_machine::plan::Plan;
 use cvm_protocol::keeper::Leftovers;
 use cvm_protocol::volume::Claim;
 use cvm_sys::descriptor;
@@ -20,49 +20,24 @@ fn s(seconds: u64) -> Duration {
 }
 
 fn service(name: &'static str, stop_order: u8, grace: Duration) -> Service {
-    Service {
-        name,
-        what: "",
-        argv: vec![name.to_owned()],
-        ties: Ties::None,
-        user: "root".into(),
-        environment: description::Environment::Plain,
-        directory: "/",
-        needs: &[],
-        prepare: None,
-        repair: None,
-        backoff: Backoff::seconds(1, 30, 60),
-        stop_order,
-        grace,
-        leftovers: Leftovers::Kill,
-        liveness: None,
-        startup: None,
-        readiness: None,
-        oom_score_adj: 0,
-        limits: None,
-        says_started: None,
-        says_ready: None,
-        required: true,
-    }
+    Service { stop_order, grace, required: true, ..Service::new(name, "", &[name]) }
 }
 
 fn world_of(services: Vec<Service>) -> World<Fake> {
     let environment = Environment::new(std::iter::empty());
     let (config, _) = Config::parse(&environment).unwrap_or_else(|problems| panic!("{problems:?}"));
     let children = Children::new();
-    let kit = Kit::new(config, &environment, None, Claim::default(), children.home().to_owned());
+    let kit = Kit::new(config, &environment, None, Vec::new(), Claim::default(), children.home().to_owned());
     let about = About {
         version: String::new(),
         storage: status::Storage::new("local", ""),
         keys: Vec::new(),
         doors: Vec::new(),
         remarks: Vec::new(),
-        dropped_lines: vec![0; services.len()],
-        mux: None,
     };
     let (kernel, voice) = (Fake::default(), Voice::into(None, LogFormat::Text));
     let began = kernel.now();
-    let machine = Machine::new(Vec::new(), services);
+    let machine = Machine::new(Plan::new(Vec::new(), services).expect("a plan"));
     let mut world = World::new(machine, kit, children, kernel, voice, about, began);
     // Nobody asks here, unless a test says where.
     world.control_path = "/dev/null/no-such-place";

@@ -29,19 +29,17 @@ fn keeper(dir: &tempfile::TempDir, liveness: bool) -> (Keeper<Fake>, OwnedFd) {
         leftovers: Leftovers::Kill,
         oom_score_adj: 0,
         limits: None,
-        input: Input::Nothing,
-        passes_report: false,
-        stop: Stop::Signal,
+        channel: Channel::None,
         log: Log { file, rotate_bytes: 1 << 20, copy_to_stdout: false, json: false },
         liveness: liveness.then_some(probe),
         readiness: None,
         startup: None,
     };
-    let input = input_of(&Input::Nothing).unwrap();
+    let given = Given::to(&Channel::None).unwrap();
     let mut kernel = Fake::default();
     // Only what a test says happens.
     kernel.manners = vec![("program", Manners::IgnoresTerm)];
-    let mut keeper = begin(kernel, &spec, &input, Reporter::new(theirs).unwrap()).expect("it starts");
+    let mut keeper = begin(kernel, &spec, &given, Reporter::new(theirs).unwrap()).expect("it starts");
     // Its output and its exec pipe stay open as long as a process holds them; nobody does here.
     keeper.kernel.started.clear();
     keeper.turn();

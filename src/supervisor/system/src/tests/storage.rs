@@ -2,17 +2,24 @@
 //! last line says what is missing.
 
 use super::*;
-use cvm_protocol::storage::Mode;
 
 const LOST: &str = "another instance has taken the bucket";
-const ENDED: &str = "the storage worker ended; the tree is rebuilt";
+const ENDED: &str = "the storage worker ended and is started again";
 
-fn ready(independent: bool) -> StorageReport {
-    StorageReport::Ready { mode: Mode::Fuse, reason: None, independent }
+pub(super) fn gate(state: GateState) -> ServiceReport {
+    ServiceReport::Gate { gate: gates::STORAGE.0.into(), state }
 }
 
-fn not_ready(why: &str, retry: bool) -> StorageReport {
-    StorageReport::NotReady { why: why.into(), retry }
+fn ready(outlives: bool) -> ServiceReport {
+    gate(GateState::Open { outlives })
+}
+
+fn not_ready(why: &str, retry: bool) -> ServiceReport {
+    gate(GateState::Closed { why: why.into(), retry })
+}
+
+fn drained() -> ServiceReport {
+    ServiceReport::Drained { missing: None }
 }
 
 impl Boot {
@@ -24,7 +31,7 @@ impl Boot {
     fn awaiting() -> Self {
         let mut boot = Self::s3(&[]);
         boot.send(Event::Boot);
-        boot.done(StepName::Ssh);
+        boot.done(gates::SSH);
         for name in ["sshd", "standin", "storage"] {
             boot.runs(name);
         }
@@ -41,29 +48,29 @@ impl Boot {
 
     /// What follows a tree that is good, until the gateway is ready.
     fn gets_up(&mut self) {
-        self.done(StepName::Home);
-        self.done(StepName::State);
+        self.done(gates::HOME);
+        self.done(gates::STATE);
         self.runs("gateway");
         let run = self.run("gateway");
         self.answers("gateway", Happens::Readiness { run, ready: true });
         assert_eq!(self.complaints(), [""; 0]);
     }
 
-    fn says(&mut self, report: StorageReport) -> Vec<Action> {
+    fn says(&mut self, report: ServiceReport) -> Vec<Action> {
         self.says_in(self.run("storage"), report)
     }
 
-    fn says_in(&mut self, run: Run, report: StorageReport) -> Vec<Action> {
-        self.send(Event::Storage { id: self.id("storage"), run, report })
+    fn says_in(&mut self, run: Run, report: ServiceReport) -> Vec<Action> {
+        self.send(Event::Report { id: self.id("storage"), run, report })
     }
 
-    fn state_of(&self, name: StepName) -> String {
-        let step = self.status().boot.into_iter().find(|s| s.name == name.as_str()).unwrap();
+    fn state_of(&self, name: GateName) -> String {
+        let step = self.status().boot.into_iter().find(|s| s.name == name.0).unwrap();
         step.state
     }
 
     /// The whole way down; the worker says `last` before it ends.
-    fn stopped_after(&mut self, last: Option<&StorageReport>) -> Vec<Action> {
+    fn stopped_after(&mut self, last: Option<&ServiceReport>) -> Vec<Action> {
         let mut all = self.send(Event::Terminate);
         for name in ["gateway", "storage", "standin", "sshd"] {
             if self.unit(name).run().is_none() {
@@ -85,13 +92,13 @@ impl Boot {
 fn with_a_bucket_home_state_and_gateway_wait_for_the_worker_and_nothing_else_does() {
     let mut boot = Boot::s3(&[]);
     boot.send(Event::Boot);
-    let done = boot.done(StepName::Ssh);
+    let done = boot.done(gates::SSH);
     assert_eq!(boot.deeds(&done), ["prepare sshd", "launch standin", "launch storage"]);
     assert_eq!(said(&done), [(Level::Info, "S3 storage configured (bucket: claws), setting up rclone...")]);
     for name in ["sshd", "standin", "storage"] {
         boot.runs(name);
     }
-    assert_eq!(boot.state_of(StepName::Storage), "running");
+    assert_eq!(boot.state_of(gates::STORAGE), "running");
     let shown = boot.shown("gateway");
     assert_eq!(shown.why.as_deref(), Some("boot step storage is not done yet"));
     // A restore may take days: no clock ends it.
@@ -104,20 +111,18 @@ fn when_the_tree_is_good_the_steps_that_need_it_run_and_then_the_gateway() {
     boot.pass(s(100));
     let done = boot.says(ready(false));
     assert_eq!(boot.deeds(&done), ["run home#1"]);
-    let StepState::Done { took, .. } = boot.step(StepName::Storage).state else { panic!() };
+    let StepState::Done { took, .. } = boot.step(gates::STORAGE).state else { panic!() };
     assert_eq!(took, s(100), "since it began");
     boot.gets_up();
-    let storage = boot.status().storage;
-    assert_eq!((storage.how.as_deref(), storage.independent), (Some("fuse"), Some(false)));
     assert_eq!(boot.says(ready(true)), [], "once more, since something of it has changed");
-    assert_eq!(boot.status().storage.independent, Some(true));
+    assert!(boot.step(gates::STORAGE).gate.outlives);
     assert!(boot.unit("gateway").run().is_some());
 }
 
 #[test]
 fn notes_of_the_worker_are_said_as_they_are() {
     let mut boot = Boot::awaiting();
-    let note = StorageReport::Note { level: Level::Info, text: "Attempting FUSE mount...".into() };
+    let note = ServiceReport::Note { level: Level::Info, text: "Attempting FUSE mount...".into() };
     assert_eq!(boot.says(note), [Action::Say(Level::Info, "Attempting FUSE mount...".into())]);
 }
 
@@ -133,15 +138,15 @@ fn what_a_server_says_cannot_become_a_line_of_its_own() {
 fn what_keeps_the_tree_from_coming_is_said_once_and_shown() {
     let mut boot = Boot::awaiting();
     let refused = boot.says(not_ready("the bucket does not answer", true));
-    let line = "Boot step storage failed: the bucket does not answer; the storage worker goes on trying";
+    let line = "Boot step storage failed: the bucket does not answer; the storage worker keeps trying";
     assert_eq!(said(&refused), [(Level::Error, line)]);
     assert_eq!(boot.deeds(&refused), [""; 0]);
     assert_eq!(boot.says(not_ready("the bucket does not answer", true)), []);
     let shown = boot.shown("gateway");
     assert_eq!(shown.why.as_deref(), Some("boot step storage: the bucket does not answer"));
-    assert!(shown.next_action.contains("the storage worker goes on trying"), "{}", shown.next_action);
+    assert!(shown.next_action.contains("the storage worker keeps trying"), "{}", shown.next_action);
     assert_eq!(boot.status().phase, status::Phase::Degraded);
-    let waits = boot.says(StorageReport::Waits { why: "another has it".into() });
+    let waits = boot.says(gate(GateState::Waiting { why: "another has it".into() }));
     assert_eq!(said(&waits), [(Level::Warn, "Boot step storage waits: another has it")]);
     let refused = boot.says(not_ready("the key is wrong", false));
     assert_eq!(
@@ -175,10 +180,10 @@ fn words_of_an_earlier_worker_change_nothing() {
     let old = boot.run("storage");
     boot.ends("storage", End::Code(1));
     boot.pass(s(1));
-    for report in [ready(true), not_ready("x", false), StorageReport::Drained { files: 0, bytes: 0 }] {
+    for report in [ready(true), not_ready("x", false), drained()] {
         assert_eq!(boot.says_in(old, report), []);
     }
-    assert_eq!(boot.state_of(StepName::Storage), "failed");
+    assert_eq!(boot.state_of(gates::STORAGE), "failed");
 }
 
 // === The tree goes and comes back ===
@@ -187,16 +192,15 @@ fn words_of_an_earlier_worker_change_nothing() {
 fn a_tree_that_is_lost_takes_the_gateway_down_and_the_next_one_brings_it_back() {
     let mut boot = Boot::on_a_tree(true);
     let lost = boot.says(not_ready(LOST, false));
-    let line = format!("The storage is lost: {LOST}; what stands on it is stopped; an operator is needed");
+    let line = format!("The storage is lost: {LOST}; whatever needs it is stopped; an operator is needed");
     assert_eq!(said(&lost), [(Level::Error, line.as_str())]);
     assert_eq!(boot.deeds(&lost), ["TERM gateway"]);
-    for step in [StepName::Home, StepName::State] {
+    for step in [gates::HOME, gates::STATE] {
         assert_eq!(boot.state_of(step), "waiting");
     }
     boot.ends("gateway", End::Code(0));
     assert_eq!(boot.shown("gateway").state, "blocked");
     assert_eq!(boot.shown("gateway").why, Some(format!("boot step storage: {LOST}")));
-    assert_eq!(boot.status().storage.how, None);
     let done = boot.pass(s(10_000));
     assert_eq!(boot.deeds(&done), [""; 0], "not by itself");
     let back = boot.says(ready(false));
@@ -230,8 +234,8 @@ fn a_gateway_in_any_state_comes_back_with_the_tree_unless_an_operator_stopped_it
     stopped.ends("gateway", End::Code(0));
     stopped.says(not_ready(LOST, true));
     stopped.says(ready(false));
-    stopped.done(StepName::Home);
-    assert_eq!(stopped.done(StepName::State), []);
+    stopped.done(gates::HOME);
+    assert_eq!(stopped.done(gates::STATE), []);
     assert_eq!(stopped.shown("gateway").state, "stopped");
 
     let mut stopping = Boot::on_a_tree(false);
@@ -249,12 +253,12 @@ fn a_gateway_in_any_state_comes_back_with_the_tree_unless_an_operator_stopped_it
 fn a_step_on_a_tree_that_is_lost_is_ended_and_done_again() {
     let mut boot = Boot::awaiting();
     boot.says(ready(false));
-    boot.done(StepName::Home);
+    boot.done(gates::HOME);
     let lost = boot.says(not_ready(LOST, true));
     assert_eq!(boot.deeds(&lost), ["end state#1"]);
     let back = boot.says(ready(false));
     assert_eq!(boot.deeds(&back), [""; 0], "one of its steps is still alive");
-    let done = boot.ended(StepName::State, Ok(()));
+    let done = boot.ended(gates::STATE, Ok(()));
     assert_eq!(boot.deeds(&done), ["run home#2"], "done on the old tree is not done");
     boot.gets_up();
 }
@@ -266,10 +270,10 @@ fn an_operators_start_runs_no_step_without_the_tree_it_works_on() {
     boot.says(not_ready(LOST, true));
     // The kernel holds it.
     boot.pass(s(10));
-    assert_eq!(boot.state_of(StepName::Home), "failed");
+    assert_eq!(boot.state_of(gates::HOME), "failed");
     let done = boot.order("gateway", Order::Start);
     assert_eq!(boot.deeds(&done), [""; 0]);
-    boot.ended(StepName::Home, Err(unreported(&End::Signal(9))));
+    boot.ended(gates::HOME, Err(unreported(&End::Signal(9))));
     let back = boot.says(ready(false));
     assert_eq!(boot.deeds(&back), ["run home#2"]);
 }
@@ -282,7 +286,7 @@ fn when_the_worker_dies_under_an_independent_tree_nobody_notices() {
     let gateway = boot.run("gateway");
     let done = boot.ends("storage", End::Signal(9));
     assert_eq!(boot.deeds(&done), [""; 0]);
-    assert_eq!(boot.state_of(StepName::Storage), "done");
+    assert_eq!(boot.state_of(gates::STORAGE), "done");
     let done = boot.pass(s(1));
     assert_eq!(boot.deeds(&done), ["launch storage"], "although the gateway stands on the tree");
     boot.runs("storage");
@@ -297,15 +301,15 @@ fn an_outage_after_the_worker_died_stops_nobody_on_an_independent_tree() {
     boot.ends("storage", End::Signal(9));
     boot.pass(s(1));
     boot.runs("storage");
-    let silent = || StorageReport::Unheard { why: "the bucket cannot be reached".into() };
+    let silent = || gate(GateState::Unknown { why: "the bucket cannot be reached".into() });
     let done = boot.says(silent());
     assert_eq!(boot.deeds(&done), [""; 0]);
     assert!(
-        matches!(&said(&done)[..], [(Level::Warn, text)] if text.contains("Nothing is replicated")),
+        matches!(&said(&done)[..], [(Level::Warn, text)] if text.starts_with("Nothing is replicated: ")),
         "{done:?}"
     );
     assert_eq!(boot.says(silent()), [], "said once");
-    assert_eq!(boot.state_of(StepName::Storage), "done");
+    assert_eq!(boot.state_of(gates::STORAGE), "done");
     // Again, after it was good.
     boot.says(ready(true));
     assert_eq!(boot.says(silent()).len(), 1);
@@ -317,10 +321,10 @@ fn an_outage_after_the_worker_died_stops_nobody_on_an_independent_tree() {
 
 #[test]
 fn an_outage_is_no_tree_where_there_is_none_that_outlives_its_worker() {
-    let silent = || StorageReport::Unheard { why: "the bucket cannot be reached".into() };
+    let silent = || gate(GateState::Unknown { why: "the bucket cannot be reached".into() });
     let mut boot = Boot::awaiting();
     boot.says(silent());
-    assert_eq!(boot.state_of(StepName::Storage), "failed");
+    assert_eq!(boot.state_of(gates::STORAGE), "failed");
     assert_eq!(boot.shown("gateway").state, "blocked");
     boot.says(ready(true));
     boot.gets_up();
@@ -384,7 +388,7 @@ fn an_order_to_stop_the_worker_takes_everybody_from_its_tree_first() {
         assert_eq!(boot.deeds(&done), ["TERM gateway"]);
         let done = boot.ends("gateway", End::Code(0));
         assert_eq!(boot.deeds(&done), ["kill tree of gateway", "TERM storage"]);
-        boot.says(StorageReport::Drained { files: 0, bytes: 0 });
+        boot.says(drained());
         boot.ends("storage", End::Code(0));
         assert_eq!(boot.shown("storage").state, last);
     }
@@ -423,30 +427,29 @@ fn a_start_of_the_gateway_starts_a_worker_that_was_stopped() {
 #[test]
 fn the_worker_is_stopped_after_all_that_write_and_before_the_standin_and_sshd() {
     let mut boot = Boot::on_a_tree(false);
-    let done = boot.stopped_after(Some(&StorageReport::Drained { files: 0, bytes: 0 }));
+    let done = boot.stopped_after(Some(&drained()));
     let terms: Vec<_> = boot.deeds(&done).into_iter().filter(|d| !d.starts_with("kill")).collect();
     assert_eq!(terms, ["TERM gateway", "TERM storage", "TERM standin", "TERM sshd", "TERM all", "exit"]);
 }
 
 #[test]
 fn the_last_line_says_what_the_bucket_lacks_and_the_status_too() {
+    let some = "Not everything is in the bucket: 3 files are missing there";
     let cases = [
-        (Some((0, 0)), "exit", None),
-        (Some((3, 4096)), "exit undrained", Some("Not everything is in the bucket: 3 files, 4096 bytes")),
+        (Some(None), "exit", None),
+        (Some(Some(some)), "exit undrained", Some(some)),
         (None, "exit undrained", Some("the storage worker ended without saying what is missing")),
     ];
-    for (drained, exit, line) in cases {
-        for independent in [false, true] {
-            let mut boot = Boot::on_a_tree(independent);
-            let last = drained.map(|(files, bytes)| StorageReport::Drained { files, bytes });
+    for (last, exit, line) in cases {
+        for outlives in [false, true] {
+            let mut boot = Boot::on_a_tree(outlives);
+            let last = last.map(|missing| ServiceReport::Drained { missing: missing.map(str::to_owned) });
             let done = boot.stopped_after(last.as_ref());
             assert_eq!(boot.deeds(&done).last().map(String::as_str), Some(exit));
             let lines = said(&done);
             let (_, spoken) = lines.last().unwrap();
             match line {
-                Some(line) => {
-                    assert!(spoken.contains(line) && spoken.contains("at the next boot"), "{spoken}");
-                }
+                Some(line) => assert!(spoken.contains(line), "{spoken}"),
                 None => assert!(spoken.starts_with("Stopped in order"), "{spoken}"),
             }
         }
@@ -464,7 +467,7 @@ fn a_machine_that_never_had_a_tree_lacks_nothing() {
 #[test]
 fn a_worker_that_is_away_at_the_stop_has_not_said_what_is_missing() {
     let mut boot = Boot::on_a_tree(true);
-    boot.says(StorageReport::Drained { files: 0, bytes: 0 });
+    boot.says(drained());
     boot.ends("storage", End::Code(1));
     let done = boot.stopped_after(None);
     assert_eq!(boot.deeds(&done).last().map(String::as_str), Some("exit undrained"), "the gateway wrote on");
@@ -475,7 +478,7 @@ fn a_worker_stopped_by_an_operator_after_everybody_else_has_said_all() {
     let mut boot = Boot::on_a_tree(false);
     boot.order("storage", Order::Stop);
     boot.ends("gateway", End::Code(0));
-    boot.says(StorageReport::Drained { files: 0, bytes: 0 });
+    boot.says(drained());
     boot.ends("storage", End::Code(0));
     let done = boot.stopped_after(None);
     assert_eq!(boot.deeds(&done).last().map(String::as_str), Some("exit"));

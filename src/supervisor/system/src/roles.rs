@@ -1,0 +1,58 @@
+//! What runs in a machine, by its role.
+
+mod gateway;
+
+use crate::config::Config;
+use cvm_machine::description::Service;
+use cvm_machine::plan::{Plan, Step, Unplannable};
+use cvm_protocol::json_lines::line;
+use cvm_secrets::keys::KeyRing;
+use serde::Serialize;
+use zeroize::Zeroizing;
+
+/// A service of a role, and what it is told at each start.
+pub struct Entry {
+    pub service: Service,
+    /// One line with secrets in it; wiped when dropped.
+    pub specification: Option<Zeroizing<Vec<u8>>>,
+}
+
+impl Entry {
+    /// A program that knows nothing of us.
+    pub fn without_channel(service: Service) -> Self {
+        Self { service, specification: None }
+    }
+
+    /// A program of ours.
+    pub fn with_specification<T: Serialize>(service: Service, specification: Option<&T>) -> Self {
+        Self { service, specification: specification.map(line) }
+    }
+}
+
+/// A sealed line for each service that has one, by the service's name.
+pub type Specifications = Vec<(&'static str, Zeroizing<Vec<u8>>)>;
+
+/// All that a role is made from.
+pub struct Given<'a> {
+    pub config: &'a Config,
+    /// None without `MASTER_KEY`.
+    pub keys: Option<&'a KeyRing>,
+    /// Of the proven owner, or 0.
+    pub owner_epoch: u32,
+}
+
+/// The plan of the machine in which a gateway runs, and what its services are told.
+pub fn gateway(given: &Given<'_>) -> Result<(Plan, Specifications), Unplannable> {
+    plan_of(gateway::tasks(given.config), gateway::services(given))
+}
+
+/// The plan of boot steps and services, whatever role they make.
+pub fn plan_of(tasks: Vec<Step>, entries: Vec<Entry>) -> Result<(Plan, Specifications), Unplannable> {
+    let mut specifications = Vec::new();
+    let mut services = Vec::new();
+    for Entry { service, specification } in entries {
+        specifications.extend(specification.map(|line| (service.name, line)));
+        services.push(service);
+    }
+    Ok((Plan::new(tasks, services)?, specifications))
+}

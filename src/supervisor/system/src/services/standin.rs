@@ -1,0 +1,10 @@
+use crate::roles::Entry;
+use cvm_machine::description::Service;
+
+pub(crate) fn entry() -> Entry {
+    Entry::without_channel(Service {
+        // Outlives the server that it stands in for.
+        stop_order: 8,
+        ..Service::new("standin", "answers for the bucket mount if its server dies", &["cvm-standin"])
+    })
+}
