@@ -33,6 +33,9 @@ pub enum Verb {
     Restart {
         service: String,
     },
+    /// This machine is about to be paused: no time passes for its services until `Thaw`, or a stop.
+    Freeze,
+    Thaw,
     /// What `openclaw` needs to talk to the gateway as the gateway's own user.
     GatewayAccess,
 }

@@ -13,7 +13,11 @@ pub struct Status {
     /// Version of the supervisor.
     pub version: String,
     pub phase: Phase,
+    /// Time in which the machine stood still does not count.
     pub uptime_ms: u64,
+    /// Whether somebody has the clock stand still.
+    #[serde(default)]
+    pub frozen: bool,
     pub storage: Storage,
     pub keys: Vec<Fingerprint>,
     /// What the configuration opens that is shut by default.

@@ -1,6 +1,7 @@
 //! A kernel for unit tests: virtual time, a table of child processes with manners, and a record of
 //! what it was asked for. Descriptors are real; no process is.
 
+use crate::clock::BootTime;
 use crate::kernel::Kernel;
 use crate::reap::Reaped;
 use crate::spawn::{Program, Stage};
@@ -12,7 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// A program that was started.
 pub struct Started {
@@ -48,7 +49,7 @@ struct Child {
 }
 
 pub struct Fake {
-    epoch: Instant,
+    epoch: BootTime,
     /// Since the epoch.
     pub elapsed: Duration,
     signals: Vec<(Duration, i32)>,
@@ -75,7 +76,7 @@ pub struct Fake {
 impl Default for Fake {
     fn default() -> Self {
         Self {
-            epoch: Instant::now(),
+            epoch: BootTime::since_the_kernel_began(Duration::from_secs(1_000)),
             elapsed: Duration::ZERO,
             signals: Vec::new(),
             children: BTreeMap::new(),
@@ -168,7 +169,7 @@ fn is_over(child: &Child, now: Duration) -> bool {
 }
 
 impl Kernel for Fake {
-    fn now(&self) -> Instant {
+    fn now(&self) -> BootTime {
         let left = count_down(self.panics_at_now.get());
         self.panics_at_now.set(left);
         assert!(left != Some(0), "this question panics");
@@ -176,7 +177,7 @@ impl Kernel for Fake {
     }
 
     /// Time passes here and nowhere else: until the next thing that happens.
-    fn wait(&mut self, mut fds: Vec<PollFd<'_>>, until: Option<Instant>) {
+    fn wait(&mut self, mut fds: Vec<PollFd<'_>>, until: Option<BootTime>) {
         if self.news() || poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0) {
             return;
         }

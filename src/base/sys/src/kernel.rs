@@ -3,6 +3,7 @@
 //!
 //! Reading and writing descriptors is not part of it: a test can make a pipe.
 
+use crate::clock::BootTime;
 use crate::process_tree;
 use crate::reap::{self, Reaped};
 use crate::signals::{self, Signals};
@@ -11,13 +12,13 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::Pid;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 pub trait Kernel {
-    fn now(&self) -> Instant;
+    fn now(&self) -> BootTime;
 
     /// Returns when one of `fds` is ready, when a signal has arrived, at `until`, or earlier.
-    fn wait(&mut self, fds: Vec<PollFd<'_>>, until: Option<Instant>);
+    fn wait(&mut self, fds: Vec<PollFd<'_>>, until: Option<BootTime>);
 
     /// Signals that have arrived since the last call, each number once.
     fn signals(&mut self) -> Vec<i32>;
@@ -55,15 +56,15 @@ impl Linux {
 }
 
 impl Kernel for Linux {
-    fn now(&self) -> Instant {
-        Instant::now()
+    fn now(&self) -> BootTime {
+        BootTime::now()
     }
 
-    fn wait(&mut self, fds: Vec<PollFd<'_>>, until: Option<Instant>) {
+    fn wait(&mut self, fds: Vec<PollFd<'_>>, until: Option<BootTime>) {
         let mut all = fds;
         all.push(readable(self.0.as_fd()));
         let timeout = until.map_or(PollTimeout::NONE, |until| {
-            let left = until.saturating_duration_since(Instant::now());
+            let left = until.saturating_duration_since(BootTime::now());
             // Rounded up: a wait that ends before its time finds nothing to do, and the loop would spin.
             let wait = if left.is_zero() { left } else { left + Duration::from_millis(1) };
             PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX)

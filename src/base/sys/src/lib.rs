@@ -8,6 +8,7 @@
 //! Imports no other crate of ours, decides nothing, starts no threads and reads no configuration.
 
 pub mod as_user;
+pub mod clock;
 pub mod descriptor;
 #[cfg(feature = "fake")]
 pub mod fake;

@@ -43,7 +43,9 @@ fn head(status: &Status, style: Style) -> String {
         Phase::Degraded => "degraded",
         Phase::Stopping => "stopping",
     };
-    let about = format!("{phase}, up {}, openclaw-cvm {}", span(status.uptime_ms), clean(&status.version));
+    let frozen = if status.frozen { ", frozen" } else { "" };
+    let about =
+        format!("{phase}{frozen}, up {}, openclaw-cvm {}", span(status.uptime_ms), clean(&status.version));
     let mut text = style.paint(health, tone);
     if width(&about) + width(health) + 2 <= style.width {
         text.extend(["  ", &about, "\n"]);

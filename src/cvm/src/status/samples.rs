@@ -79,6 +79,7 @@ pub(crate) fn healthy() -> Status {
         version: "0.1.0".into(),
         phase: Phase::Running,
         uptime_ms: 11_530_000,
+        frozen: false,
         storage: Storage::new("local", "the state is on the volume at /data, and is lost with it"),
         keys: vec![
             Fingerprint { name: "gateway token".into(), fingerprint: "1a2b3c4d".into() },

@@ -6,6 +6,7 @@
 
 use cvm_protocol::control::{BadRequest, Body, REQUEST_MAX, Request, Response, VERSION};
 use cvm_protocol::json_lines;
+use cvm_sys::clock::BootTime;
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, accept4, bind, getsockopt, listen, socket, sockopt,
@@ -13,7 +14,7 @@ use nix::sys::socket::{
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use zeroize::Zeroizing;
 
 /// A machine has a handful of operators and one health check.
@@ -36,7 +37,7 @@ struct Client {
     asked: Vec<u8>,
     answer: Option<Zeroizing<Vec<u8>>>,
     sent: usize,
-    until: Instant,
+    until: BootTime,
 }
 
 /// What became of a client after a turn.
@@ -76,18 +77,18 @@ impl Control {
         std::iter::once((self.listener.as_fd(), false)).chain(clients)
     }
 
-    pub(crate) fn deadline(&self) -> Option<Instant> {
+    pub(crate) fn deadline(&self) -> Option<BootTime> {
         self.clients.iter().map(|c| c.until).min()
     }
 
     /// One turn: accepts, reads, lets `answer` answer, writes, and parts with the slow.
-    pub(crate) fn turn(&mut self, now: Instant, mut answer: impl FnMut(Request) -> Body) {
+    pub(crate) fn turn(&mut self, now: BootTime, mut answer: impl FnMut(Request) -> Body) {
         self.accept(now);
         self.clients
             .retain_mut(|client| now < client.until && matches!(client.turn(&mut answer), Fate::Stays));
     }
 
-    fn accept(&mut self, now: Instant) {
+    fn accept(&mut self, now: BootTime) {
         for _ in 0..ACCEPTS_A_TURN {
             let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
             let Ok(raw) = accept4(self.listener.as_raw_fd(), flags) else { return };

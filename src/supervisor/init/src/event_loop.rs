@@ -12,6 +12,7 @@ use crate::keepers::{Child, Children, Owner, Part, Said, Words};
 use crate::last_net;
 use crate::launch::Kit;
 use crate::log::Voice;
+use cvm_machine::awake_clock::AwakeClock;
 use cvm_machine::description::Prepare;
 use cvm_machine::machine::{self, Action, Event, Machine, Order, ServiceId, Try};
 use cvm_machine::moment::Moment;
@@ -22,15 +23,17 @@ use cvm_protocol::exit_status::End;
 use cvm_protocol::keeper::KeeperReport;
 use cvm_protocol::report::Level;
 use cvm_protocol::report::Note;
-use cvm_protocol::status;
 use cvm_protocol::status::Remark;
+use cvm_protocol::status::{self, Status};
 use cvm_protocol::task::{Facts, TaskReport};
+use cvm_protocol::time::words;
+use cvm_sys::clock::BootTime;
 use cvm_sys::kernel::{Kernel, readable, writable};
 use cvm_sys::port;
 use cvm_sys::reap::Reaped;
 use nix::unistd::Pid;
 use std::collections::VecDeque;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Signals PID 1 acts on. The rest is ignored by the kernel, as PID 1's right.
 pub(crate) const HANDLED: [i32; 3] = [libc::SIGCHLD, libc::SIGTERM, libc::SIGINT];
@@ -53,11 +56,12 @@ pub(crate) struct World<K> {
     control: Option<Control>,
     control_path: &'static str,
     about: About,
-    began: Instant,
+    began: BootTime,
+    clock: AwakeClock,
     /// Runs whose leftovers could not be found or ended, and when to look again.
-    sweeps_due: Vec<(Instant, ServiceId, Run)>,
+    sweeps_due: Vec<(BootTime, ServiceId, Run)>,
     /// When to try again to open the control socket.
-    control_due: Option<Instant>,
+    control_due: Option<BootTime>,
     /// What the machine has ordered and is not done yet. It outlives a panic in one of its actions.
     orders: VecDeque<Action>,
     /// There may be children that have ended and were not reaped, and no signal will tell.
@@ -74,7 +78,7 @@ impl<K: Kernel> World<K> {
         kernel: K,
         voice: Voice,
         about: About,
-        began: Instant,
+        began: BootTime,
     ) -> Self {
         let (sweeps_due, control_due) = (Vec::new(), Some(began));
         Self {
@@ -87,6 +91,7 @@ impl<K: Kernel> World<K> {
             control_path: cvm_protocol::paths::CONTROL_SOCKET,
             about,
             began,
+            clock: AwakeClock::default(),
             sweeps_due,
             control_due,
             orders: VecDeque::new(),
@@ -120,6 +125,7 @@ impl<K: Kernel> World<K> {
         };
         self.defects += 1;
         let _ = caught(|| tracing::error!("A defect of the supervisor was caught, at {place}"));
+        let _ = caught(|| self.thaw());
         let _ = caught(|| self.feed(Event::Defect));
         None
     }
@@ -144,6 +150,7 @@ impl<K: Kernel> World<K> {
         let said = self.children.listen();
         self.hear(said);
         for _ in taken.iter().filter(|s| matches!(**s, libc::SIGTERM | libc::SIGINT)) {
+            self.thaw();
             self.feed(Event::Terminate);
         }
         self.feed(Event::Tick);
@@ -155,7 +162,8 @@ impl<K: Kernel> World<K> {
     }
 
     fn wait(&mut self) {
-        let until = if self.unreaped { Some(self.kernel.now()) } else { self.next_deadline() };
+        let due = self.next_deadline();
+        let until = if self.unreaped { Some(self.kernel.now()) } else { due };
         self.voice.with_waiting(|writers| {
             self.children.with_reports(|reports| {
                 let mut fds: Vec<_> = writers.iter().map(|fd| writable(*fd)).collect();
@@ -165,10 +173,11 @@ impl<K: Kernel> World<K> {
                 self.kernel.wait(fds, until);
             });
         });
+        self.look_for_a_pause(due);
     }
 
-    fn next_deadline(&self) -> Option<Instant> {
-        let machine = self.machine.deadline().map(|m| self.began + Duration::from_millis(m.as_millis()));
+    fn next_deadline(&self) -> Option<BootTime> {
+        let machine = self.machine.deadline().and_then(|m| self.clock.due(m)).map(|span| self.began + span);
         let control = self.control.as_ref().and_then(Control::deadline);
         let sweeps = self.sweeps_due.iter().map(|(at, ..)| *at);
         let own = self.control_due.into_iter().chain(sweeps);
@@ -176,8 +185,26 @@ impl<K: Kernel> World<K> {
     }
 
     fn now(&self) -> Moment {
-        let ms = self.kernel.now().saturating_duration_since(self.began).as_millis();
-        Moment::from_millis(u64::try_from(ms).unwrap_or(u64::MAX))
+        self.clock.moment(self.since_began())
+    }
+
+    fn since_began(&self) -> Duration {
+        self.kernel.now().saturating_duration_since(self.began)
+    }
+
+    /// Whether the wait that was to end at `due` has ended long after: the machine was paused, or asleep.
+    fn look_for_a_pause(&mut self, due: Option<BootTime>) {
+        let due = due.map(|due| due.saturating_duration_since(self.began));
+        if let Some(pause) = self.clock.woke(due, self.since_began()) {
+            tracing::warn!("This machine stood still for {}; nothing is judged by that time", words(pause));
+        }
+    }
+
+    /// An order to stop, and a defect, are not to wait for somebody who has the clock stand still.
+    fn thaw(&mut self) {
+        if let Some(pause) = self.clock.thaw(self.since_began()) {
+            tracing::info!("The clock goes on after {}", words(pause));
+        }
     }
 
     fn feed(&mut self, event: Event) {
@@ -515,13 +542,29 @@ impl<K: Kernel> World<K> {
     fn answer(&mut self, request: &Request) -> Body {
         match &request.verb {
             Verb::Status => {
-                Body::Status(Box::new(snapshot::snapshot(&self.machine, &self.about, self.now())))
+                let status = snapshot::snapshot(&self.machine, &self.about, self.now());
+                Body::Status(Box::new(Status { frozen: self.clock.is_frozen(), ..status }))
             }
             Verb::Start { service } => self.order(service, Order::Start),
             Verb::Stop { service } => self.order(service, Order::Stop),
             Verb::Restart { service } => self.order(service, Order::Restart),
+            Verb::Freeze => self.freeze(),
+            Verb::Thaw => {
+                self.thaw();
+                Body::Taken
+            }
             Verb::GatewayAccess => self.gateway_access(),
         }
+    }
+
+    /// Whoever is about to pause this machine says so. No time passes until it is thawed.
+    fn freeze(&mut self) -> Body {
+        if self.machine.phase() != machine::Phase::Up {
+            return Body::Refused { why: "the machine is stopping".to_owned() };
+        }
+        self.clock.freeze(self.since_began());
+        tracing::info!("The clock stands still: nothing is judged by time until `thaw`, or a stop");
+        Body::Taken
     }
 
     fn gateway_access(&self) -> Body {

@@ -374,8 +374,8 @@ mod tests {
         let note = |text: &str| line(&ServiceReport::Drained { missing: Some(text.to_owned()) });
         let mut long = b"x".repeat(2 * REPORT_MAX);
         long.extend_from_slice(&note("the end of the long line"));
-        for bytes in [&note("before"), &long, &note("after").to_vec()] {
-            assert_eq!(nix::unistd::write(&program, bytes), Ok(bytes.len()));
+        for bytes in [note("before").to_vec(), long, note("after").to_vec()] {
+            assert_eq!(nix::unistd::write(&program, &bytes), Ok(bytes.len()));
         }
         let mut said = Vec::new();
         (0..10).for_each(|_| child.listen(&mut said));

@@ -31,6 +31,7 @@ use cvm_protocol::status::Remark;
 use cvm_protocol::status::{self, Fingerprint};
 use cvm_protocol::volume::Claim;
 use cvm_secrets::keys::KeyRing;
+use cvm_sys::clock::BootTime;
 use cvm_sys::kernel::Linux;
 use cvm_sys::signals;
 use cvm_system::config::{Config, Storage};
@@ -45,7 +46,6 @@ use std::io::Write as _;
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::ExitCode;
-use std::time::Instant;
 
 const HELP: &str = "\
 cvm-init: PID 1 of a confidential VM that runs an OpenClaw gateway
@@ -69,7 +69,7 @@ Examples:
 ";
 
 fn main() -> ExitCode {
-    let began = Instant::now();
+    let began = BootTime::now();
     signals::block_all();
     let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map(|a| a.to_str().unwrap_or_default()).collect();
@@ -139,7 +139,7 @@ fn configuration(environment: &Environment) -> Result<Settings, Vec<Problem>> {
 }
 
 /// The boot, up to the border.
-fn supervise(began: Instant) -> u8 {
+fn supervise(began: BootTime) -> u8 {
     if std::process::id() != 1 {
         eprintln!(
             "cvm-init: without arguments it has to be process 1: start it as the entrypoint of a container, \
@@ -201,7 +201,7 @@ fn prepare(
     settings: Settings,
     environment: Environment,
     kernel: Linux,
-    began: Instant,
+    began: BootTime,
 ) -> Result<event_loop::World<Linux>, Unplannable> {
     let Settings { config, warnings, proof, dstack } = settings;
     let voice = log::Voice::raise(config.log.level, config.log.format);
@@ -325,9 +325,9 @@ fn print(text: &str) {
 /// them, and one that is broken does not change the status we leave with.
 fn utter(text: &str) {
     let Ok(stdout) = cvm_sys::descriptor::own_nonblocking(1) else { return };
-    let until = Instant::now() + std::time::Duration::from_secs(1);
+    let until = BootTime::now() + std::time::Duration::from_secs(1);
     let mut rest = text.as_bytes();
-    while !rest.is_empty() && Instant::now() < until {
+    while !rest.is_empty() && BootTime::now() < until {
         match cvm_sys::descriptor::write_some(&stdout, rest) {
             Ok(n) => rest = rest.get(n..).unwrap_or_default(),
             Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EINTR) => {

@@ -8,6 +8,7 @@ use crate::report::Reporter;
 use cvm_protocol::accounts::Account;
 use cvm_protocol::exit_status::{End, Stage};
 use cvm_protocol::keeper::{Channel, KeeperReport, KeeperSpec, Leftovers, Log, descriptors};
+use cvm_sys::clock::BootTime;
 use cvm_sys::kernel::{Kernel, Linux, readable, writable};
 use cvm_sys::reap::Reaped;
 use cvm_sys::spawn::{Blocked, Identity, Limits, Program, Session};
@@ -16,7 +17,7 @@ use nix::errno::Errno;
 use nix::unistd::Pid;
 use std::ffi::CString;
 use std::os::fd::{AsFd, OwnedFd};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Output is read in pieces of a quarter of a pipe's usual capacity.
 const READ_SIZE: usize = 16 * 1024;
@@ -65,7 +66,7 @@ struct Keeper<K> {
     unreaped: bool,
     oom_kills: Option<u64>,
     dropped_said: u64,
-    dropped_at: Option<Instant>,
+    dropped_at: Option<BootTime>,
 }
 
 /// How the main process is asked to end.

@@ -2,12 +2,13 @@
 
 use cvm_protocol::keeper::Probe;
 use cvm_protocol::keeper::ProbeSpec;
+use cvm_sys::clock::BootTime;
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrIn, UnixAddr, connect, getsockopt, socket, sockopt,
 };
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Of a yes only the status line is read; of a no also which parts it names as failing.
 const ANSWER_MAX: usize = 16 * 1024;
@@ -23,18 +24,18 @@ pub(crate) struct Prober {
 }
 
 enum Stage {
-    Resting { until: Instant },
-    Connecting { socket: OwnedFd, until: Instant },
-    Reading { socket: OwnedFd, until: Instant, answer: Vec<u8> },
+    Resting { until: BootTime },
+    Connecting { socket: OwnedFd, until: BootTime },
+    Reading { socket: OwnedFd, until: BootTime, answer: Vec<u8> },
 }
 
 impl Prober {
-    pub(crate) fn new(spec: ProbeSpec, now: Instant) -> Self {
+    pub(crate) fn new(spec: ProbeSpec, now: BootTime) -> Self {
         let until = now + Duration::from_millis(spec.eager_ms);
         Self { spec, stage: Stage::Resting { until }, failing: Vec::new() }
     }
 
-    pub(crate) fn deadline(&self) -> Instant {
+    pub(crate) fn deadline(&self) -> BootTime {
         match &self.stage {
             Stage::Resting { until } | Stage::Connecting { until, .. } | Stage::Reading { until, .. } => {
                 *until
@@ -57,7 +58,7 @@ impl Prober {
     }
 
     /// One turn. Yields an answer when one is complete.
-    pub(crate) fn turn(&mut self, now: Instant) -> Option<bool> {
+    pub(crate) fn turn(&mut self, now: BootTime) -> Option<bool> {
         let resting = Stage::Resting { until: now };
         let (next, answer) = match std::mem::replace(&mut self.stage, resting) {
             Stage::Resting { until } if now < until => (Stage::Resting { until }, None),
@@ -72,7 +73,7 @@ impl Prober {
         answer
     }
 
-    fn ask(&mut self, now: Instant) -> (Stage, Option<bool>) {
+    fn ask(&mut self, now: BootTime) -> (Stage, Option<bool>) {
         let until = now + Duration::from_millis(self.spec.timeout_ms);
         match open(&self.spec.probe) {
             Ok(socket) => (Stage::Connecting { socket, until }, None),
@@ -80,7 +81,7 @@ impl Prober {
         }
     }
 
-    fn connected(&mut self, socket: OwnedFd, until: Instant, now: Instant) -> (Stage, Option<bool>) {
+    fn connected(&mut self, socket: OwnedFd, until: BootTime, now: BootTime) -> (Stage, Option<bool>) {
         match getsockopt(&socket, sockopt::SocketError) {
             Ok(0) => {}
             _ => return self.answered(false, now),
@@ -110,9 +111,9 @@ impl Prober {
     fn read(
         &mut self,
         socket: OwnedFd,
-        until: Instant,
+        until: BootTime,
         mut answer: Vec<u8>,
-        now: Instant,
+        now: BootTime,
     ) -> (Stage, Option<bool>) {
         let mut bytes = [0u8; ANSWER_MAX];
         match nix::unistd::read(&socket, &mut bytes) {
@@ -130,7 +131,7 @@ impl Prober {
         }
     }
 
-    fn answered(&self, good: bool, now: Instant) -> (Stage, Option<bool>) {
+    fn answered(&self, good: bool, now: BootTime) -> (Stage, Option<bool>) {
         let pause = if good { self.spec.calm_ms } else { self.spec.eager_ms };
         (Stage::Resting { until: now + Duration::from_millis(pause) }, Some(good))
     }
@@ -181,9 +182,9 @@ mod tests {
 
     fn ask(probe: Probe) -> bool {
         let spec = ProbeSpec { probe, eager_ms: 0, calm_ms: 1000, timeout_ms: 10_000 };
-        let mut prober = Prober::new(spec, Instant::now());
+        let mut prober = Prober::new(spec, BootTime::now());
         loop {
-            if let Some(answer) = prober.turn(Instant::now()) {
+            if let Some(answer) = prober.turn(BootTime::now()) {
                 return answer;
             }
             std::thread::yield_now();
@@ -236,13 +237,13 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         let probe = Probe::Http { port, path: "/healthz".into() };
-        let mut now = Instant::now();
+        let mut now = BootTime::now();
         let mut prober = Prober::new(ProbeSpec { probe, eager_ms: 0, calm_ms: 0, timeout_ms: 60_000 }, now);
-        let until = Instant::now() + Duration::from_secs(10);
-        while prober.interest().is_none_or(|(_, writes)| writes) && Instant::now() < until {
+        let until = BootTime::now() + Duration::from_secs(10);
+        while prober.interest().is_none_or(|(_, writes)| writes) && BootTime::now() < until {
             assert_eq!(prober.turn(now), None);
         }
-        now += Duration::from_secs(61);
+        now = now + Duration::from_secs(61);
         assert_eq!(prober.turn(now), Some(false));
     }
 }

@@ -1,7 +1,8 @@
 //! Signs of work during a service's start: whether its processes use the processor or a disk.
 
+use cvm_sys::clock::BootTime;
 use cvm_sys::process_work::{self, Work};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Between two looks. Each look walks through /proc.
 const BETWEEN_LOOKS: Duration = Duration::from_secs(5);
@@ -11,24 +12,27 @@ const IDLE_SHARE: u32 = 100;
 
 pub(crate) struct Progress {
     seen: Work,
-    at: Instant,
+    at: BootTime,
 }
 
 impl Progress {
-    pub(crate) fn new(now: Instant) -> Self {
+    pub(crate) fn new(now: BootTime) -> Self {
         Self { seen: Work::default(), at: now }
     }
 
-    pub(crate) fn deadline(&self) -> Instant {
+    pub(crate) fn deadline(&self) -> BootTime {
         self.at + BETWEEN_LOOKS
     }
 
     /// Looks when it is time to, and says whether there was work since the look before.
-    pub(crate) fn turn(&mut self, now: Instant) -> bool {
+    pub(crate) fn turn(&mut self, now: BootTime) -> bool {
         if now < self.deadline() {
             return false;
         }
-        let (before, span) = (std::mem::replace(&mut self.seen, process_work::below()), now - self.at);
+        let (before, span) = (
+            std::mem::replace(&mut self.seen, process_work::below()),
+            now.saturating_duration_since(self.at),
+        );
         self.at = now;
         has_worked(before, self.seen, span)
     }

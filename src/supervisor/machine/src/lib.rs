@@ -4,6 +4,7 @@
 //! Nothing here does I/O, reads a clock or spawns anything: time comes in as an argument, and what should happen
 //! goes out as data. `cvm-init` does it.
 
+pub mod awake_clock;
 pub mod backoff;
 pub mod description;
 pub mod machine;

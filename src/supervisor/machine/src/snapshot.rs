@@ -28,6 +28,7 @@ pub fn snapshot(machine: &Machine, about: &About, now: Moment) -> Status {
         version: about.version.clone(),
         phase: phase(machine),
         uptime_ms: now.as_millis(),
+        frozen: false,
         storage: about.storage.clone(),
         keys: about.keys.clone(),
         doors: about.doors.clone(),

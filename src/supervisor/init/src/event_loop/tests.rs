@@ -4,6 +4,7 @@
 use super::*;
 use cvm_machine::description::Service;
 use cvm_machine::plan::Plan;
+use cvm_machine::service::Liveness;
 use cvm_protocol::keeper::Leftovers;
 use cvm_protocol::volume::Claim;
 use cvm_sys::descriptor;
@@ -234,4 +235,63 @@ fn the_last_sweep_of_twenty_thousand_ends_clean() {
     let (status, kernel) = run(world);
     assert_eq!(status, exit::CLEAN);
     assert_eq!(kernel.elapsed, s(1));
+}
+
+// === A machine that stands still ===
+
+/// A service that has answered once, and whose silence is judged after a minute.
+fn watched() -> World<Fake> {
+    let probe = cvm_protocol::keeper::Probe::Listens { port: 1 };
+    let limits = Liveness { start: s(60), start_at_most: s(60), silence: s(60) };
+    let watched = Service { liveness: Some((limits, probe)), ..service("watched", 1, s(30)) };
+    let mut world = world_of(vec![watched]);
+    world.kernel.manners = vec![("watched", Manners::IgnoresTerm)];
+    world.feed(Event::Boot);
+    let keeper = world.kernel.started_as("watched").expect("it was started");
+    for report in [KeeperReport::Started { pid: 7 }, KeeperReport::Liveness { ok: true }] {
+        let line = cvm_protocol::json_lines::line(&report);
+        nix::unistd::write(&keeper.descriptors[3], &line).expect("a pipe takes a line");
+    }
+    world.turn();
+    world
+}
+
+fn asks(world: &mut World<Fake>, verb: Verb) -> Body {
+    world.answer(&Request { v: cvm_protocol::control::VERSION, verb })
+}
+
+#[test]
+fn a_machine_that_stood_still_for_an_hour_restarts_nothing() {
+    let mut world = watched();
+    let keeper = pid_of(&world, "watched");
+    world.kernel.elapsed += s(3_600);
+    world.turn();
+    assert_eq!(world.kernel.sent_at(keeper, TERM), None);
+    // From then on its silence counts, second for second, and so do the ten seconds up to the moment at which the
+    // loop should have woken: whether the pause began before it or after, nobody knows.
+    let resumed = world.kernel.elapsed;
+    while world.kernel.sent_at(keeper, TERM).is_none() {
+        world.turn();
+    }
+    assert_eq!(world.kernel.sent_at(keeper, TERM), Some(resumed + s(50)));
+}
+
+#[test]
+fn while_the_clock_is_frozen_nobody_is_judged_and_a_stop_signal_thaws_it() {
+    let mut world = watched();
+    let keeper = pid_of(&world, "watched");
+    assert!(matches!(asks(&mut world, Verb::Freeze), Body::Taken));
+    let Body::Status(status) = asks(&mut world, Verb::Status) else { panic!("it was asked for") };
+    assert!(status.frozen);
+    world.kernel.elapsed += s(3_600);
+    world.kernel.signal_at(world.kernel.elapsed, libc::SIGCHLD);
+    world.turn();
+    assert_eq!(world.kernel.sent_at(keeper, TERM), None);
+    let Body::Status(later) = asks(&mut world, Verb::Status) else { panic!("it was asked for") };
+    assert_eq!(later.uptime_ms, status.uptime_ms);
+
+    world.kernel.signal_at(world.kernel.elapsed, TERM);
+    world.turn();
+    assert_eq!(world.kernel.sent_at(keeper, TERM), Some(world.kernel.elapsed));
+    assert!(matches!(asks(&mut world, Verb::Freeze), Body::Refused { .. }), "its grace has begun");
 }
