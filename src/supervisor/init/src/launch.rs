@@ -6,7 +6,7 @@
 //! descriptors are kept.
 
 use cvm_machine::description::{self, Prepare, Service};
-use cvm_machine::plan::GateName;
+use cvm_machine::gate::GateName;
 use cvm_protocol::authorized_keys::AuthorizedKey;
 use cvm_protocol::json_lines::line;
 use cvm_protocol::keeper::{Channel, KeeperSpec, Leftovers, Log, Probe, ProbeSpec};
@@ -20,9 +20,9 @@ use cvm_sys::memfd;
 use cvm_system::config::{
     Config, Docker, FirstBoot, Gateway, Log as LogSettings, LogFormat, Ssh, WorkspaceFiles,
 };
+use cvm_system::entry::Specifications;
 use cvm_system::env::Environment;
 use cvm_system::gates;
-use cvm_system::roles::Specifications;
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;

@@ -1,7 +1,7 @@
 //! How a service is described: everything in which one differs from another.
 
 use crate::backoff::Backoff;
-use crate::plan::{GateName, Provides};
+use crate::gate::{GateName, Provides};
 use crate::service::{Liveness, Rules};
 use cvm_protocol::keeper::{Leftovers, Limits, Probe};
 use std::time::Duration;

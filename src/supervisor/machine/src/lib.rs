@@ -7,6 +7,7 @@
 pub mod awake_clock;
 pub mod backoff;
 pub mod description;
+pub mod gate;
 pub mod machine;
 pub mod moment;
 pub mod plan;

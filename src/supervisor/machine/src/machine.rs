@@ -16,8 +16,9 @@
 mod gates;
 
 use crate::description::Service;
+use crate::gate::GateName;
 use crate::moment::Moment;
-use crate::plan::{GateName, Plan, STEP_BACKOFF, Step, Weight, Work};
+use crate::plan::{Plan, STEP_BACKOFF, Step, Weight, Work};
 use crate::service::{self, Refusal, Run, State, Unit};
 use cvm_protocol::exit_status::End;
 use cvm_protocol::fact::Fact;

@@ -1,18 +1,11 @@
-//! What a machine is made of: boot steps and services, and the gates between them.
-//!
-//! A gate is a condition that one opens and others need. A boot step's task opens the gate of the step's name when
-//! it succeeds. A service opens and closes the gates that it provides, by report. Who needs a gate runs only
-//! while it is open.
+//! What a machine is made of: boot steps and services, of which each can start once what it needs is there.
 
 use crate::backoff::Backoff;
 use crate::description::Service;
+use crate::gate::{GateName, Provides};
 use std::collections::BTreeSet;
 use std::fmt;
 use std::time::Duration;
-
-/// The name of a gate, which is the name of the boot step that `cvm status` shows for it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct GateName(pub &'static str);
 
 /// What the failure of a step means for the boot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,20 +50,6 @@ pub struct Step {
     pub work: Work,
     /// The line of the boot log that operators look for.
     pub says: Option<&'static str>,
-}
-
-/// A gate that a service opens and closes.
-#[derive(Debug, Clone)]
-pub struct Provides {
-    pub gate: GateName,
-    /// The gate and the service in the words of a sentence: "the storage", "the storage worker".
-    pub called: &'static str,
-    pub by: &'static str,
-    /// What it means that the service cannot tell how the gate is, while the gate stays open: "Nothing is
-    /// replicated".
-    pub in_doubt: &'static str,
-    /// Said when the waiting for the gate begins.
-    pub says: Option<String>,
 }
 
 /// Waits between tries of a step: soon at first, since most causes are a disk or a mount

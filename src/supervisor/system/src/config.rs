@@ -23,6 +23,7 @@ pub use values::{
 
 use crate::env::{Environment, Given, SET_BY_SUPERVISOR, SSH_TRUST_HOST_KEYS, file_twin, variable};
 pub use crate::env::{Problem, Warning};
+use cvm_machine::backoff::Backoff;
 use cvm_protocol::accounts;
 use cvm_protocol::authorized_keys::{AuthorizedKey, key_lines};
 use cvm_protocol::doors::Door;
@@ -133,6 +134,13 @@ pub struct Restart {
     pub delay_s: u32,
     pub max_delay_s: u32,
     pub reset_after_s: u32,
+}
+
+impl Restart {
+    /// Of the gateway, and of the mux client beside it.
+    pub fn backoff(self) -> Backoff {
+        Backoff::seconds(u64::from(self.delay_s), u64::from(self.max_delay_s), u64::from(self.reset_after_s))
+    }
 }
 
 /// The mux client's settings.

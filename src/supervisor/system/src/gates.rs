@@ -1,6 +1,6 @@
 //! The gates of a machine. Each is a line of the boot in `cvm status`.
 
-use cvm_machine::plan::GateName;
+use cvm_machine::gate::GateName;
 use cvm_protocol::storage::STORAGE_GATE;
 
 /// Host key and configuration of sshd are there.

@@ -7,6 +7,7 @@
 //! Data flows one way along that line. Pure functions and data: no I/O, no clock.
 
 pub mod config;
+pub mod entry;
 pub mod env;
 pub mod gates;
 pub mod owner;

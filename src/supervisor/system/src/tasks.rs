@@ -1,7 +1,8 @@
 //! The boot steps that are tasks. `cvm-task` does each in a process of its own, because it may block on a disk.
 
 use crate::gates;
-use cvm_machine::plan::{GateName, Step, Weight, Work};
+use cvm_machine::gate::GateName;
+use cvm_machine::plan::{Step, Weight, Work};
 use std::time::Duration;
 
 /// Generous for work of milliseconds that may meet a dead volume.

@@ -7,11 +7,12 @@ use crate::gates;
 use crate::roles::{self, Given};
 use cvm_machine::backoff::Backoff;
 use cvm_machine::description::Service;
+use cvm_machine::gate::GateName;
 use cvm_machine::machine::{
     Action, Event, Machine, Next, Order, Phase, ServiceId, StepRecord, StepState, Try, unreported,
 };
 use cvm_machine::moment::Moment;
-use cvm_machine::plan::{GateName, Plan, Step, Weight, Work};
+use cvm_machine::plan::{Plan, Step, Weight, Work};
 use cvm_machine::service::{self, Event as Happens, Liveness, Refusal, Run, State, Unit};
 use cvm_machine::snapshot::{self, About};
 use cvm_protocol::exit_status::End;

@@ -11,8 +11,9 @@
 //! alive: two overlays on one upper layer would corrupt it.
 
 use super::{Action, Machine, Next, Order, Phase, STEP_KILL, ServiceId, StepRecord, StepState, Try};
+use crate::gate::GateName;
 use crate::moment::Moment;
-use crate::plan::{GateName, Work};
+use crate::plan::Work;
 use crate::service::{self, Run, State, Then};
 use cvm_protocol::fact::{Fact, Value};
 use cvm_protocol::report::{GateState, Level, ServiceReport};

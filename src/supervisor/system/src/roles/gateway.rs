@@ -1,7 +1,8 @@
 //! The role `gateway`: an OpenClaw gateway with its state, its operators and its helpers.
 
-use super::{Entry, Given};
+use super::Given;
 use crate::config::{Config, Docker, Storage};
+use crate::entry::Entry;
 use crate::services::{dockerd, gateway, mux, sshd, standin, storage};
 use crate::{gates, tasks};
 use cvm_machine::plan::Step;

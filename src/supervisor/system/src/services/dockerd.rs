@@ -1,5 +1,5 @@
+use crate::entry::Entry;
 use crate::gates;
-use crate::roles::Entry;
 use cvm_machine::backoff::Backoff;
 use cvm_machine::description::{Environment, Prepare, Service};
 use cvm_protocol::keeper::Probe;

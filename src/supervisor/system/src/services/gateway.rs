@@ -1,7 +1,6 @@
-use crate::config::{Config, Restart, Seconds};
+use crate::config::{Config, Seconds};
+use crate::entry::Entry;
 use crate::gates;
-use crate::roles::Entry;
-use cvm_machine::backoff::Backoff;
 use cvm_machine::description::{Environment, Prepare, Service};
 use cvm_machine::service::Liveness;
 use cvm_protocol::keeper::{AGENT_LIMITS, Probe};
@@ -40,7 +39,7 @@ pub(crate) fn entry(config: &Config) -> Entry {
         needs: &[gates::STATE],
         prepare: Some(Prepare::FreePort(port)),
         repair: Some(repair.map(str::to_owned).into()),
-        backoff: backoff(settings.restart),
+        backoff: settings.restart.backoff(),
         grace: seconds(settings.stop_timeout_s),
         liveness: Some((
             Liveness {
@@ -58,13 +57,4 @@ pub(crate) fn entry(config: &Config) -> Entry {
         required: true,
         ..Service::new("gateway", "the OpenClaw gateway", &run)
     })
-}
-
-/// As `OPENCLAW_GATEWAY_RESTART_*` say, for the gateway and for the mux client beside it.
-pub(crate) fn backoff(restart: Restart) -> Backoff {
-    Backoff::seconds(
-        u64::from(restart.delay_s),
-        u64::from(restart.max_delay_s),
-        u64::from(restart.reset_after_s),
-    )
 }

@@ -1,7 +1,6 @@
 use crate::config::{Config, Gateway, Mux};
+use crate::entry::Entry;
 use crate::gates;
-use crate::roles::Entry;
-use crate::services::gateway::backoff;
 use cvm_machine::description::{Prepare, Service};
 use cvm_machine::service::Liveness;
 use cvm_protocol::accounts::MUX_UID;
@@ -24,7 +23,7 @@ pub(crate) fn entry(config: &Config, mux: &Mux, keys: Option<&KeyRing>, has_buck
         // It starts as root, for as long as it takes to open its directory, and becomes `MUX_UID`.
         needs: &[gates::STATE],
         prepare: Some(Prepare::FreePort(MUX_INBOUND_PORT)),
-        backoff: backoff(gateway.restart),
+        backoff: gateway.restart.backoff(),
         // It stops with the gateway: what that still answers on its way down is still sent.
         grace: Duration::from_secs(u64::from(gateway.stop_timeout_s.get())),
         liveness: Some((Liveness { start: START, start_at_most: START, silence: SILENCE }, health.clone())),

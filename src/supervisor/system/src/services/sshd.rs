@@ -1,5 +1,5 @@
+use crate::entry::Entry;
 use crate::gates;
-use crate::roles::Entry;
 use cvm_machine::description::{Prepare, Service};
 use cvm_protocol::keeper::Leftovers;
 use cvm_protocol::paths;

@@ -1,4 +1,4 @@
-use crate::roles::Entry;
+use crate::entry::Entry;
 use cvm_machine::description::Service;
 
 pub(crate) fn entry() -> Entry {

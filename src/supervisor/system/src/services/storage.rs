@@ -1,8 +1,8 @@
 use crate::config::S3;
+use crate::entry::Entry;
 use crate::gates;
-use crate::roles::Entry;
 use cvm_machine::description::{Environment, Service};
-use cvm_machine::plan::Provides;
+use cvm_machine::gate::Provides;
 use cvm_protocol::storage::{CryptSpec, STORAGE_WORKER, StorageSpec};
 use cvm_secrets::base64_bytes::PackedBytes;
 use cvm_secrets::keys::KeyRing;

@@ -2,10 +2,12 @@
 //! gate of another, and plans at random.
 
 use super::*;
-use crate::roles::{Entry, plan_of};
+use crate::entry::Entry;
+use crate::roles::plan_of;
 use crate::services::{dockerd, sshd};
 use crate::tasks;
-use cvm_machine::plan::{Provides, Unplannable};
+use cvm_machine::gate::Provides;
+use cvm_machine::plan::Unplannable;
 use cvm_protocol::fact::{Fact, Severity};
 use std::collections::BTreeSet;
 
