@@ -130,14 +130,14 @@ pub enum StepState {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Next {
     TryAt(Moment),
-    /// Whoever does it keeps trying by itself.
+    /// The service that opens the gate keeps trying.
     Underway,
-    /// Nothing, before an operator has acted.
+    /// Nothing until an operator acts.
     Operator,
 }
 
 impl StepState {
-    /// Whether what waits for its end may go on.
+    /// Whether steps and services that only wait for the end of this step may go on.
     fn has_ended(&self) -> bool {
         matches!(self, Self::Done { .. } | Self::Failed { .. })
     }
@@ -152,7 +152,7 @@ pub struct StepRecord {
     pub step: Step,
     pub state: StepState,
     pub tries: u32,
-    /// Its last try was given up on without having ended.
+    /// The last try was given up, and its process has not ended.
     pub held: bool,
     /// A gate that it needs closed while it ran: whatever its outcome, it is done again.
     void: bool,
@@ -166,7 +166,7 @@ impl StepRecord {
         self.step.deadline.map(|span| since + span)
     }
 
-    /// Whether what only waits for its end may go on: also while it is tried again.
+    /// Whether steps and services that only wait for the end of this step may go on: also while it is tried again.
     fn has_settled(&self) -> bool {
         self.state.has_ended() || self.tries > 1
     }
@@ -178,12 +178,12 @@ pub struct ServiceRecord {
     pub unit: Unit,
     pub first_exec: Option<Moment>,
     pub first_ready: Option<Moment>,
-    /// Lines of its log that the disk was too slow for.
+    /// Lines of its log that were dropped because the disk was too slow.
     pub dropped_lines: u64,
-    /// How the service said last that it stands.
+    /// What the service reported last about itself.
     pub facts: Vec<Fact>,
     last_word: reports::LastWord,
-    /// At any time in this life.
+    /// Whether the service has opened a gate at any time since PID 1 began.
     has_opened_a_gate: bool,
     /// An operator's order that waits until nobody needs its gates any more.
     later: Option<Order>,
@@ -286,12 +286,11 @@ impl Machine {
         self.services.iter().position(|s| s.service.name == name).map(ServiceId)
     }
 
-    /// Steps that `service` still waits for, with what is known of them.
+    /// The step that `service` waits for, or the step that this one waits for in turn: the first cause.
     pub fn missing_for(&self, service: &Service) -> Option<&StepRecord> {
         let missing = |r: &&StepRecord| {
             service.needs.contains(&r.step.name) && !matches!(r.state, StepState::Done { .. })
         };
-        // The first cause, not its consequence: what a missing step itself waits for.
         let mut record = self.steps.iter().find(missing)?;
         while matches!(record.state, StepState::Pending) {
             let Some(cause) = self.steps.iter().find(|r| {
@@ -346,10 +345,10 @@ impl Machine {
     }
 
     fn on_service(&mut self, id: ServiceId, event: service::Event, now: Moment, out: &mut Vec<Action>) {
-        // Before the service itself hears of it, which may start it again at once.
+        // Gates close before the service hears of its end, because it may start again at once.
         self.watch_provider(id, &event, now, out);
         self.tell_unit(id, event, now, out);
-        // Something may have waited for this end.
+        // A step or another service may have waited for this event.
         self.advance(now, out);
     }
 

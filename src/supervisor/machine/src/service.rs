@@ -11,8 +11,8 @@
 //!                                   Waiting <── failure │ 78 once ──> Repairing ──> start
 //! ```
 //!
-//! What it stands on may be lost while it lives: `Withdraw` ends it and takes it back to Idle.
-//! And what it would start over may still be alive: while it is held, no run begins.
+//! A gate that the service needs may close while it runs: `Withdraw` ends the run and takes the service back to
+//! Idle. While the service is held, because others still use what an earlier run provided, no run begins.
 //!
 //! One `Run` is one attempt with everything it left behind. A run ends when nothing of its
 //! process tree is left, and only then may the next begin: that is the whole of "never two
@@ -163,7 +163,7 @@ pub enum Then {
     /// The operator wants a fresh one.
     Restart,
     StayDown,
-    /// What it stands on is gone: it starts again when that is back.
+    /// A gate that it needs has closed: it starts again when the gate opens.
     Withdrawn,
     /// It was a repair command: start the service again, whatever came of it.
     AfterRepair,
@@ -176,7 +176,7 @@ pub enum Event {
     Restart,
     /// The machine goes down: end it and refuse every later start.
     Close,
-    /// What it stands on is gone: end it, and be ready to start anew.
+    /// A gate that it needs has closed: end it, and be ready to start anew.
     Withdraw,
     /// Do not wait any longer.
     Hurry,
@@ -216,7 +216,7 @@ pub enum Event {
         run: Run,
         ready: bool,
     },
-    /// Which of its parts are the reason why it is not ready. None: it names none any more.
+    /// The parts that keep it from being ready. An empty list takes the last one back.
     Failing {
         run: Run,
         parts: Vec<String>,
@@ -224,7 +224,7 @@ pub enum Event {
     Tick,
 }
 
-/// Why a step that had to come first did not succeed.
+/// Why a boot step, or the task before a start, did not succeed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refusal {
     pub why: String,
@@ -270,7 +270,7 @@ pub struct Unit {
     closed: bool,
     held: bool,
     last: Option<Past>,
-    /// What the run that is alive names as failing in it.
+    /// The parts that the current run names as failing.
     failing: Vec<String>,
 }
 
@@ -300,12 +300,12 @@ impl Unit {
         self.last.as_ref()
     }
 
-    /// Lets it run, and what is being ended end, but nothing begins any more.
+    /// A run goes on, and a run that is being ended ends, but no run begins any more.
     pub fn refuse_starts(&mut self) {
         self.closed = true;
     }
 
-    /// While it is held no run begins: one that would begin waits, however long.
+    /// While the service is held no run begins, however long that takes.
     pub fn hold(&mut self, held: bool) {
         self.held = held;
     }
@@ -314,7 +314,7 @@ impl Unit {
         self.held
     }
 
-    /// Stopped while it could not start, and now wanted after all.
+    /// It was stopped while it could not start anyway, and now an operator wants it after all.
     pub fn rearm(&mut self) {
         match &mut self.state {
             _ if self.closed => {}
@@ -324,7 +324,7 @@ impl Unit {
         }
     }
 
-    /// What the run that is alive names as failing in it. Its words: private.
+    /// The parts that the current run names as failing. The names are the program's own, and private.
     pub fn failing(&self) -> &[String] {
         &self.failing
     }
@@ -427,7 +427,7 @@ impl Unit {
                 self.forget_failures();
                 self.begin(now, out);
             }
-            // Being stopped when the operator changes their mind.
+            // The operator changed their mind while the service was being stopped.
             State::Ending { then, .. } if *then == Then::StayDown && !self.closed => *then = Then::Restart,
             _ => {}
         }
@@ -445,7 +445,7 @@ impl Unit {
         match &mut self.state {
             State::Idle | State::Waiting { .. } | State::Parked { .. } => self.state = State::Down,
             State::Down => {}
-            // What is being ended already keeps its phase; only what follows changes.
+            // A run that is being ended already keeps its phase; only what follows changes.
             State::Ending { then, .. } => *then = wanted,
             State::Running { .. } => {
                 let grace = self.rules.grace;
@@ -457,8 +457,7 @@ impl Unit {
         }
     }
 
-    /// What an operator has stopped, and what is parked, stays so: neither was waiting for what
-    /// is gone.
+    /// A service that an operator has stopped, or that is parked, stays so: it was not waiting for the gate.
     fn on_withdraw(&mut self, now: Moment, out: &mut Vec<Action>) {
         match &self.state {
             State::Idle | State::Parked { .. } | State::Down => {}
@@ -538,7 +537,7 @@ impl Unit {
         }
         let unseen = how == End::Unseen;
         let (pid, started, then, end) = match &self.state {
-            // Its keeper was killed, as ordered; that says nothing of what is left.
+            // The keeper was killed, as ordered. Processes of the run may be left all the same.
             State::Ending { phase: Phase::Orphans | Phase::Stuck, .. } if unseen => return,
             State::Ending { pid, started, then, end, .. } => (*pid, *started, then.clone(), end.clone()),
             State::Running { pid, since, .. } => (Some(*pid), Some(*since), Then::Judge, None),
@@ -657,8 +656,8 @@ impl Unit {
         }
     }
 
-    /// A run that has lasted long enough ends a crash loop while it still runs. No deadline of
-    /// its own: whoever asks brings a [`Event::Tick`] along.
+    /// A run that has lasted long enough ends a crash loop while it still runs. It needs no deadline of its own:
+    /// whoever asks for the status brings a [`Event::Tick`] along.
     fn notice_stable_run(&mut self, now: Moment, out: &mut Vec<Action>) {
         let State::Running { since, .. } = self.state else { return };
         let ran = now.since(since);
@@ -671,7 +670,7 @@ impl Unit {
         self.forget_failures();
     }
 
-    /// A phase of ending ran out of time: the next one.
+    /// A phase of ending ran out of time: the next phase begins.
     fn press(&mut self, now: Moment, out: &mut Vec<Action>) {
         let State::Ending { run, phase, until, .. } = &mut self.state else { return };
         let run = *run;
@@ -722,7 +721,7 @@ impl Unit {
         out.push(Action::KillTree(run));
     }
 
-    /// Nothing of the run is left. What now?
+    /// Nothing of the run is left: decides what follows.
     fn conclude(&mut self, now: Moment, out: &mut Vec<Action>) {
         let State::Ending { started, then, end, .. } = &self.state else { return };
         let (then, end) = (then.clone(), end.clone());
@@ -755,7 +754,7 @@ impl Unit {
         }
     }
 
-    /// It would start again if the machine were not going down.
+    /// The service would start again if the machine were not going down.
     fn leave_down(
         &mut self,
         end: Option<End>,
@@ -779,7 +778,7 @@ impl Unit {
         self.state = State::Down;
     }
 
-    /// It ended and nobody had asked for that.
+    /// The run ended and nobody had asked for that.
     fn judge(&mut self, end: End, ran: Duration, now: Moment, out: &mut Vec<Action>) {
         if self.rules.backoff.forgives(ran) {
             self.forget_failures();
@@ -844,7 +843,7 @@ impl Unit {
         out.push(Action::Say(Level::Error, text));
         self.remember(end, Some(why), ran, now);
         self.state = State::Waiting { until: now + wait };
-        // A wait of zero is a start, not a turn of the loop.
+        // With a wait of zero the service starts at once, without a turn of the event loop between.
         if wait.is_zero() {
             self.begin(now, out);
         }

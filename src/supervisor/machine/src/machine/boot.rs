@@ -35,7 +35,7 @@ impl Machine {
     fn may_begin(&self, index: usize) -> bool {
         let Some(record) = self.steps.get(index) else { return false };
         record.state == StepState::Pending
-            // While somebody from before the gate closed is still alive, it does not open anew.
+            // A gate does not open anew while anybody who used it before it closed is still alive.
             && !self.is_in_use(record.step.name)
             && (record.provider.is_none() || self.services_may_start())
             && record.step.after.iter().all(|name| self.has_settled(*name))
@@ -130,8 +130,8 @@ impl Machine {
         record.state = StepState::Failed { began, took: now.since(began), why, next };
     }
 
-    /// Not even SIGKILL ended it in time. What waits for its end goes on; it is not tried again
-    /// by itself, because each try would leave another process in the kernel's hands.
+    /// Not even SIGKILL ended the step's process in time. Steps and services that wait for its end go on. It is not
+    /// tried again by itself, because each try would leave another process that the kernel holds.
     fn give_up_step(&mut self, index: usize, began: Moment, now: Moment, out: &mut Vec<Action>) {
         let Some(record) = self.steps.get_mut(index) else { return };
         record.held = true;

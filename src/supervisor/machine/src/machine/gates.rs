@@ -21,7 +21,7 @@ use cvm_protocol::report::{GateState, Level};
 /// What is known of a gate besides the state of its step.
 #[derive(Debug, Default)]
 pub struct Gate {
-    /// Whether it stays open when its provider ends. Of an open gate.
+    /// Whether the gate, while it is open, stays open when its provider ends.
     pub outlives: bool,
     /// Reasons that were said since the gate was last open.
     said: Vec<String>,
@@ -172,7 +172,7 @@ impl Machine {
 
     /// Ends all that needs the gate, and makes it ready to begin anew when the gate opens again.
     fn withdraw_all_that_need(&mut self, gate: GateName, now: Moment, out: &mut Vec<Action>) {
-        // On the way down the rest follows in its own order.
+        // During a stop, services end in the order of the stop.
         if self.phase != Phase::Up {
             return;
         }
@@ -221,7 +221,7 @@ impl Machine {
         let Some(record) = self.services.get_mut(id.0) else { return };
         let is_current = |run: &Run| record.unit.run() == Some(*run);
         match event {
-            // Another process, which has not said anything yet.
+            // A new process has not reported anything yet.
             Happens::Exec { run, .. } if is_current(run) => {
                 record.last_word = LastWord::Unsaid;
                 record.facts.clear();
@@ -248,11 +248,11 @@ impl Machine {
             if self.is_in_use(gate)
                 && let Some(record) = self.services.get_mut(id.0)
             {
-                // Who goes on writing makes its last word untrue.
+                // Services that need the gate go on writing, so the last word is not true any more.
                 record.last_word = LastWord::Unsaid;
             }
             let known = self.steps.get(index).is_some_and(|r| matches!(r.state, StepState::Failed { .. }));
-            // What the service itself has said of its trouble says more.
+            // The reason that the service has reported says more than its end.
             if known || self.stays_open(index) {
                 continue;
             }

@@ -21,7 +21,7 @@ impl Machine {
         }
         let Some(record) = self.services.get(id.0) else { return };
         if order != Order::Stop && !self.may_start(id.0) {
-            // What it waits for is what the operator means: try that again now.
+            // The operator wants the gates that the service waits for: their steps are tried again now.
             let needs = record.service.needs;
             self.retry_now(needs, now, out);
             if let Some(record) = self.services.get_mut(id.0) {

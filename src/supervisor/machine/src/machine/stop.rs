@@ -127,7 +127,7 @@ impl Machine {
         }
     }
 
-    /// On the way down: the next group, once the one before is at rest or out of time.
+    /// Stops the next group of services once the group before has ended or is out of time.
     pub(super) fn progress(&mut self, now: Moment, out: &mut Vec<Action>) {
         while let Phase::Closing { order, until } = self.phase {
             let group = || self.services.iter().filter(move |s| s.service.stop_order == order);
