@@ -4,6 +4,7 @@
 //! A start takes it ten seconds and more, so each test here is a story with few starts, and they
 //! take turns.
 
+use cvm_harness::chat::two_agents;
 use cvm_harness::machine::{DEVICE_ID, GATEWAY_TOKEN, MASTER_KEY, PATIENCE, base64, repository};
 use cvm_harness::{Builder, Machine, Process, Turns, until};
 use serde_json::Value;
@@ -213,6 +214,29 @@ fn a_refused_configuration_is_mended_by_the_gateways_doctor_or_parks_with_the_re
     let gateway = reaches(&machine, &["parked", "ready"]);
     assert_eq!(gateway["state"], "ready", "{gateway:#}\n{}", machine.output());
     assert!(!fs::read_to_string(config(&machine)).expect("it is there").contains("nobodyKnowsThis"));
+}
+
+#[test]
+fn an_agent_whose_database_the_gateway_refuses_is_found_by_a_deep_look() {
+    let _turn = TURNS.take();
+    let mut machine = product().environment("OPENCLAW_CONFIG_B64", &two_agents()).start();
+    ready(&machine);
+    assert_eq!(machine.ok(&["cvm", "health", "--deep"]), "healthy\n");
+    assert_eq!(machine.stop(), 0, "{}", machine.output());
+    // At its first start it would refuse to migrate a state with this, and stop.
+    let of_bob = machine.data().join("openclaw/agents/bob/agent");
+    fs::create_dir_all(&of_bob).expect("the volume outlives the machine");
+    fs::write(of_bob.join("openclaw-agent.sqlite"), "no database").expect("the volume outlives the machine");
+
+    let machine = machine.again(|b| b);
+    ready(&machine);
+    // It goes on for the other agents, and calls itself ready.
+    assert_eq!(http(&machine, "/readyz", None), "200");
+    machine.ok(&["cvm", "health"]);
+    let deep = machine.exec(&["cvm", "health", "--deep"]);
+    let said = String::from_utf8_lossy(&deep.stdout).into_owned();
+    assert_eq!(deep.status.code(), Some(1), "{said}");
+    assert!(said.contains("does not list the sessions of bob: 400 file is not a database"), "{said}");
 }
 
 #[test]

@@ -308,7 +308,7 @@ pub(crate) struct HealthArgs {
     #[arg(long, short)]
     pub verbose: bool,
 
-    /// Ask the gateway for a list of its sessions, with its token. This finds faults that its probes
+    /// Ask the gateway for a list of each agent's sessions, with its token. This finds faults that its probes
     /// do not see, such as databases that it refuses after an update. As root, and not for HEALTHCHECK
     #[arg(long)]
     pub deep: bool,
