@@ -17,6 +17,22 @@ const LIFELINE: i32 = 4;
 /// Everything but the keys in it is short.
 const SPECIFICATION_MAX: usize = 1024 * 1024;
 
+/// The first call of a service: nobody reads its memory, and what it says goes to standard error, which its keeper
+/// writes into its log. The text of a panic may quote anything, so only its place is said.
+pub fn begin() {
+    cvm_sys::private::keep_private();
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .without_time()
+        .with_target(false)
+        .with_ansi(false)
+        .init();
+    std::panic::set_hook(Box::new(|panic| {
+        let place = panic.location().map(ToString::to_string).unwrap_or_default();
+        tracing::error!("a bug, at {place}");
+    }));
+}
+
 /// What PID 1 has handed to this program.
 pub struct Channel {
     pub reports: Reporter,

@@ -61,18 +61,7 @@ const PROGRAM: &str = "cvm-mux";
 const EXIT_USAGE: u8 = 64;
 
 fn main() -> ExitCode {
-    cvm_sys::private::keep_private();
-    tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .without_time()
-        .with_target(false)
-        .with_ansi(false)
-        .init();
-    // The text of a panic may quote anything, so only its place is said.
-    std::panic::set_hook(Box::new(|panic| {
-        let place = panic.location().map(ToString::to_string).unwrap_or_default();
-        tracing::error!("a bug, at {place}");
-    }));
+    cvm_channel::begin();
     let arguments: Vec<_> = std::env::args_os().skip(1).collect();
     match arguments.as_slice() {
         [] => serve(),
