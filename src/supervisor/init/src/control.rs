@@ -1,8 +1,8 @@
-//! The control socket: one request, one answer, then goodbye.
+//! The control socket: one request and one answer a connection.
 //!
 //! It lives inside PID 1's only loop, so nothing a client does may cost more than a moment:
 //! requests are short, answers are buffered, slow clients are dropped, and there is room for
-//! a fixed number of them. Only root may speak.
+//! a fixed number of them. Only root may connect.
 
 use cvm_protocol::control::{BadRequest, Body, REQUEST_MAX, Request, Response, VERSION};
 use cvm_protocol::json_lines;
@@ -26,7 +26,7 @@ const ACCEPTS_A_TURN: usize = 64;
 
 pub(crate) struct Control {
     listener: OwnedFd,
-    /// The socket's file, by path and by what it was when we made it.
+    /// The socket's path, with device and inode of the file that we made.
     path: PathBuf,
     file: (u64, u64),
     clients: Vec<Client>,
@@ -47,7 +47,7 @@ enum Fate {
 }
 
 impl Control {
-    /// Listens at `path`, whatever a former life left there.
+    /// Listens at `path`, and replaces what an earlier start left there.
     pub(crate) fn open(path: &str) -> Result<Self, String> {
         let at = Path::new(path);
         let directory = at.parent().unwrap_or(Path::new("/"));
@@ -66,7 +66,7 @@ impl Control {
         Ok(Self { listener, path: at.to_owned(), file, clients: Vec::new() })
     }
 
-    /// Whether a client that opens the path still comes to us.
+    /// Whether the path still leads to our socket.
     pub(crate) fn is_in_place(&self) -> bool {
         identity(&self.path) == Some(self.file)
     }
@@ -81,7 +81,7 @@ impl Control {
         self.clients.iter().map(|c| c.until).min()
     }
 
-    /// One turn: accepts, reads, lets `answer` answer, writes, and parts with the slow.
+    /// One turn of the loop: accepts, reads, answers by `answer`, writes, and drops slow clients.
     pub(crate) fn turn(&mut self, now: BootTime, mut answer: impl FnMut(Request) -> Body) {
         self.accept(now);
         self.clients
@@ -101,7 +101,7 @@ impl Control {
                 continue;
             }
             if self.clients.len() >= CLIENTS_MAX {
-                // The one that has been here longest has had its chance.
+                // The oldest connection makes room.
                 self.clients.remove(0);
             }
             let until = now + CLIENT_TIME;

@@ -1,13 +1,13 @@
-//! Takes dstack's guest agent out of everybody's reach, before anything else runs.
+//! Moves the socket of dstack's guest agent to where only root can reach it, before anything else runs.
 //!
-//! Whoever reaches its socket gets quotes over any data and keys of any path, and upstream its mode
-//! lets everybody in. The compose file mounts it in a directory that only root may enter. An older one
+//! A process that can connect to it gets quotes over any data and keys of any path, and upstream the socket's mode
+//! allows every user. The compose file mounts it in a directory that only root may enter. An older one
 //! mounts it at a usual place: from there it is moved into that directory.
 //!
 //! The gateway's boot step checks the result: what could not be moved keeps the gateway from starting,
 //! and no shell.
 //!
-//! Refuses to change the mode of anything that is mounted: that is the host's.
+//! The mode of a mounted file is never changed: it is the host's.
 
 use cvm_protocol::paths;
 use nix::errno::Errno;
@@ -27,7 +27,7 @@ pub(crate) fn is_here() -> bool {
     std::iter::once(paths::DSTACK_SOCKET).chain(paths::DSTACK_USUAL_SOCKETS).any(is_socket)
 }
 
-/// Yields what an operator should know.
+/// Returns what an operator should know.
 pub(crate) fn put_away() -> Vec<String> {
     let usual: Vec<&str> = paths::DSTACK_USUAL_SOCKETS.into_iter().filter(|path| is_socket(path)).collect();
     if usual.is_empty() && !Path::new(paths::DSTACK_DIRECTORY).exists() {

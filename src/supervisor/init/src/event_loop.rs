@@ -1,17 +1,17 @@
 //! The one loop of PID 1: events in, decisions by `cvm-machine`, actions out.
 //!
 //! One wait point. Everything that can happen arrives as a readable descriptor or as the next
-//! deadline of the machine. A panic in a turn is caught, said with its place, and answered with an
+//! deadline of the machine. A panic in a turn of the loop is caught, logged with its place, and answered with an
 //! ordered shutdown: the services that hold the user's data get their time whatever is wrong here.
-//! A panic in an answer to an operator is a refused request, and stops nothing.
+//! A panic while an operator's request is answered costs that request and stops nothing.
 
 use crate::control::Control;
 use crate::defect::caught;
 use crate::exit;
-use crate::keepers::{Child, Children, Owner, Part, Said, Words};
+use crate::keepers::{Keeper, Keepers, Owner, Part, Received, Report};
 use crate::last_net;
-use crate::launch::Kit;
-use crate::log::Voice;
+use crate::launch::Launcher;
+use crate::log::Log;
 use cvm_machine::awake_clock::AwakeClock;
 use cvm_machine::description::Prepare;
 use cvm_machine::machine::{self, Action, Event, Machine, Order, ServiceId, Try};
@@ -35,24 +35,24 @@ use nix::unistd::Pid;
 use std::collections::VecDeque;
 use std::time::Duration;
 
-/// Signals PID 1 acts on. The rest is ignored by the kernel, as PID 1's right.
+/// Signals that PID 1 acts on. The kernel ignores the others for PID 1.
 pub(crate) const HANDLED: [i32; 3] = [libc::SIGCHLD, libc::SIGTERM, libc::SIGINT];
-/// How long the writer of our own log has for its last lines.
+/// How long the writer of PID 1's own log has for its last lines.
 const FAREWELL: Duration = Duration::from_secs(1);
 /// Between two looks for what a killed keeper left behind, and between two tries to open the
 /// control socket.
 const LOOK_AGAIN: Duration = Duration::from_secs(10);
-/// Children reaped in one turn before everything else gets its turn.
+/// Children reaped in one turn of the loop, before everything else gets its turn.
 const REAPS_A_TURN: usize = 4096;
-/// A defect that strikes this often lets no turn come to its end: see `last_net`.
+/// After so many defects no turn of the loop is expected to succeed: see `last_net`.
 const DEFECTS_MAX: u32 = 8;
 
-pub(crate) struct World<K> {
+pub(crate) struct Supervisor<K> {
     machine: Machine,
-    kit: Kit,
-    children: Children,
+    launcher: Launcher,
+    keepers: Keepers,
     kernel: K,
-    voice: Voice,
+    log: Log,
     control: Option<Control>,
     control_path: &'static str,
     about: About,
@@ -70,23 +70,23 @@ pub(crate) struct World<K> {
     defects: u32,
 }
 
-impl<K: Kernel> World<K> {
+impl<K: Kernel> Supervisor<K> {
     pub(crate) fn new(
         machine: Machine,
-        kit: Kit,
-        children: Children,
+        launcher: Launcher,
+        keepers: Keepers,
         kernel: K,
-        voice: Voice,
+        log: Log,
         about: About,
         began: BootTime,
     ) -> Self {
         let (sweeps_due, control_due) = (Vec::new(), Some(began));
         Self {
             machine,
-            kit,
-            children,
+            launcher,
+            keepers,
             kernel,
-            voice,
+            log,
             control: None,
             control_path: cvm_protocol::paths::CONTROL_SOCKET,
             about,
@@ -103,7 +103,7 @@ impl<K: Kernel> World<K> {
 
     /// Runs until the machine is down, and yields the status to leave with.
     pub(crate) fn run(&mut self) -> u8 {
-        self.guarded(|world| world.feed(Event::Boot));
+        self.guarded(|supervisor| supervisor.feed(Event::Boot));
         while self.leaving.is_none() && self.defects < DEFECTS_MAX {
             self.guarded(Self::turn);
         }
@@ -133,12 +133,12 @@ impl<K: Kernel> World<K> {
     fn fall_into_the_last_net(&mut self) {
         let _ =
             caught(|| tracing::error!("The supervisor's defect does not pass; stopping without its machine"));
-        let groups = self.children.groups(self.machine.services());
-        let logger = self.children.find(Owner::Logger);
-        let (children, voice) = (&self.children, &self.voice);
+        let groups = self.keepers.groups(self.machine.services());
+        let logger = self.keepers.find(Owner::Logger);
+        let (keepers, log) = (&self.keepers, &self.log);
         let meanwhile = || {
-            children.discard();
-            let _ = caught(|| voice.flush());
+            keepers.discard();
+            let _ = caught(|| log.flush());
         };
         last_net::stop_all(&mut self.kernel, groups, logger, meanwhile);
     }
@@ -147,8 +147,8 @@ impl<K: Kernel> World<K> {
         self.wait();
         let taken = self.kernel.signals();
         self.reap();
-        let said = self.children.listen();
-        self.hear(said);
+        let said = self.keepers.listen();
+        self.on_reports(said);
         for _ in taken.iter().filter(|s| matches!(**s, libc::SIGTERM | libc::SIGINT)) {
             self.thaw();
             self.feed(Event::Terminate);
@@ -158,14 +158,14 @@ impl<K: Kernel> World<K> {
         self.keep_control_open();
         self.answer_operators();
         self.look_for_the_last();
-        self.voice.flush();
+        self.log.flush();
     }
 
     fn wait(&mut self) {
         let due = self.next_deadline();
         let until = if self.unreaped { Some(self.kernel.now()) } else { due };
-        self.voice.with_waiting(|writers| {
-            self.children.with_reports(|reports| {
+        self.log.with_waiting(|writers| {
+            self.keepers.with_reports(|reports| {
                 let mut fds: Vec<_> = writers.iter().map(|fd| writable(*fd)).collect();
                 fds.extend(reports.iter().map(|fd| readable(*fd)));
                 let control = self.control.iter().flat_map(Control::interests);
@@ -221,7 +221,7 @@ impl<K: Kernel> World<K> {
         }
     }
 
-    // === Ears ===
+    // === What comes in ===
 
     fn reap(&mut self) {
         self.unreaped = true;
@@ -229,10 +229,10 @@ impl<K: Kernel> World<K> {
             match self.kernel.reap() {
                 Reaped::One(pid, _) => {
                     let mut said = Vec::new();
-                    // An orphan of somebody's: buried, and nothing more.
-                    let Some(child) = self.children.take(pid, &mut said) else { continue };
-                    self.hear(said);
-                    self.bury(child);
+                    // An orphan that PID 1 never started: reaped, and nothing more.
+                    let Some(keeper) = self.keepers.take(pid, &mut said) else { continue };
+                    self.on_reports(said);
+                    self.on_keeper_end(keeper);
                 }
                 Reaped::Later | Reaped::Childless => {
                     self.unreaped = false;
@@ -246,19 +246,19 @@ impl<K: Kernel> World<K> {
     /// the end and does not count.
     fn look_for_the_last(&mut self) {
         if matches!(self.machine.phase(), machine::Phase::Sweeping { .. }) {
-            let logger = self.children.find(Owner::Logger);
+            let logger = self.keepers.find(Owner::Logger);
             if self.kernel.children().iter().all(|pid| Some(*pid) == logger) {
                 self.feed(Event::Childless);
             }
         }
     }
 
-    fn hear(&mut self, said: Vec<Said>) {
-        for Said { owner, words } in said {
+    fn on_reports(&mut self, said: Vec<Received>) {
+        for Received { owner, report } in said {
             let Owner::Service { id, run, part: Part::Main } = owner else { continue };
-            let report = match words {
-                Words::Keeper(report) => report,
-                Words::Service(report) => {
+            let report = match report {
+                Report::Keeper(report) => report,
+                Report::Service(report) => {
                     self.feed(Event::Report { id, run, report });
                     continue;
                 }
@@ -275,42 +275,42 @@ impl<K: Kernel> World<K> {
                     self.feed(Event::Dropped { id, lines });
                     continue;
                 }
-                // Silence is measured by the absence of answers; the rest has been dealt with.
+                // The machine measures silence by the answers that do not come; the other reports are handled above.
                 KeeperReport::Liveness { ok: false } | KeeperReport::TreeGone { .. } => continue,
             };
             self.feed(Event::Service { id, event });
         }
     }
 
-    /// A keeper is gone, and with it all that it kept.
-    fn bury(&mut self, mut child: Child) {
-        // Something has changed in this machine: a moment to look after what we own in it.
+    /// A keeper was reaped.
+    fn on_keeper_end(&mut self, mut keeper: Keeper) {
+        // A good moment to see whether the control socket is still there.
         self.control_due.get_or_insert(self.kernel.now());
-        let end = child.end();
-        match child.owner {
+        let end = keeper.end();
+        match keeper.owner {
             Owner::Logger => {
-                self.voice.write_also_to(None);
+                self.log.write_also_to(None);
                 if self.machine.phase() == machine::Phase::Up {
                     self.start_logger();
                 }
             }
             Owner::Step(of) => {
-                let outcome = self.outcome(child.task.take(), &end);
+                let outcome = self.outcome(keeper.task.take(), &end);
                 self.feed(Event::StepEnded { of, outcome });
             }
             Owner::Service { id, run, part } => {
                 let event = match part {
                     Part::Prepare => {
-                        let outcome = self.outcome(child.task.take(), &end);
+                        let outcome = self.outcome(keeper.task.take(), &end);
                         service::Event::Prepared { run, outcome }
                     }
                     Part::Main | Part::Repair => service::Event::Gone { run, end },
-                    Part::Sweep => match self.outcome(child.task.take(), &end) {
+                    Part::Sweep => match self.outcome(keeper.task.take(), &end) {
                         Ok(()) => service::Event::Swept { run },
-                        // Something of it may live: nothing is started over it before a later
-                        // look has found nobody.
+                        // A process of the run may be alive: nothing is started over it before a later
+                        // look has found none.
                         Err(Refusal { why, .. }) => {
-                            tracing::error!("{}: {why}", self.name_of(child.owner));
+                            tracing::error!("{}: {why}", self.name_of(keeper.owner));
                             self.look_again(id, run);
                             return;
                         }
@@ -338,7 +338,7 @@ impl<K: Kernel> World<K> {
 
     fn learn(&mut self, facts: Facts) {
         if let Some(token) = &facts.token {
-            self.kit.learn_token(token);
+            self.launcher.learn_token(token);
         }
         if let Some(fingerprint) = facts.host_key {
             let name = "ssh host key".to_owned();
@@ -358,15 +358,15 @@ impl<K: Kernel> World<K> {
         }
     }
 
-    // === Hands ===
+    // === What the machine orders ===
 
     fn act(&mut self, action: Action) -> Vec<Event> {
         match action {
             Action::Say(level, text) => say(level, &text),
             Action::RunStep(of) => {
                 let run = format!("step-{}/{}", of.step.0, of.number);
-                let kept = match self.kit.step(of.step, &run) {
-                    Some(spec) => self.children.keep(&mut self.kernel, Owner::Step(of), &spec, None),
+                let kept = match self.launcher.step(of.step, &run) {
+                    Some(spec) => self.keepers.keep(&mut self.kernel, Owner::Step(of), &spec, None),
                     None => Err("this version has no work for it".to_owned()),
                 };
                 if let Err(why) = kept {
@@ -378,7 +378,7 @@ impl<K: Kernel> World<K> {
             Action::Service { id, action } => return self.act_on(id, &action).into_iter().collect(),
             Action::SignalAll { hard } => self.signal_all(hard),
             Action::Exit { abandoned, undrained } => {
-                // Data before processes: a process that the kernel holds ends with the machine.
+                // Missing data matters more than left processes, which end with the machine.
                 self.leaving = Some(match (undrained, abandoned) {
                     (true, _) => exit::UNDRAINED,
                     (false, true) => exit::ABANDONED,
@@ -390,7 +390,7 @@ impl<K: Kernel> World<K> {
     }
 
     fn kill_step(&mut self, of: Try, hard: bool) {
-        if let Some(pid) = self.children.find(Owner::Step(of)) {
+        if let Some(pid) = self.keepers.find(Owner::Step(of)) {
             self.kernel.kill(pid, if hard { libc::SIGKILL } else { libc::SIGQUIT });
         }
     }
@@ -417,14 +417,14 @@ impl<K: Kernel> World<K> {
         let service = &record.service;
         let name = format!("{}/{}", service.name, run.0);
         let spec = match part {
-            Part::Main => self.kit.service(service, &name),
-            Part::Repair => self.kit.repair(service, &name),
-            Part::Sweep => self.kit.sweep(service, &name),
-            Part::Prepare => self.kit.prepare(service.prepare?, service.name, &name),
+            Part::Main => self.launcher.service(service, &name),
+            Part::Repair => self.launcher.repair(service, &name),
+            Part::Sweep => self.launcher.sweep(service, &name),
+            Part::Prepare => self.launcher.prepare(service.prepare?, service.name, &name),
         };
-        let specification = if part == Part::Main { self.kit.specification(service) } else { None };
+        let specification = if part == Part::Main { self.launcher.specification(service) } else { None };
         let owner = Owner::Service { id, run, part };
-        let error = self.children.keep(&mut self.kernel, owner, &spec, specification).err()?;
+        let error = self.keepers.keep(&mut self.kernel, owner, &spec, specification).err()?;
         if part == Part::Sweep {
             self.look_again(id, run);
         }
@@ -459,8 +459,8 @@ impl<K: Kernel> World<K> {
     }
 
     fn signal_run(&mut self, id: ServiceId, run: Run, what: i32) -> Option<Event> {
-        if let Some(pid) = self.children.of_run(id, run) {
-            // A keeper that is gone already is about to be reaped.
+        if let Some(pid) = self.keepers.of_run(id, run) {
+            // If the keeper has ended already, it is about to be reaped.
             self.kernel.kill(pid, what);
         }
         None
@@ -471,29 +471,29 @@ impl<K: Kernel> World<K> {
     /// with it, and the last lines are on standard output.
     fn signal_all(&mut self, hard: bool) {
         if hard {
-            self.voice.write_also_to(None);
+            self.log.write_also_to(None);
         }
         self.kernel.kill(Pid::from_raw(-1), if hard { libc::SIGKILL } else { libc::SIGTERM });
     }
 
     pub(crate) fn start_logger(&mut self) {
         let file = format!("{}/supervisor.log", cvm_protocol::paths::LOGS);
-        match self.children.keep_log(&mut self.kernel, &file) {
-            Ok(pipe) => self.voice.write_also_to(Some(pipe)),
+        match self.keepers.keep_log(&mut self.kernel, &file) {
+            Ok(pipe) => self.log.write_also_to(Some(pipe)),
             Err(why) => tracing::warn!("The supervisor's own log is not written to a file: {why}"),
         }
     }
 
     /// Lets the last lines reach the disk.
     fn farewell(&mut self) {
-        self.voice.flush();
-        self.voice.write_also_to(None);
+        self.log.flush();
+        self.log.write_also_to(None);
         let until = self.kernel.now() + FAREWELL;
-        while self.children.find(Owner::Logger).is_some() && self.kernel.now() < until {
+        while self.keepers.find(Owner::Logger).is_some() && self.kernel.now() < until {
             self.kernel.wait(Vec::new(), Some(until));
             self.kernel.signals();
             while let Reaped::One(pid, _) = self.kernel.reap() {
-                self.children.take(pid, &mut Vec::new());
+                self.keepers.take(pid, &mut Vec::new());
             }
         }
     }
@@ -571,7 +571,7 @@ impl<K: Kernel> World<K> {
         let services = self.machine.services().iter().map(|record| &record.service);
         match services.into_iter().find(|service| service.environment.of_the_gateway) {
             Some(gateway) => {
-                let (user, environment) = self.kit.access_to(gateway);
+                let (user, environment) = self.launcher.access_to(gateway);
                 Body::GatewayAccess { user, environment }
             }
             None => Body::Refused { why: "no gateway runs in this machine".to_owned() },
@@ -593,7 +593,7 @@ impl<K: Kernel> World<K> {
             Order::Restart => "restart",
         };
         tracing::info!("{name}: {word} requested by an operator");
-        match self.guarded(|world| world.feed(Event::Order { id, order })) {
+        match self.guarded(|supervisor| supervisor.feed(Event::Order { id, order })) {
             Some(()) => Body::Taken,
             None => {
                 Body::Refused { why: "a defect of the supervisor; everything is being stopped".to_owned() }
@@ -619,7 +619,7 @@ fn not_kept(run: Run, part: Part, error: &str) -> Option<service::Event> {
             say(Level::Error, &why);
             Some(service::Event::Gone { run, end: End::Code(i32::from(exit::INTERNAL)) })
         }
-        // Nobody could look, so nothing may be started over what may be there.
+        // Nothing looked for leftovers, so nothing may be started over them.
         Part::Sweep => {
             say(Level::Error, &why);
             None

@@ -1,4 +1,4 @@
-//! The keepers: started here, listened to here, and gone from here when they are reaped.
+//! The keepers of this machine: starts them, reads their reports, and forgets them when they are reaped.
 
 use crate::last_net::Group;
 use cvm_machine::machine::{ServiceId, ServiceRecord, Try};
@@ -20,11 +20,11 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// Read from one pipe in one turn, in pieces of 4 KiB, before everything else gets its turn. More
-/// than a pipe usually holds, so that nothing is left of one whose writer has ended.
+/// Pieces of 4 KiB that are read from one pipe in one turn of the loop. More than a pipe usually holds, so that
+/// a pipe whose writer has ended is read to its end.
 const READS_A_TURN: usize = 64;
 
-/// Whom a child belongs to.
+/// What a keeper was started for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Owner {
     Step(Try),
@@ -37,7 +37,7 @@ pub(crate) enum Owner {
     Logger,
 }
 
-/// Which part of a run a child plays.
+/// What a keeper does for a run of a service.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Part {
     Prepare,
@@ -46,34 +46,34 @@ pub(crate) enum Part {
     Sweep,
 }
 
-pub(crate) struct Child {
+pub(crate) struct Keeper {
     pub(crate) pid: Pid,
     pub(crate) owner: Owner,
-    /// What the keeper says.
+    /// What the keeper reports.
     reports: Option<ReportPipe>,
-    /// What the program says that it keeps. The keeper does not write there, nor the program to the keeper's: a
-    /// service that faces the network must not be able to say that it is gone.
+    /// What the program reports. The keeper does not write into this pipe, and the program not into the keeper's: a
+    /// service that faces the network must not be able to report its own end.
     of_the_program: Option<ReportPipe>,
-    /// The keeper's last word, if it came to say it.
+    /// The keeper's last report, if there was one.
     gone: Option<End>,
     /// What a task reported.
     pub(crate) task: Option<TaskReport>,
 }
 
-impl Child {
+impl Keeper {
     /// How it ended, once its keeper has been reaped.
     pub(crate) fn end(&self) -> End {
         self.gone.clone().unwrap_or(End::Unseen)
     }
 }
 
-/// Something a keeper said, or the service it keeps.
-pub(crate) struct Said {
+/// A report of a keeper, or of the service that it keeps.
+pub(crate) struct Received {
     pub(crate) owner: Owner,
-    pub(crate) words: Words,
+    pub(crate) report: Report,
 }
 
-pub(crate) enum Words {
+pub(crate) enum Report {
     Keeper(KeeperReport),
     Service(ServiceReport),
 }
@@ -87,7 +87,7 @@ struct ReportPipe {
 }
 
 impl ReportPipe {
-    /// Theirs and ours.
+    /// The other end and ours.
     fn new() -> nix::Result<(OwnedFd, Self)> {
         let (pipe, theirs) = descriptor::pipe()?;
         descriptor::set_nonblocking(&pipe)?;
@@ -102,7 +102,7 @@ impl ReportPipe {
                 Ok(n) if n > 0 => self.partial.extend(bytes.iter().take(n)),
                 Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => return true,
-                // The other end is closed; how it ended is said when it is reaped.
+                // The other end is closed; the keeper's end is known when it is reaped.
                 Ok(_) | Err(_) => return false,
             }
             while let Some(end) = self.partial.iter().position(|b| *b == b'\n') {
@@ -111,7 +111,7 @@ impl ReportPipe {
                     hear(&line);
                 }
             }
-            // After the whole lines in front of it: only the one that is too long is lost.
+            // After the whole lines before it: only the line that is too long is lost.
             if self.partial.len() > REPORT_MAX {
                 self.partial.clear();
                 self.skips = true;
@@ -121,13 +121,13 @@ impl ReportPipe {
     }
 }
 
-pub(crate) struct Children {
-    all: Vec<Child>,
+pub(crate) struct Keepers {
+    all: Vec<Keeper>,
     /// Where the binaries of this build lie: beside our own.
     home: PathBuf,
 }
 
-impl Children {
+impl Keepers {
     pub(crate) fn new() -> Self {
         let exe = std::fs::read_link("/proc/self/exe").unwrap_or_default();
         let home = exe.parent().unwrap_or(Path::new("/usr/local/lib/openclaw-cvm")).to_owned();
@@ -163,7 +163,7 @@ impl Children {
         }
         let pid = self.start(kernel, &["cvm-keeper", &spec.name], &handed).map_err(words)?;
         let of_the_program = program.map(|(_, ours)| ours);
-        self.all.push(Child { pid, owner, reports: Some(reports), of_the_program, gone: None, task: None });
+        self.all.push(Keeper { pid, owner, reports: Some(reports), of_the_program, gone: None, task: None });
         Ok(())
     }
 
@@ -176,7 +176,7 @@ impl Children {
         let descriptors = [theirs.as_fd(), out.as_fd(), errors.as_fd()];
         let pid = self.start(kernel, &["cvm-keeper", "--log", file], &descriptors).map_err(words)?;
         let owner = Owner::Logger;
-        self.all.push(Child { pid, owner, reports: None, of_the_program: None, gone: None, task: None });
+        self.all.push(Keeper { pid, owner, reports: None, of_the_program: None, gone: None, task: None });
         Ok(ours)
     }
 
@@ -200,12 +200,12 @@ impl Children {
             limits: None,
             session: Session::Own,
             dies_with_parent: false,
-            // An order to end that comes before it listens waits for it.
+            // A signal that comes before the keeper has its handlers stays pending.
             blocked: Blocked::All,
             news: usize::try_from(descriptors::REPORTS).ok().and_then(|at| handed.get(at)).copied(),
         };
         kernel.spawn(&program, |stage, errno, news| {
-            // Standard error here is the container's: this is a broken installation.
+            // Not to standard error, which is the container's: the installation is broken.
             let end = End::not_started(stage.to_byte(), errno as i32);
             let line = json_lines::line(&KeeperReport::TreeGone { end, killed: 0 });
             if let Some(pipe) = news {
@@ -217,25 +217,25 @@ impl Children {
 
     pub(crate) fn with_reports<T>(&self, look: impl FnOnce(&[BorrowedFd<'_>]) -> T) -> T {
         let fds: Vec<BorrowedFd<'_>> =
-            self.all.iter().flat_map(Child::pipes).map(|pipe| pipe.pipe.as_fd()).collect();
+            self.all.iter().flat_map(Keeper::pipes).map(|pipe| pipe.pipe.as_fd()).collect();
         look(&fds)
     }
 
-    /// Reads what keepers have said.
-    pub(crate) fn listen(&mut self) -> Vec<Said> {
-        let mut said = Vec::new();
-        for child in &mut self.all {
-            child.listen(&mut said);
+    /// Reads the reports that have come.
+    pub(crate) fn listen(&mut self) -> Vec<Received> {
+        let mut received = Vec::new();
+        for keeper in &mut self.all {
+            keeper.listen(&mut received);
         }
-        said
+        received
     }
 
-    /// The child that was reaped, with its last words read.
-    pub(crate) fn take(&mut self, pid: Pid, said: &mut Vec<Said>) -> Option<Child> {
+    /// The keeper that was reaped, with its last reports read.
+    pub(crate) fn take(&mut self, pid: Pid, received: &mut Vec<Received>) -> Option<Keeper> {
         let index = self.all.iter().position(|c| c.pid == pid)?;
-        let mut child = self.all.swap_remove(index);
-        child.listen(said);
-        Some(child)
+        let mut keeper = self.all.swap_remove(index);
+        keeper.listen(received);
+        Some(keeper)
     }
 
     pub(crate) fn find(&self, owner: Owner) -> Option<Pid> {
@@ -249,8 +249,8 @@ impl Children {
         let orders: BTreeSet<u8> = services.iter().map(|s| s.service.stop_order).collect();
         groups.extend(orders.into_iter().map(|order| {
             let of_order = |id: ServiceId| services.get(id.0).filter(|s| s.service.stop_order == order);
-            let keepers = self.all.iter().filter_map(|child| match child.owner {
-                Owner::Service { id, .. } => Some((child.pid, of_order(id)?.service.grace)),
+            let keepers = self.all.iter().filter_map(|keeper| match keeper.owner {
+                Owner::Service { id, .. } => Some((keeper.pid, of_order(id)?.service.grace)),
                 Owner::Step(_) | Owner::Logger => None,
             });
             let (keepers, graces): (Vec<Pid>, Vec<Duration>) = keepers.unzip();
@@ -259,10 +259,10 @@ impl Children {
         groups
     }
 
-    /// Reads what was said and forgets it, so that nobody waits for a reader.
+    /// Reads all reports and forgets them, so that no writer waits for a reader.
     pub(crate) fn discard(&self) {
         let mut scrap = [0u8; 4096];
-        for pipe in self.all.iter().flat_map(Child::pipes) {
+        for pipe in self.all.iter().flat_map(Keeper::pipes) {
             while nix::unistd::read(&pipe.pipe, &mut scrap).is_ok_and(|n| n > 0) {}
         }
     }
@@ -270,25 +270,25 @@ impl Children {
     /// The keeper that is alive for a run, whichever part of it that is.
     pub(crate) fn of_run(&self, wanted: ServiceId, of: Run) -> Option<Pid> {
         let owned =
-            |c: &&Child| matches!(c.owner, Owner::Service { id, run, .. } if id == wanted && run == of);
+            |c: &&Keeper| matches!(c.owner, Owner::Service { id, run, .. } if id == wanted && run == of);
         self.all.iter().find(owned).map(|c| c.pid)
     }
 }
 
-impl Child {
+impl Keeper {
     fn pipes(&self) -> impl Iterator<Item = &ReportPipe> {
         self.reports.iter().chain(&self.of_the_program)
     }
 
-    /// What the program has said comes first: its last report was written before the keeper's.
-    fn listen(&mut self, said: &mut Vec<Said>) {
+    /// The program's reports come first: its last one was written before the keeper's last one.
+    fn listen(&mut self, received: &mut Vec<Received>) {
         let owner = self.owner;
         if let Some(pipe) = &mut self.of_the_program {
             let task = &mut self.task;
             let more = pipe.read(|line| match owner {
                 Owner::Service { part: Part::Main, .. } => {
-                    let report = serde_json::from_slice(line).ok().map(Words::Service);
-                    said.extend(report.map(|words| Said { owner, words }));
+                    let report = serde_json::from_slice(line).ok().map(Report::Service);
+                    received.extend(report.map(|report| Received { owner, report }));
                 }
                 _ => *task = serde_json::from_slice(line).ok().or(task.take()),
             });
@@ -300,7 +300,7 @@ impl Child {
             let gone = &mut self.gone;
             let more = pipe.read(|line| match serde_json::from_slice(line) {
                 Ok(KeeperReport::TreeGone { end, .. }) => *gone = Some(end),
-                Ok(report) => said.push(Said { owner, words: Words::Keeper(report) }),
+                Ok(report) => received.push(Received { owner, report: Report::Keeper(report) }),
                 Err(_) => {}
             });
             if !more {
@@ -321,55 +321,58 @@ mod tests {
         Owner::Service { id: ServiceId(0), run: Run(1), part: Part::Main }
     }
 
-    /// A child that was not started, with the other ends of its pipes: the keeper's and the program's.
-    fn child(owner: Owner) -> (Child, OwnedFd, OwnedFd) {
-        let (keeper, reports) = ReportPipe::new().expect("a pipe");
+    /// A keeper that was not started, with the other ends of the two pipes: its own and the program's.
+    fn not_started(owner: Owner) -> (Keeper, OwnedFd, OwnedFd) {
+        let (its_pipe, reports) = ReportPipe::new().expect("a pipe");
         let (program, of_the_program) = ReportPipe::new().expect("a pipe");
         let (reports, of_the_program) = (Some(reports), Some(of_the_program));
         let pid = Pid::from_raw(7);
-        (Child { pid, owner, reports, of_the_program, gone: None, task: None }, keeper, program)
+        (Keeper { pid, owner, reports, of_the_program, gone: None, task: None }, its_pipe, program)
     }
 
     #[test]
     fn of_very_many_reports_at_once_none_is_lost() {
-        let (mut child, keeper, _program) = child(main_of_a_service());
-        let room = fcntl(&keeper, FcntlArg::F_SETPIPE_SZ(1 << 20)).expect("a pipe of 1 MiB");
+        let (mut keeper, its_pipe, _program) = not_started(main_of_a_service());
+        let room = fcntl(&its_pipe, FcntlArg::F_SETPIPE_SZ(1 << 20)).expect("a pipe of 1 MiB");
         let line = line(&KeeperReport::Liveness { ok: true });
         let count = usize::try_from(room).expect("a size") / line.len() - 1000;
         let text = line.repeat(count);
         assert!(text.len() > 4 * REPORT_MAX);
-        assert_eq!(nix::unistd::write(&keeper, &text), Ok(text.len()));
-        let mut said = Vec::new();
+        assert_eq!(nix::unistd::write(&its_pipe, &text), Ok(text.len()));
+        let mut received = Vec::new();
         // Each call takes a part, so that nothing else has to wait for all of it.
-        child.listen(&mut said);
-        assert!(!said.is_empty() && said.len() < count);
-        (0..10).for_each(|_| child.listen(&mut said));
-        assert_eq!(said.len(), count);
+        keeper.listen(&mut received);
+        assert!(!received.is_empty() && received.len() < count);
+        (0..10).for_each(|_| keeper.listen(&mut received));
+        assert_eq!(received.len(), count);
     }
 
     #[test]
     fn a_service_cannot_speak_for_its_keeper_nor_a_keeper_for_its_service() {
-        let (mut child, keeper, program) = child(main_of_a_service());
+        let (mut keeper, its_pipe, program) = not_started(main_of_a_service());
         let gone = line(&KeeperReport::TreeGone { end: End::Code(0), killed: 0 });
         let started = line(&KeeperReport::Started { pid: 1 });
         let drained = line(&ServiceReport::Drained { missing: None });
         for bytes in [&gone, &started, &drained] {
             nix::unistd::write(&program, bytes).expect("it has room");
         }
-        nix::unistd::write(&keeper, &drained).expect("it has room");
-        let mut said = Vec::new();
-        child.listen(&mut said);
-        assert_eq!(child.end(), End::Unseen);
-        assert!(matches!(&said[..], [Said { words: Words::Service(ServiceReport::Drained { .. }), .. }]));
+        nix::unistd::write(&its_pipe, &drained).expect("it has room");
+        let mut received = Vec::new();
+        keeper.listen(&mut received);
+        assert_eq!(keeper.end(), End::Unseen);
+        assert!(matches!(
+            &received[..],
+            [Received { report: Report::Service(ServiceReport::Drained { .. }), .. }]
+        ));
         // The same words of the keeper's count.
-        nix::unistd::write(&keeper, &gone).expect("it has room");
-        child.listen(&mut said);
-        assert_eq!(child.end(), End::Code(0));
+        nix::unistd::write(&its_pipe, &gone).expect("it has room");
+        keeper.listen(&mut received);
+        assert_eq!(keeper.end(), End::Code(0));
     }
 
     #[test]
     fn of_a_line_that_is_too_long_no_piece_is_heard_and_the_lines_around_it_are() {
-        let (mut child, _keeper, program) = child(main_of_a_service());
+        let (mut keeper, _its_pipe, program) = not_started(main_of_a_service());
         fcntl(&program, FcntlArg::F_SETPIPE_SZ(1 << 20)).expect("a pipe of 1 MiB");
         let note = |text: &str| line(&ServiceReport::Drained { missing: Some(text.to_owned()) });
         let mut long = b"x".repeat(2 * REPORT_MAX);
@@ -377,10 +380,10 @@ mod tests {
         for bytes in [note("before").to_vec(), long, note("after").to_vec()] {
             assert_eq!(nix::unistd::write(&program, &bytes), Ok(bytes.len()));
         }
-        let mut said = Vec::new();
-        (0..10).for_each(|_| child.listen(&mut said));
-        let heard = said.into_iter().map(|said| match said.words {
-            Words::Service(ServiceReport::Drained { missing }) => missing.unwrap_or_default(),
+        let mut received = Vec::new();
+        (0..10).for_each(|_| keeper.listen(&mut received));
+        let heard = received.into_iter().map(|received| match received.report {
+            Report::Service(ServiceReport::Drained { missing }) => missing.unwrap_or_default(),
             _ => panic!("nothing else was said"),
         });
         assert_eq!(heard.collect::<Vec<_>>(), ["before", "after"]);

@@ -1,8 +1,7 @@
-//! The last net: everything is stopped in order without the machine, when a defect lets no turn of
-//! it come to its end.
+//! The last net: stops everything in order without the machine, when defects end every turn of the loop.
 //!
 //! The services end group by group, each with its full time, so that the storage worker still
-//! drains. It knows pids and times and nothing else, and does not ask how anything ended.
+//! drains. It knows pids and times and nothing else, and does not care how anything ended.
 
 use crate::defect::caught;
 use cvm_sys::kernel::Kernel;
@@ -12,7 +11,7 @@ use std::time::Duration;
 
 /// From the order to kill a tree to the end of its keeper.
 const KILL: Duration = Duration::from_secs(5);
-/// For whoever is left when the groups are down: from SIGTERM to SIGKILL, and from there on.
+/// For processes that are left when the groups are down: from SIGTERM to SIGKILL, and from there on.
 const SWEEP_TERM: Duration = Duration::from_secs(3);
 const SWEEP_KILL: Duration = Duration::from_secs(5);
 
@@ -65,7 +64,7 @@ fn wait_for(
             return;
         }
         kernel.wait(Vec::new(), Some(until));
-        // Or the next wait would not be one.
+        // A signal that is still there would end the next wait at once.
         let _ = caught(|| kernel.signals());
         meanwhile();
     }

@@ -1,5 +1,5 @@
-//! What PID 1 keeps after the boot border: how to describe each service and each step to a
-//! keeper, with the secrets that this one needs and no others.
+//! Describes each service and each task to a keeper, with the secrets that it needs and no others. PID 1 keeps nothing
+//! else of the configuration once it has booted.
 //!
 //! `MASTER_KEY` and the bucket's passwords are not among them: they are wiped with the environment. Services of
 //! ours are started again and again, so their specifications lie ready in sealed memory files, of which only the
@@ -38,7 +38,7 @@ const PROBE_EAGER: Duration = Duration::from_millis(250);
 /// Between questions while the answer is yes.
 const PROBE_CALM: Duration = Duration::from_secs(15);
 
-pub(crate) struct Kit {
+pub(crate) struct Launcher {
     gateway: Gateway,
     first_boot: FirstBoot,
     ssh: Ssh,
@@ -56,7 +56,7 @@ pub(crate) struct Kit {
     home: PathBuf,
 }
 
-impl Kit {
+impl Launcher {
     pub(crate) fn new(
         config: Config,
         environment: &Environment,
@@ -70,7 +70,7 @@ impl Kit {
             Some(keys) => (Some(keys.gateway_token), Some(keys.device_seed), Some(keys.host_key_seed)),
             None => (None, None, None),
         };
-        // By name: the master key and the bucket's credentials end here.
+        // Taken apart by name: the master key and the bucket's credentials are dropped here.
         let Config { gateway, first_boot, ssh, docker, log, .. } = config;
         Self {
             gateway,
@@ -95,7 +95,7 @@ impl Kit {
 
     pub(crate) fn service(&self, service: &Service, run: &str) -> KeeperSpec {
         let liveness = service.liveness.as_ref().map(|(limits, probe)| {
-            // Often enough to notice four times within the silence that is allowed.
+            // Four questions within the silence that is allowed.
             let calm = PROBE_CALM.min(limits.silence / 4);
             spec_of(probe, PROBE_EAGER.min(calm), calm)
         });
@@ -131,7 +131,7 @@ impl Kit {
         argv
     }
 
-    /// The same surroundings as the service, for its repair command.
+    /// The repair command of a service, with the same user, environment and directory.
     pub(crate) fn repair(&self, service: &Service, run: &str) -> KeeperSpec {
         let argv = service.repair.clone().unwrap_or_default();
         KeeperSpec { argv, liveness: None, startup: None, readiness: None, ..self.service(service, run) }
@@ -157,7 +157,7 @@ impl Kit {
             Leftovers::Leave => Some(self.ssh.port.get()),
         };
         let task = Task::Sweep { run: run.to_owned(), listens_on };
-        // A name of its own: what it looks for must not find itself.
+        // Another run name: the task looks for processes of the run and must not find itself.
         self.task(&format!("{}-sweep", service.name), &format!("{run}-sweep"), &task)
     }
 
@@ -207,7 +207,7 @@ impl Kit {
             oom_score_adj: 0,
             limits: None,
             channel: Channel::Task(PackedBytes::pack(&line(task))),
-            // A step's own words go into one file for all of them.
+            // The output of all tasks goes into one file.
             log: Log { copy_to_stdout: false, ..self.log("steps") },
             liveness: None,
             startup: None,
@@ -246,7 +246,7 @@ impl Kit {
         PackedEnvironment::pack(&pairs)
     }
 
-    /// For the operator's `openclaw`: as whom, and with what, the gateway runs.
+    /// The user and the environment of the gateway, for the operator's `openclaw`.
     pub(crate) fn access_to(&self, gateway: &Service) -> (String, PackedEnvironment) {
         (gateway.user.clone(), self.environment(gateway.environment, &gateway.user))
     }

@@ -1,5 +1,5 @@
-//! What PID 1 says: tracing events as lines on standard output and in its own log, through
-//! buffers that drop and count rather than wait.
+//! PID 1's log: tracing events as lines on standard output and in its own log file, through
+//! buffers that drop lines and count them rather than wait.
 //!
 //! Standard output of a container may be public, and may be a pipe that nobody reads: nothing
 //! here ever blocks on it.
@@ -17,10 +17,10 @@ use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Level, Metadata, Subscriber};
 
-/// What may wait for a reader. A boot prints a few kilobytes.
+/// Bytes that may wait for a reader. A boot prints a few kilobytes.
 const WAITING_MAX: usize = 64 * 1024;
 
-/// A descriptor that is written to when it takes something.
+/// A descriptor, and the lines that it has not taken yet.
 struct Sink {
     fd: Option<OwnedFd>,
     waiting: VecDeque<u8>,
@@ -56,7 +56,7 @@ impl Sink {
             match descriptor::write_some(fd, self.waiting.as_slices().0) {
                 Ok(n) => drop(self.waiting.drain(..n)),
                 Err(Errno::EAGAIN | Errno::EINTR) => return,
-                // Nobody will ever read there again. Waiting for room would be a busy loop:
+                // The reader is gone for good. Waiting for room would be a busy loop:
                 // the kernel calls a broken pipe writable.
                 Err(_) => {
                     self.waiting.clear();
@@ -74,14 +74,14 @@ struct Inner {
     json: bool,
 }
 
-/// The one place where PID 1's words go. Clones share it.
+/// All lines of PID 1 go through here. Clones share the buffers.
 #[derive(Clone)]
-pub(crate) struct Voice(Arc<Mutex<Inner>>);
+pub(crate) struct Log(Arc<Mutex<Inner>>);
 
-impl Voice {
+impl Log {
     /// Makes it the receiver of all tracing events at or above `level`.
-    pub(crate) fn raise(level: LogLevel, format: LogFormat) -> Self {
-        let voice = Self::into(descriptor::own_nonblocking(1).ok(), format);
+    pub(crate) fn start(level: LogLevel, format: LogFormat) -> Self {
+        let log = Self::into(descriptor::own_nonblocking(1).ok(), format);
         let max = match level {
             LogLevel::Error => Level::ERROR,
             LogLevel::Warn => Level::WARN,
@@ -90,19 +90,19 @@ impl Voice {
             LogLevel::Trace => Level::TRACE,
         };
         // It fails when one is set already, which only a second call could do.
-        let _ = tracing::subscriber::set_global_default(voice.ears(max));
-        voice
+        let _ = tracing::subscriber::set_global_default(log.subscriber(max));
+        log
     }
 
-    /// One that says on `stdout` what it is told.
+    /// A log that writes to `stdout`.
     pub(crate) fn into(stdout: Option<OwnedFd>, format: LogFormat) -> Self {
         let (stdout, file, json) = (Sink::new(stdout), Sink::new(None), matches!(format, LogFormat::Json));
         Self(Arc::new(Mutex::new(Inner { stdout, file, json })))
     }
 
-    /// What tells it of the program's events.
-    pub(crate) fn ears(&self, max: Level) -> impl Subscriber + use<> {
-        Ears { voice: self.clone(), max }
+    /// The subscriber that hands tracing events to this log.
+    pub(crate) fn subscriber(&self, max: Level) -> impl Subscriber + use<> {
+        LogSubscriber { log: self.clone(), max }
     }
 
     /// From now on lines also go into `pipe`, at whose other end they are written to a file.
@@ -117,7 +117,7 @@ impl Voice {
         inner.file.flush();
     }
 
-    /// Descriptors of which it wants to know when they can be written to.
+    /// The descriptors that have lines waiting, to be polled for writing.
     pub(crate) fn with_waiting<T>(&self, look: impl FnOnce(&[BorrowedFd<'_>]) -> T) -> T {
         let inner = self.lock();
         let waiting = [&inner.stdout, &inner.file].into_iter().filter(|s| !s.waiting.is_empty());
@@ -129,7 +129,7 @@ impl Voice {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn say(&self, level: Level, message: &str) {
+    fn write(&self, level: Level, message: &str) {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let stamp = rfc3339(u64::try_from(now.as_millis()).unwrap_or(u64::MAX));
         let mut inner = self.lock();
@@ -146,12 +146,12 @@ impl Voice {
 }
 
 /// The tracing side. Spans are not used here.
-struct Ears {
-    voice: Voice,
+struct LogSubscriber {
+    log: Log,
     max: Level,
 }
 
-impl Subscriber for Ears {
+impl Subscriber for LogSubscriber {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
         *metadata.level() <= self.max
     }
@@ -168,7 +168,7 @@ impl Subscriber for Ears {
     fn event(&self, event: &Event<'_>) {
         let mut message = Message(String::new());
         event.record(&mut message);
-        self.voice.say(*event.metadata().level(), &message.0);
+        self.log.write(*event.metadata().level(), &message.0);
     }
 }
 

@@ -4,7 +4,7 @@
 //! machine of `cvm-machine` says: start keepers, signal them, listen to them, reap them, and
 //! answer operators on a unix socket. One thread, one wait point.
 //!
-//! Refuses to block, to panic, to touch `/data`, to talk on the network, and to leave because
+//! It does not block, panic, touch `/data` or talk on the network, and does not exit because
 //! something around it failed.
 
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
@@ -116,7 +116,7 @@ fn check() -> u8 {
     }
 }
 
-/// What the environment says, once it is known that its author may write it.
+/// The configuration of this environment, once it is known that its author may write it.
 struct Settings {
     config: Config,
     warnings: Vec<Warning>,
@@ -124,7 +124,7 @@ struct Settings {
     dstack: bool,
 }
 
-/// The configuration, held against its owner and against the accounts of this image as well.
+/// Checks the configuration, its owner, and the accounts of this image.
 fn configuration(environment: &Environment) -> Result<Settings, Vec<Problem>> {
     let (mut config, warnings) = Config::parse(environment)?;
     let proof = owner::prove(&config).map_err(|problem| vec![problem])?;
@@ -174,8 +174,8 @@ fn supervise(began: BootTime) -> u8 {
             return exit::CONFIG;
         }
     };
-    let mut world = match prepare(settings, environment, kernel, began) {
-        Ok(world) => world,
+    let mut supervisor = match prepare(settings, environment, kernel, began) {
+        Ok(supervisor) => supervisor,
         Err(why) => {
             utter(&format!(
                 "ERROR The plan of this machine has a fault: {why}. This is a bug; nothing was started.\n"
@@ -193,7 +193,7 @@ fn supervise(began: BootTime) -> u8 {
     // The border. Before it, a mistake of the user's may end the process with a numbered
     // status, since nothing runs yet. After it, only an ordered shutdown does.
     // ------------------------------------------------------------------------------------
-    world.run()
+    supervisor.run()
 }
 
 /// Everything the loop needs. What is secret and not needed any more is wiped on the way.
@@ -202,9 +202,9 @@ fn prepare(
     environment: Environment,
     kernel: Linux,
     began: BootTime,
-) -> Result<event_loop::World<Linux>, Unplannable> {
+) -> Result<event_loop::Supervisor<Linux>, Unplannable> {
     let Settings { config, warnings, proof, dstack } = settings;
-    let voice = log::Voice::raise(config.log.level, config.log.format);
+    let log = log::Log::start(config.log.level, config.log.format);
     tracing::info!("openclaw-cvm {} starting", env!("CARGO_PKG_VERSION"));
     tracing::info!("{}", environment.inventory());
     for warning in &warnings {
@@ -237,7 +237,7 @@ fn prepare(
         storage: storage(&config),
         keys: keys.as_ref().map(fingerprints).unwrap_or_default(),
         doors: config.doors.clone(),
-        // The log's first lines are soon out of sight; what is odd about the configuration stays so.
+        // The first lines of the log are soon out of sight; warnings about the configuration stay true.
         remarks: warnings
             .iter()
             .map(|w| Remark { topic: w.variable.clone(), text: w.says.clone() })
@@ -248,16 +248,17 @@ fn prepare(
     if let Some(warning) = machine.warning_of_a_long_stop() {
         tracing::warn!("{warning}");
     }
-    let children = keepers::Children::new();
-    let kit = launch::Kit::new(config, &environment, keys, specifications, claim, children.home().to_owned());
+    let keepers = keepers::Keepers::new();
+    let launcher =
+        launch::Launcher::new(config, &environment, keys, specifications, claim, keepers.home().to_owned());
     drop(environment);
-    let mut world = event_loop::World::new(machine, kit, children, kernel, voice, about, began);
-    world.start_logger();
-    Ok(world)
+    let mut supervisor = event_loop::Supervisor::new(machine, launcher, keepers, kernel, log, about, began);
+    supervisor.start_logger();
+    Ok(supervisor)
 }
 
-/// Who could log in before this container was started again: its /run may be on a disk. The step of the
-/// volume may fail before it gets as far as that, and sshd starts all the same.
+/// Removes the keys that could log in before this container was started again: its /run may be on a disk. The task
+/// `volume` may fail before it gets to them, and sshd starts all the same.
 fn forget_former_keys(path: &Path) -> std::io::Result<()> {
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
@@ -315,14 +316,13 @@ fn mistakes(problems: &[Problem]) -> String {
     text
 }
 
-/// Words to whoever called, as any program writes them: whether they arrive does not change the
-/// status we leave with.
+/// Prints for the caller. Whether the text arrives does not change the exit status.
 fn print(text: &str) {
     let _ = std::io::stdout().write_all(text.as_bytes());
 }
 
-/// Words of process 1 to standard output before the loop runs: a pipe that is full gets a second to take
-/// them, and one that is broken does not change the status we leave with.
+/// Prints as PID 1, before the loop runs: a pipe that is full gets a second to take the text, and a broken one does
+/// not change the exit status.
 fn utter(text: &str) {
     let Ok(stdout) = cvm_sys::descriptor::own_nonblocking(1) else { return };
     let until = BootTime::now() + std::time::Duration::from_secs(1);

@@ -58,14 +58,14 @@ pub(crate) fn run(command: &[OsString]) -> u8 {
     attend(&mut kernel, main)
 }
 
-/// Until nothing is left of what the command started. Yields the command's own status.
+/// Waits until nothing is left of what the command started. Returns the command's own status.
 fn attend(kernel: &mut impl Kernel, main: Pid) -> u8 {
     let (mut end, mut asked, mut until) = (None, None, None);
     loop {
         match kernel.reap() {
             Reaped::One(pid, how) if pid == main => {
                 end = Some(End::from(how));
-                // It was stopped, and what it left behind is not wanted either.
+                // The command was asked to stop, so what it left behind has to stop too.
                 if let Some(signal) = asked {
                     kernel.signal_descendants(signal);
                     until = Some(kernel.now() + LEFT_BEHIND);
@@ -76,7 +76,7 @@ fn attend(kernel: &mut impl Kernel, main: Pid) -> u8 {
             Reaped::Later => {
                 if until.is_some_and(|until| kernel.now() >= until) {
                     kernel.kill_descendants();
-                    // Who was held by those that were killed comes to us now.
+                    // Children of the killed processes become ours now.
                     until = Some(kernel.now() + KILL_AGAIN);
                 }
                 kernel.wait(Vec::new(), until);

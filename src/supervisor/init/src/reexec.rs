@@ -1,4 +1,4 @@
-//! The environment: read once, then out of sight.
+//! Keeps the environment out of `/proc`: PID 1 executes itself once more, without it.
 //!
 //! `/proc/1/environ` shows what PID 1 was exec'd with for as long as it lives, so PID 1 execs
 //! itself once more with a clean environment and finds the old one in a sealed memory file.
@@ -63,7 +63,7 @@ pub(crate) fn begin_second_life() -> String {
 pub(crate) fn receive(fd: OwnedFd) -> std::io::Result<Environment> {
     let bytes = memfd::read_all(fd, ENVIRONMENT_MAX)?;
     let pairs = bytes.split(|b| *b == 0).filter(|entry| !entry.is_empty()).map(|entry| {
-        // A name may begin with `=`; the kernel does not mind.
+        // A name may begin with `=`.
         let equals = entry.iter().skip(1).position(|b| *b == b'=').map_or(entry.len(), |i| i + 1);
         let (name, value) = entry.split_at(equals);
         (name.to_vec(), value.get(1..).unwrap_or_default().to_vec())

@@ -8,7 +8,7 @@
 //!
 //! The copies lie in a `ramfs` without a name: it is never swapped, and ends with the container.
 //!
-//! Refuses to change owner, mode or content of a file: it may be the host's.
+//! Owner, mode and content of a file are never changed: it may be the host's.
 
 use cvm_protocol::paths;
 use cvm_sys::memfd;
@@ -54,7 +54,7 @@ pub(crate) fn read(environment: &mut Environment, exposed: Exposed) -> Vec<Strin
         }
         let hidden = match exposed {
             Exposed::Cover => cover(&file, &content).and_then(|()| {
-                // Whoever opens the path from now on must find the copy.
+                // Every later open of the path must find the copy.
                 let found = File::open(&path).map_err(|error| error.to_string())?;
                 if is_roots_alone(&found) { Ok(()) } else { Err("the copy cannot be seen there".to_owned()) }
             }),
