@@ -3,7 +3,8 @@
 use crate::fixtures::bucket::{all, put_back};
 use crate::fixtures::files::{PLACES, content, read, write};
 use crate::fixtures::machines::{
-    accept_older, adopt, anchor, decide, history, incidents, is_refused, of_another, refused, set_aside,
+    accept_older, adopt, anchor, command_is_refused, decide, history, incidents, of_another,
+    refuses_to_start, volumes_set_aside,
 };
 use crate::fixtures::programs::commit;
 use cvm_harness::machine::PATIENCE;
@@ -43,7 +44,7 @@ fn a_volume_that_was_rolled_back_does_not_take_the_bucket_back_with_it() {
     machine.service_in("gateway", &["ready"]);
     machine.line("neither merged nor pushed");
     assert_eq!(machine.read("/data/openclaw/workspace/one"), "new");
-    assert_eq!(set_aside(&machine), 1);
+    assert_eq!(volumes_set_aside(&machine), 1);
 }
 
 /// The machine is lost, and its volume meets a bucket that is older than it.
@@ -51,7 +52,7 @@ fn meets_again(cloud: &Cloud, mut machine: Machine, early: &BTreeMap<String, Vec
     machine.destroy();
     put_back(&cloud.garage, early);
     let machine = machine.again(|b| b);
-    refused(&machine, &["older than this volume"]);
+    refuses_to_start(&machine, &["older than this volume"]);
     machine
 }
 
@@ -74,7 +75,7 @@ fn an_older_bucket_is_accepted(mode: Mode) {
     assert_eq!(read(&machine, "openclaw/workspace/one"), early_one);
     assert!(read(&machine, "openclaw/workspace/goes").is_some());
     assert_eq!(read(&machine, "openclaw/workspace/two"), None);
-    assert_eq!(set_aside(&machine), 1);
+    assert_eq!(volumes_set_aside(&machine), 1);
     let mut find = std::process::Command::new("find");
     let found = find.arg(machine.data().join(".cvm/storage/aside")).args(["-name", "two"]).output();
     let found = String::from_utf8(found.expect("find runs").stdout).expect("a path");
@@ -108,7 +109,7 @@ fn an_older_bucket_that_is_accepted_while_the_network_breaks_is_not_merged_eithe
     });
     cloud.proxy.heal();
     machine.service_in("gateway", &["ready"]);
-    assert_eq!(set_aside(&machine), 1);
+    assert_eq!(volumes_set_aside(&machine), 1);
     let path = "openclaw/workspace/one";
     assert!(read(&machine, path) == Some(content(path, "early")), "{path} is not the bucket's");
     assert!(read(&machine, "openclaw/workspace/three").is_none(), "two histories are one");
@@ -136,11 +137,11 @@ fn an_anchor_that_was_wrong_costs_the_volume_nothing() {
     assert_eq!(machine.stop(), 75, "{}", machine.output());
     cloud.proxy.refuse(false);
     let machine = machine.again(|b| b.environment("STATE_ANCHOR", &of_another(&anchor, 1)));
-    refused(&machine, &["STATE_ANCHOR"]);
+    refuses_to_start(&machine, &["STATE_ANCHOR"]);
     let machine = machine.again(|b| b.environment("STATE_ANCHOR", &anchor));
     machine.service_in("gateway", &["ready"]);
     assert_eq!(rows(&machine), 2);
-    assert_eq!(set_aside(&machine), 0);
+    assert_eq!(volumes_set_aside(&machine), 0);
     flush(&machine);
 }
 
@@ -172,7 +173,7 @@ fn an_operator_accepts_what_was_shown_and_nothing_else() {
     bucket.put(&last, &bytes);
     bucket.delete(&vital);
     let machine = cloud.machine().start();
-    refused(&machine, &["does not decrypt"]);
+    refuses_to_start(&machine, &["does not decrypt"]);
     assert_eq!(incidents(&machine), Vec::<String>::new());
     // Not what is there now.
     let mut stream =
@@ -182,7 +183,7 @@ fn an_operator_accepts_what_was_shown_and_nothing_else() {
     let said = std::io::read_to_string(&stream).expect("it answers");
     assert!(said.contains("refused") && said.contains("look at it again"), "{said}");
     accept_older(&machine);
-    refused(&machine, &["1 files that the gateway reads while it starts"]);
+    refuses_to_start(&machine, &["1 files that the gateway reads while it starts"]);
     assert_eq!(incidents(&machine), [vital.as_str()]);
     decide(&machine, "forget", std::slice::from_ref(&vital));
     machine.service_in("gateway", &["ready"]);
@@ -201,11 +202,11 @@ fn what_was_accepted_is_not_that_the_manifest_has_lost_its_end_meanwhile() {
     damaged[40] ^= 1;
     bucket.put(".cvm/owner", &damaged);
     let machine = cloud.machine().start();
-    refused(&machine, &[".cvm/owner"]);
+    refuses_to_start(&machine, &[".cvm/owner"]);
     bucket.put(".cvm/owner", &owner);
     bucket.delete(segments.last().expect("there is a history"));
     accept_older(&machine);
-    refused(&machine, &["end of the manifest is missing"]);
+    refuses_to_start(&machine, &["end of the manifest is missing"]);
 }
 
 #[test]
@@ -225,18 +226,18 @@ fn objects_without_their_manifest_are_not_adopted_by_who_knows_of_one() {
     // Everything of ours: the volume knows, and so does the operator.
     without(&ours);
     let machine = volume.again(|b| b);
-    refused(&machine, &["nothing of what this volume has written"]);
+    refuses_to_start(&machine, &["nothing of what this volume has written"]);
     drop(machine);
     let machine = cloud.machine().environment("STATE_ANCHOR", &format!("1:{}", "a".repeat(64))).start();
-    refused(&machine, &["STATE_ANCHOR"]);
+    refuses_to_start(&machine, &["STATE_ANCHOR"]);
     drop(machine);
     // Only the manifest: the owner's record says that there was one.
     without(&bucket.key(".cvm/manifest"));
     let before = all(&cloud.garage);
     let machine = cloud.machine().start();
-    refused(&machine, &["manifest is gone", "cvm storage adopt"]);
+    refuses_to_start(&machine, &["manifest is gone", "cvm storage adopt"]);
     assert_eq!(before, all(&cloud.garage));
-    is_refused(&machine, &["accept-older", "--yes"], "not decided by this");
+    command_is_refused(&machine, &["accept-older", "--yes"], "not decided by this");
     adopt(&machine);
     machine.service_in("gateway", &["ready"]);
     assert!(read(&machine, "openclaw/workspace/1").is_some());
@@ -245,7 +246,7 @@ fn objects_without_their_manifest_are_not_adopted_by_who_knows_of_one() {
     without(&ours);
     let before = all(&cloud.garage);
     let machine = cloud.machine().start();
-    refused(&machine, &["no manifest", "cvm storage adopt", "S3_ADOPT=1"]);
+    refuses_to_start(&machine, &["no manifest", "cvm storage adopt", "S3_ADOPT=1"]);
     assert_eq!(before, all(&cloud.garage));
     adopt(&machine);
     machine.service_in("gateway", &["ready"]);

@@ -1,7 +1,7 @@
 //! A manifest that has files below links: nothing is written through them.
 
 use crate::fixtures::files::{WORKSPACE, walk};
-use crate::fixtures::machines::{comes_back, in_workspace, listed};
+use crate::fixtures::machines::{comes_back, in_workspace, is_listed};
 use cvm_harness::Mode::{Fuse, Sync};
 use cvm_harness::machine::MASTER_KEY;
 use cvm_harness::tools::python;
@@ -90,7 +90,7 @@ fn files_astray(mode: Mode) {
     assert_eq!(fs::read(at.join("g")).unwrap(), b"");
     flush(&machine);
     for name in ["d/x", "d/odd", "d/sub", "e/x", "g/x"] {
-        assert!(!listed(&machine, name), "{name}");
+        assert!(!is_listed(&machine, name), "{name}");
     }
     untouched(&machine);
     comes_back(&cloud, machine, mode);

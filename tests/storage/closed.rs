@@ -1,17 +1,17 @@
 //! What the storage does not start on: it changes nothing, and says why and what to do.
 
 use crate::fixtures::bucket::all;
-use crate::fixtures::machines::{gateway_runs, history, says, stays_out};
+use crate::fixtures::machines::{gateway_runs, gateway_stays_down, history, storage_says};
 use cvm_harness::machine::{CRYPT_PASSWORD, CRYPT_SALT, PATIENCE};
 use cvm_harness::{Builder, Cloud, Fault, Machine, until};
 
 /// Starts nothing, changes nothing, and says why and what to do.
 #[track_caller]
-fn closed(cloud: &Cloud, builder: Builder, phase: &str, words: &[&str]) -> Machine {
+fn starts_nothing(cloud: &Cloud, builder: Builder, phase: &str, words: &[&str]) -> Machine {
     let before = all(&cloud.garage);
     let machine = builder.start();
-    says(&machine, phase, words);
-    stays_out(&machine);
+    storage_says(&machine, phase, words);
+    gateway_stays_down(&machine);
     for word in words {
         machine.line(word);
     }
@@ -24,7 +24,7 @@ fn what_cannot_get_better_by_itself_is_refused_with_its_remedy() {
     let cloud = Cloud::new();
     drop(history(&cloud));
     let wrong = |name: &str, value: &str| cloud.machine().environment(name, value);
-    drop(closed(
+    drop(starts_nothing(
         &cloud,
         wrong("MASTER_KEY", "KqULR8kjQt3aHcy3dOUOSX11ljLbLDqLhrManXN/gVE="),
         "refused",
@@ -35,7 +35,7 @@ fn what_cannot_get_better_by_itself_is_refused_with_its_remedy() {
         b.environment("RCLONE_CRYPT_PASSWORD", &cvm_harness::tools::obscure(CRYPT_PASSWORD))
             .environment("RCLONE_CRYPT_PASSWORD2", &cvm_harness::tools::obscure(CRYPT_SALT))
     };
-    drop(closed(
+    drop(starts_nothing(
         &cloud,
         override_(wrong("MASTER_KEY", "KqULR8kjQt3aHcy3dOUOSX11ljLbLDqLhrManXN/gVE=")),
         "refused",
@@ -47,14 +47,19 @@ fn what_cannot_get_better_by_itself_is_refused_with_its_remedy() {
     // A prefix of somebody else's.
     cloud.garage.put_raw("elsewhere/a", b"not ours");
     cloud.garage.put_raw("elsewhere/b/c", b"not ours either");
-    drop(closed(&cloud, wrong("S3_PREFIX", "elsewhere"), "refused", &["none of their names decrypts"]));
+    drop(starts_nothing(
+        &cloud,
+        wrong("S3_PREFIX", "elsewhere"),
+        "refused",
+        &["none of their names decrypts"],
+    ));
 }
 
 #[test]
 fn what_can_get_better_starts_the_gateway_when_it_does() {
     let cloud = Cloud::new();
     drop(history(&cloud));
-    let machine = closed(
+    let machine = starts_nothing(
         &cloud,
         cloud.machine().environment("S3_BUCKET", "not-there-yet"),
         "opening",
@@ -66,15 +71,15 @@ fn what_can_get_better_starts_the_gateway_when_it_does() {
 
     cloud.garage.deny();
     let machine = cloud.machine().start();
-    says(&machine, "opening", &["denies access", "AWS_ACCESS_KEY_ID"]);
+    storage_says(&machine, "opening", &["denies access", "AWS_ACCESS_KEY_ID"]);
     machine.line("denies access");
-    stays_out(&machine);
+    gateway_stays_down(&machine);
     cloud.garage.allow();
     until("the gateway runs with the permission", PATIENCE, || gateway_runs(&machine).then_some(()));
     let mut machine = machine;
     assert_eq!(machine.stop(), 0);
 
-    drop(closed(
+    drop(starts_nothing(
         &cloud,
         cloud.machine().environment("AWS_SECRET_ACCESS_KEY", &"deadbeef".repeat(8)),
         "opening",
@@ -82,14 +87,15 @@ fn what_can_get_better_starts_the_gateway_when_it_does() {
     ));
 
     cloud.proxy.refuse(true);
-    let machine = closed(&cloud, cloud.machine(), "opening", &["connection is refused", "S3_ENDPOINT"]);
+    let machine =
+        starts_nothing(&cloud, cloud.machine(), "opening", &["connection is refused", "S3_ENDPOINT"]);
     cloud.proxy.heal();
     until("the gateway runs with the network", PATIENCE, || gateway_runs(&machine).then_some(()));
     let mut machine = machine;
     assert_eq!(machine.stop(), 0);
 
     cloud.proxy.fault(Fault::Hang);
-    let machine = closed(&cloud, cloud.machine(), "opening", &["no answer in time", "S3_ENDPOINT"]);
+    let machine = starts_nothing(&cloud, cloud.machine(), "opening", &["no answer in time", "S3_ENDPOINT"]);
     cloud.proxy.heal();
     until("the gateway runs with an answer", PATIENCE, || gateway_runs(&machine).then_some(()));
 }
@@ -118,10 +124,10 @@ fn a_server_that_cannot_prove_who_it_is_gets_nothing() {
         .args(["-key", "/etc/tls-of-the-test/key.pem", "-cert", "/etc/tls-of-the-test/cert.pem"])
         .spawn()
         .expect("openssl runs");
-    let why = says(&machine, "opening", &["no trusted connection"]);
+    let why = storage_says(&machine, "opening", &["no trusted connection"]);
     assert!(why.contains("certificate"), "{why}");
     machine.line("no trusted connection");
-    stays_out(&machine);
+    gateway_stays_down(&machine);
     let _ = server.kill();
     let _ = server.wait();
 }

@@ -1,7 +1,7 @@
 //! Databases that are written to, replaced, locked, damaged or only begun.
 
 use crate::fixtures::TURNS;
-use crate::fixtures::machines::{logs, no_incidents, not_all_there, own};
+use crate::fixtures::machines::{give_to_gateway, logs, no_incidents, not_all_there};
 use crate::fixtures::programs::{Running, committed, entries, now_us, number};
 use cvm_harness::machine::PATIENCE;
 use cvm_harness::sqlite::examine_bytes;
@@ -24,7 +24,7 @@ fn every_database_in_the_bucket_opens_at_any_moment_and_has_what_was_flushed() {
     fs::set_permissions(outside.path(), std::os::unix::fs::PermissionsExt::from_mode(0o777))
         .expect("it is ours");
     let machine = cloud.machine().bind(outside.path(), "/outside").ready();
-    own(&machine, "/data/openclaw/agents/deep/er");
+    give_to_gateway(&machine, "/data/openclaw/agents/deep/er");
     let modes = ["wal", "delete", "truncate", "persist"];
     let place = |mode: &str| format!("openclaw/agents/deep/er/{mode} base.bin");
     let mut writers = Vec::new();
@@ -82,7 +82,7 @@ const ROW: &str = "INSERT INTO t VALUES ((SELECT coalesce(max(n), 0) + 1 FROM t)
 /// Where the gateway may make them, and who looks at them in the bucket.
 fn machine_for_databases(cloud: &Cloud) -> (Machine, Judge<'_>) {
     let machine = cloud.machine().ready();
-    own(&machine, "/data/openclaw/x");
+    give_to_gateway(&machine, "/data/openclaw/x");
     (machine, cloud.judge())
 }
 

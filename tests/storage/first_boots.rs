@@ -1,7 +1,7 @@
 //! First boots: of a volume that was there before its bucket, and of one whose boot failed halfway.
 
 use crate::fixtures::files::{content, read, write};
-use crate::fixtures::machines::{incidents, set_aside};
+use crate::fixtures::machines::{incidents, volumes_set_aside};
 use cvm_harness::machine::PATIENCE;
 use cvm_harness::{Builder, Cloud, Fault, Rule, flush, independent, until};
 
@@ -25,7 +25,7 @@ fn a_boot_that_fails_after_it_has_taken_the_bucket_keeps_what_is_only_on_the_vol
     machine.service_in("gateway", &["ready"]);
     let writes = cloud.proxy.log().iter().filter(|e| e.method == "PUT" && e.path.contains(&owner)).count();
     assert!(writes > 6, "the boot has not failed: {writes} writes");
-    assert_eq!(set_aside(&machine), 0);
+    assert_eq!(volumes_set_aside(&machine), 0);
     let path = "openclaw/workspace/b";
     assert_eq!(read(&machine, path), Some(content(path, "only here")));
     flush(&machine);
@@ -94,7 +94,7 @@ fn a_crash_before_the_first_answer_makes_the_volume_no_stranger() {
     cloud.proxy.heal();
     machine.service_in("gateway", &["ready"]);
     assert_eq!(machine.read("/data/openclaw/workspace/local"), "of the volume");
-    assert_eq!(set_aside(&machine), 0);
+    assert_eq!(volumes_set_aside(&machine), 0);
     flush(&machine);
     assert_eq!(incidents(&machine), [""; 0]);
 }

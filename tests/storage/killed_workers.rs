@@ -42,7 +42,7 @@ fn worker_is_back(machine: &Machine) {
 }
 
 /// A state in the bucket with more files than are fetched before the gateway starts.
-fn filled(cloud: &Cloud, files: u32) -> Vec<String> {
+fn bucket_with_files(cloud: &Cloud, files: u32) -> Vec<String> {
     let mut machine = cloud.machine().ready();
     let script = format!(
         "mkdir -p /data/openclaw/workspace/many; cd /data/openclaw/workspace/many; for i in $(seq {files}); do echo $i > $i; done"
@@ -60,7 +60,7 @@ fn a_worker_killed_before_all_is_fetched_costs_the_gateway_a_restart_and_nothing
     let cloud = Cloud::new();
     let rounds = rounds(4, 30);
     let files = 100 * rounds;
-    let before = filled(&cloud, files);
+    let before = bucket_with_files(&cloud, files);
     cloud.proxy.latency(Duration::from_millis(200));
     let mut dice = Dice(0xc0ff_ee00_0000_0002);
     let machine = cloud.machine().start();
@@ -97,7 +97,7 @@ fn a_worker_killed_before_all_is_fetched_costs_the_gateway_a_restart_and_nothing
 fn a_worker_killed_later_is_not_missed() {
     let _turn = TURNS.take();
     let cloud = Cloud::new();
-    drop(filled(&cloud, 20));
+    drop(bucket_with_files(&cloud, 20));
     let outside = tempfile::tempdir().expect("a temporary directory");
     let mut dice = Dice(0xc0ff_ee00_0000_0003);
     let machine = cloud.machine().bind(outside.path(), "/outside").start();
@@ -131,7 +131,7 @@ fn a_worker_killed_later_is_not_missed() {
 }
 
 /// Content and names of all files, as the bucket has them in the eyes of stock rclone.
-fn stock(rclone: &Judge<'_>, below: &str) -> BTreeMap<String, Vec<u8>> {
+fn objects_below(rclone: &Judge<'_>, below: &str) -> BTreeMap<String, Vec<u8>> {
     let all = rclone.names("").into_iter().filter(|name| name.starts_with(below));
     all.map(|name| (name.clone(), rclone.ok(&["cat", &format!("crypt:{name}")]))).collect()
 }
@@ -173,7 +173,7 @@ fn a_worker_killed_at_any_write_of_a_push_loses_nothing_and_leaves_no_half() {
             drop(flush.wait());
             cloud.proxy.heal();
             // Whatever had come so far: each file is an old one or a new one, or goes while we look.
-            for (name, content) in stock(&rclone, "openclaw/workspace/w/") {
+            for (name, content) in objects_below(&rclone, "openclaw/workspace/w/") {
                 let text = String::from_utf8_lossy(&content).into_owned();
                 let known = ["", "old 1", "old 2", "old 3", "1", "2", "3", "new", "more"];
                 assert!(known.contains(&text.trim_end()), "{name} is {text:?} at write {writes}");
@@ -183,7 +183,7 @@ fn a_worker_killed_at_any_write_of_a_push_loses_nothing_and_leaves_no_half() {
             machine.ok(&["cvm", "storage", "verify", "--deep"]);
             no_incidents(&machine);
             assert_eq!(machine.service("gateway")["pid"], pid, "{}", logs(&machine));
-            let found: Vec<_> = stock(&rclone, "openclaw/workspace/w/").into_iter().collect();
+            let found: Vec<_> = objects_below(&rclone, "openclaw/workspace/w/").into_iter().collect();
             let wanted = [
                 ("1", "new"),
                 ("4", "more"),
@@ -278,7 +278,7 @@ fn the_tree_is_whole_and_can_be_written(machine: &Machine, before: &[String]) {
 fn a_stand_in_killed_alone_is_succeeded_by_one_that_knows_as_much() {
     let _turn = TURNS.take();
     let cloud = Cloud::new();
-    drop(filled(&cloud, 50));
+    drop(bucket_with_files(&cloud, 50));
     let machine = cloud.machine().start();
     let pid = gateway(&machine);
     independent(&machine);
@@ -300,7 +300,7 @@ fn a_stand_in_killed_alone_is_succeeded_by_one_that_knows_as_much() {
 fn a_stand_in_killed_after_its_worker_costs_a_restart_and_nothing_else() {
     let _turn = TURNS.take();
     let cloud = Cloud::new();
-    let before = filled(&cloud, 50);
+    let before = bucket_with_files(&cloud, 50);
     let machine = cloud.machine().start();
     let pid = gateway(&machine);
     independent(&machine);
@@ -320,7 +320,7 @@ fn a_stand_in_killed_after_its_worker_costs_a_restart_and_nothing_else() {
 fn worker_and_stand_in_killed_together_leave_a_gateway_that_runs_on_the_whole_tree() {
     let _turn = TURNS.take();
     let cloud = Cloud::new();
-    let before = filled(&cloud, 50);
+    let before = bucket_with_files(&cloud, 50);
     let machine = cloud.machine().ready();
     independent(&machine);
     let pids: Vec<String> = ["cvm-storage", "cvm-standin"]

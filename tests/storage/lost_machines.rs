@@ -50,7 +50,7 @@ impl Told {
 
 /// Nobody asks for it: a file is written after all others, and when the bucket has that, and status says
 /// that nothing is pending, it has the others too.
-fn comes_to_be_there(machine: &Machine, life: usize) -> i64 {
+fn written_last_and_pushed(machine: &Machine, life: usize) -> i64 {
     let written = now_us();
     let last = format!("openclaw/workspace/last-{life}");
     machine.ok(&["sh", "-c", &format!("echo {life} > /data/{last}")]);
@@ -100,7 +100,7 @@ fn a_machine_lost_at_any_moment_comes_back_whole() {
         dice.pause(Duration::from_secs(2));
         if life % 3 == 2 {
             load.programs.clear();
-            certain = comes_to_be_there(&machine, life);
+            certain = written_last_and_pushed(&machine, life);
         } else {
             for _ in 0..=dice.up_to(2) {
                 let began = now_us();

@@ -3,7 +3,8 @@
 use crate::fixtures::bucket::{all, put_back};
 use crate::fixtures::files::{content, read, write};
 use crate::fixtures::machines::{
-    accept_older, adopt, anchor, history, incidents, is_refused, of_another, refused, set_aside,
+    accept_older, adopt, anchor, command_is_refused, history, incidents, of_another, refuses_to_start,
+    volumes_set_aside,
 };
 use cvm_harness::evidence::contains;
 use cvm_harness::judge::PREFIX;
@@ -42,11 +43,11 @@ fn a_bucket_that_was_rolled_back_is_refused_by_who_knows_better() {
     }
     // The same volume knows its own generation.
     let machine = machine.again(|b| b);
-    refused(&machine, &["older than this volume", "cvm storage accept-older"]);
+    refuses_to_start(&machine, &["older than this volume", "cvm storage accept-older"]);
     drop(machine);
     // Without a volume, the operator's anchor knows.
     let machine = cloud.machine().environment("STATE_ANCHOR", &later).start();
-    refused(&machine, &["STATE_ANCHOR"]);
+    refuses_to_start(&machine, &["STATE_ANCHOR"]);
     accept_older(&machine);
     machine.service_in("gateway", &["ready"]);
     drop(machine);
@@ -61,7 +62,7 @@ fn a_bucket_that_was_rolled_back_is_refused_by_who_knows_better() {
     // Another history of the same length is none.
     for part in [1, 2] {
         let machine = cloud.machine().environment("STATE_ANCHOR", &of_another(&later, part)).start();
-        refused(&machine, &["STATE_ANCHOR"]);
+        refuses_to_start(&machine, &["STATE_ANCHOR"]);
     }
     // Those of older versions have no third part.
     for (anchor, is_good) in [(later.clone(), true), (of_another(&later, 1), false)] {
@@ -70,7 +71,7 @@ fn a_bucket_that_was_rolled_back_is_refused_by_who_knows_better() {
         if is_good {
             machine.service_in("gateway", &["ready"]);
         } else {
-            refused(&machine, &["STATE_ANCHOR"]);
+            refuses_to_start(&machine, &["STATE_ANCHOR"]);
         }
     }
 }
@@ -91,16 +92,16 @@ fn a_prefix_is_not_served_as_another_of_the_same_key() {
     copy_to(&cloud.garage, other);
     let elsewhere = || cloud.machine().environment("S3_PREFIX", other);
     let machine = elsewhere().start();
-    refused(&machine, &["ownership record", "S3_PREFIX=openclaw-data"]);
+    refuses_to_start(&machine, &["ownership record", "S3_PREFIX=openclaw-data"]);
     for verb in ["adopt", "accept-older"] {
-        is_refused(&machine, &[verb, "--yes"], "not decided by this");
+        command_is_refused(&machine, &[verb, "--yes"], "not decided by this");
     }
     drop(machine);
     // Nor without the record, when nobody renews it; and no word of the environment's helps.
     let record = cloud.judge().key(".cvm/owner").replacen(PREFIX, other, 1);
     cloud.garage.delete_raw(&record);
     let machine = elsewhere().environment("S3_ADOPT", "1").start();
-    refused(&machine, &["the manifest in the bucket", "S3_PREFIX=openclaw-data"]);
+    refuses_to_start(&machine, &["the manifest in the bucket", "S3_PREFIX=openclaw-data"]);
     drop(machine);
     let said =
         restore_by_hand(&cloud, &cloud.machine().ready(), &["env", &format!("S3_PREFIX={other}")], "/tmp/w");
@@ -157,21 +158,21 @@ fn a_manifest_that_does_not_say_of_which_prefix_it_is_is_written_anew_and_no_oth
     copy_to(&cloud.garage, "other-data");
     // This volume has seen it say so, and who has a new anchor has.
     let mut volume = volume.again(|b| b);
-    refused(&volume, &["this volume knows a newer one"]);
+    refuses_to_start(&volume, &["this volume knows a newer one"]);
     volume.destroy();
-    refused(
+    refuses_to_start(
         &cloud.machine().environment("STATE_ANCHOR", &anchor).start(),
         &["STATE_ANCHOR is of a newer one"],
     );
     // A new machine has only the operator to ask: nothing tells it from that of another prefix.
     let elsewhere = cloud.machine().environment("S3_PREFIX", "other-data").start();
-    refused(&elsewhere, &["does not say of which S3_PREFIX it is", "cvm storage adopt"]);
+    refuses_to_start(&elsewhere, &["does not say of which S3_PREFIX it is", "cvm storage adopt"]);
     adopt(&elsewhere);
     elsewhere.service_in("gateway", &["ready"]);
     assert!(read(&elsewhere, "openclaw/workspace/1").is_some());
     drop(elsewhere);
     let machine = cloud.machine().start();
-    refused(&machine, &["cvm storage adopt"]);
+    refuses_to_start(&machine, &["cvm storage adopt"]);
     adopt(&machine);
     machine.service_in("gateway", &["ready"]);
     flush(&machine);
@@ -186,7 +187,7 @@ fn a_manifest_that_does_not_say_of_which_prefix_it_is_is_written_anew_and_no_oth
     drop(index);
     let volume = volume.again(|b| b);
     volume.service_in("gateway", &["ready"]);
-    assert_eq!(set_aside(&volume), 0);
+    assert_eq!(volumes_set_aside(&volume), 0);
     flush(&volume);
     assert!(is_bound());
     assert_eq!(anchor_parts(&volume), 3);
@@ -247,7 +248,7 @@ fn a_manifest_without_its_end_is_refused_by_a_machine_that_knows_nothing() {
     let segments = bucket.segments();
     bucket.delete(segments.last().expect("there is a history"));
     let machine = cloud.machine().start();
-    refused(&machine, &["end of the manifest is missing", "cvm storage accept-older"]);
+    refuses_to_start(&machine, &["end of the manifest is missing", "cvm storage accept-older"]);
     // Nor does a restore by hand call what there is all there was.
     let restore = |before: &[&str]| restore_by_hand(&cloud, &machine, before, "/tmp/whole");
     for _ in 0..2 {
@@ -300,7 +301,7 @@ fn a_manifest_that_was_tampered_with_is_refused_until_the_operator_accepts() {
         put_back(&cloud.garage, &good);
         attack(&bucket);
         let machine = cloud.machine().start();
-        refused(&machine, &[words]);
+        refuses_to_start(&machine, &[words]);
         accept_older(&machine);
         machine.service_in("gateway", &["ready"]);
         write(&machine, &["openclaw/workspace/after"], name);

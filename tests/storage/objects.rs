@@ -2,7 +2,9 @@
 
 use crate::fixtures::bucket::{BLOCK, HEADER, all};
 use crate::fixtures::files::{PLACES, content, read, write};
-use crate::fixtures::machines::{decide, gateway_runs, incidents, is_refused, refused, set_aside};
+use crate::fixtures::machines::{
+    command_is_refused, decide, gateway_runs, incidents, refuses_to_start, volumes_set_aside,
+};
 use crate::fixtures::programs::commit;
 use cvm_harness::evidence::contains;
 use cvm_harness::machine::PATIENCE;
@@ -69,7 +71,7 @@ fn objects_are_checked(mode: Mode) {
         paths.sort();
         paths
     };
-    refused(&machine, &["10 files that the gateway reads while it starts", "cvm storage status"]);
+    refuses_to_start(&machine, &["10 files that the gateway reads while it starts", "cvm storage status"]);
     // In sync mode all has been looked at by then.
     let mut told = incidents(&machine);
     told.retain(|path| path.starts_with(vital));
@@ -79,18 +81,22 @@ fn objects_are_checked(mode: Mode) {
         cloud.garage.put_raw(&key, &good[&key]);
     }
     machine.ok(&["cvm", "restart", "storage", "--no-wait"]);
-    refused(&machine, &["8 files that the gateway reads while it starts", "cvm storage forget"]);
-    is_refused(&machine, &["accept-older", "--yes"], "not decided by this");
-    is_refused(&machine, &["forget", "--yes", "openclaw/elsewhere"], "no incident names openclaw/elsewhere");
+    refuses_to_start(&machine, &["8 files that the gateway reads while it starts", "cvm storage forget"]);
+    command_is_refused(&machine, &["accept-older", "--yes"], "not decided by this");
+    command_is_refused(
+        &machine,
+        &["forget", "--yes", "openclaw/elsewhere"],
+        "no incident names openclaw/elsewhere",
+    );
     let mut lost = told.clone();
     lost.retain(|path| !path.ends_with("/flip") && !path.ends_with("/gone"));
     // Only these go: one that is not given up keeps the gateway from starting.
     let kept_back = lost.pop().expect("eight files");
     decide(&machine, "forget", &lost);
-    refused(&machine, &["1 files that the gateway reads while it starts"]);
+    refuses_to_start(&machine, &["1 files that the gateway reads while it starts"]);
     decide(&machine, "forget", &[kept_back]);
     machine.service_in("gateway", &["ready"]);
-    assert_eq!(set_aside(&machine), 0, "a try that failed is no other owner");
+    assert_eq!(volumes_set_aside(&machine), 0, "a try that failed is no other owner");
     for name in ATTACKED {
         let path = format!("{vital}/{name}");
         let right = ["flip", "gone"].contains(&name).then(|| content(&path, "first"));
@@ -161,7 +167,7 @@ fn what_is_written_on_top_of_an_older_version_is_pushed_and_an_incident_until_so
     machine.ok(&["cvm", "restart", "storage"]);
     flush(&machine);
     assert_eq!(incidents(&machine), tainted);
-    is_refused(&machine, &["forget", "--yes", &tainted[0]], "the tree has");
+    command_is_refused(&machine, &["forget", "--yes", &tainted[0]], "the tree has");
     decide(&machine, "keep", &tainted[1..]);
     flush(&machine);
     assert_eq!(incidents(&machine), tainted[..1]);
@@ -260,7 +266,7 @@ fn ordinary_objects_are_incidents(
         (incidents(machine).len() == expected.len() - 1).then_some(())
     });
     let left = incidents(machine);
-    is_refused(machine, &["keep", "--yes", &left[0]], "nothing to keep");
+    command_is_refused(machine, &["keep", "--yes", &left[0]], "nothing to keep");
     let (some, others) = left.split_at(2);
     decide(machine, "forget", some);
     flush(machine);
@@ -368,7 +374,7 @@ fn a_database_that_was_set_back_stops_the_start(mode: Mode) {
     drop(machine);
     bucket.put(path, &old);
     let machine = mode.of(cloud.machine()).start();
-    refused(&machine, &["that the gateway reads while it starts", "cvm storage status"]);
+    refuses_to_start(&machine, &["that the gateway reads while it starts", "cvm storage status"]);
     assert_eq!(incidents(&machine), [path]);
 }
 

@@ -1,7 +1,9 @@
 //! One owner of a bucket at a time: two machines at once, a successor, a frozen owner, and the record of who it is.
 
 use crate::fixtures::files::{content, read, write};
-use crate::fixtures::machines::{accept_older, epoch, everything, gateway_runs, refused, says, set_aside};
+use crate::fixtures::machines::{
+    accept_older, epoch, everything, gateway_runs, refuses_to_start, storage_says, volumes_set_aside,
+};
 use cvm_harness::machine::{HEALTHY, PATIENCE};
 use cvm_harness::{
     Builder, Cloud, Fault, Machine, Mode, Network, Proxy, Rule, flush, independent, storage, until,
@@ -40,7 +42,7 @@ fn two_at_once(conditional: bool) {
     if gateway_runs(&two) {
         std::mem::swap(&mut one, &mut two);
     }
-    let why = says(&two, "waiting", &["owns the bucket", "cvm storage takeover"]);
+    let why = storage_says(&two, "waiting", &["owns the bucket", "cvm storage takeover"]);
     let owner = storage(&one)["instance"].as_str().expect("an owner has a name").to_owned();
     assert!(why.contains(&owner[..8]), "{why}");
     write(&one, &["openclaw/workspace/a"], "words");
@@ -55,7 +57,7 @@ fn two_at_once(conditional: bool) {
     // Stopped in order: succeeded without waiting for anything.
     independent(&two);
     let slow = cloud.machine().environment("S3_HEARTBEAT", "60").start();
-    says(&slow, "waiting", &["owns the bucket"]);
+    storage_says(&slow, "waiting", &["owns the bucket"]);
     assert_eq!(two.stop(), 0);
     slow.service_in("gateway", &["ready"]);
     assert!(read(&slow, "openclaw/workspace/a").is_some());
@@ -78,13 +80,13 @@ fn an_impatient_machine_counts_the_beats_of_the_owner() {
     let owner = cloud.machine().environment("S3_HEARTBEAT", "60").ready();
     flush(&owner);
     let other = elsewhere.machine(&cloud).start();
-    let why = says(&other, "waiting", &["180 s"]);
+    let why = storage_says(&other, "waiting", &["180 s"]);
     assert!(why.contains("takeover"), "{why}");
     // By force, and the owner finds out before anything of its successor's is at stake.
     other.ok(&["cvm", "storage", "takeover", "--yes"]);
     other.service_in("gateway", &["ready"]);
     write(&owner, &["openclaw/workspace/late"], "too late");
-    says(&owner, "waiting", &["owns the bucket"]);
+    storage_says(&owner, "waiting", &["owns the bucket"]);
     until("the old owner's gateway is stopped", PATIENCE, || (!gateway_runs(&owner)).then_some(()));
     write(&other, &["openclaw/workspace/mine"], "words");
     flush(&other);
@@ -111,14 +113,14 @@ fn an_owner_with_a_successor_stops_its_gateway_although_its_push_hangs() {
         storage(&owner)["oldest_unreplicated_ms"].as_u64().filter(|ms| *ms > 1500).map(drop)
     });
     let other = elsewhere.machine(&cloud).environment("S3_HEARTBEAT", "2").start();
-    says(&other, "waiting", &["owns the bucket"]);
+    storage_says(&other, "waiting", &["owns the bucket"]);
     other.ok(&["cvm", "storage", "takeover", "--yes"]);
     until("the old owner's gateway is stopped", PATIENCE, || (!gateway_runs(&owner)).then_some(()));
     let status = storage(&owner);
     assert_eq!((&status["phase"], &status["last_error"]), (&"fenced".into(), &serde_json::Value::Null));
     cloud.proxy.heal();
     other.service_in("gateway", &["ready"]);
-    says(&owner, "waiting", &["owns the bucket"]);
+    storage_says(&owner, "waiting", &["owns the bucket"]);
 }
 
 /// Every process of a machine, process 1 last when it is frozen and first when it goes on.
@@ -156,7 +158,7 @@ fn a_frozen_owner(mode: Mode, pushes: bool) {
     write(&old, &["openclaw/workspace/a", "openclaw/workspace/frozen"], "the old owner's");
     cloud.proxy.clear_log();
     freeze(&old, "CONT");
-    says(&old, "waiting", &["owns the bucket"]);
+    storage_says(&old, "waiting", &["owns the bucket"]);
     let writes = cloud.proxy.log().iter().filter(|e| e.method != "GET" && e.method != "HEAD").count();
     // What a thread had been told that it may write when it was frozen, nobody can take back.
     let told = if pushes { 16 } else { 0 };
@@ -226,7 +228,7 @@ fn a_volume_of_an_earlier_owner_is_not_merged_when_the_record_of_the_later_one_i
         assert!(read(&old, &path) == Some(content(&path, "the new owner's")), "{path} is older");
     }
     assert!(read(&old, "openclaw/workspace/goes").is_none(), "it has come back");
-    assert_eq!(set_aside(&old), 1);
+    assert_eq!(volumes_set_aside(&old), 1);
     flush(&old);
     old.ok(&["cvm", "storage", "verify", "--deep"]);
 }
@@ -250,17 +252,17 @@ fn an_ownership_record_that_was_rolled_back_or_deleted_is_noticed() {
     // Older than the manifest: a new machine sees it too.
     bucket.put(".cvm/owner", &early);
     let other = cloud.machine().start();
-    refused(&other, &["ownership record is older"]);
+    refuses_to_start(&other, &["ownership record is older"]);
     drop(other);
     let machine = machine.again(|b| b);
-    refused(&machine, &["ownership record is older"]);
+    refuses_to_start(&machine, &["ownership record is older"]);
     // Damaged: nobody's, until the operator accepts.
     let mut bytes = early.clone();
     bytes[40] ^= 1;
     bucket.put(".cvm/owner", &bytes);
     drop(machine);
     let machine = cloud.machine().start();
-    refused(&machine, &[".cvm/owner"]);
+    refuses_to_start(&machine, &[".cvm/owner"]);
     accept_older(&machine);
     machine.service_in("gateway", &["ready"]);
     assert!(epoch(&machine) > late);
@@ -271,7 +273,7 @@ fn an_ownership_record_that_was_rolled_back_or_deleted_is_noticed() {
     // Deleted: as good as held, for as long as somebody may be there.
     bucket.delete(".cvm/owner");
     let machine = cloud.machine().environment("S3_HEARTBEAT", "3").start();
-    says(&machine, "waiting", &["vanished"]);
+    storage_says(&machine, "waiting", &["vanished"]);
     machine.service_in("gateway", &["ready"]);
     assert!(epoch(&machine) > late + 1);
 }

@@ -4,7 +4,7 @@
 //! `CVM_SOAK=1` cuts the power more often. Moments are chosen by a seed.
 
 use crate::fixtures::TURNS;
-use crate::fixtures::machines::{incidents, logs, own};
+use crate::fixtures::machines::{give_to_gateway, incidents, logs};
 use crate::fixtures::programs::Running;
 use cvm_harness::machine::PATIENCE;
 use cvm_harness::sqlite::examine;
@@ -31,7 +31,7 @@ done";
 /// With this disk as its volume, and a healthy gateway.
 fn boot(cloud: &Cloud, disk: &Disk) -> Machine {
     let machine = cloud.machine().unbind("/data").bind(&disk.path(), "/data").ready();
-    own(&machine, &format!("/data/{PLACE}"));
+    give_to_gateway(&machine, &format!("/data/{PLACE}"));
     machine
 }
 

@@ -1,7 +1,7 @@
 //! What takes the name of something else: the bucket has both all the time.
 
 use crate::fixtures::files::{WORKSPACE, put};
-use crate::fixtures::machines::{comes_back, in_workspace, listed};
+use crate::fixtures::machines::{comes_back, in_workspace, is_listed};
 use cvm_harness::Mode::{Fuse, Sync};
 use cvm_harness::machine::PATIENCE;
 use cvm_harness::{Cloud, Fault, Machine, Mode, Rule, flush, independent, storage, until};
@@ -15,10 +15,10 @@ fn rotated(cloud: &Cloud, machine: &Machine, fault: Rule) -> [Option<String>; 2]
     cloud.proxy.add(fault);
     in_workspace(machine, "mv log log.1; echo new > log; echo $$ > beside");
     // It is of the same round, and goes up.
-    is_there(cloud, "beside");
-    held_up(machine);
+    is_pushed(cloud, "beside");
+    round_fails(machine);
     let seen = ["log", "log.1"].map(|name| cloud.judge().text(&format!("openclaw/workspace/{name}")));
-    healed(cloud, machine);
+    everything_goes_up(cloud, machine);
     assert_eq!(cloud.judge().text("openclaw/workspace/log").as_deref(), Some("new\n"));
     assert_eq!(cloud.judge().text("openclaw/workspace/log.1").as_deref(), Some("old\n"));
     seen
@@ -53,7 +53,7 @@ fn what_is_only_in_the_bucket_is_not_written_over_there_by_what_takes_its_name()
 }
 
 /// These cannot be sent; removals wait for them.
-fn held(cloud: &Cloud, names: &[&str]) {
+fn cannot_be_sent(cloud: &Cloud, names: &[&str]) {
     for name in names {
         let path = cloud.judge().key(&format!("openclaw/workspace/{name}"));
         cloud.proxy.add(Rule::new(Fault::Status(503)).method("PUT").path(&path));
@@ -66,18 +66,18 @@ fn object(cloud: &Cloud, name: &str) -> Option<String> {
     cloud.garage.object(&cloud.judge().key(&name)).and_then(|_| cloud.judge().text(&name))
 }
 
-fn is_there(cloud: &Cloud, name: &str) {
+fn is_pushed(cloud: &Cloud, name: &str) {
     until("it is pushed", PATIENCE, || cloud.judge().text(&format!("openclaw/workspace/{name}")));
 }
 
 /// Waits until a round has found that it cannot do everything.
-fn held_up(machine: &Machine) {
+fn round_fails(machine: &Machine) {
     until("something has to wait", PATIENCE, || {
         (!machine.exec(&["cvm", "storage", "flush"]).status.success()).then_some(())
     });
 }
 
-fn healed(cloud: &Cloud, machine: &Machine) {
+fn everything_goes_up(cloud: &Cloud, machine: &Machine) {
     cloud.proxy.heal();
     until("all is pushed", PATIENCE, || {
         machine.exec(&["cvm", "storage", "flush"]).status.success().then_some(())
@@ -89,7 +89,7 @@ fn link_for_a_directory(mode: Mode) {
     let machine = mode.start(&cloud);
     in_workspace(&machine, "mkdir -p d e/in g; for n in d/x d/y e/x e/in/y g/x; do echo $n > $n; done");
     flush(&machine);
-    held(&cloud, &["beside", "d2/x", "e2/in/y"]);
+    cannot_be_sent(&cloud, &["beside", "d2/x", "e2/in/y"]);
     let at = machine.path(WORKSPACE);
     put(at.join("beside"), "1");
     fs::rename(at.join("d"), at.join("d2")).unwrap();
@@ -98,12 +98,12 @@ fn link_for_a_directory(mode: Mode) {
     put(at.join("e"), "file");
     fs::remove_dir_all(at.join("g")).unwrap();
     symlink("nowhere", at.join("g")).unwrap();
-    is_there(&cloud, "d2/y");
-    held_up(&machine);
-    assert!(listed(&machine, "d/x") && listed(&machine, "e/in/y"), "what moved is nowhere else yet");
+    is_pushed(&cloud, "d2/y");
+    round_fails(&machine);
+    assert!(is_listed(&machine, "d/x") && is_listed(&machine, "e/in/y"), "what moved is nowhere else yet");
     assert_eq!(object(&cloud, "e"), None, "a file beside what is below it");
-    healed(&cloud, &machine);
-    assert!(!listed(&machine, "d/x") && !listed(&machine, "e/in/y") && !listed(&machine, "g/x"));
+    everything_goes_up(&cloud, &machine);
+    assert!(!is_listed(&machine, "d/x") && !is_listed(&machine, "e/in/y") && !is_listed(&machine, "g/x"));
     in_workspace(&machine, "echo NEW > d2/x; rm d2/y");
     flush(&machine);
     let machine = comes_back(&cloud, machine, mode);
@@ -126,7 +126,7 @@ fn what_replaces_a_file_waits_until_the_files_removal_does_not() {
     let machine = cloud.machine().ready();
     in_workspace(&machine, "echo f > f; echo g > g; ln -s f l");
     flush(&machine);
-    held(&cloud, &["beside", "f2", "g2"]);
+    cannot_be_sent(&cloud, &["beside", "f2", "g2"]);
     let at = machine.path(WORKSPACE);
     put(at.join("beside"), "1");
     fs::rename(at.join("f"), at.join("f2")).unwrap();
@@ -135,11 +135,11 @@ fn what_replaces_a_file_waits_until_the_files_removal_does_not() {
     symlink("beside", at.join("f")).unwrap();
     put(at.join("g/x"), "in\n");
     put(at.join("l/x"), "in\n");
-    is_there(&cloud, "l/x");
-    held_up(&machine);
+    is_pushed(&cloud, "l/x");
+    round_fails(&machine);
     let has = |name: &str| object(&cloud, name);
     assert_eq!((has("f").as_deref(), has("g").as_deref(), has("g/x")), (Some("f\n"), Some("g\n"), None));
-    healed(&cloud, &machine);
+    everything_goes_up(&cloud, &machine);
     assert_eq!((has("f"), has("g"), has("g/x").as_deref()), (None, None, Some("in\n")));
     comes_back(&cloud, machine, Sync);
 }
@@ -150,7 +150,7 @@ fn a_directory_and_a_file_of_its_own_change_places_and_the_bucket_has_the_file_a
     let machine = cloud.machine().ready();
     in_workspace(&machine, "mkdir d; echo inner > d/x; echo outer > f");
     flush(&machine);
-    held(&cloud, &["d", "f/x"]);
+    cannot_be_sent(&cloud, &["d", "f/x"]);
     let at = machine.path(WORKSPACE);
     fs::rename(at.join("d/x"), at.join("t")).unwrap();
     fs::remove_dir(at.join("d")).unwrap();
@@ -158,10 +158,10 @@ fn a_directory_and_a_file_of_its_own_change_places_and_the_bucket_has_the_file_a
     fs::rename(at.join("f"), at.join("t")).unwrap();
     fs::create_dir(at.join("f")).unwrap();
     fs::rename(at.join("t"), at.join("f/x")).unwrap();
-    held_up(&machine);
+    round_fails(&machine);
     let has = |name: &str| object(&cloud, name);
     assert_eq!((has("d/x").as_deref(), has("f").as_deref()), (Some("inner\n"), Some("outer\n")));
-    healed(&cloud, &machine);
+    everything_goes_up(&cloud, &machine);
     assert_eq!((has("d").as_deref(), has("f/x").as_deref()), (Some("inner\n"), Some("outer\n")));
     comes_back(&cloud, machine, Sync);
 }
@@ -196,7 +196,7 @@ fn rotated_meanwhile(cloud: &Cloud, machine: &Machine, rotate: &str) {
     until("both are sent", PATIENCE, || keys.iter().all(|key| first_of(key).is_some()).then_some(()));
     let order = (first_of(&keys[1]), first_of(&keys[0]));
     assert!(order.0 < order.1, "the log took its own name before it had another: {order:?}");
-    healed(cloud, machine);
+    everything_goes_up(cloud, machine);
 }
 
 #[test]

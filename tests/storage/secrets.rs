@@ -2,7 +2,7 @@
 
 use crate::fixtures::bucket::all;
 use crate::fixtures::files::write;
-use crate::fixtures::machines::says;
+use crate::fixtures::machines::storage_says;
 use cvm_harness::evidence::contains;
 use cvm_harness::machine::{CRYPT_PASSWORD, CRYPT_SALT, MASTER_KEY, PATIENCE, repository};
 use cvm_harness::{Cloud, Fault, Machine, Mode, Rule, flush, restore_by_hand, storage, until};
@@ -159,7 +159,7 @@ fn no_run_and_no_failure_writes_a_secret_down() {
     ]);
     for (builder, phase) in failing {
         let machine = builder.start();
-        says(&machine, phase, &[]);
+        storage_says(&machine, phase, &[]);
         tells_nothing(&machine, since, &more);
     }
 }
