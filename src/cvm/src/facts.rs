@@ -6,7 +6,7 @@ use crate::units::{size, span};
 use cvm_protocol::fact::{Fact, Severity, Value};
 
 /// The value for people.
-pub(crate) fn told(value: &Value, now_ms: u64) -> String {
+pub(crate) fn shown(value: &Value, now_ms: u64) -> String {
     match value {
         Value::Text(text) => clean(text),
         Value::Count(count) => count.to_string(),
@@ -21,7 +21,7 @@ pub(crate) fn told(value: &Value, now_ms: u64) -> String {
 
 /// The value, with what to do about it.
 pub(crate) fn line(fact: &Fact, now_ms: u64) -> String {
-    let value = told(&fact.value, now_ms);
+    let value = shown(&fact.value, now_ms);
     match &fact.remedy {
         Some(remedy) if fact.severity_at(now_ms) > Severity::Ok => format!("{value}; {}", clean(remedy)),
         _ => value,
@@ -41,7 +41,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_kind_of_value_is_told_and_a_remedy_only_when_there_is_something_to_do() {
+    fn every_kind_of_value_is_shown_and_a_remedy_only_if_the_fact_needs_attention() {
         let now = 1_000_000;
         let values = [
             (Value::Text("a\nb".into()), clean("a\nb")),
@@ -53,8 +53,8 @@ mod tests {
             (Value::Until { at_ms: 1_060_000 }, format!("for {} more", span(60_000))),
             (Value::Until { at_ms: 940_000 }, format!("no longer, since {}", span(60_000))),
         ];
-        for (value, words) in values {
-            assert_eq!(told(&value, now), words);
+        for (value, text) in values {
+            assert_eq!(shown(&value, now), text);
         }
         let fact = |late_ms| Fact {
             remedy: Some("look".into()),

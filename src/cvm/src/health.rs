@@ -102,7 +102,7 @@ fn render(status: &Status, verbose: bool) -> String {
     };
     if verbose {
         for service in &status.services {
-            let _ = writeln!(text, "  {}: {}", clean(&service.name), clean(&service.state)); // a String takes all
+            let _ = writeln!(text, "  {}: {}", clean(&service.name), service.state); // a String takes all
         }
     }
     text

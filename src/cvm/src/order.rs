@@ -10,7 +10,7 @@ use crate::stdout;
 use crate::text::clean;
 use crate::units::span;
 use cvm_protocol::control::{Body, Verb};
-use cvm_protocol::status::{Service, Status};
+use cvm_protocol::status::{Service, ServiceState, Status, StepState};
 use cvm_protocol::time::words;
 use std::io::{IsTerminal as _, Write as _};
 use std::time::{Duration, Instant};
@@ -19,8 +19,6 @@ use std::time::{Duration, Instant};
 const INTERVAL: Duration = Duration::from_millis(250);
 /// A supervisor that does not answer for a while may be busy; after this it is gone.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// What `next_action` says when nothing is due.
-const NOTHING: &str = "-";
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Order {
@@ -125,16 +123,16 @@ fn follow(order: Order, before: &Service, limit: Duration) -> Result<Exit, Failu
                 progress.clear();
                 return Err(failure);
             }
-            Err(failure) => Outcome::Pending(failure.cause),
+            Err(failure) => Outcome::Pending { state: failure.cause, next: None },
         };
         match outcome {
-            Outcome::Pending(_) if began.elapsed() >= limit => {
+            Outcome::Pending { .. } if began.elapsed() >= limit => {
                 progress.clear();
                 let cause = format!("it was not done within {}", words(limit));
                 let hint = format!("it goes on: `cvm status --watch`; `cvm logs {}`", before.name);
                 return Err(Failure::new(Exit::Bad, what, cause).hint(hint));
             }
-            Outcome::Pending(state) => progress.show(&state, began.elapsed()),
+            Outcome::Pending { state, next } => progress.show(&state, next.as_deref(), began.elapsed()),
             Outcome::Done(state) => {
                 progress.clear();
                 let took = words(began.elapsed());
@@ -157,43 +155,51 @@ fn find<'s>(status: &'s Status, name: &str) -> Option<&'s Service> {
 /// What has become of an order.
 #[derive(Debug, PartialEq, Eq)]
 enum Outcome {
-    Pending(String),
+    /// The state of the service, and its next action.
+    Pending {
+        state: String,
+        next: Option<String>,
+    },
     Done(String),
-    Failed { why: String, hint: String },
+    Failed {
+        why: String,
+        hint: String,
+    },
 }
 
 /// The outcome of an order by a snapshot. `before` is the service as it was when the order was given.
 fn judge(order: Order, before: &Service, now: &Status) -> Outcome {
     let Some(service) = find(now, &before.name) else {
-        return Outcome::Pending("the supervisor does not show it".to_owned());
+        return Outcome::Pending { state: "the supervisor does not show it".to_owned(), next: None };
     };
-    let pending = || Outcome::Pending(described(service));
+    let pending = || pending(service);
     let name = &service.name;
-    match service.state.as_str() {
-        "stuck" => Outcome::Failed {
+    match service.state {
+        ServiceState::Stuck => Outcome::Failed {
             why: service.why.clone().unwrap_or_else(|| "it is stuck".to_owned()),
-            hint: service.next_action.clone(),
+            hint: service.shown_action().to_owned(),
         },
-        "stopped" if order == Order::Stop => Outcome::Done("stopped".to_owned()),
+        ServiceState::Stopped if order == Order::Stop => Outcome::Done(service.state.to_string()),
         _ if order == Order::Stop => pending(),
         // The old process still runs, so the order has not acted yet.
-        "up" | "ready" if order == Order::Restart && is_same_run(before, service) => pending(),
-        "ready" => Outcome::Done(running(service)),
-        "up" if service.next_action == NOTHING => Outcome::Done(running(service)),
-        "parked" => Outcome::Failed {
+        ServiceState::Up | ServiceState::Ready if order == Order::Restart && is_same_run(before, service) => {
+            pending()
+        }
+        _ if service.is_ready() => Outcome::Done(running(service)),
+        ServiceState::Parked => Outcome::Failed {
             why: service.why.clone().unwrap_or_else(|| "it is parked".to_owned()),
-            hint: format!("`cvm logs {name}` shows its last lines; {}", service.next_action),
+            hint: format!("`cvm logs {name}` shows its last lines; {}", service.shown_action()),
         },
         // A wait that began before the order ends as soon as the order acts.
-        "waiting" if has_ended_since(before, service) => Outcome::Failed {
+        ServiceState::Waiting if has_ended_since(before, service) => Outcome::Failed {
             why: service
                 .why
                 .clone()
                 .or_else(|| service.last_end.clone())
                 .unwrap_or_else(|| "it ended".to_owned()),
-            hint: format!("`cvm logs {name}` shows its last lines; it {}", service.next_action),
+            hint: format!("`cvm logs {name}` shows its last lines; it {}", service.shown_action()),
         },
-        "blocked" => blocked(service, now),
+        ServiceState::Blocked => blocked(service, now),
         _ => pending(),
     }
 }
@@ -203,40 +209,37 @@ fn is_same_run(before: &Service, now: &Service) -> bool {
 }
 
 fn has_ended_since(before: &Service, now: &Service) -> bool {
-    before.state != "waiting"
+    before.state != ServiceState::Waiting
         || before.restarts != now.restarts
         || before.failures_in_a_row != now.failures_in_a_row
 }
 
 /// A blocked service waits for a boot step: the order is pending as long as one runs.
 fn blocked(service: &Service, now: &Status) -> Outcome {
-    if now.boot.iter().any(|step| step.state == "running") {
-        return Outcome::Pending(described(service));
+    if now.boot.iter().any(|step| step.state == StepState::Running) {
+        return pending(service);
     }
-    match now.boot.iter().find(|step| step.required && step.state == "failed") {
+    match now.boot.iter().find(|step| step.required && step.state == StepState::Failed) {
         Some(step) => Outcome::Failed {
             why: service.why.clone().unwrap_or_else(|| format!("boot step {} {}", step.name, step.state)),
             hint: match step.next_try_in_ms {
                 Some(ms) => format!("the step is tried again in {}; `cvm status` shows the boot", span(ms)),
-                None => format!("{}; `cvm status` shows the boot", service.next_action),
+                None => format!("{}; `cvm status` shows the boot", service.shown_action()),
             },
         },
-        None => Outcome::Pending(described(service)),
+        None => pending(service),
     }
 }
 
 fn running(service: &Service) -> String {
     match service.pid {
         Some(pid) => format!("{}, pid {pid}", service.state),
-        None => service.state.clone(),
+        None => service.state.to_string(),
     }
 }
 
-fn described(service: &Service) -> String {
-    if service.next_action == NOTHING {
-        return service.state.clone();
-    }
-    format!("{}, {}", service.state, service.next_action)
+fn pending(service: &Service) -> Outcome {
+    Outcome::Pending { state: service.state.to_string(), next: service.next_action.clone() }
 }
 
 /// On a terminal one line that changes; elsewhere a line for each change of state.
@@ -252,9 +255,8 @@ impl StateLine {
         Self { name: clean(name), is_terminal: std::io::stderr().is_terminal(), shown: String::new() }
     }
 
-    fn show(&mut self, described: &str, since: Duration) {
-        let described = clean(described);
-        let state = described.split(',').next().unwrap_or_default();
+    fn show(&mut self, state: &str, next: Option<&str>, since: Duration) {
+        let described = clean(&next.map_or_else(|| state.to_owned(), |next| format!("{state}, {next}")));
         let mut stderr = std::io::stderr().lock();
         // A lost line of progress is no loss.
         if self.is_terminal {
@@ -282,20 +284,22 @@ mod tests {
     }
 
     fn is_pending(outcome: &Outcome) -> bool {
-        matches!(outcome, Outcome::Pending(_))
+        matches!(outcome, Outcome::Pending { .. })
     }
 
     #[test]
     fn a_restart_is_done_only_when_another_process_is_ready() {
-        let before = up("gateway", "ready", 100, (1, Some(2)));
+        let before = up("gateway", ServiceState::Ready, 100, (1, Some(2)));
         let judge = |now: Service| judge(Order::Restart, &before, &with(now));
         assert!(is_pending(&judge(before.clone())));
-        assert!(is_pending(&judge(service("gateway", "stopping"))));
-        assert!(is_pending(&judge(service("gateway", "starting"))));
-        let not_ready =
-            Service { next_action: "becomes ready".into(), ..up("gateway", "up", 200, (1, Some(2))) };
+        assert!(is_pending(&judge(service("gateway", ServiceState::Stopping))));
+        assert!(is_pending(&judge(service("gateway", ServiceState::Starting))));
+        let not_ready = Service {
+            next_action: Some("becomes ready".into()),
+            ..up("gateway", ServiceState::Up, 200, (1, Some(2)))
+        };
         assert!(is_pending(&judge(not_ready)));
-        let ready = up("gateway", "ready", 200, (1, Some(2)));
+        let ready = up("gateway", ServiceState::Ready, 200, (1, Some(2)));
         assert_eq!(judge(ready), Outcome::Done("ready, pid 200".into()));
         // A process id can be used again.
         let recycled = Service { restarts: 1, ..before.clone() };
@@ -304,20 +308,20 @@ mod tests {
 
     #[test]
     fn the_start_of_a_running_service_is_done_at_once() {
-        let before = up("sshd", "up", 100, (1, None));
+        let before = up("sshd", ServiceState::Up, 100, (1, None));
         assert_eq!(judge(Order::Start, &before, &with(before.clone())), Outcome::Done("up, pid 100".into()));
     }
 
     #[test]
     fn a_start_that_ends_in_a_wait_has_failed_and_says_how() {
-        let before = Service { failures_in_a_row: 2, ..service("gateway", "waiting") };
+        let before = Service { failures_in_a_row: 2, ..service("gateway", ServiceState::Waiting) };
         // A snapshot from before the order acted.
         assert!(is_pending(&judge(Order::Start, &before, &with(before.clone()))));
         let now = Service {
             failures_in_a_row: 3,
             last_end: Some("exited with code 1, after 3 s".into()),
-            next_action: "starts in 20 s".into(),
-            ..service("gateway", "waiting")
+            next_action: Some("starts in 20 s".into()),
+            ..service("gateway", ServiceState::Waiting)
         };
         let Outcome::Failed { why, hint } = judge(Order::Start, &before, &with(now)) else { panic!() };
         assert_eq!(why, "exited with code 1, after 3 s");
@@ -326,32 +330,37 @@ mod tests {
 
     #[test]
     fn a_blocked_start_fails_when_no_step_can_help_any_more() {
-        let before = service("gateway", "blocked");
-        let now = |state: &str| Status {
+        let before = service("gateway", ServiceState::Blocked);
+        let now = |state| Status {
             boot: vec![step("home", state, None, None)],
-            ..with(Service { why: Some("boot step home: no space".into()), ..service("gateway", "blocked") })
+            ..with(Service {
+                why: Some("boot step home: no space".into()),
+                ..service("gateway", ServiceState::Blocked)
+            })
         };
-        assert!(is_pending(&judge(Order::Start, &before, &now("running"))));
-        assert!(is_pending(&judge(Order::Start, &before, &now("waiting"))));
-        let outcome = judge(Order::Start, &before, &now("failed"));
+        assert!(is_pending(&judge(Order::Start, &before, &now(StepState::Running))));
+        assert!(is_pending(&judge(Order::Start, &before, &now(StepState::Waiting))));
+        let outcome = judge(Order::Start, &before, &now(StepState::Failed));
         assert!(matches!(outcome, Outcome::Failed { why, .. } if why == "boot step home: no space"));
     }
 
     #[test]
     fn a_stop_is_done_when_the_service_is_stopped_and_fails_when_it_is_stuck() {
-        let before = up("gateway", "ready", 100, (1, Some(2)));
-        let judge = |state: &str| judge(Order::Stop, &before, &with(service("gateway", state)));
+        let before = up("gateway", ServiceState::Ready, 100, (1, Some(2)));
+        let judge = |state| judge(Order::Stop, &before, &with(service("gateway", state)));
         assert!(
-            is_pending(&judge("ready")) && is_pending(&judge("stopping")) && is_pending(&judge("waiting"))
+            is_pending(&judge(ServiceState::Ready))
+                && is_pending(&judge(ServiceState::Stopping))
+                && is_pending(&judge(ServiceState::Waiting))
         );
-        assert_eq!(judge("stopped"), Outcome::Done("stopped".into()));
-        assert!(matches!(judge("stuck"), Outcome::Failed { .. }));
+        assert_eq!(judge(ServiceState::Stopped), Outcome::Done("stopped".into()));
+        assert!(matches!(judge(ServiceState::Stuck), Outcome::Failed { .. }));
     }
 
     #[test]
     fn the_start_of_a_parked_service_fails_with_its_reason() {
-        let now = Service { why: Some("exit 78 twice".into()), ..service("gateway", "parked") };
-        let outcome = judge(Order::Start, &service("gateway", "stopped"), &with(now));
+        let now = Service { why: Some("exit 78 twice".into()), ..service("gateway", ServiceState::Parked) };
+        let outcome = judge(Order::Start, &service("gateway", ServiceState::Stopped), &with(now));
         assert!(matches!(outcome, Outcome::Failed { why, .. } if why == "exit 78 twice"));
     }
 }

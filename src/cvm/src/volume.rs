@@ -31,7 +31,7 @@ pub(crate) fn run(what: &VolumeCommand) -> Result<Exit, Failure> {
 fn adopt(args: &AdoptArgs, claim: &Claim, roots: &[PathBuf]) -> Result<Exit, Failure> {
     let own = roots.iter().find(|own| MEMORIES.iter().any(|name| own.join(name).exists()));
     let own = own.or(roots.last()).ok_or_else(|| Failure::new(Exit::Bad, WHAT, "there is no volume"))?;
-    // One that the disk does not give is as good as damaged: the other one counts, if that is whole.
+    // A file that the disk cannot read counts as damaged; the other one counts if it is whole.
     let files = MEMORIES.map(|name| match fs::read(own.join(name)) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => None,
         read => Some(read.unwrap_or_default()),
@@ -64,7 +64,7 @@ fn adopt(args: &AdoptArgs, claim: &Claim, roots: &[PathBuf]) -> Result<Exit, Fai
             "a machine without MASTER_KEY"
         };
         let now = if is_damaged {
-            "What the volume remembers of its MASTER_KEY cannot be read, and its copy neither"
+            "The volume's memory of its MASTER_KEY cannot be read, and neither can its copy"
         } else {
             "The volume belongs to another environment"
         };

@@ -20,3 +20,4 @@ pub mod task;
 pub mod text;
 pub mod time;
 pub mod volume;
+mod word_enum;

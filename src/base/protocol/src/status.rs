@@ -5,6 +5,7 @@
 
 use crate::doors::Door;
 use crate::fact::Fact;
+use crate::word_enum::word_enum;
 use serde::{Deserialize, Serialize};
 
 /// The whole snapshot. Field names are an interface: add, do not rename.
@@ -32,30 +33,66 @@ pub struct Status {
     pub unhealthy: Vec<String>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Phase {
-    /// Required steps are still to come.
-    Booting,
-    Running,
-    /// A required step failed; it is tried again, or waits for an operator.
-    Degraded,
-    Stopping,
+word_enum! {
+    /// Of the whole machine.
+    pub enum Phase {
+        /// Required steps are still to come.
+        Booting = "booting",
+        Running = "running",
+        /// A required step failed; it is tried again, or waits for an operator.
+        Degraded = "degraded",
+        Stopping = "stopping",
+    }
+}
+
+word_enum! {
+    pub enum StorageMode {
+        Local = "local",
+        S3 = "s3",
+    }
+}
+
+word_enum! {
+    pub enum StepState {
+        Waiting = "waiting",
+        Running = "running",
+        Done = "done",
+        Failed = "failed",
+    }
+}
+
+word_enum! {
+    pub enum ServiceState {
+        /// A gate that it needs is closed.
+        Blocked = "blocked",
+        Preparing = "preparing",
+        Starting = "starting",
+        /// It runs, and cannot be asked whether it is ready or is not ready yet.
+        Up = "up",
+        Ready = "ready",
+        Repairing = "repairing",
+        Stopping = "stopping",
+        /// Its next start has a time.
+        Waiting = "waiting",
+        /// Only an operator can start it again.
+        Parked = "parked",
+        Stopped = "stopped",
+        /// The kernel holds a process of its last run.
+        Stuck = "stuck",
+    }
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Storage {
-    /// `local` or `s3`.
-    pub mode: String,
+    pub mode: StorageMode,
     /// What that means for the data, in words.
     pub meaning: String,
 }
 
 impl Storage {
     /// Before anything is known but the configuration.
-    pub fn new(mode: &str, meaning: impl Into<String>) -> Self {
-        let (mode, meaning) = (mode.to_owned(), meaning.into());
-        Self { mode, meaning }
+    pub fn new(mode: StorageMode, meaning: impl Into<String>) -> Self {
+        Self { mode, meaning: meaning.into() }
     }
 }
 
@@ -76,8 +113,7 @@ pub struct Remark {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Step {
     pub name: String,
-    /// `waiting`, `running`, `done`, `failed`.
-    pub state: String,
+    pub state: StepState,
     pub required: bool,
     /// Since PID 1 started.
     pub began_ms: Option<u64>,
@@ -91,9 +127,7 @@ pub struct Step {
 pub struct Service {
     pub name: String,
     pub what: String,
-    /// `blocked`, `preparing`, `starting`, `up`, `ready`, `repairing`, `stopping`, `waiting`,
-    /// `parked`, `stopped`, `stuck`.
-    pub state: String,
+    pub state: ServiceState,
     pub why: Option<String>,
     pub pid: Option<i32>,
     pub up_ms: Option<u64>,
@@ -106,10 +140,83 @@ pub struct Service {
     pub last_end: Option<String>,
     pub last_end_ago_ms: Option<u64>,
     pub next_start_in_ms: Option<u64>,
-    pub next_action: String,
+    /// What the supervisor does next, or what an operator can do; on the wire `-` if nothing is due.
+    #[serde(with = "dash")]
+    pub next_action: Option<String>,
     pub required: bool,
     pub dropped_lines: u64,
     /// How it says that it stands, where it says anything.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub facts: Vec<Fact>,
+}
+
+impl Service {
+    /// Whether it runs and is ready, if it can be asked.
+    pub fn is_ready(&self) -> bool {
+        match self.state {
+            ServiceState::Ready => true,
+            ServiceState::Up => self.next_action.is_none(),
+            _ => false,
+        }
+    }
+
+    /// The next action as a page shows it, `-` if nothing is due.
+    pub fn shown_action(&self) -> &str {
+        self.next_action.as_deref().unwrap_or(dash::NONE)
+    }
+}
+
+/// An absent text as `-`.
+mod dash {
+    use serde::{Deserialize as _, Deserializer, Serializer};
+
+    pub(super) const NONE: &str = "-";
+
+    #[allow(clippy::ref_option)] // serde passes a reference to the field
+    pub(super) fn serialize<S: Serializer>(text: &Option<String>, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_str(text.as_deref().unwrap_or(NONE))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<String>, D::Error> {
+        Ok(Some(String::deserialize(from)?).filter(|text| text != NONE))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn service(state: &str, next_action: &str) -> Service {
+        let service = serde_json::json!({
+            "name": "gateway", "what": "a gateway", "state": state, "restarts": 0, "failures_in_a_row": 0,
+            "crash_loop": false, "next_action": next_action, "required": true, "dropped_lines": 0,
+        });
+        serde_json::from_value(service).unwrap()
+    }
+
+    #[test]
+    fn a_state_is_one_word_on_the_wire_and_on_the_screen_and_a_new_word_is_unknown() {
+        assert_eq!(serde_json::to_string(&StepState::Failed).unwrap(), r#""failed""#);
+        assert_eq!(StepState::Failed.to_string(), "failed");
+        assert_eq!(serde_json::from_str::<StepState>(r#""failed""#).unwrap(), StepState::Failed);
+        assert_eq!(serde_json::from_str::<StepState>(r#""ultraviolet""#).unwrap(), StepState::Unknown);
+        assert_eq!(StepState::default().to_string(), "unknown");
+    }
+
+    #[test]
+    fn a_service_without_a_next_action_shows_a_dash_and_reads_it_back() {
+        let idle = service("up", "-");
+        assert_eq!((idle.next_action.as_deref(), idle.shown_action()), (None, "-"));
+        assert_eq!(serde_json::to_value(&idle).unwrap()["next_action"], "-");
+        let busy = service("waiting", "starts in 5 s");
+        assert_eq!(serde_json::to_value(&busy).unwrap()["next_action"], "starts in 5 s");
+    }
+
+    #[test]
+    fn a_service_that_runs_is_ready_unless_something_is_due() {
+        let ready =
+            [("ready", "-"), ("up", "-"), ("up", "becomes ready"), ("starting", "-"), ("new word", "-")]
+                .map(|(state, next)| service(state, next).is_ready());
+        assert_eq!(ready, [true, true, false, false, false]);
+    }
 }

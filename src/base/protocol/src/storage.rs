@@ -9,6 +9,7 @@
 //!
 //! [`paths::STORAGE_SOCKET`]: crate::paths::STORAGE_SOCKET
 
+use crate::word_enum::word_enum;
 use cvm_secrets::base64_bytes::PackedBytes;
 use serde::{Deserialize, Serialize};
 
@@ -178,24 +179,48 @@ pub struct Progress {
     pub bytes_total: u64,
 }
 
+word_enum! {
+    pub enum EntryKind {
+        File = "file",
+        /// A file that is kept consistent.
+        Database = "database",
+        Directory = "directory",
+        Symlink = "symlink",
+    }
+}
+
 /// One path of the manifest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
     /// Relative to /data; bytes that are no UTF-8 are shown as U+FFFD.
     pub path: String,
-    /// `file`, `database`, `directory`, `symlink`.
-    pub kind: String,
+    pub kind: EntryKind,
     pub size: u64,
     pub mode: u32,
     pub mtime_ms: i64,
+}
+
+word_enum! {
+    /// Of the storage worker.
+    pub enum WorkerPhase {
+        Opening = "opening",
+        /// Another instance has the bucket.
+        Waiting = "waiting",
+        Restoring = "restoring",
+        Ready = "ready",
+        /// Another instance has taken the bucket.
+        Fenced = "fenced",
+        /// An operator has to decide.
+        Refused = "refused",
+        Draining = "draining",
+    }
 }
 
 /// Everything an operator may ask about the state of the storage.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct StorageStatus {
-    /// `opening`, `waiting`, `restoring`, `ready`, `fenced`, `refused`, `draining`.
-    pub phase: String,
+    pub phase: WorkerPhase,
     /// Why it is not ready, with the remedy.
     pub why: Option<String>,
     pub mode: Option<Mode>,

@@ -69,7 +69,7 @@ fn down(answer: Result<http::Answer, String>, service: Option<&Service>) -> Outc
     let Some(service) = service else { return warn(found, "`cvm status`, once the supervisor answers") };
     let why =
         service.why.as_ref().or(service.last_end.as_ref()).map(|w| format!(", {w}")).unwrap_or_default();
-    let remedy = format!("`cvm logs dockerd` shows its last lines; next: {}", service.next_action);
+    let remedy = format!("`cvm logs dockerd` shows its last lines; next: {}", service.shown_action());
     warn(format!("{found}; dockerd is {}{why}", service.state), remedy)
 }
 
@@ -90,6 +90,7 @@ mod tests {
     use super::super::finding::Verdict;
     use super::*;
     use crate::status::samples::service;
+    use cvm_protocol::status::ServiceState;
 
     #[test]
     fn vfs_is_a_warning() {
@@ -111,8 +112,10 @@ mod tests {
 
     #[test]
     fn a_silent_dockerd_is_explained_by_the_supervisor() {
-        let dockerd =
-            Service { last_end: Some("exited with code 1".into()), ..service("dockerd", "waiting") };
+        let dockerd = Service {
+            last_end: Some("exited with code 1".into()),
+            ..service("dockerd", ServiceState::Waiting)
+        };
         let outcome = down(Err("nobody listens there".into()), Some(&dockerd));
         assert_eq!(outcome.verdict, Verdict::Warn);
         assert!(outcome.found.ends_with("dockerd is waiting, exited with code 1"), "{}", outcome.found);

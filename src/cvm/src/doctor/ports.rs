@@ -9,7 +9,7 @@ use super::proc_files;
 use super::sources;
 use crate::gateway_access::{self, GatewayAccess};
 use crate::text::clean;
-use cvm_protocol::status::{Service, Status};
+use cvm_protocol::status::{Service, ServiceState, Status};
 
 /// No process tree is deeper. The table of processes may change while it is read, and show a loop.
 const ANCESTORS_MAX: usize = 64;
@@ -140,7 +140,7 @@ fn nobody(port: &Wanted, service: Option<&Service>, known: bool) -> Outcome {
         Some(service) => {
             let found = format!("nobody listens; {} is {}", port.name, service.state);
             // A service that starts or stops does not listen.
-            if service.state == "up" || service.state == "ready" {
+            if matches!(service.state, ServiceState::Up | ServiceState::Ready) {
                 return fail(found, format!("`cvm logs {}`; `cvm restart {}`", port.name, port.name));
             }
             warn(found, format!("`cvm status` shows what {} waits for", port.name))

@@ -1,8 +1,8 @@
-//! Room services: what do the services report about themselves? Their facts, whatever services they are.
+//! Room services: the facts that services report, whatever services they are.
 
 use super::finding::{Checks, Outcome, fail, ok, skip, warn};
 use super::sources;
-use crate::facts::told;
+use crate::facts::shown;
 use crate::text::clean;
 use crate::units::{count, now_ms};
 use cvm_protocol::fact::{Fact, Severity};
@@ -10,7 +10,7 @@ use cvm_protocol::status::Service;
 
 pub(crate) fn check(checks: &mut Checks<'_>) {
     let Some(status) = sources::status() else {
-        return checks.add("facts", skip("the supervisor does not say what services there are"));
+        return checks.add("facts", skip("only the supervisor knows the services"));
     };
     let now = now_ms();
     for service in status.services.iter().filter(|service| !service.facts.is_empty()) {
@@ -34,8 +34,8 @@ fn findings(service: &Service, now_ms: u64) -> Vec<(String, Outcome)> {
 }
 
 fn finding(name: &str, fact: &Fact, now_ms: u64) -> (String, Outcome) {
-    let found = told(&fact.value, now_ms);
-    let remedy = fact.remedy.as_deref().map_or_else(|| format!("`cvm logs {name}` says more"), clean);
+    let found = shown(&fact.value, now_ms);
+    let remedy = fact.remedy.as_deref().map_or_else(|| format!("`cvm logs {name}` shows more"), clean);
     let outcome = match fact.severity_at(now_ms) {
         Severity::Bad => fail(found, remedy),
         Severity::Warning | Severity::Ok => warn(found, remedy),
@@ -49,10 +49,11 @@ mod tests {
     use super::*;
     use crate::status::samples::service;
     use cvm_protocol::fact::Value;
+    use cvm_protocol::status::ServiceState;
 
     #[test]
-    fn what_needs_attention_is_named_with_a_remedy_and_the_rest_is_one_line() {
-        let of = |facts| findings(&Service { facts, ..service("toy", "ready") }, 1_000);
+    fn a_fact_that_needs_attention_is_a_finding_with_a_remedy_and_the_rest_is_one_finding() {
+        let of = |facts| findings(&Service { facts, ..service("toy", ServiceState::Ready) }, 1_000);
         let good = of(vec![Fact::text("mode", "fast"), Fact::new("queue", Value::Count(0))]);
         assert_eq!((good.len(), good[0].1.verdict), (1, Verdict::Ok));
         let since = Fact::new("oldest", Value::Since { at_ms: 0, late_ms: Some(1_000) });

@@ -7,7 +7,8 @@ use super::sources;
 use crate::storage::{self, InBucket, WorkerAnswer, described_mode, in_bucket};
 use crate::units::{count, precise_span, size};
 use cvm_protocol::paths;
-use cvm_protocol::storage::{Drill, Incident, StorageStatus};
+use cvm_protocol::status::StorageMode;
+use cvm_protocol::storage::{Drill, Incident, StorageStatus, WorkerPhase};
 use nix::sys::statvfs::statvfs;
 use nix::unistd::{AccessFlags, access};
 use std::path::{Path, PathBuf};
@@ -21,8 +22,8 @@ pub(crate) fn check(checks: &mut Checks<'_>) {
     checks.begin("storage worker");
     let mode = sources::status().map(|status| status.storage.mode);
     let is_there = Path::new(paths::STORAGE_SOCKET).exists();
-    match mode.as_deref() {
-        Some(storage::MODE) => {}
+    match mode {
+        Some(StorageMode::S3) => {}
         Some(mode) => return checks.add("storage worker", skip(format!("{mode} mode has none"))),
         // A worker is asked also while the supervisor does not answer.
         None if is_there => {}
@@ -58,10 +59,12 @@ fn phase(status: &StorageStatus) -> Outcome {
     let why = status.why.as_ref().map(|w| format!(": {w}")).unwrap_or_default();
     let found = format!("{}{mode}{why}", status.phase);
     let remedy = "`cvm storage status` shows what to do now";
-    match status.phase.as_str() {
-        "ready" => ok(found),
-        "opening" | "restoring" | "draining" | "waiting" => warn(found, remedy),
-        _ => fail(found, remedy),
+    match status.phase {
+        WorkerPhase::Ready => ok(found),
+        WorkerPhase::Opening | WorkerPhase::Restoring | WorkerPhase::Draining | WorkerPhase::Waiting => {
+            warn(found, remedy)
+        }
+        WorkerPhase::Fenced | WorkerPhase::Refused | WorkerPhase::Unknown => fail(found, remedy),
     }
 }
 
@@ -175,7 +178,7 @@ mod tests {
     fn a_change_may_be_a_minute_old() {
         let of = |ms| replicated(&StorageStatus { oldest_unreplicated_ms: Some(ms), ..pending() }).verdict;
         assert_eq!((of(59_999), of(60_000)), (Verdict::Ok, Verdict::Warn));
-        let opening = StorageStatus { phase: "opening".into(), ..good() };
+        let opening = StorageStatus { phase: WorkerPhase::Opening, ..good() };
         assert_eq!(replicated(&opening).verdict, Verdict::Skip);
         assert_eq!(phase(&opening).verdict, Verdict::Warn);
     }

@@ -4,7 +4,7 @@ use super::finding::{Checks, Outcome, fail, ok, warn};
 use super::sources::PATIENCE;
 use crate::control_socket;
 use crate::units::{count, span};
-use cvm_protocol::status::{Phase, Service, Status};
+use cvm_protocol::status::{Phase, Service, ServiceState, Status};
 
 pub(crate) fn check(checks: &mut Checks<'_>) {
     checks.begin("control socket");
@@ -44,7 +44,7 @@ fn health(status: &Status) -> Outcome {
     match status.phase {
         Phase::Booting => warn(found, "the boot is not over yet: `cvm status --watch`"),
         Phase::Stopping => warn(found, "the machine is being stopped; nothing to do"),
-        Phase::Running | Phase::Degraded => {
+        Phase::Running | Phase::Degraded | Phase::Unknown => {
             fail(found, "`cvm status` shows each service with its reason and remedy")
         }
     }
@@ -55,15 +55,15 @@ fn of_service(service: &Service) -> Outcome {
     let why =
         service.why.as_ref().or(service.last_end.as_ref()).map(|w| format!(": {w}")).unwrap_or_default();
     let found = format!("{}{why}", service.state);
-    let remedy = format!("`cvm logs {name}` shows its last lines; next: {}", service.next_action);
+    let remedy = format!("`cvm logs {name}` shows its last lines; next: {}", service.shown_action());
     let fault = |found, remedy| if service.required { fail(found, remedy) } else { warn(found, remedy) };
-    match service.state.as_str() {
-        "parked" | "stuck" => fault(found, remedy),
+    match service.state {
+        ServiceState::Parked | ServiceState::Stuck => fault(found, remedy),
         _ if service.crash_loop => {
             let failures = count(u64::from(service.failures_in_a_row), "failure", "failures");
             fault(format!("crash loop, {failures} in a row{why}"), remedy)
         }
-        "blocked" | "waiting" | "stopped" => warn(found, remedy),
+        ServiceState::Blocked | ServiceState::Waiting | ServiceState::Stopped => warn(found, remedy),
         _ if service.dropped_lines > 0 => {
             let lines = count(service.dropped_lines, "line", "lines");
             warn(
@@ -71,7 +71,7 @@ fn of_service(service: &Service) -> Outcome {
                 "the disk is slow or full: see disk",
             )
         }
-        _ => ok(service.state.clone()),
+        _ => ok(service.state.as_str()),
     }
 }
 

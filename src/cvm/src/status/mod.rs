@@ -12,10 +12,11 @@ use crate::control_socket::{self, Snapshot};
 use crate::failure::{Exit, Failure};
 use crate::json;
 use crate::stdout;
-use crate::storage::{self, WorkerAnswer};
+use crate::storage::WorkerAnswer;
 use crate::style::Style;
 use crate::units;
 use crate::watch::watch;
+use cvm_protocol::status::StorageMode;
 
 pub(crate) fn run(args: &StatusArgs) -> Result<Exit, Failure> {
     if let Some(pause) = args.watch {
@@ -32,7 +33,7 @@ pub(crate) fn run(args: &StatusArgs) -> Result<Exit, Failure> {
 }
 
 fn page(snapshot: &Snapshot, style: Style) -> String {
-    let has_worker = snapshot.status.storage.mode == storage::MODE;
+    let has_worker = snapshot.status.storage.mode == StorageMode::S3;
     let worker = has_worker.then(WorkerAnswer::ask);
     page::page(&snapshot.status, worker.as_ref(), units::now_ms(), style)
 }

@@ -9,11 +9,11 @@ use crate::style::{Style, Tone};
 use crate::table::{self, Cell, Column, NONE, Row, STAYS, labelled};
 use crate::text::{clean, width, wrap};
 use crate::units::{count, precise_span, span};
-use cvm_protocol::status::{Phase, Service, Status, Step};
+use cvm_protocol::status::{Service, ServiceState, Status, Step, StepState};
 
 /// `worker` is the storage worker's answer, in the mode that has one; `now_ms` is since 1970.
 pub(crate) fn page(status: &Status, worker: Option<&WorkerAnswer>, now_ms: u64, style: Style) -> String {
-    let label = format!("Storage ({})", clean(&status.storage.mode));
+    let label = format!("Storage ({})", status.storage.mode);
     let meaning = labelled(&label, &status.storage.meaning, Tone::Plain, 0, style);
     // Whether the data is safe comes before all else.
     let (first, below) = match worker {
@@ -37,15 +37,9 @@ pub(crate) fn page(status: &Status, worker: Option<&WorkerAnswer>, now_ms: u64, 
 
 fn head(status: &Status, style: Style) -> String {
     let (health, tone) = if status.healthy { ("HEALTHY", Tone::Good) } else { ("NOT HEALTHY", Tone::Bad) };
-    let phase = match status.phase {
-        Phase::Booting => "booting",
-        Phase::Running => "running",
-        Phase::Degraded => "degraded",
-        Phase::Stopping => "stopping",
-    };
     let frozen = if status.frozen { ", frozen" } else { "" };
-    let about =
-        format!("{phase}{frozen}, up {}, openclaw-cvm {}", span(status.uptime_ms), clean(&status.version));
+    let up = span(status.uptime_ms);
+    let about = format!("{}{frozen}, up {up}, openclaw-cvm {}", status.phase, clean(&status.version));
     let mut text = style.paint(health, tone);
     if width(&about) + width(health) + 2 <= style.width {
         text.extend(["  ", &about, "\n"]);
@@ -89,12 +83,12 @@ fn service_row(service: &Service) -> Row {
     let mut row = Row {
         cells: vec![
             Cell::new(&service.name, Tone::Strong),
-            Cell::new(&service.state, tone_of(service)),
+            Cell::new(service.state.as_str(), tone_of(service)),
             Cell::plain(&or_none(service.pid.map(|pid| pid.to_string()))),
             Cell::plain(&or_none(service.up_ms.map(span))),
             Cell::plain(&if service.restarts == 0 { NONE.to_owned() } else { service.restarts.to_string() }),
             Cell::plain(&or_none(last)),
-            Cell::plain(&service.next_action),
+            Cell::plain(service.shown_action()),
         ],
         below: Vec::new(),
     };
@@ -120,13 +114,12 @@ fn service_row(service: &Service) -> Row {
 }
 
 fn tone_of(service: &Service) -> Tone {
-    match service.state.as_str() {
-        "ready" => Tone::Good,
-        "up" if service.next_action == NONE => Tone::Good,
-        "parked" | "stuck" => Tone::Bad,
-        "blocked" if service.required => Tone::Bad,
-        "waiting" if service.crash_loop => Tone::Bad,
-        "stopped" if !service.required => Tone::Quiet,
+    match service.state {
+        _ if service.is_ready() => Tone::Good,
+        ServiceState::Parked | ServiceState::Stuck => Tone::Bad,
+        ServiceState::Blocked if service.required => Tone::Bad,
+        ServiceState::Waiting if service.crash_loop => Tone::Bad,
+        ServiceState::Stopped if !service.required => Tone::Quiet,
         _ => Tone::Caution,
     }
 }
@@ -134,16 +127,16 @@ fn tone_of(service: &Service) -> Tone {
 /// What an operator can do about a state, beyond its next action.
 fn remedy(service: &Service) -> Option<String> {
     let name = &service.name;
-    match service.state.as_str() {
-        "waiting" if service.crash_loop => {
+    match service.state {
+        ServiceState::Waiting if service.crash_loop => {
             Some(format!("`cvm logs {name}` shows its last lines; `cvm doctor` looks at the machine"))
         }
-        "waiting" => {
+        ServiceState::Waiting => {
             Some(format!("`cvm logs {name}` shows its last lines; `cvm start {name}` tries at once"))
         }
-        "parked" => Some(format!("`cvm logs {name}` shows its last lines")),
-        "blocked" => Some("see the boot step below".to_owned()),
-        "up" if service.next_action != NONE => {
+        ServiceState::Parked => Some(format!("`cvm logs {name}` shows its last lines")),
+        ServiceState::Blocked => Some("see the boot step below".to_owned()),
+        ServiceState::Up if !service.is_ready() => {
             Some(format!("if it stays so: `cvm logs {name}`, `cvm doctor`"))
         }
         _ => None,
@@ -183,10 +176,10 @@ fn boot(status: &Status, style: Style) -> String {
 }
 
 fn step_row(step: &Step) -> Row {
-    let (tone, optional) = match step.state.as_str() {
-        "done" => (Tone::Good, ""),
-        "failed" if step.required => (Tone::Bad, ""),
-        "failed" => (Tone::Caution, " (not required)"),
+    let (tone, optional) = match step.state {
+        StepState::Done => (Tone::Good, ""),
+        StepState::Failed if step.required => (Tone::Bad, ""),
+        StepState::Failed => (Tone::Caution, " (not required)"),
         _ => (Tone::Plain, ""),
     };
     let mut row = Row {

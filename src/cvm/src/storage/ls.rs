@@ -9,7 +9,7 @@ use crate::stdout;
 use crate::style::{Style, Tone};
 use crate::text::clean;
 use crate::units::size;
-use cvm_protocol::storage::{Answer, Ask, Entry};
+use cvm_protocol::storage::{Answer, Ask, Entry, EntryKind};
 use cvm_protocol::time::rfc3339;
 use std::io::Write as _;
 
@@ -35,16 +35,15 @@ fn json(entry: &Entry) -> String {
 
 /// A line like that of `ls -l`, with `D` for a database.
 fn line(entry: &Entry, style: Style) -> String {
-    let kind = match entry.kind.as_str() {
-        "directory" => 'd',
-        "symlink" => 'l',
-        "database" => 'D',
-        "file" => '-',
-        _ => '?',
+    let (kind, size) = match entry.kind {
+        EntryKind::File => ('-', size(entry.size)),
+        EntryKind::Database => ('D', size(entry.size)),
+        EntryKind::Directory => ('d', "-".into()),
+        EntryKind::Symlink => ('l', "-".into()),
+        EntryKind::Unknown => ('?', "-".into()),
     };
-    let size = if matches!(entry.kind.as_str(), "file" | "database") { size(entry.size) } else { "-".into() };
     let mtime = u64::try_from(entry.mtime_ms).map_or_else(|_| "before 1970".into(), rfc3339);
-    let tone = if kind == 'd' { Tone::Strong } else { Tone::Plain };
+    let tone = if entry.kind == EntryKind::Directory { Tone::Strong } else { Tone::Plain };
     let path = style.paint(&clean(&entry.path), tone);
     format!("{kind}{}  {size:>9}  {mtime:<24}  {path}\n", permissions(entry.mode))
 }
@@ -70,26 +69,20 @@ fn permissions(mode: u32) -> String {
 mod tests {
     use super::*;
 
-    fn entry(kind: &str, path: &str) -> Entry {
-        Entry {
-            path: path.into(),
-            kind: kind.into(),
-            size: 12_345,
-            mode: 0o100_640,
-            mtime_ms: 1_795_000_000_000,
-        }
+    fn entry(kind: EntryKind, path: &str) -> Entry {
+        Entry { path: path.into(), kind, size: 12_345, mode: 0o100_640, mtime_ms: 1_795_000_000_000 }
     }
 
     #[test]
     fn a_line_is_like_one_of_ls() {
         let style = Style::plain(80);
         assert_eq!(
-            line(&entry("file", "openclaw/a\u{1b}b"), style),
+            line(&entry(EntryKind::File, "openclaw/a\u{1b}b"), style),
             "-rw-r-----   12.0 KiB  2026-11-18T11:06:40.000Z  openclaw/a\u{fffd}b\n"
         );
-        assert!(line(&entry("database", "m.db"), style).starts_with("Drw-r-----   12.0 KiB"));
-        assert!(line(&entry("directory", "d"), style).starts_with("drw-r-----          -  2026"));
-        let old = Entry { mtime_ms: -1, ..entry("symlink", "l") };
+        assert!(line(&entry(EntryKind::Database, "m.db"), style).starts_with("Drw-r-----   12.0 KiB"));
+        assert!(line(&entry(EntryKind::Directory, "d"), style).starts_with("drw-r-----          -  2026"));
+        let old = Entry { mtime_ms: -1, ..entry(EntryKind::Symlink, "l") };
         assert!(line(&old, style).contains("-  before 1970               l\n"), "{}", line(&old, style));
     }
 
@@ -101,8 +94,8 @@ mod tests {
 
     #[test]
     fn json_is_one_object_a_line() {
-        let text = json(&entry("file", "a\nb"));
+        let text = json(&entry(EntryKind::File, "a\nb"));
         assert_eq!(text.lines().count(), 1);
-        assert_eq!(serde_json::from_str::<Entry>(&text).unwrap(), entry("file", "a\nb"));
+        assert_eq!(serde_json::from_str::<Entry>(&text).unwrap(), entry(EntryKind::File, "a\nb"));
     }
 }

@@ -25,7 +25,7 @@ pub(crate) use follow::{print_to_the_end, to_the_end};
 pub(crate) use get::decoded;
 pub(crate) use status::OLD_MS;
 pub(crate) use summary::{
-    InBucket, MODE, WorkerAnswer, described_mode, first_lines, first_lines_without, in_bucket,
+    InBucket, WorkerAnswer, described_mode, first_lines, first_lines_without, in_bucket,
 };
 
 use crate::args::StorageCommand;

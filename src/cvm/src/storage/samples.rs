@@ -1,10 +1,10 @@
 //! Answers of a storage worker for tests, written by hand.
 
-use cvm_protocol::storage::{Drill, Incident, Mode, Progress, StorageStatus};
+use cvm_protocol::storage::{Drill, Incident, Mode, Progress, StorageStatus, WorkerPhase};
 
 pub(crate) fn good() -> StorageStatus {
     StorageStatus {
-        phase: "ready".into(),
+        phase: WorkerPhase::Ready,
         mode: Some(Mode::Fuse),
         bucket: "agent-state".into(),
         prefix: "openclaw-data".into(),
@@ -51,7 +51,7 @@ pub(crate) fn troubled() -> StorageStatus {
         since_ms_ago: 61_000,
     };
     StorageStatus {
-        phase: "fenced".into(),
+        phase: WorkerPhase::Fenced,
         why: Some("instance b81d holds epoch 6; end one of the two".into()),
         held_by: Some("b81d, epoch 6".into()),
         progress: Some(Progress {

@@ -13,7 +13,7 @@ use crate::style::{Style, Tone};
 use crate::table::labelled;
 use crate::units::{count, precise_span, size, span};
 use crate::watch::watch;
-use cvm_protocol::storage::{Answer, Ask, Drill, Incident, Mode, Progress, StorageStatus};
+use cvm_protocol::storage::{Answer, Ask, Drill, Incident, Mode, Progress, StorageStatus, WorkerPhase};
 use std::time::Duration;
 use zeroize::Zeroizing;
 
@@ -49,7 +49,7 @@ pub(super) fn ask() -> Result<(Zeroizing<Vec<u8>>, Box<StorageStatus>), Failure>
 }
 
 fn is_good(status: &StorageStatus) -> bool {
-    status.phase == "ready" && status.incidents.is_empty()
+    status.phase == WorkerPhase::Ready && status.incidents.is_empty()
 }
 
 fn page(status: &StorageStatus, style: Style) -> String {
@@ -84,29 +84,29 @@ fn page(status: &StorageStatus, style: Style) -> String {
 /// The advice of a status, and whether it is urgent.
 fn advice(status: &StorageStatus) -> (String, bool) {
     let watch = "wait: `cvm storage status --watch`";
-    match status.phase.as_str() {
-        "ready" => ready(status),
-        "opening" | "restoring" => (watch.to_owned(), false),
-        "waiting" if status.held_by.is_some() => (
+    match status.phase {
+        WorkerPhase::Ready => ready(status),
+        WorkerPhase::Opening | WorkerPhase::Restoring => (watch.to_owned(), false),
+        WorkerPhase::Waiting if status.held_by.is_some() => (
             "wait until the other instance lets go of the bucket or its heartbeat is stale. If its machine is \
              gone for good: `cvm storage takeover`"
                 .to_owned(),
             false,
         ),
-        "waiting" => (watch.to_owned(), false),
-        "draining" => ("wait: do not destroy this machine before everything is in the bucket".to_owned(), true),
-        "fenced" => (
+        WorkerPhase::Waiting => (watch.to_owned(), false),
+        WorkerPhase::Draining => ("wait: do not destroy this machine before everything is in the bucket".to_owned(), true),
+        WorkerPhase::Fenced => (
             "end one of the two instances: another one writes into the bucket, and this one must not any more. \
              `cvm storage takeover` makes this one the owner again"
                 .to_owned(),
             true,
         ),
-        "refused" => (
+        WorkerPhase::Refused => (
             "mend the fault below, or decide about it; the gateway does not start before"
                 .to_owned(),
             true,
         ),
-        _ => ("`cvm doctor` looks for the cause".to_owned(), true),
+        WorkerPhase::Unknown => ("`cvm doctor` looks for the cause".to_owned(), true),
     }
 }
 
@@ -274,8 +274,8 @@ mod tests {
 
     #[test]
     fn every_phase_has_its_advice() {
-        let with = |phase: &str| StorageStatus { phase: phase.into(), ..good() };
-        let held = StorageStatus { held_by: Some("b81d".into()), ..with("waiting") };
+        let with = |phase| StorageStatus { phase, ..good() };
+        let held = StorageStatus { held_by: Some("b81d".into()), ..with(WorkerPhase::Waiting) };
         let old = StorageStatus { oldest_unreplicated_ms: Some(OLD_MS), ..pending() };
         let stuck = StorageStatus { last_error: Some("403".into()), ..old.clone() };
         let with_incidents = StorageStatus { incidents: troubled().incidents, ..good() };
@@ -285,14 +285,14 @@ mod tests {
             (old, "`cvm storage flush` pushes now", true),
             (stuck, "mend the last error", true),
             (with_incidents, "look at the incidents", true),
-            (with("opening"), "wait: ", false),
-            (with("restoring"), "wait: ", false),
-            (with("waiting"), "wait: ", false),
+            (with(WorkerPhase::Opening), "wait: ", false),
+            (with(WorkerPhase::Restoring), "wait: ", false),
+            (with(WorkerPhase::Waiting), "wait: ", false),
             (held, "wait until the other instance", false),
-            (with("draining"), "wait: do not destroy", true),
-            (with("fenced"), "end one of the two", true),
-            (with("refused"), "mend the fault below", true),
-            (with("levitating"), "`cvm doctor`", true),
+            (with(WorkerPhase::Draining), "wait: do not destroy", true),
+            (with(WorkerPhase::Fenced), "end one of the two", true),
+            (with(WorkerPhase::Refused), "mend the fault below", true),
+            (with(WorkerPhase::Unknown), "`cvm doctor`", true),
         ];
         for (status, begins, urgent) in table {
             let (text, is_urgent) = advice(&status);
@@ -305,8 +305,16 @@ mod tests {
     fn only_ready_without_incidents_is_good() {
         assert!(is_good(&good()) && is_good(&pending()));
         assert!(!is_good(&StorageStatus { incidents: troubled().incidents, ..good() }));
-        for phase in ["opening", "waiting", "restoring", "fenced", "refused", "draining", ""] {
-            assert!(!is_good(&StorageStatus { phase: phase.into(), ..good() }), "{phase}");
+        for phase in [
+            WorkerPhase::Opening,
+            WorkerPhase::Waiting,
+            WorkerPhase::Restoring,
+            WorkerPhase::Fenced,
+            WorkerPhase::Refused,
+            WorkerPhase::Draining,
+            WorkerPhase::Unknown,
+        ] {
+            assert!(!is_good(&StorageStatus { phase, ..good() }), "{phase}");
         }
     }
 

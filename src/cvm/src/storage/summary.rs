@@ -4,11 +4,9 @@ use super::client::{Client, Patience};
 use crate::style::{Style, Tone};
 use crate::table::labelled;
 use crate::units::{count, precise_span, size};
-use cvm_protocol::storage::{Answer, Ask, Mode, StorageStatus};
+use cvm_protocol::storage::{Answer, Ask, Mode, StorageStatus, WorkerPhase};
 use std::time::Duration;
 
-/// The supervisor's name for the mode that has a storage worker.
-pub(crate) const MODE: &str = "s3";
 /// The rest of a page waits for this answer.
 const TIME: Duration = Duration::from_secs(1);
 
@@ -45,20 +43,20 @@ pub(crate) fn in_bucket(status: &StorageStatus) -> InBucket {
         let files = count(status.pending_files, "file", "files");
         return InBucket::No(format!("{files} ({})", size(status.pending_bytes)));
     }
-    match (status.oldest_unreplicated_ms, status.phase.as_str()) {
+    match (status.oldest_unreplicated_ms, status.phase) {
         (Some(_), _) => InBucket::No("changes of unknown size".to_owned()),
-        (None, "ready" | "draining") => InBucket::Yes,
-        (None, "") => InBucket::Unknown("not known".to_owned()),
+        (None, WorkerPhase::Ready | WorkerPhase::Draining) => InBucket::Yes,
+        (None, WorkerPhase::Unknown) => InBucket::Unknown("not known".to_owned()),
         (None, phase) => InBucket::Unknown(format!("not known while the worker is {}", activity(phase))),
     }
 }
 
 /// A phase as the activity of the worker.
-fn activity(phase: &str) -> &str {
+fn activity(phase: WorkerPhase) -> &'static str {
     match phase {
-        "opening" => "opening the bucket",
-        "waiting" => "waiting for the bucket",
-        other => other,
+        WorkerPhase::Opening => "opening the bucket",
+        WorkerPhase::Waiting => "waiting for the bucket",
+        other => other.as_str(),
     }
 }
 
@@ -76,7 +74,7 @@ pub(crate) fn described_mode(status: &StorageStatus) -> Option<String> {
 
 /// The first lines of `cvm status`.
 pub(crate) fn first_lines(status: &StorageStatus, style: Style) -> String {
-    let mode = described_mode(status).unwrap_or_else(|| status.phase.clone());
+    let mode = described_mode(status).unwrap_or_else(|| status.phase.to_string());
     let label = crate::text::clean(&format!("S3 bucket {} ({mode})", status.bucket));
     let oldest = status.oldest_unreplicated_ms.map(|ms| format!(", oldest change {} ago", precise_span(ms)));
     let (mut answer, mut tone) = match in_bucket(status) {
@@ -85,12 +83,12 @@ pub(crate) fn first_lines(status: &StorageStatus, style: Style) -> String {
         }
         InBucket::Yes => ("everything is in the bucket".to_owned(), Tone::Good),
         InBucket::No(what) => {
-            let tone = if status.phase == "ready" { Tone::Plain } else { Tone::Caution };
+            let tone = if status.phase == WorkerPhase::Ready { Tone::Plain } else { Tone::Caution };
             (format!("{what} not yet in the bucket{}", oldest.unwrap_or_default()), tone)
         }
         InBucket::Unknown(why) => (why, Tone::Caution),
     };
-    if matches!(status.phase.as_str(), "fenced" | "refused") {
+    if matches!(status.phase, WorkerPhase::Fenced | WorkerPhase::Refused) {
         tone = Tone::Bad;
         if let Some(why) = &status.why {
             answer = format!("{}: {why}; {answer}", status.phase);
@@ -132,7 +130,7 @@ mod tests {
         );
         let uncounted = StorageStatus { pending_files: 0, pending_bytes: 0, ..samples::pending() };
         assert!(lines_of(&uncounted).contains("changes of unknown size not yet in the bucket, oldest"));
-        let opening = StorageStatus { phase: "opening".into(), mode: None, ..samples::good() };
+        let opening = StorageStatus { phase: WorkerPhase::Opening, mode: None, ..samples::good() };
         assert_eq!(
             lines_of(&opening),
             "S3 bucket agent-state (opening): not known while the worker is opening the bucket\n"
@@ -149,7 +147,7 @@ mod tests {
 
     #[test]
     fn a_phase_that_this_version_does_not_know_claims_nothing() {
-        let odd = StorageStatus { phase: "levitating".into(), ..samples::good() };
+        let odd = StorageStatus { phase: WorkerPhase::Unknown, ..samples::good() };
         assert!(matches!(in_bucket(&odd), InBucket::Unknown(_)));
         assert!(matches!(in_bucket(&StorageStatus::default()), InBucket::Unknown(_)));
     }

@@ -15,7 +15,9 @@ use crate::volume::Volume;
 use cvm_channel::Reporter;
 use cvm_protocol::fact::{Fact, Value};
 use cvm_protocol::report::{GateState, Level};
-use cvm_protocol::storage::{Drill, Incident, Mode, Progress, STORAGE_GATE, StorageSpec, StorageStatus};
+use cvm_protocol::storage::{
+    Drill, Incident, Mode, Progress, STORAGE_GATE, StorageSpec, StorageStatus, WorkerPhase,
+};
 use sha2::{Digest as _, Sha256};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -61,7 +63,7 @@ impl Desk {
         let mut board = Board::default();
         board.status.bucket.clone_from(&spec.bucket);
         board.status.prefix.clone_from(&spec.prefix);
-        "opening".clone_into(&mut board.status.phase);
+        board.status.phase = WorkerPhase::Opening;
         Self {
             board: Mutex::new(board),
             reports,
@@ -120,7 +122,7 @@ impl Desk {
     pub(crate) fn ready(&self, mode: Mode, reason: Option<String>, independent: bool) {
         {
             let status = &mut self.board().status;
-            "ready".clone_into(&mut status.phase);
+            status.phase = WorkerPhase::Ready;
             (status.why, status.progress) = (None, if independent { None } else { status.progress.take() });
             (status.mode, status.reason, status.independent) = (Some(mode), reason.clone(), independent);
         }
@@ -131,20 +133,20 @@ impl Desk {
         self.say_once(&GateState::Open { outlives: independent });
     }
 
-    /// The state in which nothing may stand on the tree, in one word, and why.
-    pub(crate) fn not_ready(&self, phase: &str, why: String, retry: bool) {
+    /// A phase in which nothing may stand on the tree, and why.
+    pub(crate) fn not_ready(&self, phase: WorkerPhase, why: String, retry: bool) {
         self.show_phase(phase, &why);
         self.reports.status(Vec::new());
         self.say_once(&GateState::Closed { why, retry });
     }
 
     /// The same, of a fault and with its remedy.
-    pub(crate) fn refused(&self, phase: &str, fault: &Fault) {
+    pub(crate) fn refused(&self, phase: WorkerPhase, fault: &Fault) {
         self.not_ready(phase, format!("{fault}; {}", fault.remedy()), fault.may_pass());
     }
 
     /// The bucket cannot be asked, and nothing is known against the tree, if there is one.
-    pub(crate) fn unheard(&self, phase: &str, fault: &Fault) {
+    pub(crate) fn unheard(&self, phase: WorkerPhase, fault: &Fault) {
         let why = format!("{fault}; {}", fault.remedy());
         self.show_phase(phase, &why);
         self.say_once(&GateState::Unknown { why });
@@ -152,14 +154,13 @@ impl Desk {
 
     /// Another instance has the bucket.
     pub(crate) fn waits(&self, why: String) {
-        self.show_phase("waiting", &why);
+        self.show_phase(WorkerPhase::Waiting, &why);
         self.say_once(&GateState::Waiting { why });
     }
 
-    fn show_phase(&self, phase: &str, why: &str) {
+    fn show_phase(&self, phase: WorkerPhase, why: &str) {
         let status = &mut self.board().status;
-        phase.clone_into(&mut status.phase);
-        status.why = Some(why.to_owned());
+        (status.phase, status.why) = (phase, Some(why.to_owned()));
     }
 
     /// PID 1 hears of changes, not of each try.
@@ -195,8 +196,8 @@ impl Desk {
 
     // === For operators ===
 
-    pub(crate) fn phase(&self, phase: &str) {
-        phase.clone_into(&mut self.board().status.phase);
+    pub(crate) fn phase(&self, phase: WorkerPhase) {
+        self.board().status.phase = phase;
     }
 
     pub(crate) fn identity(&self, instance: &str, epoch: u64) {
@@ -320,7 +321,7 @@ impl Desk {
 
 /// A name for all that an operator could accept now: another one, when there is anything new.
 fn wrong(status: &StorageStatus) -> Option<String> {
-    let refused = status.why.as_ref().filter(|_| status.phase == "refused");
+    let refused = status.why.as_ref().filter(|_| status.phase == WorkerPhase::Refused);
     if refused.is_none() && status.incidents.is_empty() {
         return None;
     }

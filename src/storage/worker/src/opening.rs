@@ -27,7 +27,7 @@ use crate::owner::{self, Lease, Me, uptime};
 use crate::scan::{Fetched, Found, Scanner};
 use crate::volume::{Volume, Within};
 use crate::{hydrate, rules};
-use cvm_protocol::storage::{Mode, StorageSpec};
+use cvm_protocol::storage::{Mode, StorageSpec, WorkerPhase};
 use ownership::{
     Tried, is_behind, part_from_the_copy, past, put_aside, still_there, wait_for_it, without_manifest,
 };
@@ -136,7 +136,7 @@ pub(crate) fn open(
     word: Said<'_>,
     pause: Pause<'_>,
 ) -> Result<Ready, Fault> {
-    desk.phase("opening");
+    desk.phase(WorkerPhase::Opening);
     if let Some(held) = hold_used_volume()? {
         setback::look_at_clock_of_the_waiting(&held.index, &held.me.place)?;
     }

@@ -19,7 +19,7 @@ use crate::worker::Order;
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use cvm_protocol::accounts::MUX_UID;
-use cvm_protocol::storage::{Answer, Ask, Entry, QUESTION_MAX, Question, VERSION};
+use cvm_protocol::storage::{Answer, Ask, Entry, EntryKind, QUESTION_MAX, Question, VERSION};
 use cvm_protocol::{json_lines, paths};
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::sync::Arc;
@@ -223,14 +223,14 @@ fn list(open: &Open, ask: &Ask, to: &Reader) -> Result<String, Fault> {
     let count = rows.len();
     for (path, row) in rows {
         let kind = match row.entry.kind {
-            Kind::File { database: true, .. } => "database",
-            Kind::File { .. } => "file",
-            Kind::Directory => "directory",
-            Kind::Symlink { .. } => "symlink",
+            Kind::File { database: true, .. } => EntryKind::Database,
+            Kind::File { .. } => EntryKind::File,
+            Kind::Directory => EntryKind::Directory,
+            Kind::Symlink { .. } => EntryKind::Symlink,
         };
         to.send(Answer::Entry(Entry {
             path: String::from_utf8_lossy(path.as_bytes()).into_owned(),
-            kind: kind.to_owned(),
+            kind,
             size: row.entry.size(),
             mode: row.entry.mode,
             mtime_ms: row.entry.mtime_ns / 1_000_000,

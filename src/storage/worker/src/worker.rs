@@ -31,7 +31,7 @@ use crate::scan::Fetched;
 use crate::watch::Hints;
 use answers::{Asked, done, is_as_seen, refuse_review};
 use chase::Chase;
-use cvm_protocol::storage::{Answer, Ask, Mode, StorageSpec};
+use cvm_protocol::storage::{Answer, Ask, Mode, StorageSpec, WorkerPhase};
 use rounds::{Round, Waiting};
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
@@ -108,11 +108,11 @@ impl Worker {
             let wait = if retry { backoff(tries) } else { RETRY.1 };
             tries += 1;
             let phase = if matches!(fault, Fault::Fenced(_)) {
-                "fenced"
+                WorkerPhase::Fenced
             } else if retry {
-                "opening"
+                WorkerPhase::Opening
             } else {
-                "refused"
+                WorkerPhase::Refused
             };
             if fault.is_outage() {
                 self.desk.unheard(phase, &fault);

@@ -27,8 +27,7 @@ use cvm_machine::machine::Machine;
 use cvm_machine::plan::Unplannable;
 use cvm_machine::snapshot::About;
 use cvm_protocol::paths;
-use cvm_protocol::status::Remark;
-use cvm_protocol::status::{self, Fingerprint};
+use cvm_protocol::status::{self, Fingerprint, Remark, StorageMode};
 use cvm_protocol::volume::Claim;
 use cvm_secrets::keys::KeyRing;
 use cvm_sys::clock::BootTime;
@@ -281,11 +280,11 @@ fn remarks_on_dstack() -> Vec<Remark> {
 fn storage(config: &Config) -> status::Storage {
     match &config.storage {
         Storage::Local => status::Storage::new(
-            "local",
+            StorageMode::Local,
             "state lives on the volume at /data; it does not survive the loss of this machine",
         ),
         Storage::S3(s3) => status::Storage::new(
-            "s3",
+            StorageMode::S3,
             format!(
                 "state lives in bucket {} below {}, encrypted, and on the volume; it survives the loss of this machine",
                 s3.bucket.as_str(),

@@ -5,7 +5,7 @@ use crate::moment::Moment;
 use crate::plan::Weight;
 use crate::service::{Life, State};
 use cvm_protocol::doors::Door;
-use cvm_protocol::status::{Fingerprint, Phase, Remark, Service, Status, Step, Storage};
+use cvm_protocol::status::{self, Fingerprint, Phase, Remark, Service, ServiceState, Status, Step, Storage};
 use cvm_protocol::time::words;
 use std::time::Duration;
 
@@ -64,14 +64,16 @@ fn complaints(machine: &Machine, boot: &[Step], services: &[Service]) -> Vec<Str
             all.push(format!("boot step {}: {why}", step.name));
         }
     }
-    for service in services.iter().filter(|s| s.required && !matches!(s.state.as_str(), "up" | "ready")) {
+    for service in
+        services.iter().filter(|s| s.required && !matches!(s.state, ServiceState::Up | ServiceState::Ready))
+    {
         let why = service.why.as_ref().map(|w| format!(": {w}")).unwrap_or_default();
         all.push(format!("{} is {}{why}", service.name, service.state));
     }
-    for service in services.iter().filter(|s| s.required && s.state == "up" && s.next_action != NOTHING) {
+    for service in services.iter().filter(|s| s.required && s.state == ServiceState::Up && !s.is_ready()) {
         all.push(format!("{} runs but is not ready", service.name));
     }
-    for service in services.iter().filter(|s| s.required && s.crash_loop && s.state != "ready") {
+    for service in services.iter().filter(|s| s.required && s.crash_loop && s.state != ServiceState::Ready) {
         all.push(format!(
             "{} is in a crash loop: {} failures in a row",
             service.name, service.failures_in_a_row
@@ -87,7 +89,7 @@ fn millis(span: Duration) -> u64 {
 fn step(record: &StepRecord, now: Moment) -> Step {
     let mut shown = Step {
         name: record.step.name.0.to_owned(),
-        state: String::new(),
+        state: status::StepState::Unknown,
         required: record.step.weight == Weight::Required,
         began_ms: None,
         took_ms: None,
@@ -95,16 +97,16 @@ fn step(record: &StepRecord, now: Moment) -> Step {
         why: None,
         next_try_in_ms: None,
     };
-    let state = match &record.state {
-        StepState::Pending => "waiting",
+    shown.state = match &record.state {
+        StepState::Pending => status::StepState::Waiting,
         StepState::Running { since } | StepState::Killing { since, .. } => {
             shown.began_ms = Some(since.as_millis());
-            "running"
+            status::StepState::Running
         }
         StepState::Done { began, took } => {
             shown.began_ms = Some(began.as_millis());
             shown.took_ms = Some(millis(*took));
-            "done"
+            status::StepState::Done
         }
         StepState::Failed { began, took, why, next } => {
             shown.began_ms = Some(began.as_millis());
@@ -113,15 +115,11 @@ fn step(record: &StepRecord, now: Moment) -> Step {
             if let Next::TryAt(at) = next {
                 shown.next_try_in_ms = Some(millis(at.since(now)));
             }
-            "failed"
+            status::StepState::Failed
         }
     };
-    state.clone_into(&mut shown.state);
     shown
 }
-
-/// What `next_action` says when nothing is due.
-const NOTHING: &str = "-";
 
 fn service(machine: &Machine, record: &ServiceRecord, now: Moment) -> Service {
     let unit = &record.unit;
@@ -129,7 +127,7 @@ fn service(machine: &Machine, record: &ServiceRecord, now: Moment) -> Service {
     let mut shown = Service {
         name: name.to_owned(),
         what: record.service.what.to_owned(),
-        state: String::new(),
+        state: ServiceState::Unknown,
         why: None,
         pid: None,
         up_ms: None,
@@ -141,7 +139,7 @@ fn service(machine: &Machine, record: &ServiceRecord, now: Moment) -> Service {
         last_end: None,
         last_end_ago_ms: None,
         next_start_in_ms: None,
-        next_action: NOTHING.to_owned(),
+        next_action: None,
         required: record.service.required,
         dropped_lines: record.dropped_lines,
         facts: record.facts.clone(),
@@ -155,10 +153,12 @@ fn service(machine: &Machine, record: &ServiceRecord, now: Moment) -> Service {
         shown.last_end = Some(format!("{text}, after {}", words(past.ran)));
         shown.last_end_ago_ms = Some(millis(now.since(past.at)));
     }
-    let (state, next) = match unit.state() {
+    (shown.state, shown.next_action) = match unit.state() {
         State::Idle => blocked(machine, record, &mut shown),
-        State::Preparing { .. } => ("preparing", "starts when its preparation is done".to_owned()),
-        State::Starting { .. } => ("starting", NOTHING.to_owned()),
+        State::Preparing { .. } => {
+            (ServiceState::Preparing, Some("starts when its preparation is done".to_owned()))
+        }
+        State::Starting { .. } => (ServiceState::Starting, None),
         State::Running { pid, since, ready, life, .. } => {
             shown.pid = Some(*pid);
             shown.up_ms = Some(millis(now.since(*since)));
@@ -167,47 +167,48 @@ fn service(machine: &Machine, record: &ServiceRecord, now: Moment) -> Service {
             running(record, *ready, *since, *life)
         }
         State::Repairing { .. } => {
-            ("repairing", "starts once more when its repair command is done".to_owned())
+            (ServiceState::Repairing, Some("starts once more when its repair command is done".to_owned()))
         }
         State::Ending { pid, phase: crate::service::Phase::Stuck, .. } => {
             shown.pid = *pid;
             shown.why =
                 Some("something of its last run may still be alive; nothing is started over it".to_owned());
             (
-                "stuck",
-                "looked for again every 10 s; if it stays: `dmesg`, the disk, a restart of the container"
-                    .to_owned(),
+                ServiceState::Stuck,
+                Some(
+                    "looked for again every 10 s; if it stays: `dmesg`, the disk, a restart of the container"
+                        .to_owned(),
+                ),
             )
         }
         State::Ending { pid, until, .. } => {
             shown.pid = *pid;
-            ("stopping", format!("next measure in {}", words(until.since(now))))
+            (ServiceState::Stopping, Some(format!("next measure in {}", words(until.since(now)))))
         }
         State::Waiting { .. } if unit.is_held() => {
             shown.why = unit.last().and_then(|p| p.why.clone());
-            ("waiting", "starts when everything that needs its gate has ended".to_owned())
+            (ServiceState::Waiting, Some("starts when everything that needs its gate has ended".to_owned()))
         }
         State::Waiting { until } => {
             shown.why = unit.last().and_then(|p| p.why.clone());
             shown.next_start_in_ms = Some(millis(until.since(now)));
-            ("waiting", format!("starts in {}", words(until.since(now))))
+            (ServiceState::Waiting, Some(format!("starts in {}", words(until.since(now)))))
         }
         State::Parked { why } => {
             shown.why = Some(why.clone());
-            ("parked", format!("mend it, then `cvm start {name}`"))
+            (ServiceState::Parked, Some(format!("mend it, then `cvm start {name}`")))
         }
-        State::Down => ("stopped", format!("`cvm start {name}`")),
+        State::Down => (ServiceState::Stopped, Some(format!("`cvm start {name}`"))),
     };
-    state.clone_into(&mut shown.state);
-    shown.next_action = next;
     shown
 }
 
-fn blocked(machine: &Machine, record: &ServiceRecord, shown: &mut Service) -> (&'static str, String) {
+fn blocked(machine: &Machine, record: &ServiceRecord, shown: &mut Service) -> (ServiceState, Option<String>) {
     let Some(missing) = machine.missing_for(&record.service) else {
         let first = machine.steps().iter().filter(|r| r.step.before_services).map(|r| r.step.name.0);
         let first: Vec<&str> = first.collect();
-        return ("blocked", format!("starts when boot steps {} have ended", first.join(" and ")));
+        let next = format!("starts when boot steps {} have ended", first.join(" and "));
+        return (ServiceState::Blocked, Some(next));
     };
     let name = missing.step.name.0;
     shown.why = match &missing.state {
@@ -223,21 +224,20 @@ fn blocked(machine: &Machine, record: &ServiceRecord, shown: &mut Service) -> (&
         }
         _ => format!("starts when boot step {name} is done"),
     };
-    ("blocked", next)
+    (ServiceState::Blocked, Some(next))
 }
 
-fn running(record: &ServiceRecord, ready: bool, since: Moment, life: Life) -> (&'static str, String) {
+fn running(record: &ServiceRecord, ready: bool, since: Moment, life: Life) -> (ServiceState, Option<String>) {
     let Some(limit) = record.unit.silence_limit(since, life) else {
-        let next = if ready { NOTHING } else { "becomes ready" };
-        return if ready && record.service.readiness.is_some() {
-            ("ready", next.into())
-        } else {
-            ("up", next.into())
+        return match ready {
+            true if record.service.readiness.is_some() => (ServiceState::Ready, None),
+            true => (ServiceState::Up, None),
+            false => (ServiceState::Up, Some("becomes ready".to_owned())),
         };
     };
     if ready {
-        return ("ready", NOTHING.to_owned());
+        return (ServiceState::Ready, None);
     }
     let at = words(Duration::from_millis(limit.as_millis()));
-    ("up", format!("becomes ready; ended if it stays silent until uptime {at}"))
+    (ServiceState::Up, Some(format!("becomes ready; ended if it stays silent until uptime {at}")))
 }

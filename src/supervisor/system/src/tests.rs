@@ -18,7 +18,7 @@ use cvm_machine::snapshot::{self, About};
 use cvm_protocol::exit_status::End;
 use cvm_protocol::keeper::Probe;
 use cvm_protocol::report::{GateState, Level, ServiceReport};
-use cvm_protocol::status::{self, Status};
+use cvm_protocol::status::{self, ServiceState, Status, StorageMode};
 use proptest::prelude::*;
 use std::time::Duration;
 
@@ -188,7 +188,7 @@ impl Boot {
     }
 
     fn status(&self) -> Status {
-        let storage = status::Storage::new("local", "");
+        let storage = status::Storage::new(StorageMode::Local, "");
         let about = About { version: "0".into(), storage, keys: vec![], doors: vec![], remarks: vec![] };
         snapshot::snapshot(&self.machine, &about, self.now)
     }
@@ -360,7 +360,7 @@ fn a_failed_ssh_step_is_a_warning_and_the_rest_goes_on() {
         [(Level::Warn, "Boot step ssh failed: no space left on device; next try in 2 s")]
     );
     assert_eq!(boot.deeds(&done), ["prepare dockerd", "run home#1"]);
-    assert_eq!(boot.shown("sshd").state, "blocked");
+    assert_eq!(boot.shown("sshd").state, ServiceState::Blocked);
     assert_eq!(boot.shown("sshd").why.as_deref(), Some("boot step ssh: no space left on device"));
     let retried = boot.pass(s(2));
     assert_eq!(boot.deeds(&retried), ["run ssh#2"]);
@@ -408,7 +408,7 @@ fn an_ssh_step_that_hangs_holds_the_boot_up_no_longer_than_its_deadline_and_two_
 fn a_step_that_the_kernel_holds_is_tried_again_on_an_operators_order_and_its_old_try_is_forgotten() {
     let mut boot = Boot::with_ssh();
     boot.pass(s(306));
-    assert_eq!(boot.shown("gateway").next_action, "mend it, then `cvm start gateway`");
+    assert_eq!(boot.shown("gateway").next_action.as_deref(), Some("mend it, then `cvm start gateway`"));
     let done = boot.order("gateway", Order::Start);
     assert_eq!(boot.deeds(&done), ["run home#2"]);
     let old = Try { step: gates::HOME, number: 1 };
@@ -466,9 +466,9 @@ fn a_failed_required_step_keeps_the_gateway_down_and_ssh_up_and_status_says_why(
         ]
     );
     let gateway = boot.shown("gateway");
-    assert_eq!((gateway.state.as_str(), gateway.pid), ("blocked", None));
-    assert_eq!(gateway.next_action, "starts when boot step home is done");
-    assert_eq!(boot.shown("sshd").state, "up");
+    assert_eq!((gateway.state, gateway.pid), (ServiceState::Blocked, None));
+    assert_eq!(gateway.next_action.as_deref(), Some("starts when boot step home is done"));
+    assert_eq!(boot.shown("sshd").state, ServiceState::Up);
     assert_eq!(status.boot.iter().find(|b| b.name == "home").unwrap().next_try_in_ms, Some(2_000));
 }
 
@@ -515,7 +515,7 @@ fn a_step_that_cannot_succeed_by_itself_waits_for_an_operator_and_says_so() {
     let text = "Boot step state failed: no space left on device; trying again cannot help until something is changed";
     assert_eq!(said(&done), [(Level::Error, text)]);
     assert_eq!(boot.pass(s(100_000)), []);
-    assert_eq!(boot.shown("gateway").next_action, "mend it, then `cvm start gateway`");
+    assert_eq!(boot.shown("gateway").next_action.as_deref(), Some("mend it, then `cvm start gateway`"));
 }
 
 #[test]
@@ -573,7 +573,7 @@ fn a_stop_ordered_before_a_service_could_start_is_honoured_and_can_be_taken_back
     let mut boot = Boot::local();
     boot.send(Event::Boot);
     assert_eq!(boot.order("gateway", Order::Stop), []);
-    assert_eq!(boot.shown("gateway").state, "stopped");
+    assert_eq!(boot.shown("gateway").state, ServiceState::Stopped);
     for step in [gates::SSH, gates::HOME, gates::STATE] {
         let done = boot.done(step);
         assert!(!boot.deeds(&done).iter().any(|d| d.ends_with("gateway")), "{done:?}");
@@ -588,7 +588,7 @@ fn a_start_ordered_before_a_service_can_start_is_remembered() {
     boot.send(Event::Boot);
     boot.order("gateway", Order::Stop);
     assert_eq!(boot.order("gateway", Order::Start), []);
-    assert_eq!(boot.shown("gateway").state, "blocked");
+    assert_eq!(boot.shown("gateway").state, ServiceState::Blocked);
     boot.done(gates::SSH);
     boot.done(gates::HOME);
     let done = boot.done(gates::STATE);
@@ -677,7 +677,7 @@ fn a_crash_loop_and_a_parked_service_are_complaints_with_their_reasons() {
         boot.complaints(),
         ["gateway is parked: it refuses its configuration (code 78), also after its own repair command ran"]
     );
-    assert_eq!(boot.shown("gateway").next_action, "mend it, then `cvm start gateway`");
+    assert_eq!(boot.shown("gateway").next_action.as_deref(), Some("mend it, then `cvm start gateway`"));
 }
 
 #[test]
@@ -1046,7 +1046,10 @@ fn a_hung_service_is_shown_with_what_will_be_done_about_it() {
     let mut boot = Boot::of(machine(vec![], vec![hung]));
     boot.send(Event::Boot);
     boot.runs("hung");
-    assert_eq!(boot.shown("hung").next_action, "becomes ready; ended if it stays silent until uptime 31 s");
+    assert_eq!(
+        boot.shown("hung").next_action.as_deref(),
+        Some("becomes ready; ended if it stays silent until uptime 31 s")
+    );
     let done = boot.pass(s(30));
     assert_eq!(
         said(&done),
@@ -1056,7 +1059,10 @@ fn a_hung_service_is_shown_with_what_will_be_done_about_it() {
         )]
     );
     let shown = boot.shown("hung");
-    assert_eq!((shown.state.as_str(), shown.next_action.as_str()), ("stopping", "next measure in 10 s"));
+    assert_eq!(
+        (shown.state, shown.next_action.as_deref()),
+        (ServiceState::Stopping, Some("next measure in 10 s"))
+    );
 }
 
 /// `missing_for` follows needs, and the loop that starts steps ends: both rely on this.

@@ -4,6 +4,7 @@
 use super::*;
 use crate::status::samples;
 use crate::storage::samples as worker;
+use cvm_protocol::status::{Phase, StorageMode};
 use std::path::PathBuf;
 
 const NOW: u64 = 1_800_000_000_000;
@@ -11,7 +12,7 @@ const WIDTHS: [usize; 3] = [120, 80, 40];
 
 fn machines() -> [(&'static str, Status, Option<WorkerAnswer>); 6] {
     let s3 = |mut status: Status| {
-        status.storage.mode = storage::MODE.to_owned();
+        status.storage.mode = StorageMode::S3;
         status.storage.meaning = "encrypted in bucket agent-state, and on the volume".to_owned();
         status
     };
@@ -52,8 +53,9 @@ fn no_width_breaks_a_page_or_loses_a_word_of_it() {
             let too_wide = text.lines().find(|line| width(line) > columns);
             assert_eq!(too_wide, None, "at {columns}");
             let found = squeezed(&text);
-            let told = status.services.iter().flat_map(|s| [&s.name, &s.state, &s.next_action]);
-            for word in told.chain(&status.unhealthy).filter(|w| *w != NONE) {
+            let told =
+                status.services.iter().flat_map(|s| [s.name.as_str(), s.state.as_str(), s.shown_action()]);
+            for word in told.chain(status.unhealthy.iter().map(String::as_str)).filter(|w| *w != NONE) {
                 assert!(found.contains(&squeezed(&clean(word))), "{word} is lost at {columns}:\n{text}");
             }
         }
@@ -63,27 +65,27 @@ fn no_width_breaks_a_page_or_loses_a_word_of_it() {
 #[test]
 fn every_state_has_its_tone_and_those_in_need_a_remedy() {
     let states = [
-        ("blocked", Tone::Bad, true),
-        ("preparing", Tone::Caution, false),
-        ("starting", Tone::Caution, false),
-        ("up", Tone::Caution, true),
-        ("ready", Tone::Good, false),
-        ("repairing", Tone::Caution, false),
-        ("stopping", Tone::Caution, false),
-        ("waiting", Tone::Caution, true),
-        ("parked", Tone::Bad, true),
-        ("stopped", Tone::Caution, false),
-        ("stuck", Tone::Bad, false),
+        (ServiceState::Blocked, Tone::Bad, true),
+        (ServiceState::Preparing, Tone::Caution, false),
+        (ServiceState::Starting, Tone::Caution, false),
+        (ServiceState::Up, Tone::Caution, true),
+        (ServiceState::Ready, Tone::Good, false),
+        (ServiceState::Repairing, Tone::Caution, false),
+        (ServiceState::Stopping, Tone::Caution, false),
+        (ServiceState::Waiting, Tone::Caution, true),
+        (ServiceState::Parked, Tone::Bad, true),
+        (ServiceState::Stopped, Tone::Caution, false),
+        (ServiceState::Stuck, Tone::Bad, false),
     ];
     for (state, tone, needs) in states {
         let service =
-            Service { next_action: "something is due".into(), ..samples::service("gateway", state) };
+            Service { next_action: Some("something is due".into()), ..samples::service("gateway", state) };
         assert_eq!(tone_of(&service), tone, "{state}");
         assert_eq!(remedy(&service).is_some(), needs, "{state}");
     }
-    assert_eq!(tone_of(&samples::service("sshd", "up")), Tone::Good);
+    assert_eq!(tone_of(&samples::service("sshd", ServiceState::Up)), Tone::Good);
     // A stopped optional service is no fault.
-    let optional = Service { required: false, ..samples::service("dockerd", "stopped") };
+    let optional = Service { required: false, ..samples::service("dockerd", ServiceState::Stopped) };
     assert_eq!(tone_of(&optional), Tone::Quiet);
 }
 

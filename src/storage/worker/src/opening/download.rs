@@ -11,7 +11,7 @@ use crate::index::{Index, Known, Row, Sign};
 use crate::moved;
 use crate::parallel;
 use crate::volume::{self, Volume};
-use cvm_protocol::storage::Progress;
+use cvm_protocol::storage::{Progress, WorkerPhase};
 use std::fs;
 use std::path::Path as FsPath;
 
@@ -19,7 +19,7 @@ impl Making<'_> {
     /// Yields what the bucket does not have right.
     pub(super) fn by_download(&self, volume: &Volume) -> Result<Vec<(Path, String)>, Fault> {
         let Self { desk, bucket, index, intents, continued, .. } = *self;
-        desk.phase("restoring");
+        desk.phase(WorkerPhase::Restoring);
         let times = flatten(bucket, index, volume)?;
         let laid = index.meta("laid")?.is_some();
         let ((rows, _), intended) = (index.standing()?, intended(intents));

@@ -9,6 +9,7 @@ use crate::mount;
 use crate::owner::{self, Verdict, uptime};
 use crate::s3::When;
 use crate::volume::Volume;
+use cvm_protocol::storage::WorkerPhase;
 use std::path::Path as FsPath;
 use std::time::Duration;
 
@@ -222,7 +223,7 @@ pub(super) fn part_from_the_copy(desk: &Desk, index: &Index) -> Result<(), Fault
 /// A tree that is not to be merged with the bucket's. Yields the volume without it.
 pub(super) fn put_aside(desk: &Desk, index: &Index) -> Result<Volume, Fault> {
     // Whoever stands on it hears of it first.
-    desk.not_ready("opening", "the volume holds a state with another past".to_owned(), true);
+    desk.not_ready(WorkerPhase::Opening, "the volume holds a state with another past".to_owned(), true);
     let name = format!("epoch-{}-{}", index.own_epoch()?.unwrap_or(0), crate::chain::now_ms());
     mount::clear()?;
     // With the overlay gone, the volume is at /data again, wherever it was found.

@@ -10,7 +10,7 @@ use crate::opening::setback;
 use crate::owner::uptime;
 use crate::push::Rest;
 use crate::scan::{Change, Scanner};
-use cvm_protocol::storage::Answer;
+use cvm_protocol::storage::{Answer, WorkerPhase};
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -18,7 +18,7 @@ use std::time::Duration;
 impl Tree<'_> {
     /// Pushes what is pending, and gives the bucket away. True when it has everything.
     pub(super) fn drain(&mut self) -> bool {
-        self.worker.desk.phase("draining");
+        self.worker.desk.phase(WorkerPhase::Draining);
         // Some of the time is for what is told of it afterwards.
         let until = self.worker.ending.until_the_last_words();
         let open = self.open();

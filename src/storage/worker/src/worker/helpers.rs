@@ -9,7 +9,7 @@ use crate::fault::Fault;
 use crate::owner::uptime;
 use crate::watch::Watcher;
 use crate::{hydrate, mount, parallel};
-use cvm_protocol::storage::Mode;
+use cvm_protocol::storage::{Mode, WorkerPhase};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -104,7 +104,7 @@ impl Tree<'_> {
                         // A round may be long, and nobody may stand on the tree until it ends: its
                         // next write asks the lease, and fails.
                         fenced.store(true, Ordering::Relaxed);
-                        desk.refused("fenced", &Fault::Fenced(why.clone()));
+                        desk.refused(WorkerPhase::Fenced, &Fault::Fenced(why.clone()));
                         return drop(sender.send(Order::Fenced(why)));
                     }
                     Err(fault) => {

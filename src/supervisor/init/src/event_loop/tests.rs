@@ -32,7 +32,7 @@ fn supervisor_of(services: Vec<Service>) -> Supervisor<Fake> {
         Launcher::new(config, &environment, None, Vec::new(), Claim::default(), keepers.home().to_owned());
     let about = About {
         version: String::new(),
-        storage: status::Storage::new("local", ""),
+        storage: status::Storage::new(status::StorageMode::Local, ""),
         keys: Vec::new(),
         doors: Vec::new(),
         remarks: Vec::new(),

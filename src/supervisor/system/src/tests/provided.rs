@@ -65,7 +65,7 @@ impl Boot {
 #[test]
 fn a_service_that_nobody_knows_needs_a_gate_provides_one_and_is_shown_with_its_facts() {
     let mut boot = role_with_policy();
-    assert_eq!(boot.shown("policy").state, "blocked");
+    assert_eq!(boot.shown("policy").state, ServiceState::Blocked);
     let done = boot.done(gates::STATE);
     assert_eq!(boot.deeds(&done), ["launch policy"]);
     boot.runs("policy");
@@ -78,7 +78,7 @@ fn a_service_that_nobody_knows_needs_a_gate_provides_one_and_is_shown_with_its_f
     assert_eq!((shown.len(), shown[0].severity), (1, Severity::Warning));
     assert_eq!(shown[0].value, cvm_protocol::fact::Value::Text("12 [2J".into()), "and cannot break a page");
     let step = boot.status().boot.into_iter().find(|step| step.name == "docker policy").unwrap();
-    assert_eq!((step.state.as_str(), step.required), ("done", false));
+    assert_eq!((step.state, step.required), (status::StepState::Done, false));
 }
 
 #[test]
@@ -115,7 +115,7 @@ fn no_service_opens_the_gate_of_another() {
         assert_eq!(boot.closes("policy", gate), []);
         assert_eq!(boot.opens("policy", gate), []);
     }
-    assert_eq!(boot.shown("dockerd").state, "blocked");
+    assert_eq!(boot.shown("dockerd").state, ServiceState::Blocked);
 }
 
 #[test]

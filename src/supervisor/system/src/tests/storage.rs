@@ -64,7 +64,7 @@ impl Boot {
         self.send(Event::Report { id: self.id("storage"), run, report })
     }
 
-    fn state_of(&self, name: GateName) -> String {
+    fn state_of(&self, name: GateName) -> status::StepState {
         let step = self.status().boot.into_iter().find(|s| s.name == name.0).unwrap();
         step.state
     }
@@ -98,7 +98,7 @@ fn with_a_bucket_home_state_and_gateway_wait_for_the_worker_and_nothing_else_doe
     for name in ["sshd", "standin", "storage"] {
         boot.runs(name);
     }
-    assert_eq!(boot.state_of(gates::STORAGE), "running");
+    assert_eq!(boot.state_of(gates::STORAGE), status::StepState::Running);
     let shown = boot.shown("gateway");
     assert_eq!(shown.why.as_deref(), Some("boot step storage is not done yet"));
     // A restore may take days: no clock ends it.
@@ -144,7 +144,7 @@ fn what_keeps_the_tree_from_coming_is_said_once_and_shown() {
     assert_eq!(boot.says(not_ready("the bucket does not answer", true)), []);
     let shown = boot.shown("gateway");
     assert_eq!(shown.why.as_deref(), Some("boot step storage: the bucket does not answer"));
-    assert!(shown.next_action.contains("the storage worker keeps trying"), "{}", shown.next_action);
+    assert!(shown.next_action.is_some_and(|next| next.contains("the storage worker keeps trying")));
     assert_eq!(boot.status().phase, status::Phase::Degraded);
     let waits = boot.says(gate(GateState::Waiting { why: "another has it".into() }));
     assert_eq!(said(&waits), [(Level::Warn, "Boot step storage waits: another has it")]);
@@ -153,7 +153,7 @@ fn what_keeps_the_tree_from_coming_is_said_once_and_shown() {
         said(&refused),
         [(Level::Error, "Boot step storage failed: the key is wrong; an operator is needed")]
     );
-    assert_eq!(boot.shown("gateway").next_action, "mend it, then `cvm start gateway`");
+    assert_eq!(boot.shown("gateway").next_action.as_deref(), Some("mend it, then `cvm start gateway`"));
     assert_eq!(boot.says(not_ready("the bucket does not answer", true)), [], "said before");
     let done = boot.says(ready(false));
     assert_eq!(boot.deeds(&done), ["run home#1"]);
@@ -183,7 +183,7 @@ fn words_of_an_earlier_worker_change_nothing() {
     for report in [ready(true), not_ready("x", false), drained()] {
         assert_eq!(boot.says_in(old, report), []);
     }
-    assert_eq!(boot.state_of(gates::STORAGE), "failed");
+    assert_eq!(boot.state_of(gates::STORAGE), status::StepState::Failed);
 }
 
 // === The tree goes and comes back ===
@@ -196,10 +196,10 @@ fn a_tree_that_is_lost_takes_the_gateway_down_and_the_next_one_brings_it_back() 
     assert_eq!(said(&lost), [(Level::Error, line.as_str())]);
     assert_eq!(boot.deeds(&lost), ["TERM gateway"]);
     for step in [gates::HOME, gates::STATE] {
-        assert_eq!(boot.state_of(step), "waiting");
+        assert_eq!(boot.state_of(step), status::StepState::Waiting);
     }
     boot.ends("gateway", End::Code(0));
-    assert_eq!(boot.shown("gateway").state, "blocked");
+    assert_eq!(boot.shown("gateway").state, ServiceState::Blocked);
     assert_eq!(boot.shown("gateway").why, Some(format!("boot step storage: {LOST}")));
     let done = boot.pass(s(10_000));
     assert_eq!(boot.deeds(&done), [""; 0], "not by itself");
@@ -223,9 +223,9 @@ fn a_tree_that_comes_back_while_the_gateway_is_still_ending_waits_for_its_end() 
 fn a_gateway_in_any_state_comes_back_with_the_tree_unless_an_operator_stopped_it() {
     let mut waiting = Boot::on_a_tree(false);
     waiting.ends("gateway", End::Code(1));
-    assert_eq!(waiting.shown("gateway").state, "waiting");
+    assert_eq!(waiting.shown("gateway").state, ServiceState::Waiting);
     waiting.says(not_ready(LOST, true));
-    assert_eq!(waiting.shown("gateway").state, "blocked");
+    assert_eq!(waiting.shown("gateway").state, ServiceState::Blocked);
     waiting.says(ready(false));
     waiting.gets_up();
 
@@ -236,15 +236,15 @@ fn a_gateway_in_any_state_comes_back_with_the_tree_unless_an_operator_stopped_it
     stopped.says(ready(false));
     stopped.done(gates::HOME);
     assert_eq!(stopped.done(gates::STATE), []);
-    assert_eq!(stopped.shown("gateway").state, "stopped");
+    assert_eq!(stopped.shown("gateway").state, ServiceState::Stopped);
 
     let mut stopping = Boot::on_a_tree(false);
     stopping.order("gateway", Order::Stop);
     stopping.says(not_ready(LOST, true));
     stopping.ends("gateway", End::Code(0));
-    assert_eq!(stopping.shown("gateway").state, "stopped", "the operator's word stands");
+    assert_eq!(stopping.shown("gateway").state, ServiceState::Stopped, "the operator's word stands");
     stopping.order("gateway", Order::Start);
-    assert_eq!(stopping.shown("gateway").state, "blocked");
+    assert_eq!(stopping.shown("gateway").state, ServiceState::Blocked);
     stopping.says(ready(false));
     stopping.gets_up();
 }
@@ -270,7 +270,7 @@ fn an_operators_start_runs_no_step_without_the_tree_it_works_on() {
     boot.says(not_ready(LOST, true));
     // The kernel holds it.
     boot.pass(s(10));
-    assert_eq!(boot.state_of(gates::HOME), "failed");
+    assert_eq!(boot.state_of(gates::HOME), status::StepState::Failed);
     let done = boot.order("gateway", Order::Start);
     assert_eq!(boot.deeds(&done), [""; 0]);
     boot.ended(gates::HOME, Err(unreported(&End::Signal(9))));
@@ -286,7 +286,7 @@ fn when_the_worker_dies_under_an_independent_tree_nobody_notices() {
     let gateway = boot.run("gateway");
     let done = boot.ends("storage", End::Signal(9));
     assert_eq!(boot.deeds(&done), [""; 0]);
-    assert_eq!(boot.state_of(gates::STORAGE), "done");
+    assert_eq!(boot.state_of(gates::STORAGE), status::StepState::Done);
     let done = boot.pass(s(1));
     assert_eq!(boot.deeds(&done), ["launch storage"], "although the gateway stands on the tree");
     boot.runs("storage");
@@ -309,7 +309,7 @@ fn an_outage_after_the_worker_died_stops_nobody_on_an_independent_tree() {
         "{done:?}"
     );
     assert_eq!(boot.says(silent()), [], "said once");
-    assert_eq!(boot.state_of(gates::STORAGE), "done");
+    assert_eq!(boot.state_of(gates::STORAGE), status::StepState::Done);
     // Again, after it was good.
     boot.says(ready(true));
     assert_eq!(boot.says(silent()).len(), 1);
@@ -324,8 +324,8 @@ fn an_outage_is_no_tree_where_there_is_none_that_outlives_its_worker() {
     let silent = || gate(GateState::Unknown { why: "the bucket cannot be reached".into() });
     let mut boot = Boot::awaiting();
     boot.says(silent());
-    assert_eq!(boot.state_of(gates::STORAGE), "failed");
-    assert_eq!(boot.shown("gateway").state, "blocked");
+    assert_eq!(boot.state_of(gates::STORAGE), status::StepState::Failed);
+    assert_eq!(boot.shown("gateway").state, ServiceState::Blocked);
     boot.says(ready(true));
     boot.gets_up();
     let mut boot = Boot::on_a_tree(false);
@@ -343,7 +343,7 @@ fn when_the_worker_dies_and_the_tree_with_it_the_next_one_waits_until_nobody_sta
         // The gateway takes its time.
         let done = boot.pass(s(29));
         assert!(!boot.deeds(&done).contains(&"launch storage".to_owned()));
-        assert_eq!(boot.shown("storage").state, "waiting");
+        assert_eq!(boot.shown("storage").state, ServiceState::Waiting);
         let done = boot.ends("gateway", End::Code(0));
         assert_eq!(boot.deeds(&done), ["kill tree of gateway", "launch storage"]);
         boot.runs("storage");
@@ -372,7 +372,7 @@ fn a_gateway_that_cannot_be_ended_keeps_the_next_worker_away() {
     boot.ends("storage", End::Signal(9));
     let done = boot.pass(s(10_000));
     assert!(!boot.deeds(&done).contains(&"launch storage".to_owned()), "{done:?}");
-    assert_eq!(boot.shown("gateway").state, "stuck");
+    assert_eq!(boot.shown("gateway").state, ServiceState::Stuck);
     let run = boot.run("gateway");
     let done = boot.answers("gateway", Happens::Swept { run });
     assert_eq!(boot.deeds(&done), ["launch storage"]);
@@ -382,7 +382,7 @@ fn a_gateway_that_cannot_be_ended_keeps_the_next_worker_away() {
 
 #[test]
 fn an_order_to_stop_the_worker_takes_everybody_from_its_tree_first() {
-    for (order, last) in [(Order::Stop, "stopped"), (Order::Restart, "starting")] {
+    for (order, last) in [(Order::Stop, ServiceState::Stopped), (Order::Restart, ServiceState::Starting)] {
         let mut boot = Boot::on_a_tree(false);
         let done = boot.order("storage", order);
         assert_eq!(boot.deeds(&done), ["TERM gateway"]);
@@ -401,8 +401,8 @@ fn under_an_independent_tree_the_worker_is_stopped_at_once_and_nobody_else() {
     assert_eq!(boot.deeds(&done), ["TERM storage"]);
     boot.ends("storage", End::Code(0));
     assert_eq!(
-        (boot.shown("storage").state.as_str(), boot.shown("gateway").state.as_str()),
-        ("stopped", "ready")
+        (boot.shown("storage").state, boot.shown("gateway").state),
+        (ServiceState::Stopped, ServiceState::Ready)
     );
 }
 
