@@ -6,7 +6,26 @@ use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::unistd::{chdir, pivot_root};
+use std::fmt;
 use std::path::Path;
+
+/// A step on the way into a container.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ContainerStep {
+    MountNamespace,
+    Mount,
+    PivotRoot,
+}
+
+impl fmt::Display for ContainerStep {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::MountNamespace => "a mount namespace",
+            Self::Mount => "mounting",
+            Self::PivotRoot => "pivot_root",
+        })
+    }
+}
 
 pub fn enter() -> Result<(), Errno> {
     unshare(CloneFlags::CLONE_NEWNS)?;
@@ -18,15 +37,15 @@ fn make_private() -> Result<(), Errno> {
     mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
 }
 
-/// Tries what dockerd does for each container, with a directory as its root. An error names what was refused.
-pub fn change_root(trial: &Path) -> Result<(), (&'static str, Errno)> {
-    unshare(CloneFlags::CLONE_NEWNS).map_err(|errno| ("a mount namespace", errno))?;
+/// Tries the steps that each container needs, with a directory as its root. Returns the step that is refused.
+pub fn change_root(trial: &Path) -> Result<(), (ContainerStep, Errno)> {
+    unshare(CloneFlags::CLONE_NEWNS).map_err(|errno| (ContainerStep::MountNamespace, errno))?;
     make_private()
         .and_then(|()| mount(Some("tmpfs"), trial, Some("tmpfs"), MsFlags::empty(), Some("size=4k")))
-        .map_err(|errno| ("mounting", errno))?;
+        .map_err(|errno| (ContainerStep::Mount, errno))?;
     match chdir(trial).and_then(|()| pivot_root(".", ".")) {
-        Err(errno @ (Errno::EPERM | Errno::EACCES | Errno::ENOSYS)) => Err(("pivot_root", errno)),
-        // Any other error comes from this root and not from a missing right; dockerd then does it another way.
+        Err(errno @ (Errno::EPERM | Errno::EACCES | Errno::ENOSYS)) => Err((ContainerStep::PivotRoot, errno)),
+        // Of this root, and not of a right: dockerd has another way there.
         _ => Ok(()),
     }
 }

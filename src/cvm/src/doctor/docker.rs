@@ -6,7 +6,7 @@ use super::{overlay, proc_files, sources};
 use crate::http;
 use cvm_protocol::paths::DOCKER_SOCKET;
 use cvm_protocol::status::Service;
-use cvm_sys::namespace;
+use cvm_sys::namespace::{self, ContainerStep};
 use nix::errno::Errno;
 use std::path::Path;
 use std::time::Duration;
@@ -38,19 +38,19 @@ pub(crate) fn check(checks: &mut Checks<'_>) {
 }
 
 /// Tries the steps that each container needs, in a thread whose mount namespace ends with it.
-fn tried() -> Result<(), (&'static str, Errno)> {
+fn tried() -> Result<(), (ContainerStep, Errno)> {
     std::thread::spawn(|| namespace::change_root(Path::new(COVERED))).join().unwrap_or(Ok(()))
 }
 
-fn contains(tried: Result<(), (&'static str, Errno)>) -> Outcome {
-    let Err((what, errno)) = tried else { return ok("mounts and pivot_root are allowed") };
-    let remedy = match (what, errno) {
-        ("pivot_root", Errno::EPERM | Errno::ENOSYS) => {
+fn contains(tried: Result<(), (ContainerStep, Errno)>) -> Outcome {
+    let Err((step, errno)) = tried else { return ok("mounts and pivot_root are allowed") };
+    let remedy = match (step, errno) {
+        (ContainerStep::PivotRoot, Errno::EPERM | Errno::ENOSYS) => {
             "in docker-compose.yml: security_opt: [seccomp=unconfined]"
         }
         _ => overlay::compose(errno),
     };
-    warn(format!("{what} is forbidden ({}): dockerd starts no container", errno.desc()), remedy)
+    warn(format!("{step} is forbidden ({}): dockerd starts no container", errno.desc()), remedy)
 }
 
 fn forwards(setting: Option<&str>) -> Outcome {
@@ -103,9 +103,12 @@ mod tests {
     fn a_right_that_containers_lack_comes_with_its_line_for_compose() {
         let line = |tried| contains(tried).remedy.unwrap();
         assert_eq!(contains(Ok(())).verdict, Verdict::Ok);
-        assert!(line(Err(("pivot_root", Errno::EPERM))).ends_with("security_opt: [seccomp=unconfined]"));
-        assert!(line(Err(("mounting", Errno::EACCES))).contains("apparmor=unconfined"));
-        assert!(line(Err(("a mount namespace", Errno::EPERM))).contains("cap_add: [SYS_ADMIN]"));
+        assert!(
+            line(Err((ContainerStep::PivotRoot, Errno::EPERM)))
+                .ends_with("security_opt: [seccomp=unconfined]")
+        );
+        assert!(line(Err((ContainerStep::Mount, Errno::EACCES))).contains("apparmor=unconfined"));
+        assert!(line(Err((ContainerStep::MountNamespace, Errno::EPERM))).contains("cap_add: [SYS_ADMIN]"));
         assert_eq!(forwards(Some("1\n")).verdict, Verdict::Ok);
         assert!(forwards(Some("0\n")).remedy.unwrap().contains("sysctls: [net.ipv4.ip_forward=1]"));
     }

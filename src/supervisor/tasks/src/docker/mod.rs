@@ -13,7 +13,7 @@ use crate::programs;
 use crate::report::{Failure, Outcome, Report};
 use crate::root_dir::RootDir;
 use cvm_protocol::paths;
-use cvm_sys::namespace;
+use cvm_sys::namespace::{self, ContainerStep};
 use nix::errno::Errno;
 use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
@@ -74,16 +74,16 @@ fn may_contain(root_dir: &RootDir) -> Outcome<()> {
     let tried = std::thread::scope(|scope| scope.spawn(|| namespace::change_root(trial.path())).join());
     let _ = std::fs::remove_dir(trial.path());
     match tried {
-        Ok(Err((what, errno))) => Err(refused(what, errno)),
+        Ok(Err((step, errno))) => Err(refused(step, errno)),
         _ => Ok(()),
     }
 }
 
 /// `AppArmor` says EACCES, where a right or seccomp says EPERM; and the rights have been looked at.
-fn refused(what: &str, errno: Errno) -> Failure {
+fn refused(step: ContainerStep, errno: Errno) -> Failure {
     let profile = if errno == Errno::EACCES { "apparmor" } else { "seccomp" };
     not_allowed(
-        &format!("{what} is forbidden ({})", errno.desc()),
+        &format!("{step} is forbidden ({})", errno.desc()),
         &format!("security_opt: [{profile}=unconfined]"),
     )
 }

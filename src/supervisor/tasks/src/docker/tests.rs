@@ -50,7 +50,7 @@ fn missing_privileges_are_named_with_the_line_that_grants_them() {
 #[test]
 fn each_profile_is_named_for_what_it_forbids() {
     for (errno, option) in [(Errno::EPERM, "seccomp=unconfined"), (Errno::EACCES, "apparmor=unconfined")] {
-        let why = refused("pivot_root", errno).why;
+        let why = refused(ContainerStep::PivotRoot, errno).why;
         assert!(why.contains("pivot_root is forbidden"), "{why}");
         assert!(why.contains(&format!("security_opt: [{option}]")), "{why}");
     }
