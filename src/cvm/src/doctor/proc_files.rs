@@ -1,4 +1,7 @@
 //! Files of /proc and /sys, and pure readers of their text.
+//!
+//! By hand, because a doctor reads what a broken kernel or container shows: the readers of `procfs` give up
+//! on a whole file for one line that they do not know, and leave blanks in paths as `\040`.
 
 pub(crate) fn read(path: &str) -> Option<String> {
     std::fs::read(path).ok().map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
