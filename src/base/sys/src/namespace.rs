@@ -45,7 +45,7 @@ pub fn change_root(trial: &Path) -> Result<(), (ContainerStep, Errno)> {
         .map_err(|errno| (ContainerStep::Mount, errno))?;
     match chdir(trial).and_then(|()| pivot_root(".", ".")) {
         Err(errno @ (Errno::EPERM | Errno::EACCES | Errno::ENOSYS)) => Err((ContainerStep::PivotRoot, errno)),
-        // Of this root, and not of a right: dockerd has another way there.
+        // Any other error comes from this root and not from a missing right; dockerd then does it another way.
         _ => Ok(()),
     }
 }
