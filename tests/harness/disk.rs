@@ -1,6 +1,8 @@
 //! A disk of one's own whose power can be cut: ext4 in a file, behind a loop device. What the kernel
 //! has only in memory is not in the file.
 
+use crate::machine::PATIENCE;
+use crate::wait::until;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -43,6 +45,19 @@ impl Disk {
         run(Command::new("mount").args(["-o", "loop"]).arg(self.file()).arg(self.path()));
     }
 
+    /// A machine that starts at this moment has a copy of every mount until it has left the old root. As long
+    /// as one has, the kernel keeps the file system in memory, and writes it to the file later.
+    #[track_caller]
+    fn unmount(&self) {
+        until("the disk is unmounted", PATIENCE, || {
+            nix::mount::umount2(&self.path(), nix::mount::MntFlags::empty()).ok()
+        });
+        until("nobody else has the disk mounted", PATIENCE, || {
+            let devices = Command::new("losetup").arg("-j").arg(self.file()).output().expect("losetup runs");
+            (devices.status.success() && devices.stdout.is_empty()).then_some(())
+        });
+    }
+
     /// What would be left if the power went now, as another disk. Nobody may write to this one meanwhile;
     /// the kernel may, and then it is copied again.
     #[track_caller]
@@ -63,7 +78,7 @@ impl Disk {
     /// Sets the times of a file back or forth, as no program can: to seconds since 1970.
     #[track_caller]
     pub fn set_times(&self, below: &Path, seconds: i64) {
-        let _ = nix::mount::umount2(&self.path(), nix::mount::MntFlags::empty());
+        self.unmount();
         for field in ["ctime", "mtime"] {
             let request = format!("set_inode_field /{} {field} @{seconds}", below.display());
             run(Command::new("debugfs").args(["-w", "-R", &request]).arg(self.file()));
