@@ -3,14 +3,14 @@
 //! The generated configuration names variables and holds no secret. One that exists is only looked at, and one that is
 //! not understood is no failure: the gateway decides whether it is right.
 
-mod json5;
+mod config_tree;
 
 use serde_json::json;
 
+use config_tree::Value;
 use cvm_protocol::text::shown;
 use cvm_secrets::keys::{DeviceSeed, armoured};
 use cvm_secrets::secret::Secret;
-use json5::{Found, Scalar};
 
 /// How the token stands in a configuration: as the gateway's own substitution of the variable
 /// that the supervisor sets.
@@ -139,66 +139,43 @@ pub(crate) enum TokenState {
 
 /// Looks at an `openclaw.json`, which the gateway reads as JSON5.
 pub(crate) fn inspect_config(text: &str, token: &str) -> ConfigFindings {
-    let Some(found) = json5::find(text, &PATHS) else {
+    let Some(config) = Value::parse(text) else {
         return ConfigFindings { token: TokenState::Unreadable, port: None, chat_completions: None };
     };
-    let number = |path| match found.scalar(path) {
-        Some(Scalar::Word(word)) => word.parse::<f64>().ok(),
+    let port = match config.at("gateway.port") {
+        Some(Value::Number(number)) => port_of(*number),
         _ => None,
     };
-    let chat_completions = match found.scalar(CHAT_COMPLETIONS) {
-        Some(Scalar::Word(word)) if word == "true" => Some(true),
-        Some(Scalar::Word(word)) if word == "false" => Some(false),
+    let chat_completions = match config.at("gateway.http.endpoints.chatCompletions.enabled") {
+        Some(Value::Bool(enabled)) => Some(*enabled),
         _ => None,
     };
-    ConfigFindings {
-        token: token_state(&found, token),
-        port: number(PORT).and_then(port_of),
-        chat_completions,
-    }
+    ConfigFindings { token: token_state(&config, token), port, chat_completions }
 }
 
-const PORT: &str = "gateway.port";
-const MODE: &str = "gateway.auth.mode";
-const TOKEN: &str = "gateway.auth.token";
-const TOKEN_SOURCE: &str = "gateway.auth.token.source";
-const TOKEN_ID: &str = "gateway.auth.token.id";
-const PASSWORD: &str = "gateway.auth.password";
-const CHAT_COMPLETIONS: &str = "gateway.http.endpoints.chatCompletions.enabled";
-const INCLUDES: [&str; 3] = ["$include", "gateway.$include", "gateway.auth.$include"];
-
-const PATHS: [&str; 10] = [
-    PORT,
-    MODE,
-    TOKEN,
-    TOKEN_SOURCE,
-    TOKEN_ID,
-    PASSWORD,
-    CHAT_COMPLETIONS,
-    INCLUDES[0],
-    INCLUDES[1],
-    INCLUDES[2],
-];
-
-fn token_state(found: &Found, own: &str) -> TokenState {
-    let included = INCLUDES.iter().any(|path| found.has(path));
-    match found.scalar(MODE) {
+fn token_state(config: &Value, own: &str) -> TokenState {
+    let included = ["$include", "gateway.$include", "gateway.auth.$include"]
+        .iter()
+        .any(|path| config.at(path).is_some());
+    match config.at("gateway.auth.mode") {
         // An included file may set the mode; what stands here wins over it.
-        Some(Scalar::Text(mode)) if mode.matches(b"token") => {}
-        Some(Scalar::Text(mode)) if mode.expose().contains(&b'$') => return TokenState::Elsewhere,
-        Some(Scalar::Text(mode)) => {
+        Some(Value::Text(mode)) if mode.matches(b"token") => {}
+        Some(Value::Text(mode)) if mode.expose().contains(&b'$') => return TokenState::Elsewhere,
+        Some(Value::Text(mode)) => {
             return TokenState::NotToken(shown(&String::from_utf8_lossy(mode.expose())));
         }
-        Some(Scalar::Word(_)) => return TokenState::Unreadable,
+        Some(_) => return TokenState::Unreadable,
         None if included => return TokenState::Elsewhere,
         // Without a mode a password wins over a token.
-        None if found.has(PASSWORD) => return TokenState::NotToken(String::from("password")),
+        None if config.at("gateway.auth.password").is_some() => {
+            return TokenState::NotToken(String::from("password"));
+        }
         None => {}
     }
-    match found.scalar(TOKEN) {
-        Some(Scalar::Text(token)) => compare(token, own),
-        Some(Scalar::Word(_)) => TokenState::Unreadable,
-        None if found.has(TOKEN) => secret_ref(found),
+    match config.at("gateway.auth.token") {
+        Some(Value::Text(token)) => compare(token, own),
+        Some(reference @ (Value::Object(_) | Value::Array)) => secret_ref(reference),
+        Some(_) => TokenState::Unreadable,
         None if included => TokenState::Elsewhere,
         None => TokenState::Absent,
     }
@@ -222,9 +199,9 @@ fn compare(token: &Secret, own: &str) -> TokenState {
 }
 
 /// `{ source: "env", id: "OPENCLAW_GATEWAY_TOKEN" }`, or another place.
-fn secret_ref(found: &Found) -> TokenState {
-    let is = |path, wanted: &str| matches!(found.scalar(path), Some(Scalar::Text(text)) if text.matches(wanted.as_bytes()));
-    if is(TOKEN_SOURCE, "env") && is(TOKEN_ID, TOKEN_VARIABLE) {
+fn secret_ref(reference: &Value) -> TokenState {
+    let is = |key, wanted: &str| matches!(reference.at(key), Some(Value::Text(text)) if text.matches(wanted.as_bytes()));
+    if is("source", "env") && is("id", TOKEN_VARIABLE) {
         TokenState::Reference
     } else {
         TokenState::Elsewhere

@@ -165,9 +165,14 @@ fn what_is_not_json5_is_unreadable_and_nothing_more() {
 
 #[test]
 fn depth_and_size_are_bounded() {
-    let nested = |depth: usize| format!("{}{}", "[".repeat(depth), "]".repeat(depth));
-    assert_eq!(token_of(&nested(60)), TokenState::Absent);
-    assert_eq!(token_of(&nested(100_000)), TokenState::Unreadable);
+    for (open, close) in [("[", "]"), ("{a:", "}"), ("[{a:", "}]")] {
+        let nested = |depth: usize| format!("{}1{}", open.repeat(depth), close.repeat(depth));
+        assert_eq!(token_of(&nested(30)), TokenState::Absent);
+        assert_eq!(token_of(&nested(65)), TokenState::Unreadable);
+        assert_eq!(token_of(&nested(100_000)), TokenState::Unreadable);
+        // One that never ends, so that nothing but its depth can stop the reader.
+        assert_eq!(token_of(&open.repeat(1_000_000)), TokenState::Unreadable);
+    }
     assert_eq!(token_of(&" ".repeat(5 * 1024 * 1024)), TokenState::Unreadable);
 }
 
