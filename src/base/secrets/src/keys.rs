@@ -229,8 +229,7 @@ impl HostKeySeed {
     /// The private key as the file that sshd reads: PEM-like armour around `openssh-key-v1`
     /// (PROTOCOL.key of OpenSSH), unencrypted.
     pub fn private_key_file(&self) -> Secret {
-        let body = self.openssh_key_v1();
-        armoured(&body, "OPENSSH PRIVATE KEY", OPENSSH_LINE_LEN)
+        openssh_armoured(&self.openssh_key_v1())
     }
 
     fn public_blob(&self) -> Vec<u8> {
@@ -388,23 +387,24 @@ fn fingerprint(label: &str, key: &[u8]) -> String {
     hex(&hash.finalize()[..4])
 }
 
-/// `-----BEGIN name-----`, base64 in lines, `-----END name-----`, each line ended (RFC 7468).
-pub fn armoured(body: &Secret, name: &str, line_len: usize) -> Secret {
+/// The lines of a file that `ssh-keygen` makes: base64 between two lines that say what it is.
+fn openssh_armoured(body: &Secret) -> Secret {
+    const BEGIN: &[u8] = b"-----BEGIN OPENSSH PRIVATE KEY-----\n";
+    const END: &[u8] = b"-----END OPENSSH PRIVATE KEY-----\n";
     let encoded_len = body.len().div_ceil(3) * 4;
     let encoded = Secret::filled(encoded_len, |room| {
         let written =
             STANDARD.encode_slice(body.expose(), room).expect("four thirds, rounded up, hold base64");
         debug_assert_eq!(written, encoded_len);
     });
-    let (begin, end) = (format!("-----BEGIN {name}-----\n"), format!("-----END {name}-----\n"));
-    let lines = encoded_len.div_ceil(line_len);
-    let mut text = Vec::with_capacity(begin.len() + encoded_len + lines + end.len());
-    text.extend_from_slice(begin.as_bytes());
-    for line in encoded.expose().chunks(line_len) {
+    let lines = encoded_len.div_ceil(OPENSSH_LINE_LEN);
+    let mut text = Vec::with_capacity(BEGIN.len() + encoded_len + lines + END.len());
+    text.extend_from_slice(BEGIN);
+    for line in encoded.expose().chunks(OPENSSH_LINE_LEN) {
         text.extend_from_slice(line);
         text.push(b'\n');
     }
-    text.extend_from_slice(end.as_bytes());
+    text.extend_from_slice(END);
     Secret::from(text)
 }
 

@@ -5,11 +5,13 @@
 
 mod config_tree;
 
+use ed25519_dalek::pkcs8::spki::der::pem::LineEnding;
+use ed25519_dalek::pkcs8::{EncodePrivateKey as _, EncodePublicKey as _, KeypairBytes, PublicKeyBytes};
 use serde_json::json;
 
 use config_tree::Value;
 use cvm_protocol::text::shown;
-use cvm_secrets::keys::{DeviceSeed, armoured};
+use cvm_secrets::keys::DeviceSeed;
 use cvm_secrets::secret::Secret;
 
 /// How the token stands in a configuration: as the gateway's own substitution of the variable
@@ -21,13 +23,6 @@ const REDPILL_BASE_URL: &str = "https://api.redpill.ai/v1";
 
 /// A row to begin with. Others of the provider's models are added the same way.
 const REDPILL_MODEL: (&str, &str) = ("phala/gpt-oss-120b", "GPT OSS 120B (RedPill)");
-
-/// RFC 8410: the fixed bytes before an Ed25519 public key in its SPKI form,
-const SPKI_HEAD: [u8; 12] = [0x30, 0x2a, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x03, 0x21, 0x00];
-/// and before a seed in its PKCS#8 form.
-const PKCS8_HEAD: [u8; 16] =
-    [0x30, 0x2e, 0x02, 0x01, 0x00, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x04, 0x22, 0x04, 0x20];
-const PEM_LINE_LEN: usize = 64;
 
 /// What the generated configuration depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,22 +67,20 @@ pub(crate) fn generated_config(settings: GatewaySettings) -> String {
 
 /// The legacy `identity/device.json`, which the gateway imports into its database at start.
 pub(crate) fn device_identity_json(seed: &DeviceSeed, created_at_ms: u64) -> Secret {
-    let public = Secret::copy_of(&[&SPKI_HEAD[..], &seed.public_key()].concat());
-    let private = Secret::filled(PKCS8_HEAD.len() + 32, |room| {
-        room[..PKCS8_HEAD.len()].copy_from_slice(&PKCS8_HEAD);
-        room[PKCS8_HEAD.len()..].copy_from_slice(seed.expose());
-    });
-    let private_pem = armoured(&private, "PRIVATE KEY", PEM_LINE_LEN);
-    let public_pem = armoured(&public, "PUBLIC KEY", PEM_LINE_LEN);
+    // Without the public key inside of it, as Node writes it. Wiped on drop.
+    let private = KeypairBytes { secret_key: *seed.expose(), public_key: None };
+    let private_pem = private.to_pkcs8_pem(LineEnding::LF).expect("an Ed25519 seed has a PKCS#8 form");
+    let public = PublicKeyBytes(seed.public_key());
+    let public_pem = public.to_public_key_pem(LineEnding::LF).expect("an Ed25519 key has an SPKI form");
     let device_id = seed.device_id();
     let created = created_at_ms.to_string();
     // By hand, because serde_json would build a copy of the private key that nobody wipes. All
     // texts are hex, digits or PEM, so a line break is the only thing to escape.
     let mut parts: Vec<&[u8]> = vec![b"{\n  \"version\": 1,\n  \"deviceId\": \"", device_id.as_bytes()];
     parts.push(b"\",\n  \"publicKeyPem\": \"");
-    push_json_lines(&mut parts, public_pem.expose());
+    push_json_lines(&mut parts, public_pem.as_bytes());
     parts.push(b"\",\n  \"privateKeyPem\": \"");
-    push_json_lines(&mut parts, private_pem.expose());
+    push_json_lines(&mut parts, private_pem.as_bytes());
     parts.extend([&b"\",\n  \"createdAtMs\": "[..], created.as_bytes(), b"\n}\n"]);
 
     Secret::filled(parts.iter().map(|part| part.len()).sum(), |mut room| {
