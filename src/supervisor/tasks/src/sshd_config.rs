@@ -1,7 +1,7 @@
 //! The text of sshd's configuration, and of the file with the keys that may log in.
 //!
 //! No passwords in any form, no key exchange with which a recorded session could be decrypted
-//! later, and no option that one of the OpenSSHs does not know (9.2 of Debian 12 up to 10.x).
+//! later, and no option that an OpenSSH in use does not know (9.2 of Debian 12 up to 10.x).
 
 use std::collections::HashSet;
 use std::fmt::Write as _;
