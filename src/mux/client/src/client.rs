@@ -35,17 +35,18 @@ const STOP_MARGIN: Duration = Duration::from_secs(5);
 /// Runs until PID 1 asks it to end. An error is the task that has ended before, or what cannot be set up.
 pub(crate) async fn run(spec: MuxSpec, channel: Channel) -> Result<(), String> {
     let Channel { reports, lifeline } = channel;
-    let (ask_to_end, mut asked_to_end) = watch::channel(false);
+    let (stop, mut stopping) = watch::channel(false);
     std::thread::spawn(move || {
         lifeline.wait();
-        let _ = ask_to_end.send(true);
+        let _ = stop.send(true);
     });
-    let (stop, stopping) = watch::channel(false);
     let drain = Duration::from_secs(u64::from(spec.drain_s)).saturating_sub(STOP_MARGIN);
     let status = Arc::new(StatusReporter::new(MuxStatus::default(), reports));
-    let (mut tasks, mut server, dispatcher) = start(spec, Arc::clone(&status), stopping).await?;
+    let (mut tasks, mut server, dispatcher) = start(spec, Arc::clone(&status), stopping.clone()).await?;
     let ended = tokio::select! {
-        _ = asked_to_end.changed() => None,
+        // The server ends on a stop, so a stop is looked for first.
+        biased;
+        _ = stopping.changed() => None,
         task = tasks.ended() => Some(task),
         task = server.ended() => Some(task),
     };
@@ -55,7 +56,6 @@ pub(crate) async fn run(spec: MuxSpec, channel: Channel) -> Result<(), String> {
         return Err(why);
     }
     // No new event comes in. What the gateway is about to answer is still answered, while there is time.
-    let _ = stop.send(true);
     let finished = async { tokio::join!(server.ended(), dispatcher.sessions().finished()) };
     let _ = tokio::time::timeout(drain, finished).await;
     tasks.shutdown().await;

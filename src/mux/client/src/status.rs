@@ -14,10 +14,10 @@ use tokio::sync::Notify;
 /// Between two reports while something changes all the time.
 const REPORT_EVERY: Duration = Duration::from_secs(1);
 
-/// A run of the agent takes minutes, and so may wait those behind it.
+/// A run of the agent takes minutes, and the next message of its session waits for it.
 const OLD_MS: u64 = 15 * 60 * 1000;
 
-/// How the mux client stands.
+/// The state of the mux client.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct MuxStatus {
     pub(crate) base_url: String,
@@ -25,9 +25,9 @@ pub(crate) struct MuxStatus {
     pub(crate) device_id: String,
     /// Until when the mux-server's token lives; none when there is no good one.
     pub(crate) registered_until_ms: Option<u64>,
-    /// Why it is not registered, with the remedy.
+    /// Why the last registration failed, with the remedy.
     pub(crate) register_error: Option<String>,
-    /// Whether the gateway answered the last question.
+    /// Why the gateway did not answer the last question.
     pub(crate) gateway_error: Option<String>,
     pub(crate) last_error: Option<String>,
     pub(crate) last_error_at_ms: Option<u64>,
@@ -35,15 +35,15 @@ pub(crate) struct MuxStatus {
     pub(crate) waiting: u64,
     /// Answers that the mux-server has not taken yet.
     pub(crate) to_send: u64,
-    /// When the oldest of both was accepted.
+    /// When the oldest event that is not done was accepted.
     pub(crate) oldest_at_ms: Option<u64>,
     /// Since the start of this process.
     pub(crate) accepted: u64,
     pub(crate) duplicates: u64,
     pub(crate) answered: u64,
-    /// Ended without an answer, as they should.
+    /// Events that ended without an answer, as they should.
     pub(crate) ignored: u64,
-    /// Ended without an answer that somebody expected: see the log.
+    /// Events that ended without the answer that somebody expected: see the log.
     pub(crate) refused: u64,
     /// Deliveries answered 503 because the bucket did not have them in time: the server asks again.
     pub(crate) unreplicated_acks: u64,
@@ -51,7 +51,7 @@ pub(crate) struct MuxStatus {
 }
 
 impl MuxStatus {
-    /// What operators are shown.
+    /// What `cvm status` and `cvm doctor` show.
     fn facts(&self) -> Vec<Fact> {
         let mut facts = vec![
             self.registration(),
