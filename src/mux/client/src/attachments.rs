@@ -79,7 +79,7 @@ pub(crate) async fn gather<'a>(
         } else {
             tried += 1;
             let loading = tokio::time::timeout_at(end, load(attachment, http, registration));
-            loading.await.unwrap_or(Err("it could not be had in time"))
+            loading.await.unwrap_or(Err("it could not be fetched in time"))
         };
         let used: usize = pictures.iter().map(Picture::size).sum();
         match outcome {
@@ -174,14 +174,14 @@ async fn fetch(
                 }
             }
             Ok(answer) if matches!(answer.status, 300..=407 | 409..=424 | 426..=428 | 430..=499) => {
-                return Err("it could not be had");
+                return Err("it could not be fetched");
             }
             Err(RequestError::TooLarge(_)) => return Err("too large"),
             Ok(_) | Err(_) => {}
         }
         tokio::time::sleep(backoff.next()).await;
     }
-    Err("it could not be had")
+    Err("it could not be fetched")
 }
 
 #[cfg(test)]

@@ -43,7 +43,7 @@ impl DeliveryAuth {
 
     pub(crate) async fn keep_keys(&self) {
         let failed = |why| {
-            self.status.failed(format!("the mux-server's keys cannot be had: {why}; it is tried again"));
+            self.status.failed(format!("the mux-server's keys cannot be fetched: {why}; it is tried again"));
         };
         self.keys.keep(|| self.fetch_keys(), failed).await;
     }

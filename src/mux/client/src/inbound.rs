@@ -45,7 +45,7 @@ const OPEN_BYTES_MAX: u64 = 512 * 1024 * 1024;
 /// With a bucket, to which the queue goes as one file whenever it has changed.
 const OPEN_BYTES_MAX_BUCKET: u64 = 64 * 1024 * 1024;
 
-type Reply = Response<Full<Bytes>>;
+type HttpResponse = Response<Full<Bytes>>;
 
 pub(crate) struct InboundServer {
     auth: Arc<DeliveryAuth>,
@@ -128,29 +128,29 @@ impl InboundServer {
         }
     }
 
-    async fn answer(self: &Arc<Self>, connection: &Connection, request: Request<Incoming>) -> Reply {
+    async fn answer(self: &Arc<Self>, connection: &Connection, request: Request<Incoming>) -> HttpResponse {
         match (request.uri().path(), request.method()) {
             (INBOUND_PATH, &Method::POST) => {}
-            (INBOUND_PATH, _) => return last_reply(StatusCode::METHOD_NOT_ALLOWED, "only POST"),
-            ("/healthz", &Method::GET | &Method::HEAD) => return last_reply(StatusCode::OK, "live"),
-            _ => return last_reply(StatusCode::NOT_FOUND, "there is nothing here"),
+            (INBOUND_PATH, _) => return last_response(StatusCode::METHOD_NOT_ALLOWED, "only POST"),
+            ("/healthz", &Method::GET | &Method::HEAD) => return last_response(StatusCode::OK, "live"),
+            _ => return last_response(StatusCode::NOT_FOUND, "no such path"),
         }
-        if let Err(reply) = self.authenticate(&request).await {
-            return reply;
+        if let Err(response) = self.authenticate(&request).await {
+            return response;
         }
         connection.is_known();
         match self.take(request).await {
-            Ok(reply) | Err(reply) => reply,
+            Ok(response) | Err(response) => response,
         }
     }
 
     /// By the head alone.
-    async fn authenticate(&self, request: &Request<Incoming>) -> Result<(), Reply> {
-        let no = |why: &str| last_reply(StatusCode::UNAUTHORIZED, why);
+    async fn authenticate(&self, request: &Request<Incoming>) -> Result<(), HttpResponse> {
+        let no = |why: &str| last_response(StatusCode::UNAUTHORIZED, why);
         let token = bearer(request).ok_or_else(|| no("a bearer token is needed"))?;
         self.auth.check(token).await.map_err(|denied| match denied {
             Denied::Token(why) => no(why),
-            Denied::NoKeys => try_later("the mux-server's keys are not at hand"),
+            Denied::NoKeys => try_later("the mux-server's keys have not been fetched yet"),
         })?;
         let named = request.headers().get(INSTANCE_HEADER);
         if named.is_some_and(|id| id.as_bytes() != self.auth.device_id().as_bytes()) {
@@ -159,7 +159,7 @@ impl InboundServer {
         Ok(())
     }
 
-    async fn take(self: &Arc<Self>, request: Request<Incoming>) -> Result<Reply, Reply> {
+    async fn take(self: &Arc<Self>, request: Request<Incoming>) -> Result<HttpResponse, HttpResponse> {
         let length = request.headers().get(CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
         if length.is_some_and(|length| length > BYTES_MAX) {
             return Err(too_large());
@@ -170,20 +170,22 @@ impl InboundServer {
         let kib = u32::try_from(length.unwrap_or(BYTES_MAX).div_ceil(1024)).unwrap_or(BODIES_KIB_MAX).max(1);
         let memory = Arc::clone(&self.body_memory).acquire_many_owned(kib);
         let Ok(Ok(memory)) = tokio::time::timeout(MEMORY_TIME, memory).await else {
-            return Err(try_later("too much at a time"));
+            return Err(try_later("too many deliveries at the same time"));
         };
         let reading = event_body::read(request.into_body(), length);
         let body = match tokio::time::timeout(BODY_TIME, reading).await {
             Ok(Ok(body)) => body,
             Ok(Err(BodyError::TooLarge)) => return Err(too_large()),
             Ok(Err(BodyError::Broken)) => {
-                return Err(last_reply(StatusCode::BAD_REQUEST, "the body broke off"));
+                return Err(last_response(StatusCode::BAD_REQUEST, "the body broke off"));
             }
-            Err(_) => return Err(last_reply(StatusCode::REQUEST_TIMEOUT, "the body took too long")),
+            Err(_) => {
+                return Err(last_response(StatusCode::REQUEST_TIMEOUT, "the body did not come in time"));
+            }
         };
         // A task of its own: an event that is in the queue must be worked on, even when the server hangs up.
         let storing = tokio::spawn(Arc::clone(self).store(body, memory));
-        let result = storing.await.map_err(|_| try_later("this was not taken"))??;
+        let result = storing.await.map_err(|_| try_later("the event was not stored"))??;
         // Without the bucket the event is answered as ever. The server keeps it too, and the queue knows it
         // when it comes again.
         if let Some(replication) = &self.replication
@@ -191,7 +193,7 @@ impl InboundServer {
         {
             return Err(try_later("the bucket does not have it yet"));
         }
-        Ok(reply(StatusCode::OK, result))
+        Ok(response(StatusCode::OK, result))
     }
 
     fn is_full(&self) -> bool {
@@ -205,11 +207,11 @@ impl InboundServer {
         self: Arc<Self>,
         body: Vec<Vec<u8>>,
         memory: OwnedSemaphorePermit,
-    ) -> Result<&'static str, Reply> {
+    ) -> Result<&'static str, HttpResponse> {
         let head = EventHead::read(event_body::reader(&body))
-            .map_err(|rule| reply(StatusCode::BAD_REQUEST, rule))?;
+            .map_err(|rule| response(StatusCode::BAD_REQUEST, rule))?;
         if head.openclaw_id.as_deref().is_some_and(|id| id != self.auth.device_id()) {
-            return Err(reply(StatusCode::BAD_REQUEST, "openclawId names another device"));
+            return Err(response(StatusCode::BAD_REQUEST, "openclawId names another device"));
         }
         let size = body.iter().map(Vec::len).sum::<usize>() as u64;
         let session = head.session_key.clone();
@@ -244,31 +246,31 @@ fn bearer(request: &Request<Incoming>) -> Option<&str> {
     scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
 }
 
-fn reply(status: StatusCode, code: &str) -> Reply {
+fn response(status: StatusCode, code: &str) -> HttpResponse {
     let body = if status.is_success() {
         serde_json::json!({"ok": true, "result": code})
     } else {
         serde_json::json!({"ok": false, "error": code})
     };
-    let mut reply = Response::new(Full::new(Bytes::from(body.to_string())));
-    *reply.status_mut() = status;
-    reply.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    reply
+    let mut response = Response::new(Full::new(Bytes::from(body.to_string())));
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
 }
 
-/// A reply after which the connection is closed.
-fn last_reply(status: StatusCode, code: &str) -> Reply {
-    let mut reply = reply(status, code);
-    reply.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
-    reply
+/// A response after which the connection is closed.
+fn last_response(status: StatusCode, code: &str) -> HttpResponse {
+    let mut response = response(status, code);
+    response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+    response
 }
 
-fn try_later(code: &str) -> Reply {
-    let mut reply = last_reply(StatusCode::SERVICE_UNAVAILABLE, code);
-    reply.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("5"));
-    reply
+fn try_later(code: &str) -> HttpResponse {
+    let mut response = last_response(StatusCode::SERVICE_UNAVAILABLE, code);
+    response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("5"));
+    response
 }
 
-fn too_large() -> Reply {
-    last_reply(StatusCode::PAYLOAD_TOO_LARGE, "an event has at most 10 MiB")
+fn too_large() -> HttpResponse {
+    last_response(StatusCode::PAYLOAD_TOO_LARGE, "an event has at most 10 MiB")
 }
