@@ -3,8 +3,10 @@
 
 use crate::machine::{CRYPT_PASSWORD, CRYPT_SALT};
 use crate::tools::Rclone;
+use crate::wait::lock;
 use crate::{Cloud, Garage};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Mutex;
 
 /// Where the machines of the tests keep their objects in the bucket.
 pub const PREFIX: &str = "openclaw-data";
@@ -34,15 +36,23 @@ impl std::ops::Deref for Judge<'_> {
 }
 
 impl Judge<'_> {
-    /// The keys of these objects in the bucket.
+    /// The keys of these objects in the bucket. Each name is asked for once: all judges have the same password, and a
+    /// start of rclone takes a tenth of a second of a processor.
     #[track_caller]
     pub fn keys<const N: usize>(&self, names: [&str; N]) -> [String; N] {
-        names.map(|name| {
-            let said = self.ok(&["cryptdecode", "--reverse", "crypt:", name]);
+        static KNOWN: Mutex<BTreeMap<String, String>> = Mutex::new(BTreeMap::new());
+        let mut known = lock(&KNOWN);
+        let unknown: Vec<&str> = names.into_iter().filter(|name| !known.contains_key(*name)).collect();
+        if !unknown.is_empty() {
+            let said = self.ok(&[&["cryptdecode", "--reverse", "crypt:"], &unknown[..]].concat());
             let said = String::from_utf8_lossy(&said).into_owned();
-            let encrypted = said.trim_end().rsplit('\t').next().expect("a name and what it becomes").trim();
-            format!("{PREFIX}/{encrypted}")
-        })
+            assert_eq!(said.lines().count(), unknown.len(), "{said}");
+            for (name, line) in unknown.into_iter().zip(said.lines()) {
+                let encrypted = line.rsplit('\t').next().expect("a name and what it becomes").trim();
+                known.insert(name.to_owned(), format!("{PREFIX}/{encrypted}"));
+            }
+        }
+        names.map(|name| known[name].clone())
     }
 
     /// The key of one object.
