@@ -1,4 +1,4 @@
-//! The facts that services report, in words. Nothing here knows a service.
+//! The facts that services report, as text for people. Nothing here knows a service.
 
 use crate::style::Tone;
 use crate::text::clean;
@@ -19,7 +19,7 @@ pub(crate) fn shown(value: &Value, now_ms: u64) -> String {
     }
 }
 
-/// The value, with what to do about it.
+/// The value, with its remedy if it needs attention.
 pub(crate) fn line(fact: &Fact, now_ms: u64) -> String {
     let value = shown(&fact.value, now_ms);
     match &fact.remedy {

@@ -83,26 +83,16 @@ pub(crate) fn run(order: Order, target: &Target) -> Result<Exit, Failure> {
     }
     let before = control_socket::status()?.status;
     let known = find(&before, name).cloned();
-    match control_socket::ask(&what, order.verb(name.clone()))? {
-        Body::Taken => {}
-        _ => {
-            return Err(Failure::new(
-                Exit::Unreachable,
-                what,
-                "the supervisor's answer does not fit the order",
-            ));
-        }
-    }
+    let unreachable = |cause: &str| Failure::new(Exit::Unreachable, &what, cause);
+    let Body::Taken = control_socket::ask(&what, order.verb(name.clone()))? else {
+        return Err(unreachable("the supervisor's answer does not fit the order"));
+    };
     if !target.waits {
         stdout::print(&format!("{name}: order taken; `cvm status` shows its outcome\n"))?;
         return Ok(Exit::Good);
     }
     let Some(known) = known else {
-        return Err(Failure::new(
-            Exit::Unreachable,
-            what,
-            "the supervisor took the order, but does not show this service",
-        ));
+        return Err(unreachable("the supervisor took the order, but does not show this service"));
     };
     let limit = target.timeout.unwrap_or_else(|| order.usual_limit());
     follow(order, &known, limit)
