@@ -147,7 +147,8 @@ fn a_gateway_that_works_may_take_longer_than_its_start_timeout() {
     assert_eq!(machine.stop(), 0, "{}", machine.output());
 }
 
-/// Lives, and is not ready because of a database, as the real gateway says it.
+/// Lives, and is not ready because of the database of its only agent. The real gateway says so of one whose
+/// inspection takes longer than 300 s or fails after that; one that is plainly broken keeps it from starting.
 const REFUSES_A_DATABASE: &str = r#"#!/bin/sh
 exec python3 -c '
 import http.server
