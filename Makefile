@@ -11,6 +11,9 @@ CARGO ?= cargo
 # build, .cargo/config.toml says, and here also: with the backends of src/storage/rclone only.
 export PATH := $(CURDIR)/target/go/bin:$(PATH)
 export GOFLAGS := -tags=netgo,osusergo -trimpath -overlay=$(CURDIR)/target/rclone-backends.json
+# What Go has compiled is kept for other clones, as tests/cache keeps the rest; Go itself removes what is old.
+export GOCACHE := $(shell dir=$${XDG_CACHE_HOME:-~/.cache}/openclaw-cvm/go-build; \
+	if mkdir -p "$$dir" 2>/dev/null && [ -w "$$dir" ]; then echo "$$dir"; else echo "$(CURDIR)/target/go-cache"; fi)
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
