@@ -33,8 +33,11 @@ pub enum Verb {
     Restart {
         service: String,
     },
-    /// This machine is about to be paused: no time passes for its services until `Thaw`, or a stop.
-    Freeze,
+    /// This machine is about to be paused: no time passes for its services until `Thaw`, a stop, or so many seconds
+    /// later.
+    Freeze {
+        at_most_s: u32,
+    },
     Thaw,
     /// What `openclaw` needs to talk to the gateway as the gateway's own user.
     GatewayAccess,

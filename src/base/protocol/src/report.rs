@@ -7,7 +7,7 @@
 use crate::fact::Fact;
 use serde::{Deserialize, Serialize};
 
-/// A report of a keeper or a step; a step may carry notes for the boot log.
+/// One report of a keeper, a task or a service; a task's may carry notes for the boot log.
 pub const REPORT_MAX: usize = 64 * 1024;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]

@@ -69,6 +69,8 @@ pub struct Fake {
     /// How many starts, or questions for the time, are left until one panics.
     pub panics_at_spawn: Option<u32>,
     pub panics_at_now: Cell<Option<u32>>,
+    /// The next wait ends so much later than it should.
+    pub stands_still: Option<Duration>,
     /// A wait that nothing could have ended.
     pub stuck: bool,
 }
@@ -89,6 +91,7 @@ impl Default for Fake {
             always_panics: false,
             panics_at_spawn: None,
             panics_at_now: Cell::new(None),
+            stands_still: None,
             stuck: false,
         }
     }
@@ -187,7 +190,7 @@ impl Kernel for Fake {
         let next = signals.chain(deaths.map(|(at, _)| *at)).chain(until).min();
         self.stuck |= next.is_none();
         let next = next.expect("nothing will ever happen again, and the loop went to sleep");
-        self.elapsed = self.elapsed.max(next);
+        self.elapsed = self.elapsed.max(next) + self.stands_still.take().unwrap_or_default();
     }
 
     fn signals(&mut self) -> Vec<i32> {

@@ -4,7 +4,7 @@
 
 use crate::clock::now_ms;
 use cvm_channel::Reporter;
-use cvm_protocol::fact::{Fact, Severity, Value};
+use cvm_protocol::fact::{Fact, Value};
 use cvm_protocol::mux::{DEVICE, INBOUND, SERVER};
 use cvm_protocol::report::Level;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -53,12 +53,12 @@ pub(crate) struct MuxStatus {
 impl MuxStatus {
     /// What `cvm status` and `cvm doctor` show.
     fn facts(&self) -> Vec<Fact> {
-        let mut facts = vec![
-            self.registration(),
+        let mut facts = self.registration();
+        facts.extend([
             Fact::text(SERVER, &self.base_url),
             Fact::text(INBOUND, &self.inbound_url),
             Fact::text(DEVICE, &self.device_id),
-        ];
+        ]);
         facts.push(Fact::new("waiting for the agent", Value::Count(self.waiting)));
         facts.push(Fact::new("answers to send", Value::Count(self.to_send)));
         if let Some(at_ms) = self.oldest_at_ms.filter(|_| self.waiting + self.to_send > 0) {
@@ -76,10 +76,9 @@ impl MuxStatus {
             ("ignored", self.ignored),
         ];
         facts.extend(counts.map(|(label, count)| Fact::new(label, Value::Count(count))));
-        let refused = Fact::new("refused", Value::Count(self.refused));
-        facts.push(if self.refused > 0 { refused.warns(Some("`cvm logs mux` says why")) } else { refused });
+        facts.push(Fact::new("refused", Value::Count(self.refused)));
         if let (Some(why), Some(at_ms)) = (&self.last_error, self.last_error_at_ms) {
-            facts.push(Fact::text("last error", why).warns(None));
+            facts.push(Fact::text("last error", why));
             facts.push(Fact::new("last error at", Value::Since { at_ms, late_ms: None }));
         }
         if let Some(at_ms) = self.last_unreplicated_ack_at_ms {
@@ -93,14 +92,17 @@ impl MuxStatus {
         facts
     }
 
-    fn registration(&self) -> Fact {
-        let severity = if self.register_error.is_some() { Severity::Warning } else { Severity::Ok };
-        match (self.registered_until_ms, &self.register_error) {
-            (Some(at_ms), why) => {
-                let remedy = why.clone();
-                Fact { severity, remedy, ..Fact::new("registered", Value::Until { at_ms }) }
+    fn registration(&self) -> Vec<Fact> {
+        let remedy =
+            "compare MUX_BASE_URL, MUX_REGISTER_KEY and MUX_INBOUND_URL with the mux-server's operator";
+        let until = self.registered_until_ms.map(|at_ms| Fact::new("registered", Value::Until { at_ms }));
+        match (until, &self.register_error) {
+            (Some(until), None) => vec![until],
+            (Some(until), Some(why)) => {
+                vec![until, Fact::text("cannot renew it", why).warns(Some(remedy))]
             }
-            (None, why) => Fact::text("not registered", why.as_deref().unwrap_or("not yet")).is_bad(None),
+            (None, Some(why)) => vec![Fact::text("not registered", why).is_bad(Some(remedy))],
+            (None, None) => vec![Fact::text("not registered", "not yet").warns(Some("`cvm logs mux`"))],
         }
     }
 }

@@ -149,12 +149,16 @@ impl Desk {
     pub(crate) fn unheard(&self, phase: WorkerPhase, fault: &Fault) {
         let why = format!("{fault}; {}", fault.remedy());
         self.show_phase(phase, &why);
+        if !self.board().status.independent {
+            self.reports.status(Vec::new());
+        }
         self.say_once(&GateState::Unknown { why });
     }
 
     /// Another instance has the bucket.
     pub(crate) fn waits(&self, why: String) {
         self.show_phase(WorkerPhase::Waiting, &why);
+        self.reports.status(Vec::new());
         self.say_once(&GateState::Waiting { why });
     }
 

@@ -46,6 +46,8 @@ const LOOK_AGAIN: Duration = Duration::from_secs(10);
 const REAPS_A_TURN: usize = 4096;
 /// After so many defects no turn of the loop is expected to succeed: see `last_net`.
 const DEFECTS_MAX: u32 = 8;
+/// For so long nobody is judged, restarted or tried again because somebody has frozen the clock.
+const FREEZE_AT_MOST: Duration = Duration::from_mins(10);
 
 pub(crate) struct Supervisor<K> {
     machine: Machine,
@@ -153,6 +155,9 @@ impl<K: Kernel> Supervisor<K> {
             self.thaw();
             self.feed(Event::Terminate);
         }
+        if self.clock.thaws_at().is_some_and(|at| at <= self.since_began()) {
+            self.thaw();
+        }
         self.feed(Event::Tick);
         self.sweep_what_is_due();
         self.keep_control_open();
@@ -162,7 +167,7 @@ impl<K: Kernel> Supervisor<K> {
     }
 
     fn wait(&mut self) {
-        let due = self.next_deadline();
+        let (began, due) = (self.since_began(), self.next_deadline());
         let until = if self.unreaped { Some(self.kernel.now()) } else { due };
         self.log.with_waiting(|writers| {
             self.keepers.with_reports(|reports| {
@@ -173,14 +178,15 @@ impl<K: Kernel> Supervisor<K> {
                 self.kernel.wait(fds, until);
             });
         });
-        self.look_for_a_pause(due);
+        self.look_for_a_pause(began, due);
     }
 
     fn next_deadline(&self) -> Option<BootTime> {
         let machine = self.machine.deadline().and_then(|m| self.clock.due(m)).map(|span| self.began + span);
         let control = self.control.as_ref().and_then(Control::deadline);
         let sweeps = self.sweeps_due.iter().map(|(at, ..)| *at);
-        let own = self.control_due.into_iter().chain(sweeps);
+        let thaw = self.clock.thaws_at().map(|span| self.began + span);
+        let own = self.control_due.into_iter().chain(sweeps).chain(thaw);
         machine.into_iter().chain(control).chain(own).min()
     }
 
@@ -193,9 +199,13 @@ impl<K: Kernel> Supervisor<K> {
     }
 
     /// Whether the wait that was to end at `due` has ended long after: the machine was paused, or asleep.
-    fn look_for_a_pause(&mut self, due: Option<BootTime>) {
+    /// Not during a stop: whoever waits for its end, the engine or dstack, has a clock that goes on.
+    fn look_for_a_pause(&mut self, began: Duration, due: Option<BootTime>) {
+        if self.machine.phase() != machine::Phase::Up {
+            return;
+        }
         let due = due.map(|due| due.saturating_duration_since(self.began));
-        if let Some(pause) = self.clock.woke(due, self.since_began()) {
+        if let Some(pause) = self.clock.woke(began, due, self.since_began()) {
             tracing::warn!("This machine stood still for {}; nothing is judged by that time", words(pause));
         }
     }
@@ -548,7 +558,7 @@ impl<K: Kernel> Supervisor<K> {
             Verb::Start { service } => self.order(service, Order::Start),
             Verb::Stop { service } => self.order(service, Order::Stop),
             Verb::Restart { service } => self.order(service, Order::Restart),
-            Verb::Freeze => self.freeze(),
+            Verb::Freeze { at_most_s } => self.freeze(Duration::from_secs((*at_most_s).into())),
             Verb::Thaw => {
                 self.thaw();
                 Body::Taken
@@ -558,12 +568,16 @@ impl<K: Kernel> Supervisor<K> {
     }
 
     /// Whoever is about to pause this machine says so. No time passes until it is thawed.
-    fn freeze(&mut self) -> Body {
+    fn freeze(&mut self, at_most: Duration) -> Body {
         if self.machine.phase() != machine::Phase::Up {
             return Body::Refused { why: "the machine is stopping".to_owned() };
         }
-        self.clock.freeze(self.since_began());
-        tracing::info!("The clock stands still: nothing is judged by time until `thaw`, or a stop");
+        if at_most > FREEZE_AT_MOST {
+            let why = format!("a clock is frozen for {} at most", words(FREEZE_AT_MOST));
+            return Body::Refused { why };
+        }
+        self.clock.freeze(self.since_began(), at_most);
+        tracing::info!("The clock stands still for {} at most, or until `thaw` or a stop", words(at_most));
         Body::Taken
     }
 

@@ -263,7 +263,12 @@ impl Keepers {
     pub(crate) fn discard(&self) {
         let mut scrap = [0u8; 4096];
         for pipe in self.all.iter().flat_map(Keeper::pipes) {
-            while nix::unistd::read(&pipe.pipe, &mut scrap).is_ok_and(|n| n > 0) {}
+            // Bounded: a program may write faster than this reads.
+            for _ in 0..READS_A_TURN {
+                if !nix::unistd::read(&pipe.pipe, &mut scrap).is_ok_and(|n| n > 0) {
+                    break;
+                }
+            }
         }
     }
 
@@ -280,9 +285,22 @@ impl Keeper {
         self.reports.iter().chain(&self.of_the_program)
     }
 
-    /// The program's reports come first: its last one was written before the keeper's last one.
+    /// The program's reports are heard before the keeper's. The keeper's pipe is read first all the same: what the
+    /// program has written before its end is there when the keeper has reported that end.
     fn listen(&mut self, received: &mut Vec<Received>) {
         let owner = self.owner;
+        let mut of_the_keeper = Vec::new();
+        if let Some(pipe) = &mut self.reports {
+            let gone = &mut self.gone;
+            let more = pipe.read(|line| match serde_json::from_slice(line) {
+                Ok(KeeperReport::TreeGone { end, .. }) => *gone = Some(end),
+                Ok(report) => of_the_keeper.push(Received { owner, report: Report::Keeper(report) }),
+                Err(_) => {}
+            });
+            if !more {
+                self.reports = None;
+            }
+        }
         if let Some(pipe) = &mut self.of_the_program {
             let task = &mut self.task;
             let more = pipe.read(|line| match owner {
@@ -296,17 +314,7 @@ impl Keeper {
                 self.of_the_program = None;
             }
         }
-        if let Some(pipe) = &mut self.reports {
-            let gone = &mut self.gone;
-            let more = pipe.read(|line| match serde_json::from_slice(line) {
-                Ok(KeeperReport::TreeGone { end, .. }) => *gone = Some(end),
-                Ok(report) => received.push(Received { owner, report: Report::Keeper(report) }),
-                Err(_) => {}
-            });
-            if !more {
-                self.reports = None;
-            }
-        }
+        received.append(&mut of_the_keeper);
     }
 }
 

@@ -134,7 +134,15 @@ impl Launcher {
     /// The repair command of a service, with the same user, environment and directory.
     pub(crate) fn repair(&self, service: &Service, run: &str) -> KeeperSpec {
         let argv = service.repair.clone().unwrap_or_default();
-        KeeperSpec { argv, liveness: None, startup: None, readiness: None, ..self.service(service, run) }
+        let channel = Channel::None;
+        KeeperSpec {
+            argv,
+            channel,
+            liveness: None,
+            startup: None,
+            readiness: None,
+            ..self.service(service, run)
+        }
     }
 
     /// None for a step that no process carries out.

@@ -13,13 +13,19 @@ const STOOD_STILL: Duration = Duration::from_secs(5);
 pub struct AwakeClock {
     /// The time that does not count.
     stood_still: Duration,
-    /// Since when an operator has it stand still.
-    frozen: Option<Duration>,
+    frozen: Option<Freeze>,
+}
+
+/// Somebody has the clock stand still, for so long at most: whoever froze it may be gone.
+#[derive(Debug, Clone, Copy)]
+struct Freeze {
+    since: Duration,
+    until: Duration,
 }
 
 impl AwakeClock {
     pub fn moment(&self, now: Duration) -> Moment {
-        let awake = self.frozen.unwrap_or(now).saturating_sub(self.stood_still);
+        let awake = self.frozen.map_or(now, |frozen| frozen.since).saturating_sub(self.stood_still);
         Moment::from_millis(u64::try_from(awake.as_millis()).unwrap_or(u64::MAX))
     }
 
@@ -29,24 +35,33 @@ impl AwakeClock {
         self.frozen.is_none().then(|| awake.saturating_add(self.stood_still))
     }
 
-    /// A wait that should have ended at `due` has ended. Returns the pause, if there was one.
-    pub fn woke(&mut self, due: Option<Duration>, now: Duration) -> Option<Duration> {
-        let late = now.saturating_sub(due.filter(|_| self.frozen.is_none())?);
-        if late < STOOD_STILL {
+    /// A wait that began at `began` and should have ended at `due` has ended. Returns the pause, if there was one.
+    ///
+    /// The whole wait does not count then. When in it the pause began nobody knows, and whoever was waited for gets
+    /// the time again that was left for an answer.
+    pub fn woke(&mut self, began: Duration, due: Option<Duration>, now: Duration) -> Option<Duration> {
+        let due = due.filter(|_| self.frozen.is_none())?;
+        if now.saturating_sub(due) < STOOD_STILL {
             return None;
         }
-        self.stood_still += late;
-        Some(late)
+        let pause = now.saturating_sub(began);
+        self.stood_still += pause;
+        Some(pause)
     }
 
-    /// Before a pause that is known: from now on no time passes.
-    pub fn freeze(&mut self, now: Duration) {
-        self.frozen.get_or_insert(now);
+    /// Before a pause that is known: from now on no time passes, for so long at most.
+    pub fn freeze(&mut self, now: Duration, at_most: Duration) {
+        self.frozen.get_or_insert(Freeze { since: now, until: now + at_most });
+    }
+
+    /// When a frozen clock goes on by itself.
+    pub fn thaws_at(&self) -> Option<Duration> {
+        self.frozen.map(|frozen| frozen.until)
     }
 
     /// Returns how long it was frozen, if it was.
     pub fn thaw(&mut self, now: Duration) -> Option<Duration> {
-        let pause = now.saturating_sub(self.frozen.take()?);
+        let pause = now.saturating_sub(self.frozen.take()?.since);
         self.stood_still += pause;
         Some(pause)
     }
@@ -68,27 +83,29 @@ mod tests {
     #[test]
     fn a_pause_that_nobody_announced_is_noticed_by_a_wait_that_ends_late_and_does_not_count() {
         let mut clock = AwakeClock::default();
-        assert_eq!(clock.woke(Some(s(10)), s(14)), None, "a busy machine");
+        assert_eq!(clock.woke(s(9), Some(s(10)), s(14)), None, "a busy machine");
         assert_eq!(clock.moment(s(14)), Moment::from_millis(14_000));
-        assert_eq!(clock.woke(Some(s(20)), s(3_620)), Some(s(3_600)));
-        assert_eq!(clock.moment(s(3_621)), Moment::from_millis(21_000));
-        assert_eq!(clock.due(Moment::from_millis(30_000)), Some(s(3_630)), "ten seconds after the pause");
-        assert_eq!(clock.woke(None, s(9_000)), None, "nothing was due, so nothing was missed");
+        // It waited for something that was due in five seconds, and slept for an hour.
+        assert_eq!(clock.woke(s(15), Some(s(20)), s(3_620)), Some(s(3_605)));
+        assert_eq!(clock.moment(s(3_620)), Moment::from_millis(15_000));
+        assert_eq!(clock.due(Moment::from_millis(20_000)), Some(s(3_625)), "five seconds after it woke");
+        assert_eq!(clock.woke(s(3_630), None, s(9_000)), None, "nothing was due, so nothing was missed");
     }
 
     #[test]
     fn while_it_is_frozen_no_time_passes_and_nothing_is_due() {
         let mut clock = AwakeClock::default();
-        clock.freeze(s(10));
-        clock.freeze(s(20));
+        clock.freeze(s(10), s(600));
+        clock.freeze(s(20), s(9_000));
+        assert_eq!(clock.thaws_at(), Some(s(610)), "the first word counts");
         assert_eq!(
-            (clock.moment(s(1_000)), clock.due(Moment::from_millis(0))),
+            (clock.moment(s(500)), clock.due(Moment::from_millis(0))),
             (Moment::from_millis(10_000), None)
         );
-        assert_eq!(clock.woke(Some(s(11)), s(1_000)), None, "the pause is counted once");
-        assert_eq!(clock.thaw(s(1_010)), Some(s(1_000)));
-        assert_eq!(clock.moment(s(1_011)), Moment::from_millis(11_000));
-        assert_eq!(clock.thaw(s(1_012)), None);
+        assert_eq!(clock.woke(s(10), Some(s(11)), s(500)), None, "the pause is counted once");
+        assert_eq!(clock.thaw(s(510)), Some(s(500)));
+        assert_eq!(clock.moment(s(511)), Moment::from_millis(11_000));
+        assert_eq!((clock.thaw(s(512)), clock.thaws_at()), (None, None));
     }
 
     proptest! {
@@ -100,9 +117,9 @@ mod tests {
                 let before = now;
                 now += s(seconds);
                 match what {
-                    0 => clock.freeze(now),
+                    0 => clock.freeze(now, s(50)),
                     1 => drop(clock.thaw(now)),
-                    2 => drop(clock.woke(Some(before), now)),
+                    2 => drop(clock.woke(before, Some(before), now)),
                     _ => {}
                 }
                 let moment = clock.moment(now);

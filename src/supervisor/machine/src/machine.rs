@@ -188,6 +188,7 @@ pub struct ServiceRecord {
     /// An operator's order that waits until nobody needs its gates any more.
     later: Option<Order>,
     notes: reports::NoteAllowance,
+    errors: reports::NoteAllowance,
 }
 
 impl ServiceRecord {
@@ -202,7 +203,8 @@ impl ServiceRecord {
             last_word: reports::LastWord::Unsaid,
             has_opened_a_gate: false,
             later: None,
-            notes: reports::NoteAllowance::default(),
+            notes: reports::NoteAllowance::of_notes(),
+            errors: reports::NoteAllowance::of_errors(),
         }
     }
 }
@@ -373,6 +375,7 @@ impl Machine {
     }
 
     fn on_tick(&mut self, now: Moment, out: &mut Vec<Action>) {
+        self.say_dropped_notes(now, out);
         self.tick_steps(now, out);
         for index in 0..self.services.len() {
             self.tell_unit(ServiceId(index), service::Event::Tick, now, out);
@@ -394,6 +397,12 @@ impl Machine {
         let was_running = matches!(record.unit.state(), State::Running { .. });
         let was_ready = matches!(record.unit.state(), State::Running { ready: true, .. });
         let actions = record.unit.step(event, now);
+        if actions.iter().any(|action| matches!(action, service::Action::Launch(_))) {
+            record.last_word = reports::LastWord::Unsaid;
+        }
+        if record.unit.run().is_none() {
+            record.facts.clear();
+        }
         let (is_running, is_ready) = match record.unit.state() {
             State::Running { ready, .. } => (true, *ready),
             _ => (false, false),

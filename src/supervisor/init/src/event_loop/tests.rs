@@ -261,38 +261,94 @@ fn asks(supervisor: &mut Supervisor<Fake>, verb: Verb) -> Body {
     supervisor.answer(&Request { v: cvm_protocol::control::VERSION, verb })
 }
 
+/// A control socket that opens, so that nothing but the service's silence is due.
+fn with_control(world: &mut Supervisor<Fake>) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("control.sock").to_string_lossy().into_owned();
+    world.control_path = Box::leak(path.into_boxed_str());
+    world.control_due = Some(world.kernel.now());
+    world.keep_control_open();
+    assert!(world.control.is_some() && world.control_due.is_none());
+    dir
+}
+
 #[test]
 fn a_machine_that_stood_still_for_an_hour_restarts_nothing() {
-    let mut supervisor = watched();
-    let keeper = pid_of(&supervisor, "watched");
-    supervisor.kernel.elapsed += s(3_600);
-    supervisor.turn();
-    assert_eq!(supervisor.kernel.sent_at(keeper, TERM), None);
-    // From then on its silence counts, second for second, and so do the ten seconds up to the moment at which the
-    // loop should have woken: whether the pause began before it or after, nobody knows.
-    let resumed = supervisor.kernel.elapsed;
-    while supervisor.kernel.sent_at(keeper, TERM).is_none() {
-        supervisor.turn();
+    let mut world = watched();
+    let _dir = with_control(&mut world);
+    let keeper = pid_of(&world, "watched");
+    // The kernel wakes the loop an hour late.
+    world.kernel.stands_still = Some(s(3_600));
+    world.turn();
+    assert_eq!(world.kernel.sent_at(keeper, TERM), None);
+    // From then on its silence counts, from the beginning.
+    let resumed = world.kernel.elapsed;
+    assert!(resumed > s(3_600));
+    while world.kernel.sent_at(keeper, TERM).is_none() {
+        world.turn();
     }
-    assert_eq!(supervisor.kernel.sent_at(keeper, TERM), Some(resumed + s(50)));
+    assert_eq!(world.kernel.sent_at(keeper, TERM), Some(resumed + s(60)));
+}
+
+#[test]
+fn a_service_that_is_silent_while_the_machine_runs_is_ended() {
+    let mut world = watched();
+    let _dir = with_control(&mut world);
+    let keeper = pid_of(&world, "watched");
+    world.turn();
+    assert_eq!(world.kernel.sent_at(keeper, TERM), Some(world.kernel.elapsed));
+}
+
+#[test]
+fn a_stop_keeps_its_budget_on_a_machine_that_stands_still() {
+    let mut world = watched();
+    let _dir = with_control(&mut world);
+    let keeper = pid_of(&world, "watched");
+    world.kernel.signal_at(world.kernel.elapsed, TERM);
+    world.turn();
+    let asked = world.kernel.sent_at(keeper, TERM).expect("it was asked to end");
+    world.kernel.stands_still = Some(s(3_600));
+    world.turn();
+    assert_eq!(
+        world.kernel.sent_at(keeper, libc::SIGQUIT),
+        Some(asked + s(3_630)),
+        "not 30 s after the pause"
+    );
 }
 
 #[test]
 fn while_the_clock_is_frozen_nobody_is_judged_and_a_stop_signal_thaws_it() {
-    let mut supervisor = watched();
-    let keeper = pid_of(&supervisor, "watched");
-    assert!(matches!(asks(&mut supervisor, Verb::Freeze), Body::Taken));
-    let Body::Status(status) = asks(&mut supervisor, Verb::Status) else { panic!("it was asked for") };
+    let mut world = watched();
+    let keeper = pid_of(&world, "watched");
+    assert!(matches!(asks(&mut world, Verb::Freeze { at_most_s: 601 }), Body::Refused { .. }));
+    assert!(matches!(asks(&mut world, Verb::Freeze { at_most_s: 600 }), Body::Taken));
+    let Body::Status(status) = asks(&mut world, Verb::Status) else { panic!("it was asked for") };
     assert!(status.frozen);
-    supervisor.kernel.elapsed += s(3_600);
-    supervisor.kernel.signal_at(supervisor.kernel.elapsed, libc::SIGCHLD);
-    supervisor.turn();
-    assert_eq!(supervisor.kernel.sent_at(keeper, TERM), None);
-    let Body::Status(later) = asks(&mut supervisor, Verb::Status) else { panic!("it was asked for") };
+    world.kernel.elapsed += s(500);
+    world.kernel.signal_at(world.kernel.elapsed, libc::SIGCHLD);
+    world.turn();
+    assert_eq!(world.kernel.sent_at(keeper, TERM), None);
+    let Body::Status(later) = asks(&mut world, Verb::Status) else { panic!("it was asked for") };
     assert_eq!(later.uptime_ms, status.uptime_ms);
 
-    supervisor.kernel.signal_at(supervisor.kernel.elapsed, TERM);
-    supervisor.turn();
-    assert_eq!(supervisor.kernel.sent_at(keeper, TERM), Some(supervisor.kernel.elapsed));
-    assert!(matches!(asks(&mut supervisor, Verb::Freeze), Body::Refused { .. }), "its grace has begun");
+    world.kernel.signal_at(world.kernel.elapsed, TERM);
+    world.turn();
+    assert_eq!(world.kernel.sent_at(keeper, TERM), Some(world.kernel.elapsed));
+    assert!(
+        matches!(asks(&mut world, Verb::Freeze { at_most_s: 1 }), Body::Refused { .. }),
+        "its grace has begun"
+    );
+}
+
+#[test]
+fn a_frozen_clock_that_nobody_thaws_goes_on_by_itself() {
+    let mut world = watched();
+    let _dir = with_control(&mut world);
+    let keeper = pid_of(&world, "watched");
+    let frozen = world.kernel.elapsed;
+    assert!(matches!(asks(&mut world, Verb::Freeze { at_most_s: 300 }), Body::Taken));
+    while world.kernel.sent_at(keeper, TERM).is_none() {
+        world.turn();
+    }
+    assert_eq!(world.kernel.sent_at(keeper, TERM), Some(frozen + s(300) + s(60)));
 }

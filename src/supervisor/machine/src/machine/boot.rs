@@ -37,7 +37,7 @@ impl Machine {
         record.state == StepState::Pending
             // A gate does not open anew while anybody who used it before it closed is still alive.
             && !self.is_in_use(record.step.name)
-            && (record.provider.is_none() || self.services_may_start())
+            && record.provider.is_none_or(|id| self.services_may_start() && self.may_open(id))
             && record.step.after.iter().all(|name| self.has_settled(*name))
             && record.step.needs.iter().all(|name| self.is_done(*name))
     }
@@ -45,6 +45,12 @@ impl Machine {
     pub(super) fn may_start(&self, index: usize) -> bool {
         self.services_may_start()
             && self.services.get(index).is_some_and(|s| s.service.needs.iter().all(|n| self.is_done(*n)))
+    }
+
+    /// Whether a provider is not stopped or parked until an operator acts.
+    fn may_open(&self, provider: ServiceId) -> bool {
+        let state = self.services.get(provider.0).map(|s| s.unit.state());
+        !matches!(state, Some(State::Down | State::Parked { .. }))
     }
 
     /// Whether the steps that come before every service have ended.

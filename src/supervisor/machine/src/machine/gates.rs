@@ -96,6 +96,8 @@ impl Machine {
     }
 
     fn open_gate(&mut self, index: usize, outlives: bool, now: Moment, out: &mut Vec<Action>) {
+        let provider = self.steps.get(index).and_then(|r| r.provider);
+        let was_there = provider.and_then(|id| self.services.get(id.0)).is_some_and(|s| s.has_opened_a_gate);
         let Some(record) = self.steps.get_mut(index) else { return };
         record.gate.outlives = outlives;
         record.gate.said.clear();
@@ -103,14 +105,15 @@ impl Machine {
             StepState::Done { .. } => return,
             StepState::Running { since } | StepState::Killing { since, .. } => since,
             StepState::Failed { began, .. } => {
-                let text = format!("{} is there again; what waits for it starts", record.capitalized());
+                let again = if was_there { " again" } else { "" };
+                let text = format!("{} is there{again}; what waits for it starts", record.capitalized());
                 out.push(Action::Say(Level::Info, text));
                 began
             }
             StepState::Pending => now,
         };
         record.state = StepState::Done { began, took: now.since(began) };
-        if let Some(service) = record.provider.and_then(|id| self.services.get_mut(id.0)) {
+        if let Some(service) = provider.and_then(|id| self.services.get_mut(id.0)) {
             service.last_word = LastWord::Unsaid;
             service.has_opened_a_gate = true;
         }
@@ -221,11 +224,6 @@ impl Machine {
         let Some(record) = self.services.get_mut(id.0) else { return };
         let is_current = |run: &Run| record.unit.run() == Some(*run);
         match event {
-            // A new process has not reported anything yet.
-            Happens::Exec { run, .. } if is_current(run) => {
-                record.last_word = LastWord::Unsaid;
-                record.facts.clear();
-            }
             Happens::MainEnded { run, .. } | Happens::Gone { run, .. } if is_current(run) => {
                 let then = match record.unit.state() {
                     State::Ending { then, .. } => Some(then.clone()),

@@ -26,6 +26,8 @@ impl Machine {
             self.retry_now(needs, now, out);
             if let Some(record) = self.services.get_mut(id.0) {
                 record.unit.rearm();
+                // The latest order counts.
+                record.later = None;
             }
             self.advance(now, out);
             return;

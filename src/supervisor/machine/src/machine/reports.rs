@@ -8,8 +8,9 @@ use cvm_protocol::report::{Level, ServiceReport};
 use std::time::Duration;
 
 /// Notes of a service that are said at once, and how long one more takes to earn: a service that faces the
-/// network must not drown the boot log.
+/// network must not drown the boot log. Errors have an allowance of their own.
 const NOTES_AT_ONCE: u32 = 100;
+const ERRORS_AT_ONCE: u32 = 300;
 const NOTE_EVERY: Duration = Duration::from_secs(1);
 /// More than this is no short list.
 const FACTS_MAX: usize = 64;
@@ -27,24 +28,31 @@ pub(super) enum LastWord {
 /// How many notes a service may still have said.
 #[derive(Debug)]
 pub(super) struct NoteAllowance {
+    most: u32,
     left: u32,
     since: Moment,
     dropped: u32,
 }
 
-impl Default for NoteAllowance {
-    fn default() -> Self {
-        Self { left: NOTES_AT_ONCE, since: Moment::default(), dropped: 0 }
-    }
-}
-
 impl NoteAllowance {
+    pub(super) fn of_notes() -> Self {
+        Self::of(NOTES_AT_ONCE)
+    }
+
+    pub(super) fn of_errors() -> Self {
+        Self::of(ERRORS_AT_ONCE)
+    }
+
+    fn of(most: u32) -> Self {
+        Self { most, left: most, since: Moment::default(), dropped: 0 }
+    }
+
     /// Whether one more note may be said now, and how many were dropped before it.
     fn take(&mut self, now: Moment) -> Option<u32> {
         let earned = now.since(self.since).as_secs() / NOTE_EVERY.as_secs();
         if earned > 0 {
             let earned = u32::try_from(earned).unwrap_or(u32::MAX);
-            self.left = self.left.saturating_add(earned).min(NOTES_AT_ONCE);
+            self.left = self.left.saturating_add(earned).min(self.most);
             self.since = now;
         }
         let Some(left) = self.left.checked_sub(1) else {
@@ -59,6 +67,11 @@ impl NoteAllowance {
 /// A service may hand on what a server said, and a server must not write lines into our log.
 pub(super) fn one_line(text: &str) -> String {
     text.replace(char::is_control, " ")
+}
+
+fn too_many(service: &str, dropped: u32) -> Option<Action> {
+    let text = format!("{service}: {dropped} notes were dropped: too many at once");
+    (dropped > 0).then_some(Action::Say(Level::Warn, text))
 }
 
 fn short(text: &str) -> String {
@@ -91,12 +104,9 @@ impl Machine {
         let Some(record) = self.services.get_mut(id.0).filter(|s| s.unit.run() == Some(run)) else { return };
         match report {
             ServiceReport::Note { level, text } => {
-                let Some(dropped) = record.notes.take(now) else { return };
-                if dropped > 0 {
-                    let text =
-                        format!("{}: {dropped} notes were dropped: too many at once", record.service.name);
-                    out.push(Action::Say(Level::Warn, text));
-                }
+                let allowance = if level == Level::Error { &mut record.errors } else { &mut record.notes };
+                let Some(dropped) = allowance.take(now) else { return };
+                out.extend(too_many(record.service.name, dropped));
                 out.push(Action::Say(level, one_line(&text)));
             }
             ServiceReport::Status { facts } => record.facts = tidied(facts),
@@ -116,15 +126,27 @@ impl Machine {
         }
     }
 
+    /// Says how many notes were dropped, once one more might be said.
+    pub(super) fn say_dropped_notes(&mut self, now: Moment, out: &mut Vec<Action>) {
+        for record in &mut self.services {
+            for allowance in [&mut record.notes, &mut record.errors] {
+                if allowance.dropped > 0
+                    && let Some(dropped) = allowance.take(now)
+                {
+                    out.extend(too_many(record.service.name, dropped));
+                }
+            }
+        }
+    }
+
     /// What services leave undone at the end, a sentence each. A service that never opened a gate had nothing
     /// to do.
     pub(super) fn left_undone(&self) -> Vec<String> {
-        let undone = |record: &ServiceRecord| {
-            let unsaid = record.service.must_drain.filter(|_| record.has_opened_a_gate)?;
-            match &record.last_word {
-                LastWord::AllDone => None,
-                LastWord::Missing(missing) => Some(missing.clone()),
-                LastWord::Unsaid => Some(unsaid.to_owned()),
+        let undone = |record: &ServiceRecord| match &record.last_word {
+            LastWord::AllDone => None,
+            LastWord::Missing(missing) => Some(missing.clone()),
+            LastWord::Unsaid => {
+                record.service.must_drain.filter(|_| record.has_opened_a_gate).map(str::to_owned)
             }
         };
         self.services.iter().filter_map(undone).collect()

@@ -119,6 +119,18 @@ fn no_service_opens_the_gate_of_another() {
 }
 
 #[test]
+fn facts_go_with_the_run_that_has_reported_them_and_may_come_before_its_exec() {
+    let mut boot = role_with_policy();
+    boot.done(gates::STATE);
+    // The service's pipe may be read before its keeper's.
+    boot.reports("policy", ServiceReport::Status { facts: vec![Fact::text("rules", "12")] });
+    boot.runs("policy");
+    assert_eq!(boot.shown("policy").facts.len(), 1);
+    boot.ends("policy", End::Code(1));
+    assert_eq!(boot.shown("policy").facts, []);
+}
+
+#[test]
 fn a_flood_of_notes_is_cut_and_the_cut_is_said() {
     let mut boot = role_with_policy();
     boot.done(gates::STATE);
@@ -126,12 +138,11 @@ fn a_flood_of_notes_is_cut_and_the_cut_is_said() {
     let note = || ServiceReport::Note { level: Level::Info, text: "again".into() };
     let said_now: usize = (0..1_000).map(|_| boot.reports("policy", note()).len()).sum();
     assert_eq!(said_now, 100);
-    boot.pass(s(1));
-    let done = boot.reports("policy", note());
-    assert_eq!(
-        said(&done),
-        [(Level::Warn, "policy: 900 notes were dropped: too many at once"), (Level::Info, "again")]
-    );
+    // Errors are not lost in it.
+    let error = ServiceReport::Note { level: Level::Error, text: "the disk is full".into() };
+    assert_eq!(said(&boot.reports("policy", error)), [(Level::Error, "the disk is full")]);
+    let done = boot.pass(s(1));
+    assert_eq!(said(&done), [(Level::Warn, "policy: 900 notes were dropped: too many at once")]);
     assert_eq!(boot.reports("policy", note()), []);
 }
 
