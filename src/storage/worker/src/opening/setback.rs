@@ -34,16 +34,16 @@ use crate::lineage::State;
 use crate::manifest::Digest;
 use crate::volume::{self, Volume, Within};
 use crate::{scan, stage};
+use nix::sys::stat::FileStat;
 use std::ffi::OsStr;
 use std::fs;
-use std::io::ErrorKind;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path as FsPath, PathBuf};
 
 /// Where the volume was mounted when its tree was last in use, and not given up in order.
 const IN_USE: &str = "in_use_at";
-/// The database's own go with it.
-const BESIDE: [&str; 4] = ["-wal", "-shm", "-journal", ""];
+/// A database, and what belongs to it.
+const OF_A_DATABASE: [&str; 4] = ["", "-wal", "-shm", "-journal"];
 
 /// Once the tree stands: `place` is this mount of the volume, in this life of the kernel.
 pub(super) fn is_in_use(index: &Index, place: &str) -> Result<(), Fault> {
@@ -117,7 +117,10 @@ fn older(
     for (path, row) in index.all()? {
         let put_there = begun.and_then(|begun| begun.files.get(&path));
         let is_older = match until {
-            _ if put_there.is_some() => true,
+            // What is no file, somebody has put there since.
+            _ if put_there.is_some() => {
+                volume::look(&path.below(&volume.upper))?.is_none_or(|stat| is_file(&stat))
+            }
             Some(until) => is_older(volume, index, &path, &row, until)?,
             None => false,
         };
@@ -126,6 +129,10 @@ fn older(
         }
     }
     Ok(older)
+}
+
+fn is_file(stat: &FileStat) -> bool {
+    volume::kind_of(stat) == libc::S_IFREG
 }
 
 /// Mounted with `lazytime`: what is written to a file is on the disk long before its new time.
@@ -155,7 +162,7 @@ fn is_older(volume: &Volume, index: &Index, path: &Path, row: &Row, until: i64) 
     }
     let at = path.below(&volume.upper);
     let Some(stat) = volume::look(&at)? else { return no_name_was_changed_since(volume, path, changed) };
-    if volume::kind_of(&stat) != libc::S_IFREG {
+    if !is_file(&stat) {
         return Ok(false);
     }
     let is_the_same_file = index.handle(path)?.is_some_and(|was| scan::handle_of(&at) == Some(was));
@@ -262,7 +269,10 @@ impl Exchanging<'_> {
             got.iter()
                 .filter_map(|one| if let Got::Good(path, entry) = one { Some((path, entry)) } else { None })
         };
-        let files = good().filter_map(|(path, entry)| Some((path.clone(), entry.sha()?))).collect();
+        // What an earlier try has put there may not be on the disk yet: the loss of power that follows may
+        // still take it.
+        let mut files = index.unfinished_exchange(last)?.unwrap_or_default().files;
+        files.extend(good().filter_map(|(path, entry)| Some((path.clone(), entry.sha()?))));
         step()?;
         index.begin_exchange(last, &Exchange { aside: aside.to_owned(), files })?;
         for (path, entry) in good() {
@@ -284,34 +294,73 @@ impl Exchanging<'_> {
         index.end_exchange()
     }
 
+    /// Gives what is there a name in the directory of the older files. Nothing there is ever replaced: where an
+    /// earlier try has left another file of the same name, this one becomes `NAME.2`, and so on. A database
+    /// and what is beside it get the same number, so that they still belong together.
     fn put_aside(&self, path: &Path, is_database: bool, step: Step<'_>) -> Result<(), Fault> {
         let volume = self.volume;
         let Ok(dir) = Within::open(&volume.upper, path.parent().as_ref()) else { return Ok(()) };
         let aside = volume.own.join("aside").join(self.aside);
-        for suffix in if is_database { &BESIDE[..] } else { &BESIDE[3..] } {
+        let suffixes = if is_database { &OF_A_DATABASE[..] } else { &OF_A_DATABASE[..1] };
+        let mut all = Vec::new();
+        for suffix in suffixes {
             let from = dir.name(&[path.name(), suffix.as_bytes()].concat());
-            let is_file = |stat| volume::kind_of(&stat) == libc::S_IFREG;
-            if !volume::look(&from)?.is_some_and(is_file) {
-                continue;
-            }
-            let name = [path.as_bytes(), suffix.as_bytes()].concat();
-            let to = aside.join(OsStr::from_bytes(&name));
-            fs::create_dir_all(to.parent().unwrap_or(&aside))?;
+            let file = volume::look(&from)?.filter(is_file);
+            all.push((*suffix, from, file));
+        }
+        if all.iter().all(|(.., file)| file.is_none()) {
+            return Ok(());
+        }
+        fs::create_dir_all(path.below(&aside).parent().unwrap_or(&aside))?;
+        let mut number = 1;
+        while !is_free_for(&aside, path, number, &all)? {
+            number += 1;
+        }
+        for (suffix, from, _) in all.iter().filter(|(.., file)| file.is_some()) {
+            let to = numbered(&aside, path, number, suffix);
             step()?;
-            if suffix.is_empty() {
+            if !suffix.is_empty() {
+                fs::rename(from, to)?;
+            } else if volume::look(&to)?.is_none() {
+                // The database itself comes first: its inode is how the next try knows whose number this is.
                 // It is replaced as one step: were it gone for a moment and we with it, it would be taken for
                 // removed.
-                match fs::hard_link(from, to) {
-                    // By the try before this one.
-                    Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
-                    other => other?,
-                }
-            } else {
-                fs::rename(from, to)?;
+                fs::hard_link(from, to)?;
             }
         }
         Ok(())
     }
+}
+
+/// A suffix, where the file with it is, and what the kernel says of that, if it is a file.
+type Beside = (&'static str, PathBuf, Option<FileStat>);
+
+/// Whether these files can have the names with this number: none is taken by another file, and files beside a
+/// database do not come to another database.
+fn is_free_for(aside: &FsPath, path: &Path, number: u32, all: &[Beside]) -> Result<bool, Fault> {
+    let (mut has_itself, mut has_beside) = (false, false);
+    for (suffix, _, file) in all {
+        let Some(taken) = volume::look(&numbered(aside, path, number, suffix))? else { continue };
+        let is_itself = suffix.is_empty();
+        let same = |file: &FileStat| (file.st_dev, file.st_ino) == (taken.st_dev, taken.st_ino);
+        if file.as_ref().is_some_and(|file| !(is_itself && same(file))) {
+            return Ok(false);
+        }
+        has_itself |= is_itself;
+        has_beside |= !is_itself;
+    }
+    let is_there = all.iter().any(|(suffix, _, file)| suffix.is_empty() && file.is_some());
+    Ok(has_itself || !has_beside || !is_there)
+}
+
+fn numbered(aside: &FsPath, path: &Path, number: u32, suffix: &str) -> PathBuf {
+    let at = path.below(aside);
+    if number == 1 {
+        return at.with_file_name(OsStr::from_bytes(&[path.name(), suffix.as_bytes()].concat()));
+    }
+    // A name has 255 bytes at most.
+    let name = path.name().get(..230).unwrap_or(path.name());
+    at.with_file_name(OsStr::from_bytes(&[name, format!(".{number}{suffix}").as_bytes()].concat()))
 }
 
 /// In which the file belongs; those that are missing are as the bucket has them.
@@ -474,34 +523,106 @@ mod tests {
         }
     }
 
+    /// Of three boots the first two are cut off after so many steps, and a file loses what may not have settled
+    /// on the disk. True if the first was cut.
+    fn finishes_after_cuts(first: usize, second: usize) -> bool {
+        let disk = SetBack::new();
+        let bench = &disk.bench;
+        assert_eq!(bench.older(), ["db", "d/missing", "d/plain"]);
+        let is_cut = disk.boots(first);
+        if is_cut {
+            disk.boots(second);
+        }
+        let plain = bench.at("d/plain");
+        let is_begun = bench.index.unfinished_exchange("before").unwrap().is_some();
+        if is_begun && fs::read(&plain).unwrap() == b"newer" {
+            fs::write(&plain, "").unwrap();
+        }
+        assert!(!disk.boots(usize::MAX));
+        for (name, newer) in &disk.newer {
+            assert!(&fs::read(bench.at(name)).unwrap() == newer, "cuts {first}, {second}: {name}");
+        }
+        assert!(!bench.at("db-wal").exists(), "cuts {first}, {second}");
+        let aside = bench.volume.own.join("aside/first");
+        assert_eq!(fs::read(aside.join("d/plain")).unwrap(), b"older", "cuts {first}, {second}");
+        assert!(!aside.join("d/missing").exists());
+        let rows: i64 = Connection::open(aside.join("db"))
+            .unwrap()
+            .query_row("SELECT count(*) FROM t", [], |row| row.get(0))
+            .unwrap();
+        assert_eq!(rows, 1, "cuts {first}, {second}: with its own log");
+        assert!(!aside.join("db.2").exists(), "cuts {first}, {second}");
+        assert_eq!(bench.index.tainted().unwrap().len(), 3, "cuts {first}, {second}");
+        assert_eq!(bench.index.unfinished_exchange("before").unwrap(), None);
+        is_cut
+    }
+
     #[test]
-    fn an_exchange_that_is_cut_off_at_any_step_is_finished_by_the_next_boot() {
-        let mut cuts = 0;
+    fn an_exchange_that_is_cut_off_at_any_step_and_once_more_is_finished_by_the_next_boot() {
+        // The second cut: none, the first step after the exchange has begun anew, and a later one.
+        for second in [usize::MAX, 1, 4] {
+            let mut first = 0;
+            while finishes_after_cuts(first, second) {
+                first += 1;
+            }
+            assert!(first > 10, "{first} steps");
+        }
+    }
+
+    /// What lies below a directory, but for directories.
+    fn contents(dir: &FsPath) -> Vec<Vec<u8>> {
+        let mut all = Vec::new();
+        for entry in fs::read_dir(dir).unwrap().map(Result::unwrap) {
+            if entry.file_type().unwrap().is_dir() {
+                all.extend(contents(&entry.path()));
+            } else {
+                all.push(fs::read(entry.path()).unwrap());
+            }
+        }
+        all
+    }
+
+    #[test]
+    fn what_somebody_puts_there_between_two_boots_is_set_aside_too() {
+        let (mut cuts, mut numbered) = (0, 0);
         while {
             let disk = SetBack::new();
             let bench = &disk.bench;
-            assert_eq!(bench.older(), ["db", "d/missing", "d/plain"]);
             let is_cut = disk.boots(cuts);
-            assert!(!disk.boots(usize::MAX));
-            for (name, newer) in &disk.newer {
-                assert!(&fs::read(bench.at(name)).unwrap() == newer, "cut {cuts}: {name}");
+            if is_cut && bench.index.unfinished_exchange("before").unwrap().is_some() {
+                for name in ["d/plain", "db", "db-wal"] {
+                    fs::write(bench.at("draft"), format!("edited {name}")).unwrap();
+                    fs::rename(bench.at("draft"), bench.at(name)).unwrap();
+                }
+                let was_aside = contents(&bench.volume.own.join("aside"));
+                assert!(!disk.boots(usize::MAX));
+                let aside = bench.volume.own.join("aside/first");
+                let all = contents(&aside);
+                let edits = ["d/plain", "db", "db-wal"].map(|name| format!("edited {name}").into_bytes());
+                for content in was_aside.iter().chain(&edits) {
+                    let text = String::from_utf8_lossy(content);
+                    assert!(all.contains(content), "cut {cuts}: {text:.20}");
+                }
+                for (name, newer) in &disk.newer {
+                    assert!(&fs::read(bench.at(name)).unwrap() == newer, "cut {cuts}: {name}");
+                }
+                assert!(!bench.at("db-wal").exists(), "cut {cuts}");
+                if aside.join("d/plain.2").exists() {
+                    assert_eq!(fs::read(aside.join("d/plain")).unwrap(), b"older", "cut {cuts}");
+                    assert_eq!(fs::read(aside.join("d/plain.2")).unwrap(), edits[0], "cut {cuts}");
+                    numbered += 1;
+                }
+                if aside.join("db.2").exists() {
+                    assert_eq!(fs::read(aside.join("db.2")).unwrap(), edits[1], "cut {cuts}");
+                    assert_eq!(fs::read(aside.join("db.2-wal")).unwrap(), edits[2], "cut {cuts}");
+                    numbered += 1;
+                }
             }
-            assert!(!bench.at("db-wal").exists(), "cut {cuts}");
-            let aside = bench.volume.own.join("aside/first");
-            assert_eq!(fs::read(aside.join("d/plain")).unwrap(), b"older", "cut {cuts}");
-            assert!(!aside.join("d/missing").exists());
-            let rows: i64 = Connection::open(aside.join("db"))
-                .unwrap()
-                .query_row("SELECT count(*) FROM t", [], |row| row.get(0))
-                .unwrap();
-            assert_eq!(rows, 1, "cut {cuts}: with its own log");
-            assert_eq!(bench.index.tainted().unwrap().len(), 3, "cut {cuts}");
-            assert_eq!(bench.index.unfinished_exchange("before").unwrap(), None);
             is_cut
         } {
             cuts += 1;
         }
-        assert!(cuts > 10, "{cuts} steps");
+        assert!(numbered > 2, "{numbered} with a number");
     }
 
     #[test]
@@ -514,6 +635,18 @@ mod tests {
         assert_eq!(index.unfinished_exchange("another mount").unwrap(), None);
         index.clear().unwrap();
         assert_eq!(index.unfinished_exchange("before").unwrap(), None);
+    }
+
+    #[test]
+    fn what_is_no_file_any_more_between_two_boots_is_left_there() {
+        let disk = SetBack::new();
+        let bench = &disk.bench;
+        assert!(disk.boots(1));
+        fs::remove_file(bench.at("d/plain")).unwrap();
+        std::os::unix::fs::symlink("elsewhere", bench.at("d/plain")).unwrap();
+        assert!(!disk.boots(usize::MAX));
+        assert_eq!(fs::read_link(bench.at("d/plain")).unwrap(), FsPath::new("elsewhere"));
+        assert_eq!(fs::read(bench.at("d/missing")).unwrap(), b"was there");
     }
 
     const NONE: [&str; 0] = [];
