@@ -54,6 +54,16 @@ pub struct Service {
     pub says_ready: Option<&'static str>,
     /// Whether the machine counts as healthy without it.
     pub required: bool,
+    pub courtesy: Option<Courtesy>,
+}
+
+/// The first start of a service waits while another one starts, which needs the processors more. It depends on the
+/// other in nothing: the wait ends when the other is ready, when its start fails, and after a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Courtesy {
+    pub to: &'static str,
+    /// Counted from the boot.
+    pub at_most: Duration,
 }
 
 /// Which variables a service gets, beside PATH, HOME, USER and LANG. None gets the supervisor's own.
@@ -104,6 +114,7 @@ impl Service {
             says_started: None,
             says_ready: None,
             required: false,
+            courtesy: None,
         }
     }
 

@@ -7,6 +7,7 @@
 //! becomes of their gates is in [`gates`], and the rest is in the files named for it.
 
 mod boot;
+mod courtesy;
 mod gates;
 mod orders;
 mod reports;
@@ -229,6 +230,7 @@ pub struct Machine {
     steps: Vec<StepRecord>,
     services: Vec<ServiceRecord>,
     phase: Phase,
+    booted: Moment,
     /// A stop signal has come.
     asked: bool,
     hurried: bool,
@@ -261,6 +263,7 @@ impl Machine {
             steps,
             services,
             phase: Phase::Up,
+            booted: Moment::default(),
             asked: false,
             hurried: false,
             closing_since: Moment::default(),
@@ -314,19 +317,23 @@ impl Machine {
             _ => None,
         });
         let units = self.services.iter().filter_map(|s| s.unit.deadline());
+        let courtesies = (0..self.services.len()).filter_map(|index| self.courtesy_ends(index));
         let phase = match self.phase {
             Phase::Sweeping { until, .. } => Some(until),
             Phase::Closing { until, .. } => Some(until + self.overhead),
             Phase::Up | Phase::Over => None,
         };
-        steps.chain(units).chain(phase).min()
+        steps.chain(units).chain(courtesies).chain(phase).min()
     }
 
     /// The one entrance.
     pub fn step(&mut self, event: Event, now: Moment) -> Vec<Action> {
         let mut out = Vec::new();
         match event {
-            Event::Boot => self.advance(now, &mut out),
+            Event::Boot => {
+                self.booted = now;
+                self.advance(now, &mut out);
+            }
             Event::StepEnded { of, outcome } => self.on_step_ended(of, outcome, now, &mut out),
             Event::Service { id, event } => self.on_service(id, event, now, &mut out),
             Event::Report { id, run, report } => self.on_report(id, run, report, now, &mut out),
@@ -380,6 +387,7 @@ impl Machine {
         for index in 0..self.services.len() {
             self.tell_unit(ServiceId(index), service::Event::Tick, now, out);
         }
+        self.advance(now, out);
         match self.phase {
             Phase::Sweeping { hard, until } if now >= until => {
                 if hard {

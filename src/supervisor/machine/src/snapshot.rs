@@ -1,5 +1,6 @@
 //! The snapshot of the machine's state that operators are shown. Reads everything, and nobody reads it back.
 
+use crate::description::Courtesy;
 use crate::machine::{self, Machine, Next, ServiceRecord, StepRecord, StepState};
 use crate::moment::Moment;
 use crate::plan::Weight;
@@ -205,6 +206,12 @@ fn service(machine: &Machine, record: &ServiceRecord, now: Moment) -> Service {
 
 fn blocked(machine: &Machine, record: &ServiceRecord, shown: &mut Service) -> (ServiceState, Option<String>) {
     let Some(missing) = machine.missing_for(&record.service) else {
+        if let Some(Courtesy { to, at_most }) = machine.courtesy_of(&record.service) {
+            shown.why = Some(format!("the {to} starts first"));
+            let at_most = words(at_most);
+            let next = format!("starts when the {to} is ready, {at_most} after the boot at the latest");
+            return (ServiceState::Blocked, Some(next));
+        }
         let first = machine.steps().iter().filter(|r| r.step.before_services).map(|r| r.step.name.0);
         let first: Vec<&str> = first.collect();
         let next = format!("starts when boot steps {} have ended", first.join(" and "));

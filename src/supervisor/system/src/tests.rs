@@ -96,7 +96,7 @@ impl Boot {
         for step in [gates::SSH, gates::HOME, gates::STATE] {
             boot.done(step);
         }
-        for name in ["sshd", "dockerd", "gateway"] {
+        for name in ["sshd", "gateway", "dockerd"] {
             boot.runs(name);
             boot.answers(name, Happens::Readiness { run: boot.run(name), ready: true });
         }
@@ -264,7 +264,7 @@ fn sshd_is_not_started_before_it_is_known_whose_volume_it_is() {
     let of = Try { step: gates::SSH, number: 1 };
     assert_eq!(boot.send(Event::StepEnded { of, outcome: Ok(()) }), []);
     let done = boot.done(gates::VOLUME);
-    assert_eq!(boot.deeds(&done), ["prepare sshd", "prepare dockerd", "run home#1"]);
+    assert_eq!(boot.deeds(&done), ["prepare sshd", "run home#1"]);
 }
 
 #[test]
@@ -307,11 +307,11 @@ fn sshd_is_started_before_everything_else() {
     let mut boot = Boot::local();
     boot.send(Event::Boot);
     let done = boot.done(gates::SSH);
-    assert_eq!(boot.deeds(&done), ["prepare sshd", "prepare dockerd", "run home#1"]);
+    assert_eq!(boot.deeds(&done), ["prepare sshd", "run home#1"]);
 }
 
 #[test]
-fn a_boot_goes_through_its_steps_in_order_and_starts_the_gateway_last() {
+fn a_boot_goes_through_its_steps_in_order_and_starts_the_gateway_and_then_dockerd() {
     let mut boot = Boot::local();
     let mut done = boot.send(Event::Boot);
     done.extend(boot.done(gates::SSH));
@@ -319,16 +319,18 @@ fn a_boot_goes_through_its_steps_in_order_and_starts_the_gateway_last() {
     done.extend(boot.done(gates::HOME));
     done.extend(boot.done(gates::STATE));
     done.extend(boot.runs("gateway"));
+    let run = boot.run("gateway");
+    done.extend(boot.answers("gateway", Happens::Readiness { run, ready: true }));
     let expected = [
         "run ssh#1",
         "run volume#1",
         "prepare sshd",
-        "prepare dockerd",
         "run home#1",
         "launch sshd",
         "run state#1",
         "prepare gateway",
         "launch gateway",
+        "prepare dockerd",
     ];
     assert_eq!(boot.deeds(&done), expected);
 }
@@ -341,6 +343,7 @@ fn the_lines_that_operators_look_for_are_said_word_for_word_when_they_become_tru
     assert_eq!(said(&boot.done(gates::SSH)), [], "launched is not started");
     assert_eq!(said(&boot.runs("sshd")), line("SSH daemon started."));
     assert_eq!(said(&boot.done(gates::HOME)), line("Home symlinks created (~/.openclaw, ~/.config → /data)"));
+    boot.order("dockerd", Order::Start);
     assert_eq!(said(&boot.runs("dockerd")), [], "running is not ready");
     boot.pass(s(2));
     let ready = Happens::Readiness { run: boot.run("dockerd"), ready: true };
@@ -359,7 +362,7 @@ fn a_failed_ssh_step_is_a_warning_and_the_rest_goes_on() {
         said(&done),
         [(Level::Warn, "Boot step ssh failed: no space left on device; next try in 2 s")]
     );
-    assert_eq!(boot.deeds(&done), ["prepare dockerd", "run home#1"]);
+    assert_eq!(boot.deeds(&done), ["run home#1"]);
     assert_eq!(boot.shown("sshd").state, ServiceState::Blocked);
     assert_eq!(boot.shown("sshd").why.as_deref(), Some("boot step ssh: no space left on device"));
     let retried = boot.pass(s(2));
@@ -379,15 +382,7 @@ fn an_ssh_step_that_hangs_holds_the_boot_up_no_longer_than_its_deadline_and_two_
         times.extend(boot.deeds(&done).into_iter().map(|deed| (boot.now.as_millis() - 1_000, deed)));
     }
     let at = |ms, deed: &str| (ms, deed.to_owned());
-    assert_eq!(
-        times,
-        [
-            at(10_000, "end ssh#1"),
-            at(13_000, "kill ssh#1"),
-            at(16_000, "prepare dockerd"),
-            at(16_000, "run home#1"),
-        ]
-    );
+    assert_eq!(times, [at(10_000, "end ssh#1"), at(13_000, "kill ssh#1"), at(16_000, "run home#1")]);
     let why = "its process does not die of SIGKILL: the kernel holds it (a dead disk or mount?)";
     assert_eq!(boot.shown("sshd").why, Some(format!("boot step ssh: {why}")));
     assert_eq!(
@@ -680,6 +675,54 @@ fn a_crash_loop_and_a_parked_service_are_complaints_with_their_reasons() {
     assert_eq!(boot.shown("gateway").next_action.as_deref(), Some("mend it, then `cvm start gateway`"));
 }
 
+/// A machine in which all that dockerd needs is there, and the gateway is about to start.
+fn before_the_gateway() -> Boot {
+    let mut boot = Boot::local();
+    boot.send(Event::Boot);
+    for step in [gates::SSH, gates::HOME, gates::STATE] {
+        boot.done(step);
+    }
+    assert_eq!(*boot.unit("dockerd").state(), State::Idle);
+    boot
+}
+
+#[test]
+fn dockerd_starts_when_the_gateway_is_ready() {
+    let mut boot = before_the_gateway();
+    assert_eq!(boot.shown("dockerd").why.as_deref(), Some("the gateway starts first"));
+    boot.runs("gateway");
+    assert_eq!(*boot.unit("dockerd").state(), State::Idle);
+    let run = boot.run("gateway");
+    boot.answers("gateway", Happens::Readiness { run, ready: true });
+    assert!(boot.unit("dockerd").run().is_some());
+}
+
+#[test]
+fn dockerd_starts_a_minute_after_the_boot_whatever_the_gateway_does() {
+    for gateway_runs in [false, true] {
+        let mut boot = before_the_gateway();
+        if gateway_runs {
+            boot.runs("gateway");
+        }
+        boot.pass(just_under(s(60)));
+        assert_eq!(*boot.unit("dockerd").state(), State::Idle);
+        boot.pass(s(1));
+        assert!(boot.unit("dockerd").run().is_some());
+    }
+}
+
+#[test]
+fn dockerd_starts_when_the_gateway_fails_and_when_an_operator_says_so() {
+    let mut boot = before_the_gateway();
+    boot.runs("gateway");
+    boot.ends("gateway", End::Code(1));
+    assert!(boot.unit("dockerd").run().is_some());
+
+    let mut boot = before_the_gateway();
+    boot.order("dockerd", Order::Start);
+    assert!(boot.unit("dockerd").run().is_some());
+}
+
 #[test]
 fn the_first_exec_and_the_first_readiness_are_kept_through_restarts() {
     let mut boot = Boot::up();
@@ -879,7 +922,7 @@ fn a_stop_signal_ends_the_step_that_runs_and_its_failure_is_no_error() {
     boot.send(Event::Boot);
     boot.done(gates::SSH);
     let done = boot.send(Event::Terminate);
-    assert_eq!(boot.deeds(&done), ["end home#1", "kill tree of dockerd"], "there is no gateway to wait for");
+    assert_eq!(boot.deeds(&done), ["end home#1", "kill tree of sshd"], "there is no gateway to wait for");
     let done = boot.ended(gates::HOME, Err(unreported(&End::Signal(3))));
     let text =
         "Boot step home failed: its process killed by SIGQUIT without a report; everything is being stopped";

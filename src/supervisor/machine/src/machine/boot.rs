@@ -26,7 +26,7 @@ impl Machine {
     fn start_services(&mut self, now: Moment, out: &mut Vec<Action>) {
         for index in 0..self.services.len() {
             let idle = self.services.get(index).is_some_and(|s| *s.unit.state() == State::Idle);
-            if idle && self.may_start(index) {
+            if idle && self.may_start(index) && self.courtesy_ends(index).is_none_or(|end| now >= end) {
                 self.tell_unit(ServiceId(index), service::Event::Start, now, out);
             }
         }

@@ -1,7 +1,8 @@
 use crate::entry::Entry;
 use crate::gates;
+use crate::services::gateway;
 use cvm_machine::backoff::Backoff;
-use cvm_machine::description::{Environment, Prepare, Service};
+use cvm_machine::description::{Courtesy, Environment, Prepare, Service};
 use cvm_protocol::keeper::Probe;
 use cvm_protocol::paths;
 use std::time::Duration;
@@ -9,6 +10,10 @@ use std::time::Duration;
 /// A container that is not privileged sees the kernel's settings read-only, and dockerd would start none because
 /// it cannot turn IPv6 off in it.
 const ALLOW_IPV6: (&str, &str) = ("DOCKER_ALLOW_IPV6_ON_IPV4_INTERFACE", "1");
+
+/// The gateway is ready after about 8 s on two idle cores, and dockerd would take much of them. A gateway that needs
+/// longer than this, for a migration or a restore, leaves the agent without containers no longer.
+const WAITS_AT_MOST: Duration = Duration::from_mins(1);
 
 pub(crate) fn entry() -> Entry {
     Entry::without_channel(Service {
@@ -29,6 +34,7 @@ pub(crate) fn entry() -> Entry {
         readiness: Some(Probe::UnixHttp { socket: paths::DOCKER_SOCKET.into(), path: "/_ping".into() }),
         oom_score_adj: 100,
         says_ready: Some("Docker daemon ready."),
+        courtesy: Some(Courtesy { to: gateway::NAME, at_most: WAITS_AT_MOST }),
         ..Service::new(
             "dockerd",
             "containers for the agent",

@@ -23,6 +23,8 @@ const SWITCHES: &[(&str, &str)] = &[
     ("OPENCLAW_CONFIG_PATH", "/data/openclaw/openclaw.json"),
 ];
 
+pub(crate) const NAME: &str = "gateway";
+
 pub(crate) fn entry(config: &Config) -> Entry {
     let settings = &config.gateway;
     let port = settings.port.get();
@@ -55,6 +57,6 @@ pub(crate) fn entry(config: &Config) -> Entry {
         oom_score_adj: 300,
         limits: Some(AGENT_LIMITS),
         required: true,
-        ..Service::new("gateway", "the OpenClaw gateway", &run)
+        ..Service::new(NAME, "the OpenClaw gateway", &run)
     })
 }
