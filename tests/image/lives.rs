@@ -146,6 +146,13 @@ fn a_bucket_brings_everything_back_when_the_container_and_its_volumes_are_destro
     write_ours(&engine);
     inside(&engine, &["cvm", "storage", "flush"]);
     let before = identity(&engine);
+    // What the gateway makes again at each first start, of which there is much here and nothing in the bucket.
+    inside(&engine, &["sh", "-c", "find /data/openclaw/cache -type f | grep -q ."]);
+    let listed = inside(&engine, &["cvm", "storage", "ls"]);
+    assert!(listed.contains(" openclaw/workspace/ours/note.txt"), "{listed}");
+    let made_again: Vec<&str> =
+        listed.lines().filter(|l| l.contains(" openclaw/cache") || l.contains("compile-cache")).collect();
+    assert_eq!(made_again, [""; 0]);
 
     engine.docker(&["rm", "--force", "--volumes", CVM]);
     for volume in engine.docker(&["volume", "ls", "--quiet"]).lines() {

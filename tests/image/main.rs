@@ -9,3 +9,4 @@ mod fixtures;
 mod lives;
 mod reproducible;
 mod rights;
+mod warm;

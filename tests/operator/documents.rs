@@ -75,7 +75,7 @@ fn longest(more: &[(&str, &str)]) -> Machine {
     let given = given.iter().chain(more).map(|(n, v)| (n.as_bytes().to_vec(), v.as_bytes().to_vec()));
     let (config, _) =
         Config::parse(&Environment::new(given)).unwrap_or_else(|_| panic!("this is a configuration"));
-    let given = Given { config: &config, keys: None, owner_epoch: 0 };
+    let given = Given { config: &config, keys: None, owner_epoch: 0, has_preload: false };
     let (plan, _) = roles::gateway(&given).unwrap_or_else(|why| panic!("{why}"));
     let machine = Machine::new(plan);
     assert!(["dockerd", "storage", "mux"].iter().all(|name| machine.find(name).is_some()));

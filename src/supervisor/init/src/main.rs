@@ -223,8 +223,9 @@ fn prepare(
         keys
     });
     let owner_epoch = proof.as_ref().map_or(0, |proof| proof.epoch.get());
-    let (plan, specifications) =
-        roles::gateway(&Given { config: &config, keys: keys.as_ref(), owner_epoch })?;
+    let has_preload = Path::new(paths::PRELOAD).exists();
+    let given = Given { config: &config, keys: keys.as_ref(), owner_epoch, has_preload };
+    let (plan, specifications) = roles::gateway(&given)?;
     let claim = Claim {
         key: keys.as_ref().map(|keys| keys.volume_fingerprint.to_hex()),
         proven: proof.is_some(),

@@ -14,6 +14,8 @@ pub struct Given<'a> {
     pub keys: Option<&'a KeyRing>,
     /// Of the proven owner, or 0.
     pub owner_epoch: u32,
+    /// Whether there is a [`cvm_protocol::paths::PRELOAD`].
+    pub has_preload: bool,
 }
 
 /// The plan of the machine in which a gateway runs, and what its services are told.

@@ -45,7 +45,7 @@ fn config(pairs: &[(&str, &str)]) -> Config {
 }
 
 fn machine_of(config: &Config) -> Machine {
-    let given = Given { config, keys: None, owner_epoch: 0 };
+    let given = Given { config, keys: None, owner_epoch: 0, has_preload: false };
     roles::gateway(&given).map_or_else(|why| panic!("{why}"), |(plan, _)| Machine::new(plan))
 }
 

@@ -18,7 +18,7 @@ pub(super) fn tasks(config: &Config) -> Vec<Step> {
 
 /// In the order in which `cvm status` shows them.
 pub(super) fn services(given: &Given<'_>) -> Vec<Entry> {
-    let Given { config, keys, owner_epoch } = *given;
+    let Given { config, keys, owner_epoch, has_preload } = *given;
     let mut all = vec![sshd::entry(config.ssh.port.get())];
     if config.docker == Docker::On {
         all.push(dockerd::entry());
@@ -28,7 +28,7 @@ pub(super) fn services(given: &Given<'_>) -> Vec<Entry> {
         all.push(standin::entry());
         all.push(storage::entry(s3, keys, config.gateway.user.as_str(), owner_epoch));
     }
-    all.push(gateway::entry(config));
+    all.push(gateway::entry(config, has_preload));
     if let Some(settings) = &config.mux {
         all.push(mux::entry(config, settings, keys, has_bucket));
     }

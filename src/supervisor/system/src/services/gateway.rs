@@ -25,14 +25,19 @@ const SWITCHES: &[(&str, &str)] = &[
 
 pub(crate) const NAME: &str = "gateway";
 
-pub(crate) fn entry(config: &Config) -> Entry {
+pub(crate) fn entry(config: &Config, has_preload: bool) -> Entry {
     let settings = &config.gateway;
     let port = settings.port.get();
     let seconds = |s: Seconds| Duration::from_secs(u64::from(s.get()));
     let http = |path: &str| Probe::Http { port, path: path.into() };
     // Without --force: the port is free, see `prepare`, and in a container whose IPv6 is turned off
     // that would take it for busy.
-    let run = [paths::NODE, paths::OPENCLAW, "gateway", "run", "--bind", "lan", "--port", &port.to_string()];
+    let port_word = port.to_string();
+    let mut run = vec![paths::NODE];
+    if has_preload {
+        run.extend(["--require", paths::PRELOAD]);
+    }
+    run.extend([paths::OPENCLAW, "gateway", "run", "--bind", "lan", "--port", &port_word]);
     let repair = [paths::NODE, paths::OPENCLAW, "doctor", "--fix", "--yes", "--non-interactive"];
     Entry::without_channel(Service {
         user: settings.user.as_str().into(),

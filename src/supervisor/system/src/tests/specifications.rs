@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 fn told<T: DeserializeOwned>(pairs: &[(&str, &str)], service: &str) -> T {
     let config = config(pairs);
     let keys = config.master_key.as_ref().map(KeyRing::derive);
-    let given = Given { config: &config, keys: keys.as_ref(), owner_epoch: 5 };
+    let given = Given { config: &config, keys: keys.as_ref(), owner_epoch: 5, has_preload: false };
     let (_, told) = roles::gateway(&given).unwrap();
     let (_, line) = told.iter().find(|(name, _)| *name == service).unwrap();
     serde_json::from_slice(line).unwrap()
