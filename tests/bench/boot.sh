@@ -33,16 +33,19 @@ chmod 600 /data/openclaw/openclaw.json
 ssh-keygen -q -t ed25519 -N '' -f /run/host_key
 /usr/sbin/sshd -h /run/host_key
 
-rm -f /run/docker.pid
-dockerd >/var/log/dockerd.log 2>&1 &
-tries=0
-until docker info >/dev/null 2>&1; do
-    tries=$((tries + 1))
-    if [ $tries -ge 120 ]; then
-        echo 'dockerd does not answer' >&2
-        exit 1
-    fi
-    sleep 0.5
-done
+start_docker() {
+    rm -f /run/docker.pid
+    dockerd >/var/log/dockerd.log 2>&1 &
+    tries=0
+    until docker info >/dev/null 2>&1; do
+        tries=$((tries + 1))
+        if [ $tries -ge 120 ]; then
+            echo 'dockerd does not answer' >&2
+            exit 1
+        fi
+        sleep 0.5
+    done
+}
+[ "${ENABLE_DOCKER-}" = 0 ] || start_docker
 /opt/openclaw/$nodes "$gateway" gateway run --port 18789 &
 wait $!
