@@ -2,6 +2,9 @@
 //!
 //! An error never shows the line (a private key may have been pasted by mistake). A key that sshd would
 //! skip silently is an error, such as one that a terminal has cut off.
+//!
+//! By hand, because every fault has a remedy of its own, lines are kept as they were written, and process 1 checks
+//! them. The crate `ssh-key` tells fewer faults apart, and fits our other crates as a release candidate only (0.7).
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;

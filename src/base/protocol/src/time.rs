@@ -1,4 +1,7 @@
 //! Spans and moments as people and logs read them.
+//!
+//! By hand: process 1 writes a moment into each line of its log, and needs no time zones, no parsing and no other
+//! calendar, which is most of the crate `jiff`. The words for spans are our own.
 
 use std::time::Duration;
 

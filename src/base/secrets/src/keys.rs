@@ -6,6 +6,9 @@
 //!
 //! No key is printed, every copy made here is wiped, and a label never changes: with another label or another shape of
 //! a key, users lose their data.
+//!
+//! The SSH key file is written by hand: the crate `ssh-key` fits our other crates as a release candidate only (0.7), and
+//! brings ciphers and readers that writing one key without a passphrase does not need.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD, STANDARD_NO_PAD};

@@ -2,6 +2,10 @@
 //!
 //! A secret cannot be printed, cloned, compared with `==` or serialised. The bytes are read with
 //! `expose()`, so that one `grep` finds every place that touches a secret.
+//!
+//! By hand, because the types of the crate `secrecy` have a `Debug`, cannot be filled in place when they are as long
+//! as they happen to be, and shrink a vector with room to spare, which leaves its bytes behind. The comparison is by hand, because
+//! process 1 would be larger with the crate `subtle`, by half a kilobyte.
 
 use zeroize::Zeroize;
 

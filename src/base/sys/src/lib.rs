@@ -19,6 +19,7 @@ pub mod memfd;
 pub mod namespace;
 pub mod port;
 pub mod private;
+pub mod process_stat;
 pub mod process_tree;
 pub mod process_work;
 pub mod reap;

@@ -3,6 +3,8 @@
 //! A process that reaps orphans (PID 1, or a subreaper) is the ancestor of everything that
 //! descends from it, whatever session, group or environment a descendant gave itself. So
 //! killing children until there are none is the whole of ending a tree.
+//!
+//! /proc/PID/stat is read here and not as in `process_stat`, because process 1 would be 4 kB larger.
 
 use crate::signals;
 use nix::errno::Errno;

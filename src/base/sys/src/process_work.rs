@@ -1,6 +1,7 @@
 //! How much the processes below this one have worked: processor time, and bytes to and from disks.
 
 use crate::as_user::AsUser;
+use crate::process_stat::Process;
 use crate::process_tree;
 use nix::unistd::{Gid, Pid, Uid};
 use std::fs;
@@ -23,9 +24,13 @@ pub fn below() -> Work {
 }
 
 fn of(pid: Pid) -> Work {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    let processor = processor_in(&stat).unwrap_or_default();
-    Work { processor, disk_bytes: disk_bytes(pid).unwrap_or_default() }
+    /// The kernel shows every clock to user space in ticks of 10 ms, on each architecture that we run on.
+    const TICK_MS: u64 = 10;
+    let ticks = Process::of(pid.as_raw()).map_or(0, |process| process.processor_ticks);
+    Work {
+        processor: Duration::from_millis(ticks * TICK_MS),
+        disk_bytes: disk_bytes(pid).unwrap_or_default(),
+    }
 }
 
 /// The kernel shows this file to the user whose process it is. Root may look only with a capability that a
@@ -36,15 +41,6 @@ fn disk_bytes(pid: Pid) -> Option<u64> {
     disk_bytes_in(&fs::read_to_string(format!("/proc/{pid}/io")).ok()?)
 }
 
-/// User and system time in a line of /proc/PID/stat, with that of the children that were waited for.
-fn processor_in(stat: &str) -> Option<Duration> {
-    /// The kernel shows every clock to user space in ticks of 10 ms, on each architecture that we run on.
-    const TICK: Duration = Duration::from_millis(10);
-    let after_name = stat.rsplit_once(')')?.1;
-    let ticks = after_name.split_ascii_whitespace().skip(11).take(4).map(str::parse::<u32>);
-    ticks.sum::<Result<u32, _>>().ok().map(|ticks| TICK * ticks)
-}
-
 fn disk_bytes_in(io: &str) -> Option<u64> {
     let number = |name: &str| io.lines().find_map(|line| line.strip_prefix(name)?.trim().parse::<u64>().ok());
     Some(number("read_bytes:")? + number("write_bytes:")?)
@@ -53,13 +49,6 @@ fn disk_bytes_in(io: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn all_four_times_of_a_process_count_whatever_its_name() {
-        let stat = "12 (a) b) (c) S 7 12 12 0 -1 4194560 1 2 3 4 100 20 3 1 20 0 1 0 12345";
-        assert_eq!(processor_in(stat), Some(Duration::from_millis(1240)));
-        assert_eq!(processor_in("12 nonsense"), None);
-    }
 
     #[test]
     fn only_what_reaches_a_disk_counts() {

@@ -4,6 +4,9 @@
 //! The kernel drops a signal to PID 1 that has no handler, unless the signal is blocked, so
 //! a SIGTERM that comes before the handlers are installed would be lost. [`block_all`] first, then
 //! [`Signals::take`].
+//!
+//! Not with nix's `SignalFd`: it takes its signals by name, and those in real time, which process 1 forwards too, have
+//! none.
 
 use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
 use signal_hook::consts::{FORBIDDEN, SIGKILL, SIGSTOP};

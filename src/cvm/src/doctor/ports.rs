@@ -10,6 +10,7 @@ use super::sources;
 use crate::gateway_access::{self, GatewayAccess};
 use crate::text::clean;
 use cvm_protocol::status::{Service, ServiceState, Status};
+use cvm_sys::process_stat::Process;
 
 /// No process tree is deeper. The table of processes may change while it is read, and show a loop.
 const ANCESTORS_MAX: usize = 64;
@@ -91,18 +92,14 @@ fn holders(sockets: &[&Socket]) -> Vec<Holder> {
 }
 
 fn holder(pid: i32) -> Holder {
-    let name = proc_files::read(&format!("/proc/{pid}/comm")).unwrap_or_default();
+    let process = Process::of(pid);
     let mut ancestors = Vec::new();
-    let mut at = pid;
-    while ancestors.len() < ANCESTORS_MAX {
-        let status = proc_files::read(&format!("/proc/{at}/status")).unwrap_or_default();
-        match proc_files::number(&status, "PPid").and_then(|ppid| i32::try_from(ppid).ok()) {
-            Some(parent) if parent > 0 => ancestors.push(parent),
-            _ => break,
-        }
-        at = ancestors.last().copied().unwrap_or(0);
+    let mut parent = process.as_ref().map_or(0, |process| process.parent);
+    while parent > 0 && ancestors.len() < ANCESTORS_MAX {
+        ancestors.push(parent);
+        parent = Process::of(parent).map_or(0, |process| process.parent);
     }
-    Holder { pid, name: clean(name.trim()), ancestors }
+    Holder { pid, name: process.map(|process| clean(&process.name)).unwrap_or_default(), ancestors }
 }
 
 fn judge(port: &Wanted, sockets: &[&Socket], holders: &[Holder], status: Option<&Status>) -> Outcome {

@@ -1,5 +1,8 @@
 //! Files of /proc and /sys, and pure readers of their text.
 //!
+//! By hand, because a diagnosis shows what it can: of a table with one line that it does not expect the crate `procfs`
+//! reads nothing, and it leaves a space in the name of a mount point as `\040`.
+//!
 //! By hand, because a doctor reads what a broken kernel or container shows: the readers of `procfs` give up
 //! on a whole file for one line that they do not know, and leave blanks in paths as `\040`.
 

@@ -15,6 +15,7 @@
 //! earlier worker that is still connected can decide nothing any more.
 
 use crate::fuse_device::FuseDevice;
+use cvm_sys::process_stat::Process;
 use cvm_sys::{descriptor, scm_rights};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -95,8 +96,7 @@ fn admit(listener: &UnixListener, clients: &mut Vec<Client>) {
 /// The kernel closes the descriptors of a process with its last thread, so neither its connection to this program
 /// nor the mount's connection would ever end. Its first thread waits for nothing and is a zombie already.
 fn is_dying(process: i32) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
-    stat.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with(['Z', 'X']))
+    Process::of(process).is_some_and(|process| process.is_dead())
 }
 
 /// One request of each: a client that never stops asking must not keep the others waiting.

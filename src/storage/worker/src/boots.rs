@@ -10,6 +10,7 @@ use crate::chain::now_ms;
 use crate::fault::Fault;
 use crate::s3::When;
 use cvm_protocol::paths;
+use cvm_sys::process_stat::Process;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::io::{Read as _, Seek as _, SeekFrom};
@@ -49,8 +50,7 @@ impl This {
     pub(crate) fn new() -> Self {
         // Process 1 and the kernel below it: together they are one boot of one machine.
         let kernel = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-        let stat = fs::read_to_string("/proc/1/stat").unwrap_or_default();
-        let started = stat.rsplit(") ").next().and_then(|rest| rest.split(' ').nth(19)).unwrap_or_default();
+        let started = Process::of(1).map(|process| process.started.to_string()).unwrap_or_default();
         Self::at(&Path::new(paths::RUN).join("boot"), format!("{}/{started}", kernel.trim()), now_ms())
     }
 

@@ -4,48 +4,12 @@
 //! another process meanwhile is never signalled. PID 1, this process and its ancestors are never signalled.
 
 use crate::root_dir::RootDir;
+pub(crate) use cvm_sys::process_stat::Process;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
-
-/// One process at one moment.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Process {
-    pub(crate) pid: i32,
-    pub(crate) name: String,
-    pub(crate) state: char,
-    pub(crate) parent: i32,
-    pub(crate) group: i32,
-    pub(crate) session: i32,
-    /// Ticks since the machine booted.
-    pub(crate) started: u64,
-}
-
-impl Process {
-    /// It has ended, and its parent has not reaped it yet.
-    pub(crate) fn is_dead(&self) -> bool {
-        matches!(self.state, 'Z' | 'X')
-    }
-
-    /// A line of /proc/PID/stat. The name may hold spaces and brackets.
-    fn parse(line: &str) -> Option<Self> {
-        let (head, tail) = line.rsplit_once(')')?;
-        let (pid, name) = head.split_once('(')?;
-        let fields: Vec<&str> = tail.split_ascii_whitespace().collect();
-        let number = |at: usize| fields.get(at)?.parse().ok();
-        Some(Self {
-            pid: pid.trim().parse().ok()?,
-            name: name.to_owned(),
-            state: fields.first()?.chars().next()?,
-            parent: number(1)?,
-            group: number(2)?,
-            session: number(3)?,
-            started: fields.get(19)?.parse().ok()?,
-        })
-    }
-}
 
 /// All processes, by pid.
 pub(crate) struct Table(BTreeMap<i32, Process>);
@@ -98,8 +62,7 @@ impl Table {
 
 /// The process `pid`, if there is one.
 pub(crate) fn look_up(root_dir: &RootDir, pid: i32) -> Option<Process> {
-    let line = fs::read(proc_file(root_dir, pid, "stat")).ok()?;
-    Process::parse(&String::from_utf8_lossy(&line))
+    Process::read(&proc_file(root_dir, pid, "stat"))
 }
 
 pub(crate) fn own_pid() -> i32 {
@@ -125,21 +88,21 @@ pub(crate) fn send(root_dir: &RootDir, process: &Process, signal: Signal) {
 
 #[cfg(test)]
 pub(crate) fn process(pid: i32, parent: i32, session: i32) -> Process {
-    Process { pid, name: format!("p{pid}"), state: 'S', parent, group: session, session, started: 0 }
+    Process {
+        pid,
+        name: format!("p{pid}"),
+        state: 'S',
+        parent,
+        group: session,
+        session,
+        processor_ticks: 0,
+        started: 0,
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_name_full_of_brackets_hides_nothing() {
-        let line = "12 (a) (b c) S 7 11 10 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 4711 100 200";
-        let process = Process::parse(line).unwrap();
-        assert_eq!((process.pid, process.name.as_str(), process.state), (12, "a) (b c", 'S'));
-        assert_eq!((process.parent, process.group, process.session, process.started), (7, 11, 10, 4711));
-        assert_eq!(Process::parse("12 (cut"), None);
-    }
 
     #[test]
     fn the_own_process_is_in_the_table_and_descends_from_pid_1() {

@@ -1,4 +1,7 @@
 //! Where something is mounted, and with which rights.
+//!
+//! The table is read by hand: the crate `procfs` leaves a space in a name as `\040`, and reads nothing of a table that
+//! has one name that is no text.
 
 use crate::root_dir::RootDir;
 use nix::errno::Errno;
