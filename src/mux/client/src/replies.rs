@@ -5,6 +5,7 @@ use crate::message::Message;
 use crate::outbound::{Outbound, Part, SendOutcome};
 use crate::queue::OpenEvent;
 use crate::split_answer;
+use crate::status::MuxStatus;
 use crate::work_context::{Halt, Next, WorkContext};
 use std::sync::Arc;
 use std::time::Instant;
@@ -80,7 +81,7 @@ impl ReplySender {
                 SendOutcome::Sent => attempts.has_sent(),
                 // The rest of these words would not go with the words that have arrived.
                 SendOutcome::AnsweredBefore => {
-                    status.update(|status| status.answered += 1);
+                    status.update(MuxStatus::count_answered);
                     return self.context.finish(seq, &reply.id, "another answer has arrived before").await;
                 }
                 SendOutcome::Refused(why) => return self.refused(seq, reply, &why).await,
@@ -98,7 +99,7 @@ impl ReplySender {
             }
             self.context.insist(|| self.context.queue.sent(seq, *number)).await?;
         }
-        status.update(|status| status.answered += 1);
+        status.update(MuxStatus::count_answered);
         self.context.finish(seq, &reply.id, "answered").await
     }
 

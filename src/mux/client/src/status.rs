@@ -45,12 +45,24 @@ pub(crate) struct MuxStatus {
     pub(crate) ignored: u64,
     /// Events that ended without the answer that somebody expected: see the log.
     pub(crate) refused: u64,
+    /// Whether that is what happened last: no event has been answered since.
+    pub(crate) refused_last: bool,
     /// Deliveries answered 503 because the bucket did not have them in time: the server asks again.
     pub(crate) unreplicated_acks: u64,
     pub(crate) last_unreplicated_ack_at_ms: Option<u64>,
 }
 
 impl MuxStatus {
+    pub(crate) fn count_answered(&mut self) {
+        self.answered += 1;
+        self.refused_last = false;
+    }
+
+    pub(crate) fn count_refused(&mut self) {
+        self.refused += 1;
+        self.refused_last = true;
+    }
+
     /// What `cvm status` and `cvm doctor` show.
     fn facts(&self) -> Vec<Fact> {
         let mut facts = self.registration();
@@ -76,7 +88,8 @@ impl MuxStatus {
             ("ignored", self.ignored),
         ];
         facts.extend(counts.map(|(label, count)| Fact::new(label, Value::Count(count))));
-        facts.push(Fact::new("refused", Value::Count(self.refused)));
+        let refused = Fact::new("refused", Value::Count(self.refused));
+        facts.push(if self.refused_last { refused.warns(Some("`cvm logs mux` says why")) } else { refused });
         if let (Some(why), Some(at_ms)) = (&self.last_error, self.last_error_at_ms) {
             facts.push(Fact::text("last error", why));
             facts.push(Fact::new("last error at", Value::Since { at_ms, late_ms: None }));
@@ -150,5 +163,38 @@ impl StatusReporter {
             tokio::time::sleep(REPORT_EVERY).await;
             self.changed.notified().await;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use cvm_protocol::fact::Severity;
+
+    fn severity(status: &MuxStatus, label: &str) -> Option<Severity> {
+        status.facts().into_iter().find(|fact| fact.label == label).map(|fact| fact.severity_at(1_000))
+    }
+
+    #[test]
+    fn a_refused_event_is_a_warning_until_one_is_answered() {
+        let mut status = MuxStatus::default();
+        assert_eq!(severity(&status, "refused"), Some(Severity::Ok));
+        status.count_refused();
+        assert_eq!(severity(&status, "refused"), Some(Severity::Warning));
+        status.count_answered();
+        assert_eq!(severity(&status, "refused"), Some(Severity::Ok));
+    }
+
+    #[test]
+    fn a_registration_that_is_over_or_refused_is_bad_and_one_that_cannot_be_renewed_is_a_warning() {
+        let mut status = MuxStatus::default();
+        assert_eq!(severity(&status, "not registered"), Some(Severity::Warning), "not yet");
+        status.register_error = Some("401".into());
+        assert_eq!(severity(&status, "not registered"), Some(Severity::Bad));
+        status.registered_until_ms = Some(2_000);
+        assert_eq!(severity(&status, "registered"), Some(Severity::Ok));
+        assert_eq!(severity(&status, "cannot renew it"), Some(Severity::Warning));
+        status.registered_until_ms = Some(1_000);
+        assert_eq!(severity(&status, "registered"), Some(Severity::Bad));
     }
 }

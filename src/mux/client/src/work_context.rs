@@ -2,7 +2,7 @@
 
 use crate::backoff::Backoff;
 use crate::queue::{Failure, Queue};
-use crate::status::StatusReporter;
+use crate::status::{MuxStatus, StatusReporter};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit as Slot, Semaphore, watch};
@@ -81,6 +81,6 @@ impl WorkContext {
     /// Reports an event that ends without the answer that somebody expects.
     pub(crate) fn count_refused(&self, why: String) {
         self.status.failed(why);
-        self.status.update(|status| status.refused += 1);
+        self.status.update(MuxStatus::count_refused);
     }
 }

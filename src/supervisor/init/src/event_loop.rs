@@ -576,6 +576,9 @@ impl<K: Kernel> Supervisor<K> {
             let why = format!("a clock is frozen for {} at most", words(FREEZE_AT_MOST));
             return Body::Refused { why };
         }
+        if self.clock.is_frozen() {
+            return Body::Refused { why: "the clock is frozen already; `thaw` it first".to_owned() };
+        }
         self.clock.freeze(self.since_began(), at_most);
         tracing::info!("The clock stands still for {} at most, or until `thaw` or a stop", words(at_most));
         Body::Taken

@@ -322,6 +322,7 @@ fn while_the_clock_is_frozen_nobody_is_judged_and_a_stop_signal_thaws_it() {
     let keeper = pid_of(&world, "watched");
     assert!(matches!(asks(&mut world, Verb::Freeze { at_most_s: 601 }), Body::Refused { .. }));
     assert!(matches!(asks(&mut world, Verb::Freeze { at_most_s: 600 }), Body::Taken));
+    assert!(matches!(asks(&mut world, Verb::Freeze { at_most_s: 600 }), Body::Refused { .. }));
     let Body::Status(status) = asks(&mut world, Verb::Status) else { panic!("it was asked for") };
     assert!(status.frozen);
     world.kernel.elapsed += s(500);
