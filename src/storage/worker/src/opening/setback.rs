@@ -37,6 +37,7 @@ use crate::{scan, stage};
 use nix::sys::stat::FileStat;
 use std::ffi::OsStr;
 use std::fs;
+use std::io;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path as FsPath, PathBuf};
 
@@ -115,6 +116,9 @@ fn older(
         return Ok(older);
     }
     for (path, row) in index.all()? {
+        if !is_below_directories(volume, &path)? {
+            continue;
+        }
         let put_there = begun.and_then(|begun| begun.files.get(&path));
         let is_older = match until {
             // What is no file, somebody has put there since.
@@ -129,6 +133,16 @@ fn older(
         }
     }
     Ok(older)
+}
+
+/// Whether each directory above a path is one, or missing. A link or a file in its place, somebody has put
+/// there: what is behind it is not the file of this path.
+fn is_below_directories(volume: &Volume, path: &Path) -> Result<bool, Fault> {
+    match Within::open(&volume.upper, path.parent().as_ref()) {
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ELOOP | libc::ENOTDIR)) => Ok(false),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error.into()),
+        _ => Ok(true),
+    }
 }
 
 fn is_file(stat: &FileStat) -> bool {
@@ -294,13 +308,29 @@ impl Exchanging<'_> {
         index.end_exchange()
     }
 
+    /// The directory of the older files, with the directories of this path. Where another older file has the
+    /// name of one of those (`NAME.2` may be one), it is a directory `2` in it, and so on.
+    fn directory_aside(&self, path: &Path) -> Result<PathBuf, Fault> {
+        use io::ErrorKind::{AlreadyExists, NotADirectory};
+        let top = self.volume.own.join("aside").join(self.aside);
+        fs::create_dir_all(&top)?;
+        let (mut aside, mut number) = (top.clone(), 1);
+        while let Err(error) = fs::create_dir_all(path.below(&aside).parent().unwrap_or(&aside)) {
+            if !matches!(error.kind(), AlreadyExists | NotADirectory) {
+                return Err(error.into());
+            }
+            number += 1;
+            aside = top.join(number.to_string());
+        }
+        Ok(aside)
+    }
+
     /// Gives what is there a name in the directory of the older files. Nothing there is ever replaced: where an
     /// earlier try has left another file of the same name, this one becomes `NAME.2`, and so on. A database
     /// and what is beside it get the same number, so that they still belong together.
     fn put_aside(&self, path: &Path, is_database: bool, step: Step<'_>) -> Result<(), Fault> {
         let volume = self.volume;
         let Ok(dir) = Within::open(&volume.upper, path.parent().as_ref()) else { return Ok(()) };
-        let aside = volume.own.join("aside").join(self.aside);
         let suffixes = if is_database { &OF_A_DATABASE[..] } else { &OF_A_DATABASE[..1] };
         let mut all = Vec::new();
         for suffix in suffixes {
@@ -311,7 +341,7 @@ impl Exchanging<'_> {
         if all.iter().all(|(.., file)| file.is_none()) {
             return Ok(());
         }
-        fs::create_dir_all(path.below(&aside).parent().unwrap_or(&aside))?;
+        let aside = self.directory_aside(path)?;
         let mut number = 1;
         while !is_free_for(&aside, path, number, &all)? {
             number += 1;
@@ -647,6 +677,75 @@ mod tests {
         assert!(!disk.boots(usize::MAX));
         assert_eq!(fs::read_link(bench.at("d/plain")).unwrap(), FsPath::new("elsewhere"));
         assert_eq!(fs::read(bench.at("d/missing")).unwrap(), b"was there");
+    }
+
+    #[test]
+    fn what_takes_the_place_of_a_directory_between_two_boots_is_left_there() {
+        type Put = fn(&Bench);
+        let link_to_where_it_was_moved: Put = |bench| {
+            fs::rename(bench.at("d"), bench.at("moved")).unwrap();
+            std::os::unix::fs::symlink("moved", bench.at("d")).unwrap();
+        };
+        let link_to_itself: Put = |bench| {
+            fs::remove_dir_all(bench.at("d")).unwrap();
+            std::os::unix::fs::symlink("d", bench.at("d")).unwrap();
+        };
+        let file: Put = |bench| {
+            fs::remove_dir_all(bench.at("d")).unwrap();
+            fs::write(bench.at("d"), "somebody's").unwrap();
+        };
+        for (what, put) in [("moved", link_to_where_it_was_moved), ("itself", link_to_itself), ("file", file)]
+        {
+            let mut cuts = 0;
+            while {
+                let disk = SetBack::new();
+                let bench = &disk.bench;
+                let is_cut = disk.boots(cuts);
+                put(bench);
+                let there = || {
+                    let is = (fs::read_link(bench.at("d")).ok(), fs::read(bench.at("d")).ok());
+                    (is, fs::read(bench.at("moved/plain")).ok())
+                };
+                let before = there();
+                assert!(!disk.boots(usize::MAX), "{what}, cut {cuts}");
+                assert_eq!(there(), before, "{what}, cut {cuts}");
+                assert!(fs::read(bench.at("db")).unwrap() == disk.newer["db"], "{what}, cut {cuts}");
+                is_cut
+            } {
+                cuts += 1;
+            }
+            assert!(cuts > 10, "{what}: {cuts} steps");
+        }
+    }
+
+    #[test]
+    fn a_file_with_a_number_is_not_in_the_way_of_a_directory_of_that_name() {
+        let (mut cuts, mut in_the_way) = (0, 0);
+        while {
+            let mut disk = SetBack::new();
+            fs::create_dir(disk.bench.at("db.2")).unwrap();
+            fs::write(disk.bench.at("db.2/plain"), "older below").unwrap();
+            disk.bench.tick();
+            disk.bench.has_pushed_this("db.2/plain", b"newer below", None);
+            disk.newer.insert("db.2/plain", b"newer below".to_vec());
+            let (bench, aside) = (&disk.bench, disk.bench.volume.own.join("aside/first"));
+            let is_cut = disk.boots(cuts);
+            if is_cut && aside.join("db").exists() {
+                fs::write(bench.at("draft"), "edited").unwrap();
+                fs::rename(bench.at("draft"), bench.at("db")).unwrap();
+                assert!(!disk.boots(usize::MAX), "cut {cuts}");
+                assert_eq!(fs::read(bench.at("db.2/plain")).unwrap(), b"newer below", "cut {cuts}");
+                let all = contents(&aside);
+                for content in ["edited", "older below"] {
+                    assert!(all.contains(&content.as_bytes().to_vec()), "cut {cuts}: {content}");
+                }
+                in_the_way += usize::from(aside.join("2/db.2/plain").exists());
+            }
+            is_cut
+        } {
+            cuts += 1;
+        }
+        assert!(in_the_way > 0);
     }
 
     const NONE: [&str; 0] = [];
