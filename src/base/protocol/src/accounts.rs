@@ -1,42 +1,43 @@
-//! Accounts, as `/etc/passwd` and `/etc/group` describe them.
+//! Reads accounts from the text of `/etc/passwd` and `/etc/group`.
 //!
 //! The binaries are static, and a static C library cannot load the modules of the name service
-//! switch; `getpwnam` would fail or worse. The two files are the whole truth inside a container.
+//! switch, so `getpwnam` would fail or worse. Inside a container no other source of accounts exists than the two
+//! files.
 //!
-//! The caller reads the files. A line that is not whole is no account.
+//! The caller reads the files. An incomplete line is no account.
 
 use std::ops::RangeInclusive;
 
-/// User and group number of an account that is made here: the same in every container, so that a
-/// volume's files have the same owner in the next. Also what they will be before it is made.
+/// User and group number of the gateway's account, if we create it: the same in every container, so that a volume's
+/// files have the same owner in the next one. Files may get this owner before the account exists.
 pub const GATEWAY_ID: u32 = 990;
 
 /// The user that the mux client becomes once it has opened what only root may open. It is not the gateway's user,
 /// whom the agent runs as and who must not reach the register key.
 pub const MUX_UID: u32 = 18_790;
 
-/// Numbers of accounts that are made here, where [`GATEWAY_ID`] is taken.
+/// Numbers for the gateway's account, if [`GATEWAY_ID`] is taken.
 pub const MADE_IDS: RangeInclusive<u32> = 1000..=1999;
 
-/// Numbers of people. Those below and above are system accounts (Debian's policy, 9.2.2).
+/// User numbers of people. Lower and higher ones are system accounts (Debian's policy, 9.2.2).
 const PEOPLE: RangeInclusive<u32> = 1000..=59_999;
 
-/// Users and groups inside the agent's containers, except their root, who is the agent.
+/// Numbers of users and groups inside the agent's containers, except their root, which is mapped to the agent.
 pub const CONTAINER_IDS: RangeInclusive<u32> = 200_001..=265_535;
 
-/// Who a process can be.
+/// The user that a process can run as.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Account {
     pub uid: u32,
     pub gid: u32,
-    /// Every group the account is in, its own first, none twice.
+    /// Every group of the account once, its own first.
     pub groups: Vec<u32>,
     pub home: String,
 }
 
 impl Account {
-    /// The account `name`, from the text of `/etc/passwd` and `/etc/group`. The first line of a
-    /// name counts, as it does for the C library.
+    /// The account `name`, from the text of `/etc/passwd` and `/etc/group`. If a name has several lines the first one
+    /// is used, as by the C library.
     pub fn find(passwd: &str, group: &str, name: &str) -> Option<Self> {
         let (uid, gid, home) = passwd.lines().find_map(|line| user(line, name))?;
         let mut groups = vec![gid];

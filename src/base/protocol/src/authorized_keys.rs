@@ -1,22 +1,23 @@
-//! Public keys that may log in, as `authorized_keys` lines.
+//! Checks lines of `authorized_keys`, the public keys that may log in.
 //!
 //! An error never shows the line (a private key may have been pasted by mistake). A key that sshd would
 //! skip silently is an error, such as one that a terminal has cut off.
 //!
-//! By hand, because every fault has a remedy of its own, lines are kept as they were written, and process 1 checks
-//! them. The crate `ssh-key` tells fewer faults apart, and fits our other crates as a release candidate only (0.7).
+//! Written by hand, because every fault has a remedy of its own, lines are kept as they were written, and PID 1
+//! checks them. The crate `ssh-key` tells fewer faults apart, and fits our other crates as a release candidate only
+//! (0.7).
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 
-/// Why a line is no key that may log in: the rest of a sentence that begins with the line, and what to do.
+/// Why a line is refused: the rest of a sentence that begins with the line, and what to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BadKey {
     pub rule: &'static str,
     pub hint: &'static str,
 }
 
-/// Key types that sshd accepts, and of how many fields each key consists.
+/// The key types that sshd accepts, and the number of fields of each.
 const KEY_TYPES: &[(&str, usize)] = &[
     ("ssh-ed25519", 2),
     ("sk-ssh-ed25519@openssh.com", 3),
@@ -27,11 +28,11 @@ const KEY_TYPES: &[(&str, usize)] = &[
     ("ssh-rsa", 3),
 ];
 
-/// One checked line: perhaps options, the type, the key, perhaps a comment.
+/// One checked line: optional options, the type, the key, and an optional comment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AuthorizedKey {
     line: String,
-    /// Where the comment begins: up to there two lines are the same key with the same rights.
+    /// Where the comment begins. Lines that are equal up to there are the same key with the same rights.
     identity_len: usize,
 }
 
@@ -78,15 +79,14 @@ impl AuthorizedKey {
         &self.line
     }
 
-    /// The line without its comment. Two lines with one identity are the same key with the
-    /// same options; two with different options are not, and sshd tries both.
+    /// The line without its comment. Lines with the same identity are the same key with the same options. A key with
+    /// other options is another identity, and sshd tries both.
     pub fn identity(&self) -> &str {
         &self.line[..self.identity_len]
     }
 }
 
-/// The lines of a text that say something, with their numbers from 1: no blank ones, no
-/// comments.
+/// The lines of a text that are neither blank nor comments, with their numbers from 1.
 pub fn key_lines(text: &str) -> impl Iterator<Item = (usize, &str)> {
     let numbered = text.lines().enumerate().map(|(index, line)| (index + 1, line.trim()));
     numbered.filter(|(_, line)| !line.is_empty() && !line.starts_with('#'))
@@ -121,7 +121,7 @@ fn options_len(line: &str) -> Option<usize> {
     None
 }
 
-/// The `string`s (RFC 4251) that a blob consists of, if they fill it exactly.
+/// Splits a key blob into its `string`s (RFC 4251), if they fill it exactly.
 fn wire_strings(mut blob: &[u8]) -> Option<Vec<&[u8]>> {
     const FIELDS_MAX: usize = 4;
     let mut parts = Vec::new();

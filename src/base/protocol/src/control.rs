@@ -1,7 +1,8 @@
 //! The messages between an operator's `cvm` and PID 1: [`Request`] on the control socket, answered by [`Response`].
 //!
-//! The other protocols stay inside of one build, since one image carries all the binaries; this one is versioned.
-//! A line over its limit, or one that is not understood, is refused with words for the sender.
+//! This protocol has a version, because an operator may use the `cvm` of another image. Most other protocols need
+//! none: one image carries all the programs that use them. A line that is too long or is not understood is answered
+//! by the reason.
 
 use crate::status::Status;
 use cvm_secrets::base64_bytes::PackedEnvironment;
@@ -10,7 +11,7 @@ use std::fmt;
 
 /// Version of the control protocol. It grows when an old `cvm` could misread an answer.
 pub const VERSION: u32 = 1;
-/// A request is a verb and a name.
+/// The most bytes of a request, which is a verb and perhaps a name.
 pub const REQUEST_MAX: usize = 4 * 1024;
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,13 +34,13 @@ pub enum Verb {
     Restart {
         service: String,
     },
-    /// This machine is about to be paused: no time passes for its services until `Thaw`, a stop, or so many seconds
-    /// later.
+    /// The machine is about to be paused. No time passes for its services until `Thaw`, a stop, or until so many
+    /// seconds have passed.
     Freeze {
         at_most_s: u32,
     },
     Thaw,
-    /// What `openclaw` needs to talk to the gateway as the gateway's own user.
+    /// Asks for the user and the environment with which the command `openclaw` can talk to the gateway.
     GatewayAccess,
 }
 
@@ -54,7 +55,7 @@ pub struct Response {
 #[serde(tag = "answer", rename_all = "kebab-case")]
 pub enum Body {
     Status(Box<Status>),
-    /// The order was taken; `status` shows what comes of it.
+    /// The order was accepted; `status` shows its effect.
     Taken,
     GatewayAccess {
         user: String,
@@ -96,7 +97,7 @@ impl Request {
         if line.len() > REQUEST_MAX {
             return Err(BadRequest::TooLong);
         }
-        // The version first: a newer request is told so, whatever else it says.
+        // The version is checked first, so that a request of another version is refused for its version.
         let head: Head = serde_json::from_slice(line).map_err(|_| BadRequest::NotUnderstood)?;
         if head.v != VERSION {
             return Err(BadRequest::Version(head.v));

@@ -1,4 +1,4 @@
-//! Doors: protections that are on by default and that this configuration turns off.
+//! A door is a protection that is on by default and that this configuration turns off.
 //!
 //! One list serves the boot log, `cvm-init --check`, `cvm status` and `cvm doctor`.
 
@@ -8,11 +8,11 @@ use std::fmt;
 /// A protection that is off, and how to turn it on again. Holds no value of a secret.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Door {
-    /// The setting that opens it, such as `ENABLE_DOCKER=1`.
+    /// The setting that opens the door, such as `ENABLE_DOCKER=1`.
     pub name: String,
-    /// Who can now do what.
+    /// What somebody can do as long as the door is open.
     pub risk: String,
-    /// How to shut it.
+    /// How to close the door.
     pub remedy: String,
 }
 

@@ -1,7 +1,6 @@
-//! How a process ended, in a type that keeps exit codes, signals and the kernel's
-//! out-of-memory killer apart, and in words for people.
+//! How a process ended: by exit code, by signal or by the kernel's out-of-memory killer, with words for people.
 //!
-//! Whether an end is good or bad is judged in `cvm_machine::service`.
+//! `cvm_machine::service` judges whether an end is good or bad.
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -12,15 +11,15 @@ use std::process::ExitStatus;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum End {
-    /// It called exit with this code.
+    /// The process called exit with this code.
     Code(i32),
-    /// A signal ended it.
+    /// A signal ended the process.
     Signal(i32),
     /// SIGKILL, while the kernel counted an out-of-memory kill.
     OutOfMemory,
-    /// It never ran: which stage of starting failed, and the errno.
+    /// The program never ran, because a stage of starting it failed with this errno.
     NotStarted { stage: Stage, errno: i32 },
-    /// The keeper above it was killed, so nobody saw how it ended.
+    /// The keeper of the process was killed, so its end is not known.
     Unseen,
 }
 
@@ -52,7 +51,7 @@ impl Stage {
         Self::Exec,
     ];
 
-    /// No wildcard: a stage without words does not compile.
+    /// What failed, for people. Without a wildcard, so that a new stage needs words to compile.
     pub fn words(self) -> &'static str {
         match self {
             Self::Fork => "creating the process",
@@ -82,7 +81,7 @@ impl From<ExitStatus> for End {
         match (status.code(), status.signal()) {
             (Some(code), _) => Self::Code(code),
             (None, Some(signal)) => Self::Signal(signal),
-            // Stopped or continued, which no wait here asks for.
+            // Stopped or continued: none of our waits asks for these.
             (None, None) => Self::Unseen,
         }
     }
@@ -98,7 +97,7 @@ impl End {
         *self == Self::Code(0)
     }
 
-    /// The exit status a shell would show for it.
+    /// The exit status that a shell would show for this end.
     pub fn shell_status(&self) -> u8 {
         match self {
             // Codes are eight bits wide and signals end at 64.
@@ -134,7 +133,7 @@ impl fmt::Display for End {
     }
 }
 
-/// The name of a signal as `kill -l` has it, for Linux on every architecture we build for.
+/// The name of a signal as `kill -l` shows it, for Linux on every architecture that we build for.
 pub fn signal_name(signal: i32) -> Option<&'static str> {
     const NAMES: [&str; 31] = [
         "SIGHUP",

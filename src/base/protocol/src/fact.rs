@@ -1,21 +1,23 @@
-//! How a service stands, as a short list of labelled facts. Whoever shows them need not know the service.
+//! A service reports its state as a short list of labelled facts, so that a program can show them without knowing the
+//! service.
 
 use serde::{Deserialize, Serialize};
 
 /// One thing worth knowing about a service. Safe to be public.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fact {
-    /// What the value is, in a word or two, for people: `registered`.
+    /// The meaning of the value for people, in a word or two, such as `registered`.
     pub label: String,
     pub value: Value,
     #[serde(default)]
     pub severity: Severity,
-    /// What to do about it.
+    /// What an operator can do if the severity is not `Ok`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub remedy: Option<String>,
 }
 
-/// Moments are milliseconds since 1970, so that a fact that does not change needs no second report.
+/// The value of a fact. A time is an absolute one, in milliseconds since 1970, so that a fact that only grows older
+/// needs no second report.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Value {
@@ -23,13 +25,13 @@ pub enum Value {
     Count(u64),
     Bytes(u64),
     Flag(bool),
-    /// It has been so since then, and is a warning once it is older than `late_ms`.
+    /// The fact is true since `at_ms`, and becomes a warning once it is older than `late_ms`.
     Since {
         at_ms: u64,
         #[serde(default, skip_serializing_if = "Option::is_none")]
         late_ms: Option<u64>,
     },
-    /// It holds until then, and is bad once that has passed.
+    /// The fact is true until `at_ms`, and is bad afterwards.
     Until {
         at_ms: u64,
     },
@@ -63,7 +65,7 @@ impl Fact {
         Self { severity: Severity::Bad, remedy: remedy.map(str::to_owned), ..self }
     }
 
-    /// The severity at a moment: what lasts too long, or is over, gets worse without a second report.
+    /// The severity at a moment: a fact that lasts too long, or is over, gets worse without a second report.
     pub fn severity_at(&self, now_ms: u64) -> Severity {
         let by_time = match self.value {
             Value::Since { at_ms, late_ms: Some(late_ms) } if now_ms.saturating_sub(at_ms) >= late_ms => {
@@ -76,7 +78,7 @@ impl Fact {
     }
 }
 
-/// The text of the fact with a label, for a program that knows what it looks for.
+/// The text of the fact with this label, for a program that knows the service.
 pub fn text_of<'a>(facts: &'a [Fact], label: &str) -> Option<&'a str> {
     facts.iter().find(|fact| fact.label == label).and_then(|fact| match &fact.value {
         Value::Text(text) => Some(text.as_str()),

@@ -1,4 +1,4 @@
-//! One JSON object a line: the form of every message.
+//! Every message is one JSON object on one line.
 
 use serde::Serialize;
 use zeroize::Zeroizing;
@@ -6,7 +6,7 @@ use zeroize::Zeroizing;
 /// One message as a line, wiped when it is dropped. It is written into a buffer of its exact size, because a buffer
 /// that grows would leave pieces of a secret behind.
 pub fn line<T: Serialize>(message: &T) -> Zeroizing<Vec<u8>> {
-    // Nothing here has a map with keys that are not strings, the only thing serde_json refuses.
+    // serde_json refuses only maps whose keys are not strings, and no message has one.
     let mut size = Size(0);
     let _ = serde_json::to_writer(&mut size, message);
     let mut bytes = Zeroizing::new(Vec::with_capacity(size.0 + 1));
@@ -15,7 +15,7 @@ pub fn line<T: Serialize>(message: &T) -> Zeroizing<Vec<u8>> {
     bytes
 }
 
-/// Counts what is written.
+/// A writer that only counts bytes.
 struct Size(usize);
 
 impl std::io::Write for Size {

@@ -1,19 +1,19 @@
 //! The messages between PID 1 and a keeper.
 //!
 //! * PID 1 to a keeper: [`KeeperSpec`], in a sealed memfd on standard input.
-//! * a keeper to PID 1: [`KeeperReport`] lines on a pipe that is the keeper's alone.
+//! * A keeper to PID 1: [`KeeperReport`] lines, on a pipe that only this keeper writes to.
 
 use crate::exit_status::End;
 use cvm_secrets::base64_bytes::{PackedBytes, PackedEnvironment};
 use serde::{Deserialize, Serialize};
 
-/// What a keeper has to keep.
+/// The program that a keeper runs, and how.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct KeeperSpec {
-    /// Name in logs and in the keeper's own command line.
+    /// The name in logs and in the keeper's own command line.
     pub name: String,
-    /// Tells the processes of one run from all others; in their environment as `CVM_RUN`.
+    /// Identifies one run: its processes have it in their environment, as `CVM_RUN`.
     pub run: String,
     pub argv: Vec<String>,
     pub environment: PackedEnvironment,
@@ -29,7 +29,7 @@ pub struct KeeperSpec {
     pub readiness: Option<ProbeSpec>,
 }
 
-/// What the main process and PID 1 have between them, besides signals, output and probes.
+/// The connection between the main process and PID 1, besides signals, output and probes.
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Channel {
@@ -37,32 +37,32 @@ pub enum Channel {
     None,
     /// A task: its work is on standard input, its report pipe is descriptor 3, and SIGTERM asks it to end.
     Task(PackedBytes),
-    /// A service of ours: its sealed specification is on standard input, at whatever position a run before it left
-    /// it; its report pipe is descriptor 3; and end of file on descriptor 4, which never says anything else, asks
-    /// it to end. A signal would not do: Go takes SIGTERM for itself once it has mounted something.
+    /// A service of ours. Its sealed specification is on standard input, at the position where the previous run left
+    /// it. Its report pipe is descriptor 3. End of file on descriptor 4, where no byte ever comes, asks it to end. A
+    /// signal cannot do that, because Go handles SIGTERM itself once it has mounted something.
     Service,
 }
 
 /// The keeper's own descriptors above standard error.
 pub mod descriptors {
-    /// The keeper's reports.
+    /// The pipe for the keeper's own reports.
     pub const REPORTS: i32 = 3;
-    /// The report pipe of the program that it keeps.
+    /// The report pipe of the keeper's program.
     pub const OF_THE_PROGRAM: i32 = 4;
     /// The specification of a service of ours.
     pub const SPECIFICATION: i32 = 5;
 }
 
-/// No core files, and so many processes of one user.
+/// Limits of a service: no core files, and so many processes of its user.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limits {
-    /// Threads count.
+    /// Threads count as processes.
     pub processes: u64,
 }
 
-/// The agent's: the gateway has some dozens of threads, a browser some hundreds, and a fork bomb all that it can
-/// get. There is no limit on memory: it would count what a process reserves, and an idle Node reserves 13 times
-/// what it uses. When memory runs out the kernel ends the gateway first, by `oom_score_adj`.
+/// The limits of the gateway and the agent. The gateway has some dozens of threads, a browser some hundreds; a fork
+/// bomb takes all that it can get. Memory has no limit, because it would count reserved memory, and an idle Node
+/// reserves 13 times what it uses. When memory runs out the kernel ends the gateway first, by `oom_score_adj`.
 pub const AGENT_LIMITS: Limits = Limits { processes: 4096 };
 
 /// What happens to processes that the main process leaves behind.
@@ -75,11 +75,11 @@ pub enum Leftovers {
     Leave,
 }
 
-/// Where output goes.
+/// Where the output of a service goes.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Log {
-    /// A file that rotates at `rotate_bytes` and keeps one old one.
+    /// The log file. At `rotate_bytes` it becomes the one old file, and a new one begins.
     pub file: String,
     pub rotate_bytes: u64,
     /// Whether lines go to the container's standard output too.
@@ -88,15 +88,15 @@ pub struct Log {
     pub json: bool,
 }
 
-/// A question to a service that costs it nothing and needs no words from its log.
+/// A question that a service answers at almost no cost, so that its state need not be read out of its log.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Probe {
-    /// 2xx to GET on loopback.
+    /// A GET on loopback is answered by 2xx.
     Http { port: u16, path: String },
-    /// 2xx to GET on a unix socket.
+    /// A GET on a Unix socket is answered by 2xx.
     UnixHttp { socket: String, path: String },
-    /// Something listens on loopback.
+    /// A program listens on loopback.
     Listens { port: u16 },
 }
 
@@ -104,9 +104,9 @@ pub enum Probe {
 #[serde(deny_unknown_fields)]
 pub struct ProbeSpec {
     pub probe: Probe,
-    /// While the answer is no.
+    /// The pause between questions while the answer is no.
     pub eager_ms: u64,
-    /// While the answer is yes.
+    /// The pause between questions while the answer is yes.
     pub calm_ms: u64,
     pub timeout_ms: u64,
 }
@@ -115,7 +115,7 @@ pub struct ProbeSpec {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "report", rename_all = "kebab-case")]
 pub enum KeeperReport {
-    /// The program executes.
+    /// The program has been executed.
     Started {
         pid: i32,
     },
@@ -123,27 +123,27 @@ pub enum KeeperReport {
     MainEnded {
         end: End,
     },
-    /// The whole tree is gone; the last words of a keeper.
+    /// The whole process tree has ended. The last report of a keeper.
     TreeGone {
         end: End,
         killed: u32,
     },
-    /// An answer to the liveness probe, or none.
+    /// Whether the liveness probe got a good answer.
     Liveness {
         ok: bool,
     },
-    /// During the start: it uses the processor or a disk.
+    /// The service is starting, and uses the processor or a disk.
     Works,
-    /// The startup probe said yes; said once.
+    /// The startup probe got its first good answer.
     StartOver,
     Readiness {
         ok: bool,
     },
-    /// The parts that it names as the reason why it is not ready; said when they change.
+    /// The parts that the service names as the reason why it is not ready. Sent when they change.
     Failing {
         parts: Vec<String>,
     },
-    /// Lines that had to be dropped, said once for each burst.
+    /// Lines of output that were dropped. Sent once for each burst.
     Dropped {
         lines: u64,
     },

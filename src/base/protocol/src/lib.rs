@@ -1,7 +1,7 @@
-//! Every message between our processes, and what several of them must agree on: paths, accounts, how a process
-//! ended, what a volume remembers.
+//! Every message between our processes, and everything else that several of them must agree on: paths, accounts, how
+//! a process ended, what a volume remembers.
 //!
-//! Types and pure functions: no I/O, no clock.
+//! The crate has types and pure functions only: no I/O, no clock.
 
 pub mod accounts;
 pub mod authorized_keys;

@@ -1,10 +1,10 @@
 //! The messages between the supervisor and the mux client.
 //!
-//! * PID 1 to `cvm-mux`: [`MuxSpec`], in a sealed memfd on standard input. The only place where the
-//!   register key and the gateway's token travel.
-//! * operator to `cvm-mux pair`: [`PairSpec`] the same way; the answer is JSON on standard output.
+//! * PID 1 to `cvm-mux`: [`MuxSpec`], in a sealed memfd on standard input. It is the only message with the register key
+//!   and the gateway's token.
+//! * `cvm pair` to `cvm-mux pair`: [`PairSpec`] in the same way; the answer is JSON on standard output.
 //!
-//! A secret is wiped when it is dropped, and stands in nothing but a specification.
+//! Only a specification holds secrets, and they are wiped when it is dropped.
 
 use cvm_secrets::base64_bytes::PackedBytes;
 use serde::{Deserialize, Serialize};
@@ -20,33 +20,33 @@ pub const SERVER: &str = "mux-server";
 pub const INBOUND: &str = "is reached at";
 pub const DEVICE: &str = "device";
 
-/// All that the mux client needs to know.
+/// Everything that the mux client has to know.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MuxSpec {
-    /// Without a slash at its end.
+    /// The URL of the mux-server, without a slash at its end.
     pub base_url: String,
     pub register_key: PackedBytes,
     pub inbound_url: String,
-    /// `openclawId` on the wire.
+    /// The identity of this gateway, `openclawId` on the wire.
     pub device_id: String,
-    /// Where it listens, on all addresses.
+    /// The port on which the mux client listens, on all addresses.
     pub port: u16,
     pub gateway_port: u16,
     pub gateway_token: PackedBytes,
     /// The directory of the queue.
     pub directory: String,
-    /// The socket that says what is in the bucket; none in local mode.
+    /// The socket on which the storage worker tells what is in the bucket; none in local mode.
     pub replication: Option<String>,
-    /// How long an acknowledgement waits for the bucket at most; 0 is not at all.
+    /// The longest time that an acknowledgement waits for the bucket; with 0 it does not wait.
     pub ack_wait_s: u32,
     /// How long a stop may wait for answers that the gateway is about to give.
     pub drain_s: u32,
-    /// Who it becomes, if it is root.
+    /// The user that the mux client becomes, if it starts as root.
     pub uid: u32,
 }
 
-/// What `cvm-mux pair` needs to know.
+/// Everything that `cvm-mux pair` has to know.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PairSpec {

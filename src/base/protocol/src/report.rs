@@ -1,13 +1,13 @@
-//! What a service of ours, or a task, tells PID 1, one JSON object a line on its report pipe.
+//! The reports of a service of ours or of a task to PID 1, one JSON object a line on its report pipe.
 //!
-//! PID 1 knows none of the services: it says their notes, opens and closes the gates that they provide, keeps
-//! their facts for `cvm status`, and remembers their last word. All of it is public: no name of the agent's
-//! files and no word of a message may be in it.
+//! PID 1 has no code for single services. It logs their notes, opens and closes the gates that they provide, keeps
+//! their facts for `cvm status`, and remembers their last report. Reports are public: they must hold no name of the
+//! agent's files and no word of a message.
 
 use crate::fact::Fact;
 use serde::{Deserialize, Serialize};
 
-/// One report of a keeper, a task or a service; a task's may carry notes for the boot log.
+/// The most bytes of one report of a keeper, a task or a service. A task's report may hold many notes.
 pub const REPORT_MAX: usize = 64 * 1024;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -19,7 +19,7 @@ pub enum Level {
     Debug,
 }
 
-/// A line for the boot log. Safe to be public.
+/// A line for the boot log, which may be public.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Note {
     pub level: Level,
@@ -29,7 +29,7 @@ pub struct Note {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "report", rename_all = "kebab-case")]
 pub enum ServiceReport {
-    /// A line for the boot log. A service that sends very many loses some of them.
+    /// A line for the boot log. If a service sends very many, some are dropped.
     Note { level: Level, text: String },
     /// A gate that the service provides has opened or closed.
     Gate {
@@ -37,28 +37,29 @@ pub enum ServiceReport {
         #[serde(flatten)]
         state: GateState,
     },
-    /// How the service stands: all facts, each time one of them changes.
+    /// The state of the service: all its facts, sent each time one of them changes.
     Status { facts: Vec<Fact> },
-    /// The last word: what the service leaves undone, in a sentence; none when all is done.
+    /// The last report: a sentence about the work that the service leaves undone, or none if all is done.
     Drained { missing: Option<String> },
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "state", rename_all = "kebab-case")]
 pub enum GateState {
-    /// Whoever needs the gate may run. Sent again when `outlives` changes.
+    /// Services and tasks that need the gate may run. Sent again when `outlives` changes.
     Open {
         /// Whether the gate stays open when the service ends.
         outlives: bool,
     },
-    /// Whoever needs the gate is ended.
+    /// Services that need the gate are ended.
     Closed {
         why: String,
         /// Whether the service keeps trying to open it.
         retry: bool,
     },
-    /// The gate is closed and nothing is wrong: the service waits its turn.
+    /// The gate is closed, but nothing is wrong: the service waits for its turn.
     Waiting { why: String },
-    /// The service cannot tell any more. An open gate that outlives the service stays open; any other closes.
+    /// The service does not know the state any more. An open gate that outlives the service stays open; any other
+    /// closes.
     Unknown { why: String },
 }

@@ -1,6 +1,6 @@
-//! What the supervisor says of itself: a snapshot that `cvm status` shows and machines read.
+//! The supervisor's status: a snapshot that `cvm status` shows and that programs read.
 //!
-//! Holds names, times and fingerprints, never a secret and never a word of the gateway's: it is safe to be pasted
+//! It holds names, times and fingerprints, never a secret and never text of the gateway, so an operator may paste it
 //! in public.
 
 use crate::doors::Door;
@@ -8,38 +8,38 @@ use crate::fact::Fact;
 use crate::word_enum::word_enum;
 use serde::{Deserialize, Serialize};
 
-/// The whole snapshot. Field names are an interface: add, do not rename.
+/// The whole snapshot. Its field names are an interface: add fields, but do not rename any.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Status {
-    /// Version of the supervisor.
+    /// The version of the supervisor.
     pub version: String,
     pub phase: Phase,
-    /// Time in which the machine stood still does not count.
+    /// How long the machine has been up, without the time in which it was frozen.
     pub uptime_ms: u64,
-    /// Whether somebody has the clock stand still.
+    /// Whether an operator has frozen the machine's clock.
     #[serde(default)]
     pub frozen: bool,
     pub storage: Storage,
     pub keys: Vec<Fingerprint>,
-    /// What the configuration opens that is shut by default.
+    /// Protections that this configuration turns off.
     #[serde(default)]
     pub doors: Vec<Door>,
-    /// What an operator should know as long as it is true.
+    /// Facts that an operator should know as long as they are true.
     pub remarks: Vec<Remark>,
     pub boot: Vec<Step>,
     pub services: Vec<Service>,
     pub healthy: bool,
-    /// Why not, one line each.
+    /// The reasons why the machine is not healthy, one line each.
     pub unhealthy: Vec<String>,
 }
 
 word_enum! {
-    /// Of the whole machine.
+    /// The phase of the whole machine.
     pub enum Phase {
         /// Required steps are still to come.
         Booting = "booting",
         Running = "running",
-        /// A required step failed; it is tried again, or waits for an operator.
+        /// A required step failed. It will be tried again, or waits for an operator.
         Degraded = "degraded",
         Stopping = "stopping",
     }
@@ -63,21 +63,21 @@ word_enum! {
 
 word_enum! {
     pub enum ServiceState {
-        /// A gate that it needs is closed.
+        /// A gate that the service needs is closed.
         Blocked = "blocked",
         Preparing = "preparing",
         Starting = "starting",
-        /// It runs, and cannot be asked whether it is ready or is not ready yet.
+        /// The service runs, and is not ready yet or has no readiness probe.
         Up = "up",
         Ready = "ready",
         Repairing = "repairing",
         Stopping = "stopping",
-        /// Its next start has a time.
+        /// The service starts again at a known time.
         Waiting = "waiting",
         /// Only an operator can start it again.
         Parked = "parked",
         Stopped = "stopped",
-        /// The kernel holds a process of its last run.
+        /// A process of the last run does not end, because the kernel holds it.
         Stuck = "stuck",
     }
 }
@@ -85,25 +85,25 @@ word_enum! {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Storage {
     pub mode: StorageMode,
-    /// What that means for the data, in words.
+    /// What the mode means for the data, in a sentence.
     pub meaning: String,
 }
 
 impl Storage {
-    /// Before anything is known but the configuration.
+    /// The status from the configuration alone.
     pub fn new(mode: StorageMode, meaning: impl Into<String>) -> Self {
         Self { mode, meaning: meaning.into() }
     }
 }
 
-/// Something two machines with the same key have in common.
+/// A public fingerprint of a key: machines with the same key show the same one.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Fingerprint {
     pub name: String,
     pub fingerprint: String,
 }
 
-/// Something an operator should know as long as it is true.
+/// A fact that an operator should know as long as it is true.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Remark {
     pub topic: String,
@@ -115,7 +115,7 @@ pub struct Step {
     pub name: String,
     pub state: StepState,
     pub required: bool,
-    /// Since PID 1 started.
+    /// When the step began, since PID 1 started.
     pub began_ms: Option<u64>,
     pub took_ms: Option<u64>,
     pub tries: u32,
@@ -131,7 +131,7 @@ pub struct Service {
     pub why: Option<String>,
     pub pid: Option<i32>,
     pub up_ms: Option<u64>,
-    /// First exec and first readiness, since PID 1 started.
+    /// When the service was first executed and first ready, since PID 1 started.
     pub first_exec_ms: Option<u64>,
     pub first_ready_ms: Option<u64>,
     pub restarts: u64,
@@ -140,18 +140,18 @@ pub struct Service {
     pub last_end: Option<String>,
     pub last_end_ago_ms: Option<u64>,
     pub next_start_in_ms: Option<u64>,
-    /// What the supervisor does next, or what an operator can do; on the wire `-` if nothing is due.
+    /// What the supervisor does next, or what an operator can do. None is `-` on the wire.
     #[serde(with = "dash")]
     pub next_action: Option<String>,
     pub required: bool,
     pub dropped_lines: u64,
-    /// How it says that it stands, where it says anything.
+    /// The facts that the service has reported about itself.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub facts: Vec<Fact>,
 }
 
 impl Service {
-    /// Whether it runs and is ready, if it can be asked.
+    /// Whether the service runs and, if it has a readiness probe, is ready.
     pub fn is_ready(&self) -> bool {
         match self.state {
             ServiceState::Ready => true,
@@ -166,7 +166,7 @@ impl Service {
     }
 }
 
-/// An absent text as `-`.
+/// Writes an absent text as `-`.
 mod dash {
     use serde::{Deserialize as _, Deserializer, Serializer};
 

@@ -1,11 +1,11 @@
 //! The messages between the supervisor, the storage worker and the operator.
 //!
-//! * PID 1 to `cvm-storage`: [`StorageSpec`], in a sealed memfd on standard input. The only place
-//!   where bucket credentials and crypt passwords travel.
-//! * operator to `cvm-storage`: one [`Question`] line on the socket at [`paths::STORAGE_SOCKET`],
+//! * PID 1 to `cvm-storage`: [`StorageSpec`], in a sealed memfd on standard input. It is the only message with bucket
+//!   credentials and crypt passwords.
+//! * `cvm` to `cvm-storage`: one [`Question`] line on the socket at [`paths::STORAGE_SOCKET`],
 //!   answered by [`Answer`] lines, the last of which is `done`, `status` or `refused`.
 //!
-//! A secret is wiped when it is dropped, and stands in nothing but the specification.
+//! Only the specification holds secrets, and they are wiped when it is dropped.
 //!
 //! [`paths::STORAGE_SOCKET`]: crate::paths::STORAGE_SOCKET
 
@@ -13,54 +13,54 @@ use crate::word_enum::word_enum;
 use cvm_secrets::base64_bytes::PackedBytes;
 use serde::{Deserialize, Serialize};
 
-/// The name of the service: the worker.
+/// The name of the service, which is the storage worker.
 pub const STORAGE_WORKER: &str = "storage";
-/// The gate that the worker opens while the tree at /data is the bucket's.
+/// The gate that the storage worker opens while the tree at /data is the bucket's.
 pub const STORAGE_GATE: &str = "storage";
 
-/// Version of the operator's protocol.
+/// The version of the protocol between `cvm` and the storage worker.
 pub const VERSION: u32 = 1;
-/// A question is a verb and some paths.
+/// The most bytes of a question, which is a verb and perhaps paths.
 pub const QUESTION_MAX: usize = 16 * 1024;
-/// One line of an answer: a piece of a file, or one entry.
+/// The most bytes of one line of an answer: a piece of a file, or one entry.
 pub const ANSWER_MAX: usize = 128 * 1024;
 
-/// All that the storage worker needs to know.
+/// Everything that the storage worker has to know.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct StorageSpec {
     pub bucket: String,
     pub prefix: String,
     pub region: String,
-    /// As rclone names it.
+    /// The S3 provider as rclone names it.
     pub provider: String,
     pub endpoint: Option<String>,
     pub access_key_id: PackedBytes,
     pub secret_access_key: PackedBytes,
     pub session_token: Option<PackedBytes>,
     pub crypt: CryptSpec,
-    /// Authenticates the manifest and the ownership record.
+    /// The key that authenticates the manifest and the ownership record.
     pub manifest_key: PackedBytes,
-    /// Whose files most of them are.
+    /// The gateway's user, who owns most of the files.
     pub user: String,
-    /// `GENERATION:DIGEST:STATE` below which a bucket is refused; without `:STATE` of an older version.
+    /// `GENERATION:DIGEST:STATE`: a bucket with an older state is refused. An anchor of an older version lacks `:STATE`.
     pub anchor: Option<String>,
-    /// What nobody can check is taken over as it is.
+    /// Whether a bucket that cannot be checked is taken over as it is.
     pub adopt: bool,
-    /// Of a proven owner; an ownership record with a higher one refuses this environment.
+    /// The epoch of the proven owner. If the ownership record has a higher one, this environment is refused.
     pub owner_epoch: u32,
     pub heartbeat_s: u32,
     pub drain_s: u32,
-    /// 0: never by itself.
+    /// The seconds between restore drills; with 0 only an operator starts one.
     pub drill_s: u32,
 }
 
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "form")]
 pub enum CryptSpec {
-    /// Password and salt as they are.
+    /// Password and salt in clear text.
     Clear { password: PackedBytes, salt: PackedBytes },
-    /// In rclone's obscured form, as the user gave them.
+    /// Password and salt in rclone's obscured form, as the user gave them.
     Obscured { password: PackedBytes, salt: PackedBytes },
 }
 
@@ -91,17 +91,17 @@ pub struct Question {
 #[serde(tag = "verb", rename_all = "kebab-case")]
 pub enum Ask {
     Status,
-    /// Push everything that is pending; done when the bucket is equal to the tree.
+    /// Pushes everything that is pending, until the bucket equals the tree.
     Flush,
-    /// Done when the bucket has what this one file, relative to /data, holds now.
+    /// Waits until the bucket has the present content of this file, whose path is relative to /data.
     Committed {
         path: String,
     },
-    /// What the bucket holds below a path, from the manifest. "" is everything.
+    /// Lists the entries of the manifest below a path; "" is everything.
     List {
         path: String,
     },
-    /// One file's bytes straight from the bucket, checked.
+    /// Reads one file from the bucket, and checks its content.
     Get {
         path: String,
     },
@@ -109,36 +109,37 @@ pub enum Ask {
     Verify {
         deep: bool,
     },
-    /// A restore drill now.
+    /// Runs a restore drill now.
     Drill,
-    /// Give files up that the bucket does not have right: they go from the manifest and the bucket.
+    /// Gives up files of which the bucket has no good copy: they are removed from the manifest and the bucket.
     Forget {
-        /// As the incidents name them.
+        /// The paths as the incidents show them.
         paths: Vec<String>,
-        /// [`StorageStatus::wrong`] as the operator has seen it.
+        /// The [`StorageStatus::wrong`] that the operator has seen: if it has changed, the request is refused.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         seen: Option<String>,
     },
-    /// Take files as they are that were written to while what they began as was wrong.
+    /// Accepts the present content of files that were damaged in the bucket and have been written to since.
     Keep {
         paths: Vec<String>,
         #[serde(default, skip_serializing_if = "Option::is_none")]
         seen: Option<String>,
     },
-    /// Go on with a manifest that is older than it should be, or has a gap.
+    /// Goes on with a manifest that is older than expected, or has a gap.
     AcceptOlder {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         seen: Option<String>,
     },
-    /// Take over a bucket that cannot be checked.
+    /// Takes over a bucket that cannot be checked.
     Adopt {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         seen: Option<String>,
     },
-    /// Do not wait for another instance's heartbeat to go stale.
+    /// Takes the bucket now, without waiting until the other instance's heartbeat is stale.
     Takeover,
-    /// Logs of earlier boots: which there are, or one file of one.
+    /// Lists the logs of earlier boots.
     Boots,
+    /// Reads one log of an earlier boot.
     BootLog {
         /// -1 is the boot before this one.
         boot: i32,
@@ -150,17 +151,17 @@ pub enum Ask {
 #[serde(tag = "answer", rename_all = "kebab-case")]
 pub enum Answer {
     Progress(Progress),
-    /// A line of a list, for people.
+    /// One line of a list, for people.
     Line {
         text: String,
     },
     Entry(Entry),
-    /// A piece of a file, base64.
+    /// A piece of a file, in base64.
     Data {
         base64: String,
     },
     Status(Box<StorageStatus>),
-    /// The end of what went well. `good` is false when the answer is bad news.
+    /// The request was carried out. `good` is false if its result is bad, such as damage that was found.
     Done {
         text: String,
         good: bool,
@@ -182,7 +183,7 @@ pub struct Progress {
 word_enum! {
     pub enum EntryKind {
         File = "file",
-        /// A file that is kept consistent.
+        /// A SQLite database, of which a consistent copy is kept.
         Database = "database",
         Directory = "directory",
         Symlink = "symlink",
@@ -201,14 +202,14 @@ pub struct Entry {
 }
 
 word_enum! {
-    /// Of the storage worker.
+    /// The phase of the storage worker.
     pub enum WorkerPhase {
         Opening = "opening",
-        /// Another instance has the bucket.
+        /// Another instance holds the bucket.
         Waiting = "waiting",
         Restoring = "restoring",
         Ready = "ready",
-        /// Another instance has taken the bucket.
+        /// Another instance has taken the bucket over from this one.
         Fenced = "fenced",
         /// An operator has to decide.
         Refused = "refused",
@@ -221,21 +222,21 @@ word_enum! {
 #[serde(default)]
 pub struct StorageStatus {
     pub phase: WorkerPhase,
-    /// Why it is not ready, with the remedy.
+    /// Why the storage is not ready, with the remedy.
     pub why: Option<String>,
     pub mode: Option<Mode>,
-    /// Why not the better mode.
+    /// Why the mode is not the better one.
     pub reason: Option<String>,
     pub bucket: String,
     pub prefix: String,
     pub instance: String,
     pub epoch: u64,
-    /// Who else holds the bucket, when somebody does.
+    /// The other instance that holds the bucket, if there is one.
     pub held_by: Option<String>,
     pub generation: u64,
-    /// To be given as `STATE_ANCHOR`.
+    /// The anchor of the present state, for the variable `STATE_ANCHOR`.
     pub anchor: Option<String>,
-    /// A random name of what is kept here, for as long as it is kept.
+    /// The random name of the state in this bucket, which stays the same as long as the state exists.
     pub state: Option<String>,
     pub oldest_unreplicated_ms: Option<u64>,
     pub pending_files: u64,
@@ -243,10 +244,10 @@ pub struct StorageStatus {
     pub last_push_ago_ms: Option<u64>,
     /// The running restore or hydration.
     pub progress: Option<Progress>,
-    /// Whether nothing depends on the mount any more.
+    /// Whether the tree no longer depends on the mount.
     pub independent: bool,
     pub incidents: Vec<Incident>,
-    /// A name for what could be accepted now, which changes with it.
+    /// Identifies the faults that an operator could accept now; it changes when they change.
     pub wrong: Option<String>,
     pub last_error: Option<String>,
     pub last_error_ago_ms: Option<u64>,
@@ -254,14 +255,14 @@ pub struct StorageStatus {
     pub drill: Option<Drill>,
     pub files: u64,
     pub bytes: u64,
-    /// Since this worker started.
+    /// How many requests this worker has made since it started.
     pub requests: u64,
     pub bytes_up: u64,
     pub bytes_down: u64,
     pub up_ms: u64,
 }
 
-/// Something an operator has to look at.
+/// A fault that an operator has to look at.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Incident {
     pub path: String,
@@ -271,7 +272,7 @@ pub struct Incident {
     pub since_ms_ago: u64,
 }
 
-/// What the last restore drill found.
+/// The result of the last restore drill.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Drill {
     pub ago_ms: u64,

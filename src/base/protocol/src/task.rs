@@ -1,7 +1,7 @@
 //! The messages between PID 1 and `cvm-task`.
 //!
 //! * PID 1 to `cvm-task`: [`Task`], in a sealed memfd on standard input.
-//! * `cvm-task` to PID 1: [`TaskReport`], on a report pipe of its own.
+//! * `cvm-task` to PID 1: [`TaskReport`], on the task's own report pipe.
 
 use crate::report::Note;
 use crate::status::Remark;
@@ -9,23 +9,23 @@ use crate::volume::Claim;
 use cvm_secrets::base64_bytes::PackedBytes;
 use serde::{Deserialize, Serialize};
 
-/// One step's work, with all it needs to know.
+/// The work of one boot step, with everything that the step has to know.
 #[derive(Serialize, Deserialize)]
 #[serde(tag = "task", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Task {
     Ssh {
         port: u16,
-        /// None: keep a random one on the volume.
+        /// The seed of the host key. Without one the task keeps a random one on the volume.
         seed: Option<PackedBytes>,
-        /// Whether a key that is added at `/root/.ssh` later counts at once.
+        /// Whether sshd also reads the keys at `/root/.ssh`, so that one that is added later works at once.
         trust_host_keys: bool,
     },
-    /// See whose volume it is, and let the owners of the keys in.
+    /// Finds out whose volume it is, and lets the owners of the keys log in.
     Volume {
         claim: Claim,
-        /// Of the environment.
+        /// Public keys from the environment.
         extra_keys: String,
-        /// Whether the keys mounted at `/root/.ssh` count too.
+        /// Whether the keys mounted at `/root/.ssh` may log in too.
         trust_host_keys: bool,
     },
     Home {
@@ -36,25 +36,25 @@ pub enum Task {
     DockerPrepare,
     FreePort {
         port: u16,
-        /// Whose it is.
+        /// The service to which the port belongs.
         service: String,
     },
-    /// End what a killed keeper left behind.
+    /// Ends the processes that a killed keeper left behind.
     Sweep {
         run: String,
-        /// End only whoever listens on this port; the rest of the run is somebody's work.
+        /// If given, ends only the process that listens on this port: the others of the run are somebody's work.
         listens_on: Option<u16>,
     },
 }
 
-/// What the gateway's user has to do with docker.
+/// Whether the gateway's user may use docker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum DockerUse {
-    /// It may use it: it is in the group.
+    /// The user may use docker, as a member of its group.
     Allowed,
     None,
-    /// As `None`, but because the default has changed: who has containers is told.
+    /// As `None`, but by a default that has changed, so an operator whose volume holds containers is told.
     NoneByDefault,
 }
 
@@ -66,14 +66,14 @@ pub struct StateTask {
     pub redpill: bool,
     /// The user's own openclaw.json.
     pub config: Option<PackedBytes>,
-    /// Path to text, as JSON.
+    /// A JSON object from paths to texts.
     pub workspace: Option<PackedBytes>,
     pub device_seed: Option<PackedBytes>,
-    /// None: keep a random one on the volume and report it.
+    /// The gateway's token. Without one the task keeps a random one on the volume and reports it.
     pub token: Option<PackedBytes>,
 }
 
-/// What a step tells PID 1. No line, or a broken one, is a failure.
+/// The report of a task to PID 1. A task that sends no report, or a broken one, has failed.
 #[derive(Serialize, Deserialize)]
 #[serde(tag = "report", rename_all = "kebab-case")]
 pub enum TaskReport {
@@ -84,19 +84,19 @@ pub enum TaskReport {
     Failed {
         notes: Vec<Note>,
         why: String,
-        /// Whether trying again can help.
+        /// Whether another try can help.
         retry: bool,
     },
 }
 
-/// What a step found out that others need.
+/// Results of a task that other parts of the supervisor need.
 #[derive(Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Facts {
-    /// The random gateway token, when there is no `MASTER_KEY`.
+    /// The gateway's random token, if there is no `MASTER_KEY`.
     pub token: Option<PackedBytes>,
-    /// Fingerprint of the SSH host key.
+    /// The fingerprint of the SSH host key.
     pub host_key: Option<String>,
-    /// A standing remark for `status`, by topic.
+    /// Remarks for `cvm status`, each with its topic.
     pub remarks: Vec<Remark>,
 }

@@ -1,10 +1,9 @@
-//! How a text from outside is shown in a message.
+//! Makes a text from outside safe to show in a message.
 
-/// How much of a foreign text a message shows.
+/// The most characters of a text from outside that a message shows.
 const SHOWN_CHARS_MAX: usize = 40;
 
-/// A text from outside for a message: no control characters, nothing that could break a line
-/// or colour a terminal, and not much of it.
+/// The beginning of a text from outside, with every character escaped that could break a line or colour a terminal.
 pub fn shown(text: &str) -> String {
     let mut escaped: String = text.chars().take(SHOWN_CHARS_MAX).flat_map(escape).collect();
     if text.chars().nth(SHOWN_CHARS_MAX).is_some() {

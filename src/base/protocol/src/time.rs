@@ -1,7 +1,7 @@
-//! Spans and moments as people and logs read them.
+//! Writes spans and moments for people and logs.
 //!
-//! By hand: process 1 writes a moment into each line of its log, and needs no time zones, no parsing and no other
-//! calendar, which is most of the crate `jiff`. The words for spans are our own.
+//! Written by hand: PID 1 needs only a moment for each line of its log. The crate `jiff` consists mostly of time
+//! zones, parsing and calendars. The words for spans are our own.
 
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ pub fn words(span: Duration) -> String {
     }
 }
 
-/// A moment of the wall clock, given as milliseconds since 1970, as RFC 3339 has it in UTC.
+/// A moment of the wall clock, given in milliseconds since 1970, in UTC and in the form of RFC 3339.
 pub fn rfc3339(unix_ms: u64) -> String {
     let (days, ms) = (unix_ms / 86_400_000, unix_ms % 86_400_000);
     let (year, month, day) = civil(days);

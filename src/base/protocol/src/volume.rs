@@ -1,4 +1,4 @@
-//! Whose volume this is: what it remembers of the key that it belongs to, and who may use it.
+//! Decides whether a boot may use a volume, by what the volume remembers of the `MASTER_KEY` that it belongs to.
 //!
 //! ```text
 //! empty                                   -> takes this boot's key, or (without dstack) the absence of one
@@ -9,27 +9,27 @@
 //! remembers something that cannot be read -> good with a proven owner, who is told; else refused
 //! ```
 //!
-//! Without this an environment that somebody else has written would boot on the old volume, with
-//! his keys for SSH and the owner's files. On dstack the first boot of a version that remembers
-//! keys might be such a one, so there an owner has to prove himself before an old volume is used.
+//! Without this check an environment that an attacker has written would boot on the old volume, with the attacker's
+//! keys for SSH and the owner's files. On dstack the first boot of a version that remembers keys might be the
+//! attacker's, so there the owner has to prove himself before an old volume is used.
 //!
-//! It reads and writes nothing itself.
+//! The caller reads and writes the files.
 
 use cvm_secrets::secret::Secret;
 use serde::{Deserialize, Serialize};
 
-/// Its file, in our own directory on the volume, and the copy that counts when the file cannot be read.
-/// Each is written whole, one after the other.
+/// The file with the volume's memory, in our own directory on the volume, and the copy that is used if the file
+/// cannot be read. Each is written whole, one after the other.
 pub const MEMORIES: [&str; 2] = ["volume.json", "volume.json.copy"];
-/// What a boot says of itself, for `cvm volume`; in our directory of this boot.
+/// The file with this boot's [`Claim`], for `cvm volume`, in our directory of this boot.
 pub const CLAIM: &str = "volume-claim.json";
 
-/// What a volume remembers. Field names are a format: a volume outlives the image.
+/// What a volume remembers. Its field names are a file format, because a volume outlives the image.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Memory {
-    /// Hex fingerprint of the key; none: it was used without one.
+    /// The fingerprint of the key in hex; none if the volume was used without a key.
     pub key: Option<String>,
-    /// Of the key that takes over as soon as a boot comes with it.
+    /// The fingerprint of the next key, to which the volume belongs as soon as a boot has it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next: Option<String>,
     /// The highest epoch of a proven owner.
@@ -37,33 +37,33 @@ pub struct Memory {
     pub epoch: u32,
 }
 
-/// What a boot brings.
+/// What a boot claims, to use the volume.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Claim {
-    /// Hex fingerprint of its `MASTER_KEY`.
+    /// The fingerprint of its `MASTER_KEY`, in hex.
     pub key: Option<String>,
     /// Whether `CVM_OWNER` proves that the environment is the owner's.
     pub proven: bool,
     pub epoch: u32,
-    /// Whether this is a machine of dstack's.
+    /// Whether the machine runs on dstack.
     pub dstack: bool,
 }
 
-/// What is found on the volume.
+/// What a boot finds on the volume.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Found {
     /// No state at all.
     Nothing,
-    /// State, and no memory of a key: of the version before.
+    /// State without a memory, from a version that remembered no keys.
     State,
     Memory(Memory),
-    /// A memory that cannot be read.
+    /// A memory of which neither the file nor the copy can be read.
     Damaged,
 }
 
 impl Found {
-    /// By what lies in [`MEMORIES`], in their order; none: there is neither.
+    /// The memory in the files of [`MEMORIES`], given in the same order; none if neither exists.
     pub fn in_files<T: AsRef<[u8]>>(files: &[Option<T>]) -> Option<Self> {
         let mut there = files.iter().flatten().map(AsRef::as_ref).peekable();
         there.peek()?;
@@ -74,30 +74,30 @@ impl Found {
 /// A boot that may use the volume.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Good {
-    /// What it remembers from now on.
+    /// What the volume remembers from now on.
     pub memory: Memory,
     /// A line for the boot log.
     pub says: Option<&'static str>,
-    /// What an operator has to know for as long as this boot lasts.
+    /// A remark for `cvm status`, for as long as this boot lasts.
     pub remark: Option<&'static str>,
 }
 
-/// Why a boot may not use the volume: no key of its environment opens a shell, and nothing that stands
-/// on the volume is started.
+/// Why a boot may not use the volume. Then no key of its environment opens a shell, and nothing on the volume is
+/// started.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stranger {
     OtherKey,
     NoKey,
     OldEpoch,
     Unproven,
-    /// The same, of a volume without a key in an environment without one.
+    /// As `Unproven`, if neither the volume nor the environment has a key.
     UnprovenKeyless,
     Keyless,
     Damaged,
 }
 
 impl Stranger {
-    /// What is so, and what to do: read by the owner, and by everybody.
+    /// What is wrong and what to do, for the owner. Public.
     pub fn words(self) -> &'static str {
         match self {
             Self::OtherKey => {
@@ -152,13 +152,13 @@ const DAMAGED: &str = "What the volume remembered of its MASTER_KEY was damaged 
                        belongs to this MASTER_KEY and epoch. Look at the disk: `cvm doctor`";
 
 pub fn judge(claim: &Claim, found: Found) -> Result<Good, Stranger> {
-    // Without dstack whoever writes the environment has the volume anyway.
+    // Without dstack, anyone who writes the environment can read the volume anyway.
     let trusted = claim.proven || !claim.dstack;
     let own = |epoch: u32| Memory { key: claim.key.clone(), next: None, epoch };
     let good = |memory, says| Good { memory, says, remark: None };
     let unproven = if claim.key.is_some() { Stranger::Unproven } else { Stranger::UnprovenKeyless };
     let memory = match found {
-        // Who is not its owner may have damaged it, without dstack too.
+        // An attacker may have damaged the memory, without dstack too.
         Found::Damaged if !claim.proven => return Err(Stranger::Damaged),
         Found::Damaged => {
             return Ok(Good { memory: own(claim.epoch()), says: None, remark: Some(DAMAGED) });
@@ -186,7 +186,7 @@ pub fn judge(claim: &Claim, found: Found) -> Result<Good, Stranger> {
 }
 
 impl Claim {
-    /// One that nobody has proven counts for nothing: it would lock the owner out.
+    /// The epoch, or 0 if it is not proven: an attacker's high epoch would lock the owner out.
     fn epoch(&self) -> u32 {
         if self.proven { self.epoch } else { 0 }
     }
@@ -196,7 +196,7 @@ fn same(a: &str, b: &str) -> bool {
     Secret::copy_of(a.as_bytes()).matches(b.as_bytes())
 }
 
-/// Whether an operator in this boot, who is root here already, may give the volume to its key.
+/// Whether an operator, who is root in this boot already, may give the volume to this boot's key.
 pub fn may_adopt(claim: &Claim) -> Result<(), &'static str> {
     if claim.dstack && !claim.proven {
         return Err("this environment has not proven to be its owner's, and on dstack anybody can write one");
@@ -204,7 +204,7 @@ pub fn may_adopt(claim: &Claim) -> Result<(), &'static str> {
     Ok(())
 }
 
-/// The volume is this boot's, whatever it remembered.
+/// The memory that gives the volume to this boot's key, whatever it remembered.
 pub fn adopted(claim: &Claim) -> Memory {
     Memory { key: claim.key.clone(), next: None, epoch: claim.epoch() }
 }
@@ -271,7 +271,7 @@ mod tests {
         for found in [Found::State, remembers("", 0)] {
             assert_eq!(refused(&claim("b"), found.clone()), Stranger::Unproven, "{found:?}");
             assert_eq!(refused(&claim(""), found.clone()), Stranger::UnprovenKeyless, "{found:?}");
-            // The control: with the proof, and where there is nobody to keep out.
+            // The control: an owner with a proof, and a boot without dstack.
             for owner in [proven("a", 0), at_home("a")] {
                 let good = judge(&owner, found.clone()).unwrap();
                 assert_eq!((good.memory.key, good.says.is_some()), (claim("a").key, true), "{found:?}");

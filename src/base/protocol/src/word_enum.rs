@@ -1,6 +1,6 @@
-//! Enums of words: one word each on the wire and on the screen.
+//! Enums whose variants are one word each, on the wire and on the screen.
 
-/// Defines an enum whose variants are words. A word of a newer program is read as `Unknown`.
+/// Defines such an enum. A word that only a newer program knows is read as `Unknown`.
 macro_rules! word_enum {
     ($(#[$about:meta])* pub enum $name:ident { $($(#[$doc:meta])* $variant:ident = $word:literal,)* }) => {
         $(#[$about])*

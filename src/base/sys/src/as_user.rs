@@ -1,23 +1,23 @@
-//! Lets one thread of root's use the file system with the rights of another user: what that user may not open, create
-//! or unlink, the thread may not either.
+//! A thread of a root process uses the file system with the rights of another user: it can open, create and unlink
+//! only what that user may.
 //!
-//! nix has the calls for user and group; its call for the supplementary groups changes all threads at once.
+//! The supplementary groups are set by system call, because nix's function changes them for all threads.
 
 use nix::errno::Errno;
 use nix::unistd::{Gid, Uid, getgroups, setfsgid, setfsuid};
 use std::marker::PhantomData;
 
-/// The thread that makes it has the other user's rights until this is dropped.
+/// The calling thread has the other user's rights until this value is dropped.
 pub struct AsUser {
     user: Uid,
     group: Gid,
     groups: Vec<libc::gid_t>,
-    /// Not to be dropped by another thread.
+    /// Makes the type `!Send`: the thread that took the rights has to give them back.
     here: PhantomData<*const ()>,
 }
 
 impl AsUser {
-    /// Root's capabilities over files go with its user number, and come back with it.
+    /// The kernel takes root's capabilities over files away with its user number, and gives them back with it.
     pub fn of(user: Uid, group: Gid) -> nix::Result<Self> {
         let groups = getgroups()?.into_iter().map(Gid::as_raw).collect();
         set_groups(&[])?;
@@ -31,12 +31,12 @@ impl Drop for AsUser {
     fn drop(&mut self) {
         setfsuid(self.user);
         setfsgid(self.group);
-        // It has just been allowed to give them up.
+        // Does not fail: the same thread was allowed to set groups before.
         let _ = set_groups(&self.groups);
     }
 }
 
-/// The supplementary groups of this thread alone.
+/// Sets the supplementary groups of the calling thread only.
 #[allow(unsafe_code)]
 fn set_groups(groups: &[libc::gid_t]) -> nix::Result<()> {
     // SAFETY: the kernel reads as many numbers as the slice has.

@@ -1,4 +1,4 @@
-//! The clock that goes on while the machine sleeps, and that nobody can set.
+//! `CLOCK_BOOTTIME`, which goes on while the machine sleeps and cannot be set.
 
 use nix::time::{ClockId, clock_gettime};
 use std::ops::Add;
@@ -10,7 +10,7 @@ pub struct BootTime(Duration);
 
 impl BootTime {
     pub fn now() -> Self {
-        // It fails only for a clock that the kernel does not have.
+        // Fails only if the kernel does not have this clock.
         let now = clock_gettime(ClockId::CLOCK_BOOTTIME).map(Duration::from);
         Self(now.unwrap_or_default())
     }

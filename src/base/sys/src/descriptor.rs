@@ -1,4 +1,4 @@
-//! Descriptors: pipes, what was inherited, and standard output that never blocks.
+//! File descriptors: pipes, inherited descriptors, and a standard output that never blocks.
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
@@ -10,13 +10,13 @@ pub fn pipe() -> nix::Result<(OwnedFd, OwnedFd)> {
     nix::unistd::pipe2(OFlag::O_CLOEXEC)
 }
 
-/// Gives the calling thread a table of descriptors of its own, with nothing in it but the standard
-/// three. What it opens from now on is its own too, and ends with it.
+/// Gives the calling thread a descriptor table of its own, with only the standard three in it. Descriptors that the
+/// thread opens from now on are in that table only, and close when the thread ends.
 ///
-/// For threads that may wait for an answer of this very process, as those of a FUSE server do that
-/// look at its mount. A process that is killed closes what it holds when its last thread lets go of
-/// it: a thread that waits for an answer which only that close can end would keep it for ever.
-/// Descriptors of other threads must not be used by one that has called this.
+/// Needed by threads that may wait for an answer of their own process, such as a thread of a FUSE server that looks
+/// at the server's mount. The descriptors of a killed process close when its last thread has gone. A thread that
+/// waits for an answer which only this close can end would hold a shared table open for ever. The thread must not use
+/// descriptors of other threads afterwards.
 #[allow(unsafe_code)]
 pub fn own_table() -> nix::Result<()> {
     nix::sched::unshare(nix::sched::CloneFlags::CLONE_FILES)?;
@@ -31,13 +31,12 @@ pub fn set_nonblocking<F: AsFd>(fd: F) -> nix::Result<()> {
     fcntl(&fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).map(drop)
 }
 
-/// A descriptor of our own for what `fd` leads to, that never blocks.
+/// A non-blocking descriptor of our own for the file, pipe or terminal of `fd`.
 ///
 /// `O_NONBLOCK` belongs to the open file, which we share with whoever started us and with every
 /// child: setting it on the inherited descriptor would change theirs too. Opening the same pipe
-/// or terminal anew through /proc gives a file of our own. Anything else is duplicated: a socket
-/// is then written with `MSG_DONTWAIT` by [`write_some`], and a file has a place where the next
-/// one writes, which all who write to it must share.
+/// or terminal anew through /proc gives an open file of our own. Anything else is duplicated: [`write_some`] writes
+/// to a socket with `MSG_DONTWAIT`, and all writers of a regular file must share its write position.
 #[allow(unsafe_code)]
 pub fn own_nonblocking(fd: RawFd) -> nix::Result<OwnedFd> {
     let path = format!("/proc/self/fd/{fd}");
@@ -54,7 +53,7 @@ pub fn own_nonblocking(fd: RawFd) -> nix::Result<OwnedFd> {
     })
 }
 
-/// Writes what fits without waiting.
+/// Writes as many bytes as fit without waiting.
 pub fn write_some(fd: &OwnedFd, bytes: &[u8]) -> nix::Result<usize> {
     use nix::sys::socket::{MsgFlags, send};
     match send(fd.as_raw_fd(), bytes, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL) {
@@ -76,12 +75,12 @@ fn borrow(fd: RawFd) -> nix::Result<std::os::fd::BorrowedFd<'static>> {
 
 /// Takes over a descriptor that was inherited at exec.
 ///
-/// Call it once for each number, at the start of the program: that is what makes it sound.
+/// Sound only if the program calls it once for each number, at its start.
 #[allow(unsafe_code)]
 pub fn inherited(fd: RawFd) -> nix::Result<OwnedFd> {
     fcntl(borrow(fd)?, FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))?;
-    // SAFETY: it is open, as the call above has shown, and by this function's contract nobody
-    // else in this program owns it.
+    // SAFETY: the call above has shown that the descriptor is open, and by this function's contract nobody else in
+    // this program owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 

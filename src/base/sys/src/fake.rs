@@ -1,5 +1,5 @@
-//! A kernel for unit tests: virtual time, a table of child processes with manners, and a record of
-//! what it was asked for. Descriptors are real; no process is.
+//! A fake kernel for unit tests, with virtual time, a table of child processes, and a record of starts and signals.
+//! Descriptors are real, processes are not.
 
 use crate::clock::BootTime;
 use crate::kernel::Kernel;
@@ -25,7 +25,7 @@ pub struct Started {
 /// How a child takes a request to end.
 #[derive(Debug, Clone, Copy)]
 pub enum Manners {
-    /// It ends so long after SIGTERM.
+    /// The child ends so long after SIGTERM.
     EndsAfter(Duration),
     IgnoresTerm,
 }
@@ -42,36 +42,36 @@ pub fn killed_by(signal: i32) -> ExitStatus {
 
 struct Child {
     manners: Manners,
-    /// When it dies, and how.
+    /// When the child dies, and how.
     death: Option<(Duration, ExitStatus)>,
-    /// Whether its death has been told by SIGCHLD.
+    /// Whether SIGCHLD was sent for its death.
     told: bool,
 }
 
 pub struct Fake {
     epoch: BootTime,
-    /// Since the epoch.
+    /// The virtual time since `epoch`.
     pub elapsed: Duration,
     signals: Vec<(Duration, i32)>,
     children: BTreeMap<i32, Child>,
     next_pid: i32,
-    /// How programs behave whose words contain a text; others end at once.
+    /// How a program behaves if one of its words contains the text. Other programs end at SIGTERM at once.
     pub manners: Vec<(&'static str, Manners)>,
     pub started: Vec<Started>,
     /// Every signal that was sent: when, to whom, which.
     pub sent: Vec<(Duration, i32, i32)>,
-    /// How often signals have been asked for: once in each turn of a loop.
+    /// How many turns the loop has made: each asks for signals once.
     pub turns: u32,
-    /// Turns that panic.
+    /// The numbers of the turns that panic.
     pub panics: BTreeSet<u32>,
-    /// Every turn panics.
+    /// Whether every turn panics.
     pub always_panics: bool,
-    /// How many starts, or questions for the time, are left until one panics.
+    /// How many calls of `spawn`, or of `now`, are left until one panics.
     pub panics_at_spawn: Option<u32>,
     pub panics_at_now: Cell<Option<u32>>,
-    /// The next wait ends so much later than it should.
+    /// By how much the next wait is late.
     pub stands_still: Option<Duration>,
-    /// A wait that nothing could have ended.
+    /// Whether there was a wait that nothing could end.
     pub stuck: bool,
 }
 
@@ -103,7 +103,7 @@ impl Fake {
         self.signals.push((at, signal));
     }
 
-    /// A child that nobody started here: an orphan.
+    /// Adds an orphan: a child that was not started by `spawn`.
     pub fn adopt(&mut self, manners: Manners) -> Pid {
         let pid = self.next_pid;
         self.next_pid += 1;
@@ -150,7 +150,7 @@ impl Fake {
             }
             _ => None,
         };
-        // Nothing that is dead dies again.
+        // A dead child does not die again.
         if death.is_some() && !is_over(child, now) {
             child.death = death;
         }
@@ -162,7 +162,7 @@ impl Fake {
     }
 }
 
-/// Reaches zero once.
+/// The next lower number; none after zero.
 fn count_down(left: Option<u32>) -> Option<u32> {
     left.and_then(|left| left.checked_sub(1))
 }
@@ -179,7 +179,7 @@ impl Kernel for Fake {
         self.epoch + self.elapsed
     }
 
-    /// Time passes here and nowhere else: until the next thing that happens.
+    /// Time passes only here: the clock moves on to the next event.
     fn wait(&mut self, mut fds: Vec<PollFd<'_>>, until: Option<BootTime>) {
         if self.news() || poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0) {
             return;

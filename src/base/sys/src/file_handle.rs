@@ -1,7 +1,7 @@
 //! File handles: the file system's own identity of a file, which survives every rename and ends with the file.
 //!
-//! To take one needs no right. To ask whether its file still exists needs `CAP_DAC_READ_SEARCH`;
-//! without it, and on file systems without handles, there is no answer.
+//! Taking a handle needs no right. Asking whether its file still exists needs `CAP_DAC_READ_SEARCH`; without that
+//! right, and on file systems without handles, there is no answer.
 
 use nix::errno::Errno;
 use std::ffi::CStr;
@@ -25,15 +25,15 @@ pub struct Handle(Vec<u8>);
 /// What has become of a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Fate {
-    /// The file has a name: this one, if the kernel knows it.
+    /// The file still exists. Its path, if the kernel knows one.
     Lives(Vec<u8>),
     Gone,
-    /// The kernel does not answer, for want of a right or of handles.
+    /// The kernel does not answer: the right is missing, or the file system has no handles.
     Unknown,
 }
 
 impl Handle {
-    /// Of a path itself, links not followed.
+    /// The handle of the file at `path`; a link is not followed.
     #[allow(unsafe_code)]
     pub fn of(path: &CStr) -> Option<Self> {
         let mut raw = Raw { bytes: LONGEST, kind: 0, handle: [0; LONGEST as usize] };
@@ -58,7 +58,7 @@ impl Handle {
         Self(bytes)
     }
 
-    /// `anything` is open on the handle's file system.
+    /// What has become of the file. `anything` is any open file on the handle's file system.
     pub fn fate(&self, anything: impl AsFd) -> Fate {
         match self.open(anything) {
             Ok(file) => named(&file),
@@ -81,7 +81,7 @@ impl Handle {
                 libc::O_PATH | libc::O_CLOEXEC,
             )
         };
-        // SAFETY: the kernel has just made it, for us alone.
+        // SAFETY: the kernel has just made this descriptor, and nobody else knows it.
         Errno::result(file).map(|fd| unsafe { OwnedFd::from_raw_fd(fd) })
     }
 }

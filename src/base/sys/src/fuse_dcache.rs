@@ -1,5 +1,5 @@
-//! What the kernel's cache knows about the files of a FUSE mount, without a request to the mount's server: the server
-//! may be dead, or may be this program. So nothing here waits.
+//! Reads what the kernel's cache knows about the files of a FUSE mount, and never asks the mount's server: the server
+//! may be dead, or may be this program. So no function here waits.
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
@@ -19,18 +19,18 @@ pub struct Known {
     pub gid: u32,
     pub size: u64,
     pub blocks: u64,
-    /// Seconds and nanoseconds of the last change of its content.
+    /// When the content changed last: seconds and nanoseconds.
     pub modified: (u64, u32),
 }
 
-/// `path` below `directory`, if every name on the way is in the kernel's cache.
+/// Opens `path` below `directory`, if every name on the path is in the kernel's cache.
 pub fn find<F: AsFd>(directory: F, path: &Path) -> nix::Result<OwnedFd> {
     let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let resolve = ResolveFlag::from_bits_retain(libc::RESOLVE_CACHED) | ResolveFlag::RESOLVE_BENEATH;
     openat2(directory, path, OpenHow::new().flags(flags).resolve(resolve))
 }
 
-/// struct `file_handle` of the kernel, with as much room as a handle may need.
+/// The kernel's `struct file_handle`, with room for the longest handle.
 #[repr(C)]
 struct Handle {
     bytes: u32,
@@ -40,10 +40,10 @@ struct Handle {
 
 /// The handle of a FUSE file without its parent, `FILEID_INO64_GEN`.
 const INO64_GEN: i32 = 0x81;
-/// Of `name_to_handle_at`, since Linux 6.5: a handle that need not be good for opening.
+/// A flag of `name_to_handle_at` since Linux 6.5: the handle only identifies the file, and need not open it.
 const AT_HANDLE_FID: i32 = 0x200;
 
-/// About a descriptor of a FUSE file, which may be one for its path only.
+/// What the cache knows about a FUSE file. The descriptor may be `O_PATH`.
 pub fn known<F: AsFd>(file: F) -> nix::Result<Known> {
     let handle = handle(&file)?;
     if handle.kind != INO64_GEN || handle.bytes != 12 {
@@ -64,8 +64,8 @@ pub fn known<F: AsFd>(file: F) -> nix::Result<Known> {
     })
 }
 
-/// Whether a directory of an overlay's upper layer hides the one below it. For a descriptor that
-/// is open for reading.
+/// Whether a directory of an overlay's upper layer hides the directory below it. The descriptor has to be open for
+/// reading.
 #[allow(unsafe_code)]
 pub fn is_opaque<F: AsFd>(directory: F) -> bool {
     let mut value = 0u8;
@@ -124,6 +124,6 @@ fn attributes<F: AsFd>(file: F) -> nix::Result<libc::statx> {
         )
     };
     Errno::result(outcome)?;
-    // SAFETY: it is made of integers only, and was zeroed.
+    // SAFETY: the structure consists of integers only, and was zeroed.
     Ok(unsafe { stat.assume_init() })
 }

@@ -1,7 +1,7 @@
-//! What the loops of PID 1, of a keeper and of plain mode ask of the kernel, as one small set, so
-//! that a unit test can answer in the kernel's place: see `fake`.
+//! The calls that the loops of PID 1, of a keeper and of plain mode make to the kernel, as a trait, so that a unit
+//! test can put `fake` in the kernel's place.
 //!
-//! Reading and writing descriptors is not part of it: a test can make a pipe.
+//! Reading and writing descriptors is not part of it, because a test can make a real pipe.
 
 use crate::clock::BootTime;
 use crate::process_tree;
@@ -33,19 +33,19 @@ pub trait Kernel {
         on_failure: impl FnOnce(Stage, Errno, Option<BorrowedFd<'_>>) -> u8,
     ) -> nix::Result<Pid>;
 
-    /// A process that is gone is no failure. `-1` is every process but ourselves.
+    /// Sends a signal; a process that has gone is no failure. `-1` is every process except this one.
     fn kill(&mut self, pid: Pid, signal: i32);
 
-    /// The children of this process, zombies too.
+    /// The children of this process, zombies included.
     fn children(&self) -> Vec<Pid>;
 
     fn signal_descendants(&mut self, signal: i32);
 
-    /// Ends every process below this one, and says how many they were.
+    /// Ends every process below this one, and returns how many there were.
     fn kill_descendants(&mut self) -> u32;
 }
 
-/// The real one.
+/// The real kernel.
 pub struct Linux(Signals);
 
 impl Linux {
@@ -65,11 +65,11 @@ impl Kernel for Linux {
         all.push(readable(self.0.as_fd()));
         let timeout = until.map_or(PollTimeout::NONE, |until| {
             let left = until.saturating_duration_since(BootTime::now());
-            // Rounded up: a wait that ends before its time finds nothing to do, and the loop would spin.
+            // Rounded up: if a wait ended before the deadline, the loop would find nothing to do and spin.
             let wait = if left.is_zero() { left } else { left + Duration::from_millis(1) };
             PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX)
         });
-        // An interrupted or failed wait is a short one.
+        // The caller expects that a wait may end early, so an error needs no handling.
         let _ = poll(&mut all, timeout);
     }
 

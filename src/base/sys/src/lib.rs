@@ -1,11 +1,11 @@
-//! The kernel: forking and reaping, signals, descriptors, the process table, namespaces, and opening files as
-//! somebody else. One subject a file.
+//! The system calls of all our programs: forking and reaping, signals, descriptors, the process table, namespaces,
+//! and using files as another user. Each file has one subject.
 //!
-//! Nearly all that is `unsafe` is here; each use says why it is sound.
-//! std's `Command` is not used: its `spawn` waits until the child has exec'd, which on a
-//! dead mount is for ever, and its `Child` does not live beside a wait for any child.
+//! Nearly all `unsafe` code is here, and each use says why it is sound.
+//! std's `Command` is not used: its `spawn` waits until the child has exec'd, which on a dead mount never happens,
+//! and its `Child` needs an exit status that a wait for any child has taken already.
 //!
-//! Imports no other crate of ours, decides nothing, starts no threads and reads no configuration.
+//! The crate decides nothing, starts no threads and reads no configuration.
 
 pub mod as_user;
 pub mod clock;

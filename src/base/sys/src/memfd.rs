@@ -1,4 +1,4 @@
-//! Memory files that carry a secret from one process to the next, and nowhere else.
+//! Memory files carry a secret from one process to the next without a file on a disk.
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -7,8 +7,8 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::fd::OwnedFd;
 use zeroize::Zeroizing;
 
-/// A file that exists only in memory, cannot be changed any more, and starts at its beginning.
-/// Close-on-exec, like every descriptor here.
+/// A file that exists only in memory, can never be changed, and is read from its beginning. Its descriptor closes on
+/// exec.
 pub fn sealed(name: &std::ffi::CStr, bytes: &[u8]) -> std::io::Result<OwnedFd> {
     let fd = memfd_create(name, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?;
     let mut file = File::from(fd);
@@ -20,10 +20,10 @@ pub fn sealed(name: &std::ffi::CStr, bytes: &[u8]) -> std::io::Result<OwnedFd> {
     Ok(file.into())
 }
 
-/// Everything from `fd`, if it is at most `limit` bytes. Wiped by the caller's drop.
+/// Reads all of `fd`, if it has at most `limit` bytes. The bytes are wiped when the caller drops them.
 pub fn read_all(fd: OwnedFd, limit: usize) -> std::io::Result<Zeroizing<Vec<u8>>> {
     let file = File::from(fd);
-    // Sized beforehand, so that growing leaves no copies behind.
+    // A buffer that grows would leave copies of the secret behind.
     let size = usize::try_from(file.metadata()?.len()).unwrap_or(usize::MAX);
     if size > limit {
         return Err(std::io::Error::other(format!("larger than {limit} bytes")));

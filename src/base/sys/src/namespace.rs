@@ -1,6 +1,6 @@
-//! A mount namespace of one thread alone: its mounts are seen nowhere else, and end with the thread.
+//! A mount namespace for the calling thread only: its mounts are seen nowhere else, and end with the thread.
 //!
-//! The calling thread gets the namespace, and should do nothing else afterwards.
+//! A thread with such a namespace should do nothing else afterwards.
 
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
@@ -9,7 +9,7 @@ use nix::unistd::{chdir, pivot_root};
 use std::fmt;
 use std::path::Path;
 
-/// A step on the way into a container.
+/// A system call that every container needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ContainerStep {
     MountNamespace,
@@ -37,7 +37,7 @@ fn make_private() -> Result<(), Errno> {
     mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
 }
 
-/// Tries the steps that each container needs, with a directory as its root. Returns the step that is refused.
+/// Tries the calls that each container needs, with `trial` as its root. Returns the call that is refused.
 pub fn change_root(trial: &Path) -> Result<(), (ContainerStep, Errno)> {
     unshare(CloneFlags::CLONE_NEWNS).map_err(|errno| (ContainerStep::MountNamespace, errno))?;
     make_private()
@@ -45,7 +45,7 @@ pub fn change_root(trial: &Path) -> Result<(), (ContainerStep, Errno)> {
         .map_err(|errno| (ContainerStep::Mount, errno))?;
     match chdir(trial).and_then(|()| pivot_root(".", ".")) {
         Err(errno @ (Errno::EPERM | Errno::EACCES | Errno::ENOSYS)) => Err((ContainerStep::PivotRoot, errno)),
-        // Any other error comes from this root and not from a missing right; dockerd then does it another way.
+        // Any other error comes from this root and not from a missing right, and dockerd has another way then.
         _ => Ok(()),
     }
 }

@@ -1,10 +1,10 @@
-//! Whether a TCP port is free. No traffic: the port is bound for a moment.
+//! Finds out whether a TCP port is free, by binding it for a moment.
 
 use std::io::ErrorKind;
 use std::net::{Ipv4Addr, Ipv6Addr, TcpListener};
 
-/// On every address of both families. Reading /proc would cost 20 ms and more: the kernel walks
-/// its whole table of sockets.
+/// Whether the port is free on every address of both families. Reading /proc instead would take 20 ms and more,
+/// because the kernel walks through its whole table of sockets.
 pub fn is_free(port: u16) -> bool {
     let both = TcpListener::bind((Ipv6Addr::UNSPECIFIED, port));
     match both.map_err(|e| e.kind()) {

@@ -1,6 +1,6 @@
-//! One process, as its line in /proc/PID/stat shows it.
+//! Reads one process from its line in /proc/PID/stat, for all our programs except PID 1.
 //!
-//! By hand, and for all of our programs but process 1: the crate `procfs` would bring four more for this one line.
+//! Written by hand, because the crate `procfs` would bring four more crates for this one line.
 
 use std::fs;
 use std::path::Path;
@@ -14,7 +14,7 @@ pub struct Process {
     pub parent: i32,
     pub group: i32,
     pub session: i32,
-    /// User and system time, with that of the children that were waited for.
+    /// User and system time of the process and of the children that it has waited for.
     pub processor_ticks: u64,
     /// Ticks since the machine booted.
     pub started: u64,
@@ -26,7 +26,7 @@ impl Process {
         Self::read(Path::new(&format!("/proc/{pid}/stat")))
     }
 
-    /// A process gives itself any name, also one that is no text.
+    /// Reads a `stat` file. The name in it may be any bytes, because a process can choose its own name.
     pub fn read(stat: &Path) -> Option<Self> {
         Self::parse(&String::from_utf8_lossy(&fs::read(stat).ok()?))
     }
@@ -51,7 +51,7 @@ impl Process {
         })
     }
 
-    /// It has ended, and its parent has not reaped it yet.
+    /// Whether it has ended, and its parent has not reaped it yet.
     pub fn is_dead(&self) -> bool {
         matches!(self.state, 'Z' | 'X')
     }

@@ -1,10 +1,10 @@
-//! The processes below one process, from /proc.
+//! Finds the processes below this one in /proc, signals them and ends them.
 //!
 //! A process that reaps orphans (PID 1, or a subreaper) is the ancestor of everything that
-//! descends from it, whatever session, group or environment a descendant gave itself. So
-//! killing children until there are none is the whole of ending a tree.
+//! descends from it, whatever session, group or environment a descendant gave itself. So a tree is ended
+//! by killing children until there are none.
 //!
-//! /proc/PID/stat is read here and not as in `process_stat`, because process 1 would be 4 kB larger.
+//! `process_stat` is not used here, because it would make PID 1 4 kB larger.
 
 use crate::signals;
 use nix::errno::Errno;
@@ -23,7 +23,7 @@ struct Seen {
     started: u64,
 }
 
-/// From now on orphans below us become our children.
+/// Makes every process that is orphaned below this one a child of this one from now on.
 pub fn adopt_orphans() -> nix::Result<()> {
     nix::sys::prctl::set_child_subreaper(true)
 }
@@ -31,7 +31,7 @@ pub fn adopt_orphans() -> nix::Result<()> {
 /// The children of this process.
 pub fn children() -> Vec<Pid> {
     let me = nix::unistd::getpid();
-    // One line that the kernel keeps, where it is configured to.
+    // A kernel without `CONFIG_PROC_CHILDREN` does not have this file.
     if let Ok(text) = fs::read_to_string(format!("/proc/self/task/{me}/children")) {
         return text.split_ascii_whitespace().filter_map(|w| w.parse().ok()).map(Pid::from_raw).collect();
     }
@@ -55,7 +55,7 @@ fn seen_below() -> Vec<Seen> {
     found
 }
 
-/// Sends `signal` to every process below this one, and says to how many.
+/// Sends `signal` to every process below this one, and returns how many there were.
 pub fn signal_descendants(signal: i32) -> u32 {
     let reached = seen_below().into_iter().filter(|seen| send(*seen, signal));
     u32::try_from(reached.count()).unwrap_or(u32::MAX)
@@ -64,11 +64,10 @@ pub fn signal_descendants(signal: i32) -> u32 {
 /// The most walks before killing. Each walk stops the processes that were forked during the last one.
 const WALKS_MAX: u32 = 200;
 
-/// Ends every process below this one, and says how many they were.
+/// Ends every process below this one, and returns how many there were.
 ///
 /// A process that forks faster than one walk through /proc would outrun SIGKILL for ever. So
-/// all are stopped first, since a stopped process cannot fork, and killed when no walk finds
-/// anyone new.
+/// all processes are stopped first, because a stopped process cannot fork, and killed when a walk finds no new one.
 pub fn kill_descendants() -> u32 {
     let mut stopped = BTreeSet::new();
     for _ in 0..WALKS_MAX {
@@ -84,13 +83,13 @@ pub fn kill_descendants() -> u32 {
     signal_descendants(libc::SIGKILL)
 }
 
-/// Signals the process that was seen, and no other that has its pid now.
+/// Signals the process that was seen, but not another process that has its pid now.
 fn send(seen: Seen, signal: i32) -> bool {
     match pidfd_of(seen.pid) {
-        // Looked at after it was opened: it leads to this process, or to none any more.
+        // The check comes after the open: from then on the pidfd can only mean the process that was checked.
         Ok(process) => is_still(seen) && send_by(&process, signal),
         Err(Errno::ESRCH) => false,
-        // An old kernel, or a container's rules: then there is a moment between look and signal.
+        // An old kernel or the rules of a container: the pid may be reused between the check and the signal.
         Err(_) => is_still(seen) && signals::send(seen.pid, signal),
     }
 }
@@ -114,7 +113,7 @@ fn send_by(process: &OwnedFd, signal: i32) -> bool {
     unsafe { libc::syscall(libc::SYS_pidfd_send_signal, process.as_raw_fd(), signal, nothing, 0) == 0 }
 }
 
-/// All processes.
+/// All processes of this pid namespace.
 fn scan() -> impl Iterator<Item = Seen> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     entries.filter_map(|entry| look_at(entry.file_name().to_str()?.parse().ok()?))
@@ -126,7 +125,7 @@ fn look_at(pid: i32) -> Option<Seen> {
     Some(Seen { pid: Pid::from_raw(pid), parent: Pid::from_raw(parent), started })
 }
 
-/// From a line of /proc/PID/stat. The name before them may hold spaces and brackets.
+/// Parent and start time from a line of /proc/PID/stat. The name before them may hold spaces and brackets.
 fn parent_and_start(stat: &str) -> Option<(i32, u64)> {
     let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace().skip(1);
     let parent = fields.next()?.parse().ok()?;
@@ -153,7 +152,7 @@ mod tests {
         let seen = look_at(pid).unwrap();
         let before = Seen { started: seen.started - 1, ..seen };
         assert!(!send(before, libc::SIGKILL));
-        // Had that reached it, it would have ended of SIGKILL.
+        // If the other signal had reached the child, it would have died of SIGKILL.
         assert!(send(seen, libc::SIGTERM));
         assert_eq!(child.wait().unwrap().signal(), Some(libc::SIGTERM));
     }

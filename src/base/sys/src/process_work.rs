@@ -1,4 +1,4 @@
-//! How much the processes below this one have worked: processor time, and bytes to and from disks.
+//! Measures how much the processes below this one have worked, in processor time and in bytes to and from disks.
 
 use crate::as_user::AsUser;
 use crate::process_stat::Process;
@@ -8,14 +8,14 @@ use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::time::Duration;
 
-/// What all of them have done so far. It shrinks when one of them ends.
+/// The work of several processes so far. The sum shrinks when one of them ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Work {
     pub processor: Duration,
     pub disk_bytes: u64,
 }
 
-/// The work of every process below this one, and of those that they have waited for.
+/// The work of every process below this one, and of the children that these have waited for.
 pub fn below() -> Work {
     process_tree::descendants().into_iter().map(of).fold(Work::default(), |sum, work| Work {
         processor: sum.processor + work.processor,
@@ -24,7 +24,7 @@ pub fn below() -> Work {
 }
 
 fn of(pid: Pid) -> Work {
-    /// The kernel shows every clock to user space in ticks of 10 ms, on each architecture that we run on.
+    /// One tick of the clocks in /proc, on every architecture that we run on.
     const TICK_MS: u64 = 10;
     let ticks = Process::of(pid.as_raw()).map_or(0, |process| process.processor_ticks);
     Work {
@@ -33,8 +33,8 @@ fn of(pid: Pid) -> Work {
     }
 }
 
-/// The kernel shows this file to the user whose process it is. Root may look only with a capability that a
-/// container does not have.
+/// Reads `io` as the user of the process, because root may read it only with a capability that a container does not
+/// have.
 fn disk_bytes(pid: Pid) -> Option<u64> {
     let about = fs::metadata(format!("/proc/{pid}")).ok()?;
     let _acting = AsUser::of(Uid::from_raw(about.uid()), Gid::from_raw(about.gid())).ok()?;

@@ -1,14 +1,14 @@
-//! The only `waitpid` of each program, and what it found.
+//! The only `waitpid` of each program.
 //!
-//! The raw call: the wrapper in `nix` has no words for a death by a real-time signal and
-//! reports it as an error, after the child has been reaped.
+//! The call is raw, because the wrapper in `nix` cannot express a death by a real-time signal: it returns an error,
+//! after the child has been reaped.
 
 use nix::errno::Errno;
 use nix::unistd::Pid;
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
 
-/// One look for ended children.
+/// The result of one look for ended children.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Reaped {
     One(Pid, ExitStatus),
@@ -18,7 +18,8 @@ pub enum Reaped {
     Childless,
 }
 
-/// Reaps one child, without waiting. SIGCHLD coalesces: call it until it has nothing more.
+/// Reaps one child, without waiting. Call it until it finds no ended child, because one SIGCHLD may stand for
+/// several.
 #[allow(unsafe_code)]
 pub fn next() -> Reaped {
     loop {

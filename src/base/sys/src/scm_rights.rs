@@ -1,17 +1,16 @@
-//! Descriptors that arrive over a socket.
+//! Receives descriptors over a Unix socket.
 
 use nix::cmsg_space;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use std::io::IoSliceMut;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 
-/// The kernel passes no more at once. With less room here it would install some of them and
-/// then say nothing of which.
+/// The kernel passes at most this many at once. With less room it would install some of them and not say which.
 const PASSED_MAX: usize = 253;
 
-/// The next byte and what came with it; `None` at the end. Never waits: `EAGAIN` instead.
+/// The next byte and the descriptors that were sent with it; `None` at end of file. Never waits: `EAGAIN` instead.
 ///
-/// One byte at a time: that is how a descriptor stays with the byte that it was sent with.
+/// It reads one byte at a time, so that it is known which byte a descriptor was sent with.
 #[allow(unsafe_code)]
 pub fn next_byte<F: AsFd>(socket: F) -> nix::Result<Option<(u8, Vec<OwnedFd>)>> {
     let mut byte = [0u8];

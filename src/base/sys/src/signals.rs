@@ -1,11 +1,10 @@
-//! Signals as data: blocked from the first instruction, then delivered into a pipe that the
-//! one wait point of the program reads.
+//! Signals are blocked from the first instruction, and then delivered into a pipe on which the program's loop waits.
 //!
 //! The kernel drops a signal to PID 1 that has no handler, unless the signal is blocked, so
-//! a SIGTERM that comes before the handlers are installed would be lost. [`block_all`] first, then
+//! a SIGTERM that comes before the handlers are installed would be lost. So a program calls [`block_all`] first, then
 //! [`Signals::take`].
 //!
-//! Not with nix's `SignalFd`: it takes its signals by name, and those in real time, which process 1 forwards too, have
+//! nix's `SignalFd` is not used: it takes signals by name, and the real-time signals, which PID 1 forwards too, have
 //! none.
 
 use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
@@ -16,16 +15,16 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Signals that say something about the program itself and are never blocked or forwarded.
+/// Signals that report a fault of the program itself, and are never blocked or forwarded.
 const FAULTS: [i32; 6] =
     [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP, libc::SIGABRT];
 
 /// Highest signal number of Linux on the architectures we build for.
 const SIGNAL_MAX: i32 = 64;
 
-/// Blocks everything but faults. The first call of every program here.
+/// Blocks all signals except faults. Every program of ours calls this first.
 pub fn block_all() {
-    // It fails only for an unknown `how`.
+    // Fails only for an unknown `how`.
     let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&all_but_faults()), None);
 }
 
@@ -39,14 +38,14 @@ pub(crate) fn all_but_faults() -> SigSet {
     all
 }
 
-/// Signals that have arrived, as a descriptor to poll and a set to take.
+/// The signals that have arrived: a descriptor to poll, and a list to take.
 pub struct Signals {
     pipe: UnixStream,
     pending: Arc<AtomicU64>,
 }
 
 impl Signals {
-    /// Installs handlers for `wanted` and unblocks. What is not wanted has its default action.
+    /// Installs handlers for `wanted` and unblocks all signals. The others keep their default action.
     pub fn take(wanted: &[i32]) -> std::io::Result<Self> {
         let (reader, writer) = UnixStream::pair()?;
         reader.set_nonblocking(true)?;
@@ -60,7 +59,7 @@ impl Signals {
         Ok(Self { pipe: reader, pending })
     }
 
-    /// What has arrived since the last call, each number once.
+    /// The signals that have arrived since the last call, each number once.
     pub fn drain(&mut self) -> Vec<i32> {
         let mut scrap = [0u8; 64];
         while matches!(self.pipe.read(&mut scrap), Ok(n) if n > 0) {}
@@ -79,7 +78,7 @@ impl AsFd for Signals {
 fn install(signal: i32, pending: Arc<AtomicU64>, writer: Arc<UnixStream>) -> std::io::Result<()> {
     let act = move || {
         pending.fetch_or(1 << (signal - 1), Ordering::AcqRel);
-        // A full pipe is a pipe that wakes the reader already.
+        // If the pipe is full, the reader wakes up anyway.
         let _ = nix::unistd::write(&*writer, b"!");
     };
     // SAFETY: the action is one atomic operation and one write(2) to a non-blocking
@@ -87,7 +86,7 @@ fn install(signal: i32, pending: Arc<AtomicU64>, writer: Arc<UnixStream>) -> std
     unsafe { signal_hook::low_level::register(signal, act) }.map(drop)
 }
 
-/// Everything that can be handled: for an init that forwards whatever it is sent.
+/// All signals that can be handled, for an init that forwards every signal it gets.
 pub fn forwardable() -> Vec<i32> {
     (1..=SIGNAL_MAX)
         .filter(|n| *n != SIGKILL && *n != SIGSTOP)
@@ -97,8 +96,8 @@ pub fn forwardable() -> Vec<i32> {
         .collect()
 }
 
-/// Sends a signal of any number, real-time ones included, which have no name in `nix`. Says whether
-/// there was somebody to send it to.
+/// Sends a signal of any number, also a real-time signal, which has no name in `nix`. Returns whether there was a
+/// process to send it to.
 #[allow(unsafe_code)]
 pub fn send(to: nix::unistd::Pid, signal: i32) -> bool {
     // SAFETY: no memory is involved.

@@ -1,8 +1,8 @@
-//! Fork and exec by hand, without ever waiting for the child.
+//! Starts programs by fork and exec, and never waits for the child.
 //!
 //! All signals are blocked around the fork, so that no handler of ours runs in the child and
-//! writes into a pipe it shares with us. The child then has default handlers, the mask, session
-//! and descriptors that it was given, and exactly its environment.
+//! writes into a pipe it shares with us. The child then has default handlers, and exactly the mask, session,
+//! descriptors and environment that it was given.
 
 use crate::signals;
 use nix::errno::Errno;
@@ -13,29 +13,29 @@ use std::ffi::{CStr, CString};
 use std::os::fd::{BorrowedFd, RawFd};
 use zeroize::Zeroizing;
 
-/// Everything about a child, made ready before the fork: after it nothing is allocated.
+/// A program to start. All of it is prepared before the fork, because the child must not allocate.
 pub struct Program<'a> {
     pub path: &'a CStr,
     pub argv: &'a [CString],
     pub environment: &'a [Zeroizing<CString>],
     pub directory: &'a CStr,
-    /// Descriptors for 0, 1, 2, 3 … in the child. The rest is close-on-exec.
+    /// The descriptors 0, 1, 2, 3 … of the child. All others close on exec.
     pub descriptors: &'a [BorrowedFd<'a>],
     pub identity: Option<&'a Identity>,
     pub oom_score_adj: Option<i16>,
     pub limits: Option<Limits>,
     pub session: Session,
-    /// Die when the parent does.
+    /// Whether the child is killed when its parent dies.
     pub dies_with_parent: bool,
     pub blocked: Blocked,
-    /// Where `on_failure` of [`spawn`] writes to.
+    /// The descriptor to which `on_failure` of [`spawn`] writes.
     pub news: Option<BorrowedFd<'a>>,
 }
 
-/// No core files, and so many processes of one user.
+/// Limits of the child: no core files, and so many processes of its user.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Threads count.
+    /// Threads count as processes.
     pub processes: u64,
 }
 
@@ -75,7 +75,7 @@ impl Stage {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Blocked {
     None,
-    /// All but faults: for a program of ours, which takes its signals when it is ready for them.
+    /// All except faults, for a program of ours, which unblocks its signals when it is ready for them.
     All,
 }
 
@@ -96,11 +96,11 @@ pub struct Identity {
     pub groups: Vec<u32>,
 }
 
-/// Starts `program`. `on_failure` runs in the child when a stage before or at exec fails, and
-/// has to carry the news and yields the child's exit status; it may only write to the descriptor
-/// that it gets: `news`, wherever that is by then.
+/// Starts `program`. `on_failure` runs in the child when a stage before or at exec fails. It reports the failure, and
+/// returns the child's exit status. It may only write to the descriptor that it gets, which is `news` at the number
+/// that it has by then.
 ///
-/// The program has one thread here, or the child must not allocate: both hold.
+/// The child allocates nothing, so the fork is sound also in a process with several threads.
 pub fn spawn(
     program: &Program<'_>,
     on_failure: impl FnOnce(Stage, Errno, Option<BorrowedFd<'_>>) -> u8,
@@ -139,7 +139,7 @@ fn pointers<'a>(strings: impl Iterator<Item = &'a CString>) -> Vec<*const libc::
     strings.map(|s| s.as_ptr()).chain([std::ptr::null()]).collect()
 }
 
-/// The child's way to exec. Returns only when a stage failed.
+/// Goes through all stages up to exec, in the child. Returns only if a stage failed.
 #[allow(unsafe_code)]
 fn become_program(
     parent: Pid,
@@ -191,9 +191,9 @@ fn prepare(
         become_user(identity)?;
     }
     if program.dies_with_parent {
-        // After the user id: changing it clears the request.
+        // Comes after the change of user, which clears the request.
         nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL).map_err(at(Stage::User))?;
-        // It is sent for a death that comes, not for one that has been.
+        // The kernel does not send the signal if the parent has died already.
         if nix::unistd::getppid() != parent {
             return Err((Stage::Fork, Errno::ESRCH));
         }
@@ -201,29 +201,29 @@ fn prepare(
     nix::unistd::chdir(program.directory).map_err(at(Stage::Directory))
 }
 
-/// All signals are blocked here, so the SIGTTOU of a background process stays pending and is
-/// thrown away when its action becomes the default and it was for us alone.
+/// Puts the child into the foreground of our terminal. The kernel would stop a background process by SIGTTOU for
+/// that, unless the signal is blocked, as all are here.
 fn take_foreground() -> Result<(), Errno> {
     nix::unistd::setpgid(Pid::from_raw(0), Pid::from_raw(0))?;
-    // No terminal is no failure: most containers have none.
+    // Not an error without a terminal: most containers have none.
     let _ = nix::unistd::tcsetpgrp(std::io::stdin(), nix::unistd::getpgrp());
     Ok(())
 }
 
-/// Where none of the descriptors is a terminal, the session has none.
+/// Makes the first terminal among the descriptors the session's terminal, if there is one.
 #[allow(unsafe_code)]
 fn take_terminal(count: usize) {
-    // SAFETY: the call takes no pointer; on what is no terminal it fails and does nothing.
+    // SAFETY: the call takes no pointer; on a descriptor that is no terminal it fails and does nothing.
     let takes = |fd: RawFd| unsafe { libc::ioctl(fd, libc::TIOCSCTTY, 0) } == 0;
     let _ = (0..RawFd::try_from(count).unwrap_or(RawFd::MAX)).any(takes);
 }
 
-/// Exec resets handlers but keeps what is ignored, and Rust ignores SIGPIPE. By system call,
-/// since the C library leaves out the two signals it keeps for its threads, which a parent may
-/// have ignored all the same.
+/// Sets the default action for all signals. Exec would reset handlers but keep ignored signals, and Rust ignores
+/// SIGPIPE. This is a system call, because the C library refuses the two signals that it uses for its threads, which
+/// a parent may have ignored too.
 #[allow(unsafe_code)]
 pub fn reset_handlers() {
-    // struct sigaction of the kernel: handler, flags, restorer, mask. All zero is the default.
+    // The kernel's `struct sigaction`: handler, flags, restorer, mask. All zero is the default action.
     let default = [0u64; 4];
     for signal in 1..=64 {
         // SAFETY: sets default actions from a structure of the right size; fails harmlessly
@@ -232,14 +232,14 @@ pub fn reset_handlers() {
     }
 }
 
-/// Puts each descriptor at its place without treading on another that is still to be moved, or on
+/// Gives each descriptor its number in the child, and overwrites neither a descriptor that is still to be moved nor
 /// the one for news.
 #[allow(unsafe_code)]
 fn place_descriptors(wanted: &[BorrowedFd<'_>], news: &mut Option<BorrowedFd<'_>>) -> Result<(), Errno> {
     let count = RawFd::try_from(wanted.len()).unwrap_or(RawFd::MAX);
     if let Some(fd) = news {
         let moved = nix::fcntl::fcntl(*fd, nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(count))?;
-        // SAFETY: it has just been made, and stays open until this process executes or exits.
+        // SAFETY: the descriptor has just been made, and stays open until this process executes or exits.
         *fd = unsafe { BorrowedFd::borrow_raw(moved) };
     }
     let mut above = [-1; 8];
@@ -247,29 +247,28 @@ fn place_descriptors(wanted: &[BorrowedFd<'_>], news: &mut Option<BorrowedFd<'_>
         return Err(Errno::EINVAL);
     }
     for (copy, fd) in above.iter_mut().zip(wanted) {
-        // First out of the way, close-on-exec.
+        // Moved beyond all wanted numbers first.
         *copy = nix::fcntl::fcntl(*fd, nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(count))?;
     }
     for (place, copy) in (0..count).zip(above) {
-        // SAFETY: dup2 onto a number that this child owns; the copies made above lie beyond
-        // all of them.
+        // SAFETY: dup2 onto a number that this child owns; the copies made above have higher numbers.
         Errno::result(unsafe { libc::dup2(copy, place) })?;
     }
     Ok(())
 }
 
-/// What we inherited ourselves, from whoever started us, is nobody's business further down.
-/// On exec and not now: the pipe that reports a failure is among them.
+/// Descriptors that we inherited ourselves must not reach the program. They close at exec and not now, because the
+/// pipe that reports a failure is among them.
 #[allow(unsafe_code)]
 fn close_the_rest_on_exec(from: usize) {
     // SAFETY: sets a flag on descriptors of this process. A kernel before 5.11 refuses, and
-    // then only what was inherited without the flag is left open.
+    // then only descriptors that were inherited without the flag stay open.
     unsafe { libc::syscall(libc::SYS_close_range, from, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) };
 }
 
 #[allow(unsafe_code)]
 fn set_oom_score(score: i16) -> Result<(), Errno> {
-    // Formatted by hand: nothing may be allocated here.
+    // Formatted by hand, because the child must not allocate.
     let mut text = [0u8; 6];
     let mut at = text.len();
     let mut rest = score.unsigned_abs();
@@ -297,7 +296,7 @@ fn set_oom_score(score: i16) -> Result<(), Errno> {
     }
 }
 
-/// Of this process and of all that it starts. What the engine allows at most stays the most.
+/// Sets the limits of this process and of all that it starts, up to the hard limit that the container engine has set.
 fn set_limits(limits: Limits) -> Result<(), Errno> {
     let (_, most) = getrlimit(Resource::RLIMIT_NPROC)?;
     let processes = limits.processes.min(most);
@@ -356,15 +355,15 @@ mod tests {
         let _ = waitid(Id::Pid(child), WaitPidFlag::WEXITED);
     }
 
-    /// What was written before the last writer ended.
+    /// Everything that comes out of a pipe until all its writers have ended.
     fn all_of(reader: OwnedFd) -> String {
         let mut text = String::new();
         File::from(reader).read_to_string(&mut text).unwrap();
         text
     }
 
-    /// Tests run in threads: whoever is started by another one at this moment has our pipes too, for
-    /// as long as it takes to execute.
+    /// What a child writes. Tests run in threads, so a child that another test forks at this moment holds our pipe
+    /// too, until it executes.
     fn output_of(argv: &[&str], blocked: Blocked, parent: Pid) -> String {
         let (reader, writer) = descriptor::pipe().unwrap();
         let (argv, null) = (words(argv), null());
@@ -405,10 +404,10 @@ mod tests {
         let (reader, writer) = descriptor::pipe().unwrap();
         let (argv, null) = (words(&["/no/such/program"]), null());
         let descriptors = [null.as_fd(), null.as_fd(), null.as_fd()];
-        // A process of its own, whose standard error may become the pipe.
-        // SAFETY: it does what `spawn` does anyway, and ends.
+        // A forked process, so that the test's own standard error stays.
+        // SAFETY: the child only calls `spawn`, and exits.
         if let ForkResult::Child = unsafe { fork() }.unwrap() {
-            // SAFETY: it is this process's own, and stays open.
+            // SAFETY: descriptor 2 belongs to this process, and stays open.
             let news = unsafe {
                 libc::dup2(std::os::fd::AsRawFd::as_raw_fd(&writer), 2);
                 BorrowedFd::borrow_raw(2)
@@ -419,7 +418,7 @@ mod tests {
                 1
             });
             let _ = pid.map(outlive);
-            // SAFETY: nothing of the test's is to run here.
+            // SAFETY: exits without the test harness's handlers, which must not run in the child.
             unsafe { libc::_exit(0) }
         }
         drop(writer);

@@ -1,17 +1,18 @@
-//! A terminal of one's own for a program that must not have ours.
+//! Pseudo-terminals, for a program that must not get the operator's terminal.
 
 use nix::pty::{OpenptyResult, Winsize, openpty};
 use nix::sys::termios::{SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 
-/// What is written to `master` is typed at `slave`, and what is written to `slave` is read at `master`.
+/// The two ends of a pseudo-terminal. Bytes written to `master` are typed at `slave`; output of `slave` is read at
+/// `master`.
 pub struct Pair {
     pub master: OwnedFd,
     pub slave: OwnedFd,
 }
 
 impl Pair {
-    /// As large as `model`, and with its settings. Both ends are close-on-exec, and `master` never blocks.
+    /// Opens one with the size and settings of `model`. Both ends close on exec, and `master` never blocks.
     pub fn like(model: BorrowedFd<'_>) -> nix::Result<Self> {
         let settings = tcgetattr(model)?;
         let OpenptyResult { master, slave } = openpty(size(model).as_ref(), &settings)?;
@@ -23,7 +24,7 @@ impl Pair {
     }
 }
 
-/// Gives one terminal the size of another, whose foreground hears of it.
+/// Gives `terminal` the size of `model`. The kernel tells its foreground processes by SIGWINCH.
 pub fn resize(terminal: impl AsFd, model: BorrowedFd<'_>) {
     if let Some(size) = size(model) {
         set_size(terminal, &size);
@@ -40,11 +41,12 @@ fn size(terminal: BorrowedFd<'_>) -> Option<Winsize> {
 
 #[allow(unsafe_code)]
 fn set_size(terminal: impl AsFd, size: &Winsize) {
-    // SAFETY: the kernel reads one structure that lives as long as the call. What is no terminal stays as it is.
+    // SAFETY: the kernel reads one structure that lives as long as the call. On a descriptor that is no
+    // terminal the call fails.
     unsafe { libc::ioctl(terminal.as_fd().as_raw_fd(), libc::TIOCSWINSZ, std::ptr::from_ref(size)) };
 }
 
-/// A terminal that hands on every key as it is pressed, until this is dropped.
+/// A terminal in raw mode, which delivers every key as it is pressed, until this value is dropped.
 pub struct Raw<'t> {
     terminal: BorrowedFd<'t>,
     before: Termios,
@@ -62,7 +64,7 @@ impl<'t> Raw<'t> {
 
 impl Drop for Raw<'_> {
     fn drop(&mut self) {
-        // A terminal that has gone has no settings.
+        // Fails only if the terminal has gone.
         let _ = tcsetattr(self.terminal, SetArg::TCSANOW, &self.before);
     }
 }

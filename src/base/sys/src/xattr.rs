@@ -1,14 +1,14 @@
-//! Extended attributes of a path itself, links not followed: overlayfs keeps its marks there.
+//! Extended attributes of a path, with links not followed. Overlayfs keeps its marks in them.
 //!
-//! nix has no call for them.
+//! nix has no functions for them.
 
 use nix::errno::Errno;
 use std::ffi::CStr;
 
-/// Overlayfs's marks are flags or paths.
+/// The longest value that is read. Overlayfs's marks are flags or paths.
 const VALUE_MAX: usize = 8192;
 
-/// The value, when there is one.
+/// The value of an attribute, if it has one.
 #[allow(unsafe_code)]
 pub fn get(path: &CStr, name: &CStr) -> Option<Vec<u8>> {
     let mut value = vec![0u8; VALUE_MAX];

@@ -1,4 +1,4 @@
-//! The keeper's loop: one wait point over signals, the program's output, its exec, and probes.
+//! The keeper's loop waits in one place for signals, the program's output, its exec, and its probes.
 
 use crate::lines::Lines;
 use crate::logbook::Logbook;
@@ -21,30 +21,29 @@ use std::time::Duration;
 
 /// Output is read in pieces of a quarter of a pipe's usual capacity.
 const READ_SIZE: usize = 16 * 1024;
-/// The supervisor's own log is small; see `rotate_bytes` of the services for theirs.
+/// The supervisor's own log rotates at this size; each service has its own `rotate_bytes`.
 const OWN_LOG_BYTES: u64 = 10 * 1024 * 1024;
 
-/// Children reaped in one turn before everything else gets its turn.
+/// The most children that one turn of the loop reaps, so that signals and output are served in between.
 const REAPS_A_TURN: usize = 4096;
-/// How long the last reports may wait for room in the pipe. Without them PID 1 looks for itself.
-const LAST_WORDS: Duration = Duration::from_secs(1);
-/// Dropped lines are said at most this often: a flood must not drown the supervisor's log too.
+/// How long the last reports may wait for room in the pipe. Without them PID 1 looks for leftover processes itself.
+const LAST_REPORTS_WAIT: Duration = Duration::from_secs(1);
+/// Dropped lines are reported at most this often, so that a flood does not fill the supervisor's log too.
 const BETWEEN_DROPS: Duration = Duration::from_secs(10);
 
-/// The end of one whole turn of the loop.
+/// Whether the loop goes on after a turn.
 enum Turn {
     Go,
     Over,
 }
 
 struct Keeper<K> {
-    spec_leftovers: Leftovers,
+    leftovers: Leftovers,
     reporter: Reporter,
     kernel: K,
     main: Pid,
-    /// Closing it asks the main process to end; without one a signal does.
     lifeline: Lifeline,
-    /// Yields the failed stage, or end of file when the program executes.
+    /// A pipe: the failed stage comes out of it, or end of file when the program executes.
     exec: Option<OwnedFd>,
     failed: Option<(Stage, i32)>,
     /// How the main process ended, once it has.
@@ -52,17 +51,17 @@ struct Keeper<K> {
     output: Option<OwnedFd>,
     lines: Lines,
     log: Logbook,
-    /// Liveness, startup and readiness. The second goes when it has said yes.
+    /// Liveness, startup and readiness. The startup probe is removed after its first yes.
     probers: [Option<Prober>; 3],
-    /// Looked at until the start is over.
+    /// Signs of work, looked for until the start is over.
     progress: Option<Progress>,
-    /// What readiness was last reported as, and what was named as failing.
+    /// The readiness that was reported last, and the failing parts that were reported with it.
     ready: bool,
     failing: Vec<String>,
-    /// SIGKILLs that were ours do not count as the kernel's.
+    /// Whether the keeper sent a SIGKILL: then a death by SIGKILL is not the out-of-memory killer's.
     killed_by_us: bool,
     killed: u32,
-    /// There may be children that have ended and were not reaped, and no signal will tell.
+    /// Whether ended children may be left unreaped, of which no further SIGCHLD will tell.
     unreaped: bool,
     oom_kills: Option<u64>,
     dropped_said: u64,
@@ -73,8 +72,9 @@ struct Keeper<K> {
 enum Lifeline {
     /// By SIGTERM.
     None,
+    /// By closing this end of a pipe.
     Held(OwnedFd),
-    /// It has been asked.
+    /// The main process has been asked to end.
     Closed,
 }
 
@@ -82,25 +82,25 @@ enum Lifeline {
 pub(crate) fn keep(spec: KeeperSpec) -> Result<(), String> {
     let pipe = descriptor::inherited(descriptors::REPORTS).map_err(|e| format!("the report pipe: {e}"))?;
     let reporter = Reporter::new(pipe).map_err(|e| format!("the report pipe: {}", e.desc()))?;
-    let given = Given::to(&spec.channel).map_err(|e| format!("what the program is given: {e}"))?;
+    let given = ProgramInput::of(&spec.channel).map_err(|e| format!("what the program is given: {e}"))?;
     if spec.leftovers == Leftovers::Kill {
         process_tree::adopt_orphans().map_err(|e| format!("becoming the one who adopts orphans: {e}"))?;
     }
     let kernel = Linux::taking(&[libc::SIGCHLD, libc::SIGTERM, libc::SIGQUIT])
         .map_err(|e| format!("taking signals: {e}"))?;
     if let Some(mut keeper) = begin(kernel, &spec, &given, reporter) {
-        // The program has its copies.
+        // The program has its copies, so the secrets in ours are wiped.
         drop((spec, given));
         while matches!(keeper.turn(), Turn::Go) {}
     }
     Ok(())
 }
 
-/// Starts the program.
+/// Starts the program. If that fails, reports it and returns none.
 fn begin<K: Kernel>(
     mut kernel: K,
     spec: &KeeperSpec,
-    given: &Given,
+    given: &ProgramInput,
     mut reporter: Reporter,
 ) -> Option<Keeper<K>> {
     let oom_kills = oom_kills();
@@ -116,7 +116,7 @@ fn begin<K: Kernel>(
     let now = kernel.now();
     let prober = |probe: &Option<_>| probe.clone().map(|p| Prober::new(p, now));
     Some(Keeper {
-        spec_leftovers: spec.leftovers,
+        leftovers: spec.leftovers,
         kernel,
         main: started.pid,
         lifeline: started.lifeline,
@@ -147,16 +147,16 @@ struct Started {
     lifeline: Lifeline,
 }
 
-/// What the program gets besides its output, the lifeline aside.
-struct Given {
+/// The program's standard input and its report pipe.
+struct ProgramInput {
     input: OwnedFd,
     report_pipe: Option<OwnedFd>,
 }
 
-impl Given {
-    /// Before any descriptor of our own is opened: one that was not handed over is then missed,
-    /// and not mistaken for another.
-    fn to(channel: &Channel) -> std::io::Result<Self> {
+impl ProgramInput {
+    /// Must be called before the keeper opens a descriptor: a descriptor that PID 1 did not hand over is then an
+    /// error, and not another file with the same number.
+    fn of(channel: &Channel) -> std::io::Result<Self> {
         let of_the_program = || descriptor::inherited(descriptors::OF_THE_PROGRAM);
         Ok(match channel {
             Channel::None => Self { input: memfd::sealed(c"input", &[])?, report_pipe: None },
@@ -172,7 +172,7 @@ impl Given {
     }
 }
 
-/// Their end and ours.
+/// The program's end of the lifeline and the keeper's.
 fn lifeline_of(channel: &Channel) -> nix::Result<(Option<OwnedFd>, Lifeline)> {
     match channel {
         Channel::None | Channel::Task(_) => Ok((None, Lifeline::None)),
@@ -183,7 +183,11 @@ fn lifeline_of(channel: &Channel) -> nix::Result<(Option<OwnedFd>, Lifeline)> {
     }
 }
 
-fn start(kernel: &mut impl Kernel, spec: &KeeperSpec, given: &Given) -> Result<Started, (Stage, Errno)> {
+fn start(
+    kernel: &mut impl Kernel,
+    spec: &KeeperSpec,
+    given: &ProgramInput,
+) -> Result<Started, (Stage, Errno)> {
     let at_files = |errno: Errno| (Stage::Files, errno);
     let (output, output_theirs) = descriptor::pipe().map_err(at_files)?;
     let (exec, exec_theirs) = descriptor::pipe().map_err(at_files)?;
@@ -250,7 +254,7 @@ impl<K: Kernel> Keeper<K> {
             match signal {
                 libc::SIGTERM => self.end_main(),
                 libc::SIGQUIT => self.kill_tree(),
-                // SIGCHLD: looked after in every turn.
+                // SIGCHLD: every turn reaps.
                 _ => {}
             }
         }
@@ -258,7 +262,7 @@ impl<K: Kernel> Keeper<K> {
         self.read_output();
         self.ask_probes();
         let childless = self.reap();
-        if self.end.is_some() && (childless || self.spec_leftovers == Leftovers::Leave) {
+        if self.end.is_some() && (childless || self.leftovers == Leftovers::Leave) {
             self.farewell();
             return Turn::Over;
         }
@@ -295,12 +299,12 @@ impl<K: Kernel> Keeper<K> {
         }
     }
 
-    /// Kills everything below. What is orphaned by that comes to us, and is killed in turn
-    /// when its arrival wakes the loop: see `reap`.
+    /// Kills every process below the keeper. Processes that are orphaned by that become children of the keeper, and
+    /// `reap` kills them.
     fn kill_tree(&mut self) {
         self.killed_by_us = true;
-        if self.spec_leftovers == Leftovers::Leave {
-            // The rest is somebody's work, also when the service itself does not listen.
+        if self.leftovers == Leftovers::Leave {
+            // The other processes are somebody's work (a login session), even if the service ignores SIGTERM.
             if self.end.is_none() {
                 self.kernel.kill(self.main, libc::SIGKILL);
             }
@@ -322,7 +326,7 @@ impl<K: Kernel> Keeper<K> {
                 self.failed = Some((stage, i32::from_ne_bytes(errno)));
             }
             Err(Errno::EAGAIN | Errno::EINTR) => return,
-            // End of file: exec closed it.
+            // End of file: exec closed the pipe.
             Ok(_) | Err(_) => self.reporter.send(&KeeperReport::Started { pid: self.main.as_raw() }),
         }
         self.exec = None;
@@ -331,7 +335,7 @@ impl<K: Kernel> Keeper<K> {
     fn read_output(&mut self) {
         let Some(pipe) = &self.output else { return };
         let mut bytes = [0u8; READ_SIZE];
-        // Bounded, so that a program that never stops talking cannot keep the loop from signals.
+        // Bounded, so that a program that writes without end cannot keep the loop from signals.
         for _ in 0..64 {
             match nix::unistd::read(pipe, &mut bytes) {
                 Ok(0) => {
@@ -388,7 +392,7 @@ impl<K: Kernel> Keeper<K> {
         }
     }
 
-    /// Whether there are no children left.
+    /// Reaps ended children. Returns whether no child is left.
     fn reap(&mut self) -> bool {
         self.unreaped = true;
         let mut childless = false;
@@ -403,16 +407,16 @@ impl<K: Kernel> Keeper<K> {
                 }
             }
         }
-        // Not while those who are dead already would be counted, and looked at, once more.
+        // Zombies that are not reaped yet would be counted as killed.
         let living = !childless && !self.unreaped;
-        if living && self.end.is_some() && self.spec_leftovers == Leftovers::Kill {
+        if living && self.end.is_some() && self.leftovers == Leftovers::Kill {
             self.kill_tree();
         }
         childless
     }
 
     fn main_ended(&mut self, end: End) {
-        // The exec pipe first: it says why a process that never ran ended with 127.
+        // Read first, because the exec pipe says why a process that never ran ended with 127.
         self.read_exec();
         let end = match (self.failed, end) {
             (Some((stage, errno)), _) => End::NotStarted { stage, errno },
@@ -432,7 +436,7 @@ impl<K: Kernel> Keeper<K> {
         self.log.close();
         let end = self.end.clone().unwrap_or(End::Unseen);
         self.reporter.send(&KeeperReport::TreeGone { end, killed: self.killed });
-        let until = self.kernel.now() + LAST_WORDS;
+        let until = self.kernel.now() + LAST_REPORTS_WAIT;
         while let Some(pipe) = self.reporter.interest()
             && self.kernel.now() < until
         {
@@ -443,7 +447,7 @@ impl<K: Kernel> Keeper<K> {
     }
 }
 
-/// How often this kernel has killed for want of memory; in a confidential VM it is ours alone.
+/// How often the kernel's out-of-memory killer has killed. A confidential VM has a kernel of its own.
 fn oom_kills() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/vmstat").ok()?;
     text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.parse().ok())
@@ -452,7 +456,7 @@ fn oom_kills() -> Option<u64> {
 /// Writes standard input into a rotating file, until nobody writes to it any more.
 pub(crate) fn log_only(file: &str) -> Result<(), String> {
     let input = descriptor::inherited(0).map_err(|e| format!("standard input: {e}"))?;
-    // Only the end of its input ends it: it has to hear the last words of a shutdown.
+    // Ends at the end of its input and not by a signal, so that the last lines of a shutdown are written.
     let log = Log { file: file.to_owned(), rotate_bytes: OWN_LOG_BYTES, copy_to_stdout: false, json: false };
     let book = Logbook::open("", &log, true);
     let mut lines = Lines::default();

@@ -1,7 +1,6 @@
-//! Bytes into lines, with a limit on what is held.
+//! Splits a stream of bytes into lines, and holds only a limited part of a line.
 
-/// A longer line is cut into pieces of this size. Twice what most programs print in one go,
-/// and far below what a program can make us hold.
+/// A longer line is cut into pieces of this size: twice what most programs print at once.
 const LINE_MAX: usize = 16 * 1024;
 
 #[derive(Default)]
@@ -10,7 +9,7 @@ pub(crate) struct Lines {
 }
 
 impl Lines {
-    /// Takes bytes as they came and hands over each full line, without its newline.
+    /// Takes the next bytes and calls `take` with each line that they complete, without its newline.
     pub(crate) fn feed(&mut self, mut bytes: &[u8], mut take: impl FnMut(&[u8])) {
         while let Some(end) = bytes.iter().position(|b| *b == b'\n') {
             let (line, rest) = bytes.split_at(end);
@@ -21,7 +20,7 @@ impl Lines {
         self.append(bytes, &mut take);
     }
 
-    /// The last line of a program that did not end it.
+    /// Calls `take` with a last line that has no newline.
     pub(crate) fn finish(&mut self, mut take: impl FnMut(&[u8])) {
         self.flush(false, &mut take);
     }

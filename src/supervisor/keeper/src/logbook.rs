@@ -1,8 +1,7 @@
 //! The log of one service: a bounded queue, and a thread that writes it out.
 //!
-//! The loop that reads the program's output only ever puts lines into the queue. When the disk
-//! is slow the queue fills, lines are dropped and counted, and the log says how many as soon
-//! as it can; the program is never made to wait.
+//! The loop that reads the program's output only puts lines into the queue. When the disk is slow the queue fills,
+//! and further lines are dropped and counted, until the log can say how many. So the program never waits for a disk.
 
 use cvm_protocol::keeper::Log;
 use cvm_protocol::time::rfc3339;
@@ -17,12 +16,12 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// What may wait for the disk. A second of a very chatty service.
+/// The most bytes that wait for the disk: about one second of a service that writes very much.
 const QUEUE_BYTES_MAX: usize = 1024 * 1024;
 /// How long the last lines of a dead service may take to reach the disk.
 const FAREWELL: Duration = Duration::from_secs(1);
 
-/// One line on its way.
+/// One line in the queue, with the time at which it was read.
 struct Entry {
     unix_ms: u64,
     line: Vec<u8>,
@@ -45,7 +44,7 @@ struct Shared {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, Queue> {
-        // A writer that panicked leaves a queue that is still a queue.
+        // A panic of the writer cannot leave the queue half changed.
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -56,7 +55,7 @@ pub(crate) struct Logbook {
 }
 
 impl Logbook {
-    /// Starts the writer. `stamped` lines already carry their time.
+    /// Starts the writer thread. With `stamped`, lines begin with their time already.
     pub(crate) fn open(name: &str, log: &Log, stamped: bool) -> Self {
         let shared = Arc::new(Shared::default());
         let output = Output {
@@ -73,7 +72,7 @@ impl Logbook {
         Self { shared, _writer: writer }
     }
 
-    /// Never waits.
+    /// Queues a line, or drops it if the queue is full. Never waits for the disk.
     pub(crate) fn put(&self, line: &[u8]) {
         let unix_ms = now_ms();
         let mut queue = self.shared.lock();
@@ -87,12 +86,12 @@ impl Logbook {
         self.shared.changed.notify_one();
     }
 
-    /// Lines dropped so far.
+    /// How many lines were dropped so far.
     pub(crate) fn dropped(&self) -> u64 {
         self.shared.lock().dropped
     }
 
-    /// Waits, not for long, until everything is written.
+    /// Waits until everything is written, at most [`FAREWELL`].
     pub(crate) fn close(&self) {
         let mut queue = self.shared.lock();
         queue.closed = true;
@@ -161,8 +160,8 @@ impl Output {
     }
 }
 
-/// A file that is renamed to `.1` when it is full. What cannot be written is tried again with
-/// the next line: a full disk must not end a service.
+/// A file that is renamed to `.1` when it is full. After a failed write the file is opened again for the next line:
+/// a full disk must not end a service.
 struct RotatingFile {
     path: PathBuf,
     limit: u64,
@@ -209,12 +208,12 @@ impl RotatingFile {
     }
 }
 
-/// The copy on the container's standard output: best effort, never waits.
+/// The copy of the log on the container's standard output, which never waits and may lose lines.
 struct Copy {
     name: String,
     json: bool,
     stdout: Option<OwnedFd>,
-    /// The rest of a line of which the pipe took a part.
+    /// The rest of a line of which standard output took a part.
     rest: Vec<u8>,
     dropped: u64,
 }
@@ -252,7 +251,7 @@ impl Copy {
         (text + "\n").into_bytes()
     }
 
-    /// Whether nothing is left of the line before.
+    /// Writes the rest of the previous line. Returns whether nothing is left of it.
     fn push_rest(&mut self) -> bool {
         let Some(stdout) = &self.stdout else { return false };
         while !self.rest.is_empty() {
@@ -304,7 +303,7 @@ mod tests {
 
     #[test]
     fn a_log_that_is_not_written_drops_and_counts_and_does_not_grow() {
-        // No writer: as if the disk never came back.
+        // Without a writer thread, as if the disk never answered.
         let book = Logbook { shared: Arc::new(Shared::default()), _writer: None };
         for _ in 0..3 * QUEUE_BYTES_MAX / 1024 {
             book.put(&[b'x'; 1024]);

@@ -1,4 +1,4 @@
-//! The keeper of one service, or of one boot step.
+//! `cvm-keeper` runs one service or one boot step for PID 1.
 //!
 //! PID 1 starts one keeper for each thing it runs. The keeper starts the program, adopts every
 //! orphan below it, reads its output into a rotating log, asks its probes, and ends only when
@@ -11,11 +11,8 @@
 //!       ── SIGTERM: end the program;  SIGQUIT: end its whole tree, now ──>
 //! ```
 //!
-//! It may block on a slow disk (its log is written by a thread of its own), which is why none
-//! of this happens in PID 1.
-//!
-//! Refuses to restart anything, to judge an end, and to hold a secret longer than until the
-//! program has it.
+//! A keeper may block on a slow disk, which PID 1 must never do. PID 1 decides whether an end was good and whether
+//! the service starts again; the keeper drops its specification, secrets included, as soon as the program has it.
 
 mod keep;
 mod lines;
@@ -28,7 +25,7 @@ use cvm_protocol::keeper::KeeperSpec;
 use cvm_sys::{descriptor, memfd, private, signals};
 use std::process::ExitCode;
 
-/// A spec holds one environment; the kernel limits that to a few megabytes.
+/// A specification holds one environment, which the kernel limits to a few megabytes.
 const SPEC_MAX: usize = 32 * 1024 * 1024;
 
 const USAGE: &str = "cvm-keeper is started by cvm-init:\n    \
@@ -56,6 +53,6 @@ fn main() -> ExitCode {
 fn read_spec() -> Result<KeeperSpec, String> {
     let input = descriptor::inherited(0).map_err(|e| format!("standard input: {e}"))?;
     let bytes = memfd::read_all(input, SPEC_MAX).map_err(|e| format!("reading its description: {e}"))?;
-    // The text of the error may quote the input, which holds secrets: only its place is said.
+    // The text of the error may quote the input, which holds secrets; its column does not.
     serde_json::from_slice(&bytes).map_err(|e| format!("its description is broken at column {}", e.column()))
 }

@@ -1,4 +1,4 @@
-//! Probes: one small question at a time, without ever waiting for the answer.
+//! Probes ask a service one small question at a time, and never block on the answer.
 
 use cvm_protocol::keeper::Probe;
 use cvm_protocol::keeper::ProbeSpec;
@@ -10,13 +10,13 @@ use nix::sys::socket::{
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
-/// Of a yes only the status line is read; of a no also which parts it names as failing.
+/// The most bytes of an answer that are read. A success needs only the status line; a failure also names parts.
 const ANSWER_MAX: usize = 16 * 1024;
-/// How many names of failing parts are handed on, and how much of each.
+/// The most names of failing parts that are reported, and the most characters of each.
 const FAILING_MAX: usize = 5;
 const FAILING_CHARS_MAX: usize = 80;
 
-/// One probe of one service and where it stands.
+/// One probe of one service, and the stage of its current question.
 pub(crate) struct Prober {
     spec: ProbeSpec,
     stage: Stage,
@@ -48,7 +48,7 @@ impl Prober {
         &self.failing
     }
 
-    /// What to wait for: the socket, and whether for writing.
+    /// The socket to wait for, and whether until it can be written.
     pub(crate) fn interest(&self) -> Option<(BorrowedFd<'_>, bool)> {
         match &self.stage {
             Stage::Resting { .. } => None,
@@ -57,7 +57,7 @@ impl Prober {
         }
     }
 
-    /// One turn. Yields an answer when one is complete.
+    /// Does what is possible without waiting. Returns an answer once it is complete.
     pub(crate) fn turn(&mut self, now: BootTime) -> Option<bool> {
         let resting = Stage::Resting { until: now };
         let (next, answer) = match std::mem::replace(&mut self.stage, resting) {
@@ -86,7 +86,7 @@ impl Prober {
             Ok(0) => {}
             _ => return self.answered(false, now),
         }
-        // SO_ERROR is also 0 while the connection is still being made.
+        // The peer shows whether there is a connection: SO_ERROR is 0 also while it is being made.
         match nix::sys::socket::getpeername::<nix::sys::socket::SockaddrStorage>(
             std::os::fd::AsRawFd::as_raw_fd(&socket),
         ) {
@@ -101,7 +101,7 @@ impl Prober {
         let request = format!(
             "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nUser-Agent: openclaw-cvm\r\n\r\n"
         );
-        // A fresh socket's buffer takes a request of this size whole.
+        // The empty buffer of a new socket has room for the whole request.
         match nix::unistd::write(&socket, request.as_bytes()) {
             Ok(_) => (Stage::Reading { socket, until, answer: Vec::new() }, None),
             Err(_) => self.answered(false, now),
@@ -166,7 +166,7 @@ fn is_success(answer: &[u8]) -> bool {
 fn failing_in(answer: &[u8]) -> Vec<String> {
     let Some(start) = answer.iter().position(|b| *b == b'{') else { return Vec::new() };
     let object = answer.get(start..).unwrap_or_default();
-    // What follows the object, as in a chunked answer, is not looked at.
+    // Only the first object is read: more bytes follow it in a chunked answer.
     let body = serde_json::Deserializer::from_slice(object).into_iter::<serde_json::Value>().next();
     let Some(Ok(body)) = body else { return Vec::new() };
     let names = body.get("failing").and_then(serde_json::Value::as_array).into_iter().flatten();

@@ -4,7 +4,7 @@ use cvm_sys::clock::BootTime;
 use cvm_sys::process_work::{self, Work};
 use std::time::Duration;
 
-/// Between two looks. Each look walks through /proc.
+/// The pause between two looks, each of which walks through /proc.
 const BETWEEN_LOOKS: Duration = Duration::from_secs(5);
 /// A process that only waits wakes up for timers now and then; one that works takes more than this share
 /// of a processor.
@@ -24,7 +24,7 @@ impl Progress {
         self.at + BETWEEN_LOOKS
     }
 
-    /// Looks when it is time to, and says whether there was work since the look before.
+    /// Looks if the pause is over, and returns whether there was work since the look before.
     pub(crate) fn turn(&mut self, now: BootTime) -> bool {
         if now < self.deadline() {
             return false;

@@ -1,12 +1,12 @@
-//! The way back to PID 1. Nothing here waits for a reader: what the pipe does not take is kept, in
-//! its order, until it does.
+//! Sends reports to PID 1 without waiting for it: reports for which the pipe has no room are kept in order, and sent
+//! when it has room.
 
 use cvm_protocol::json_lines;
 use cvm_protocol::keeper::KeeperReport;
 use cvm_sys::descriptor;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-/// What is kept for a reader that has stopped reading. Many times what one life of a service says.
+/// The most bytes kept while PID 1 does not read: many times what one run of a service reports.
 const KEPT_MAX: usize = 64 * 1024;
 
 pub(crate) struct Reporter {
@@ -22,7 +22,7 @@ impl Reporter {
 
     pub(crate) fn send(&mut self, report: &KeeperReport) {
         self.flush();
-        // The next answer says the same again.
+        // An answer of the liveness probe that finds no room is dropped: the next one says the same.
         let repeats = matches!(report, KeeperReport::Liveness { .. }) && !self.kept.is_empty();
         let line = json_lines::line(report);
         if !repeats && self.kept.len() + line.len() <= KEPT_MAX {
@@ -36,13 +36,13 @@ impl Reporter {
             match descriptor::write_some(&self.pipe, &self.kept) {
                 Ok(n) => drop(self.kept.drain(..n)),
                 Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EINTR) => return,
-                // PID 1 is there as long as anything is: this pipe is not one.
+                // PID 1 holds its end of the pipe for ever, so this is no pipe of PID 1's.
                 Err(_) => self.kept.clear(),
             }
         }
     }
 
-    /// What to wait for: room for what is kept.
+    /// The pipe, if kept reports wait for room in it.
     pub(crate) fn interest(&self) -> Option<BorrowedFd<'_>> {
         (!self.kept.is_empty()).then(|| self.pipe.as_fd())
     }

@@ -1,10 +1,10 @@
-//! What the user wants, checked: the environment in, a configuration that cannot be wrong out.
+//! Turns the environment into a checked configuration.
 //!
 //! Every variable is checked before anything is refused, so that the user sees all mistakes of
-//! one boot together, each by name and rule.
+//! one boot together, each with its variable and rule.
 //!
-//! Refuses: to guess (a half-given S3 bucket is a mistake, not a local volume), to say a value
-//! of a secret, to touch the machine: whether a user or a file exists is not known here.
+//! Nothing is guessed: an incomplete S3 bucket is a mistake, not a local volume. No message holds a secret. The
+//! machine is not looked at: whether a user or a file exists is not known here.
 
 mod initial;
 mod strength;
@@ -32,24 +32,24 @@ use cvm_secrets::keys::MasterKey;
 use cvm_secrets::owner::{Epoch, OwnerWord};
 use cvm_secrets::secret::Secret;
 
-/// Three missed heartbeats are what a replacement waits for: longer would keep it from starting.
+/// A replacement waits for three missed heartbeats, so a longer interval would keep it from starting.
 const HEARTBEAT_S_MAX: u32 = 3600;
 
-/// The mux-server gives a delivery up after 15 s, which we tell it.
+/// We tell the mux-server to give a delivery up after 15 s.
 const ACK_WAIT_S_MAX: u32 = 13;
 
 /// rclone puts 16 bytes of initialisation vector before the text it obscures.
 const OBSCURED_IV_LEN: usize = 16;
 
-/// Everything the user decides. Only [`Config::parse`] makes one outside of this crate.
+/// Everything that the user decides. Outside of this crate only [`Config::parse`] makes one.
 ///
 /// It holds secrets, so it cannot be printed.
 #[non_exhaustive]
 pub struct Config {
     pub storage: Storage,
-    /// Always there in S3 mode.
+    /// Never none in S3 mode.
     pub master_key: Option<MasterKey>,
-    /// What this environment has to prove on the machine that it is for: see `owner`.
+    /// The owner that this environment has to prove, if the compose file names one: see `owner`.
     pub owner: Option<Owner>,
     pub first_boot: FirstBoot,
     pub gateway: Gateway,
@@ -57,19 +57,19 @@ pub struct Config {
     pub ssh: Ssh,
     pub docker: Docker,
     pub log: Log,
-    /// What this configuration opens that is shut by default.
+    /// Protections that this configuration turns off.
     pub doors: Vec<Door>,
 }
 
-/// Who may write this machine's environment, as the compose file says, and what the environment has
-/// to show for it. Without a token it is the `MASTER_KEY`, which is then there and not weak.
+/// The owner, who alone may write this machine's environment: `CVM_OWNER` of the compose file, and the token that
+/// proves it. Without a token the `MASTER_KEY` proves it, and is then neither missing nor weak.
 pub struct Owner {
     pub word: OwnerWord,
     pub token: Option<Secret>,
     pub epoch: Epoch,
 }
 
-/// Where the state lives.
+/// Where the state is kept.
 pub enum Storage {
     /// On the volume only: it is lost with the machine.
     Local,
@@ -77,28 +77,28 @@ pub enum Storage {
     S3(Box<S3>),
 }
 
-/// The bucket and how to get at it.
+/// The bucket and how to reach it.
 pub struct S3 {
     pub bucket: BucketName,
     pub prefix: Prefix,
     pub region: Region,
     pub provider: Provider,
-    /// Only AWS may go without.
+    /// Never none, except with AWS.
     pub endpoint: Option<Endpoint>,
     pub access_key_id: Secret,
     pub secret_access_key: Secret,
     pub session_token: Option<Secret>,
-    /// In place of the derived password and salt.
+    /// Replaces the derived password and salt.
     pub crypt_override: Option<CryptOverride>,
-    /// A bucket that is older is refused.
+    /// A bucket with an older state is refused.
     pub anchor: Option<Anchor>,
-    /// A bucket that nobody can check is taken over as it is.
+    /// Whether a bucket that cannot be checked is taken over as it is.
     pub adopt: bool,
-    /// Between two renewals of the ownership record.
+    /// The interval between renewals of the ownership record.
     pub heartbeat_s: Seconds,
-    /// How long a stop may spend on pushing what the bucket lacks.
+    /// How long a stop may take to push changes that the bucket lacks.
     pub drain_s: Seconds,
-    /// Between two restore drills; 0 is never.
+    /// The interval between restore drills; with 0 there are none.
     pub drill_s: Seconds,
 }
 
@@ -109,7 +109,7 @@ pub struct CryptOverride {
     pub salt: Secret,
 }
 
-/// What an instance without state is given.
+/// The files that an instance without state begins with.
 pub struct FirstBoot {
     pub config: Option<InitialConfig>,
     pub workspace: Option<WorkspaceFiles>,
@@ -124,11 +124,11 @@ pub struct Gateway {
     pub start_timeout_s: Seconds,
     pub liveness_timeout_s: Seconds,
     pub stop_timeout_s: Seconds,
-    /// Whether `REDPILL_API_KEY` is there. The key itself goes to the gateway unseen.
+    /// Whether `REDPILL_API_KEY` is set. The key itself is passed to the gateway unread.
     pub redpill: bool,
 }
 
-/// Waits between restarts; `delay_s` is at most `max_delay_s`.
+/// The waits between restarts; `delay_s` is at most `max_delay_s`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Restart {
     pub delay_s: u32,
@@ -137,7 +137,7 @@ pub struct Restart {
 }
 
 impl Restart {
-    /// Of the gateway, and of the mux client beside it.
+    /// The backoff of the gateway and of the mux client.
     pub fn backoff(self) -> Backoff {
         Backoff::seconds(u64::from(self.delay_s), u64::from(self.max_delay_s), u64::from(self.reset_after_s))
     }
@@ -148,16 +148,16 @@ pub struct Mux {
     pub base_url: HttpUrl,
     pub register_key: Secret,
     pub inbound_url: InboundUrl,
-    /// How long an acknowledgement waits for the bucket, where there is one.
+    /// How long an acknowledgement waits for the bucket, in S3 mode.
     pub ack_wait_s: Seconds,
 }
 
-/// How operators come in.
+/// How operators log in.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ssh {
     pub port: Port,
     pub authorized_keys: Vec<AuthorizedKey>,
-    /// Whether the keys that the host mounts at `/root/.ssh` count as well.
+    /// Whether the keys that the host mounts at `/root/.ssh` may log in too.
     pub trust_host_keys: bool,
 }
 
@@ -179,13 +179,13 @@ pub struct Log {
 }
 
 impl Config {
-    /// All of it, or all that is wrong with it.
+    /// The configuration with its warnings, or all problems of the environment.
     pub fn parse(env: &Environment) -> Result<(Self, Vec<Warning>), Vec<Problem>> {
         Self::read(env, false)
     }
 
-    /// The same on a machine that opens what exists and starts nothing, such as a laptop. There
-    /// a weak `MASTER_KEY` is worth a warning; to refuse it would protect nothing.
+    /// The same, on a machine that reads an existing state and starts no gateway, such as a laptop. There a weak
+    /// `MASTER_KEY` is only a warning, because refusing it would protect nothing.
     pub fn parse_elsewhere(env: &Environment) -> Result<(Self, Vec<Warning>), Vec<Problem>> {
         Self::read(env, true)
     }
@@ -208,8 +208,8 @@ impl Config {
         }
     }
 
-    /// Whether the gateway's user may be the gateway's, by the text of `/etc/passwd` and
-    /// `/etc/group`. An account that is not there yet will be made, and is always good.
+    /// Whether the account of the gateway's user is fit for the agent, by the text of `/etc/passwd` and `/etc/group`.
+    /// An account that does not exist yet will be created, and is always fit.
     pub fn check_account(&self, passwd: &str, group: &str) -> Option<Problem> {
         let account = accounts::Account::find(passwd, group, self.gateway.user.as_str())?;
         let rule = account.unfit_for_the_agent()?;
@@ -221,21 +221,21 @@ impl Config {
     }
 }
 
-/// Reads variables and collects what is wrong with them. Its methods return `None` only when
-/// the value is absent or a problem has been noted.
+/// Reads variables and collects their problems. Its methods return `None` only if the value is absent or a problem
+/// has been noted.
 struct Reader<'e> {
     env: &'e Environment,
-    /// Not on the machine that this configures.
+    /// Whether this is another machine than the one that the environment configures: see [`Config::parse_elsewhere`].
     elsewhere: bool,
     problems: Vec<Problem>,
     warnings: Vec<Warning>,
     doors: Vec<Door>,
-    /// Variables whose URL is http and leaves this machine.
+    /// Variables whose URL is http and leads out of this machine.
     unencrypted: Vec<&'static str>,
 }
 
 impl<'e> Reader<'e> {
-    /// Every part is read before any is given up, so the order of the two halves matters.
+    /// First reads every part, and only then returns none for a missing one, so that all problems are found.
     fn config(&mut self) -> Option<Config> {
         let storage = self.storage();
         let master_key = self.master_key();
@@ -293,14 +293,14 @@ impl<'e> Reader<'e> {
             let remedy = "unset it as soon as `cvm storage status` says that everything is in the bucket";
             self.open("S3_ADOPT=1", risk, remedy);
             if self.env.is_given("STATE_ANCHOR") {
-                // Whoever takes the manifest away would get past the anchor.
+                // Otherwise an attacker could delete the manifest and get past the anchor.
                 let hint = "unset it: the bucket of an anchor has a manifest; or unset STATE_ANCHOR for a bucket \
                             that you know has none";
                 self.problems.push(Problem::new("S3_ADOPT", "must not be 1 beside STATE_ANCHOR", hint));
             }
         }
         let heartbeat = self.with_default("S3_HEARTBEAT", |t| Seconds::within(t, 1, HEARTBEAT_S_MAX));
-        // 0 would lose what is still to be pushed, whatever the bucket could take.
+        // With 0 every stop would lose the changes that are not pushed yet.
         let drain = self.with_default("S3_DRAIN_TIMEOUT", |t| Seconds::parse(t, 1));
         let drill = self.with_default("S3_DRILL_INTERVAL", |t| Seconds::parse(t, 0));
         if self.env.is_given("AWS_CA_BUNDLE") {
@@ -326,11 +326,11 @@ impl<'e> Reader<'e> {
         })))
     }
 
-    /// Variables of S3 mode without the one that turns it on.
+    /// Refuses variables of S3 mode without `S3_BUCKET`, which turns it on.
     fn check_left_over_s3(&mut self) {
         for name in ["S3_ENDPOINT", "S3_PREFIX"] {
             if self.env.is_given(name) {
-                // Going on would put the state of someone who meant S3 on a volume that dies.
+                // The user meant S3: a local volume would lose the state with the machine.
                 let hint = "set S3_BUCKET, or unset this to keep the state on the local volume";
                 self.problems.push(Problem::new(name, "is set, but S3_BUCKET is not", hint));
             }
@@ -395,8 +395,8 @@ impl<'e> Reader<'e> {
         MasterKey::new(key.duplicate())
     }
 
-    /// The SSH host key, which everybody can see, follows from `MASTER_KEY` alone, so guesses can be checked
-    /// against it, as fast as a machine can hash. An instance that has state cannot get another key.
+    /// The public SSH host key follows from `MASTER_KEY` alone, so an attacker can check guesses against it, as fast
+    /// as a machine can hash. An instance that has state cannot get another key.
     fn check_strength(&mut self, key: &Secret) {
         const NAME: &str = "ALLOW_WEAK_MASTER_KEY";
         let is_strong = is_strong(key.expose());
@@ -484,7 +484,7 @@ impl<'e> Reader<'e> {
         let port = self.with_default("OPENCLAW_GATEWAY_PORT", Port::parse);
         let user = self.with_default("OPENCLAW_GATEWAY_USER", UserName::parse);
         let restart = self.restart();
-        // 0 would kill a gateway that has done nothing wrong, or lose what it is doing.
+        // 0 would kill a healthy gateway, or lose the work that it is doing.
         let mut timeout = |name| self.with_default(name, |text| Seconds::parse(text, 1));
         let start_timeout = timeout("OPENCLAW_GATEWAY_START_TIMEOUT");
         let liveness_timeout = timeout("OPENCLAW_GATEWAY_LIVENESS_TIMEOUT");
@@ -551,8 +551,8 @@ impl<'e> Reader<'e> {
         })
     }
 
-    /// The address that dstack's gateway gives to a port of an app. `DSTACK_GATEWAY_DOMAIN`
-    /// would say the same, but the host writes it, and could have every chat sent to itself.
+    /// The address that dstack's gateway gives to a port of an app. `DSTACK_GATEWAY_DOMAIN` holds the same domain,
+    /// but the host writes it, and could have every chat sent to itself.
     fn dstack_inbound_url(&mut self) -> Option<InboundUrl> {
         let (id, domain) = (self.text("DSTACK_APP_ID"), self.text("MUX_GATEWAY_DOMAIN"));
         let (Some(id), Some(domain)) = (id, domain) else {
@@ -568,7 +568,7 @@ impl<'e> Reader<'e> {
             return None;
         };
         let url = format!("https://{id}-{MUX_INBOUND_PORT}.{domain}{}", InboundUrl::PATH);
-        // A slash in either part would move the host; only the parser's view of it counts.
+        // With a slash in either part, the rest would be a path and the host another one.
         if id.contains('/') || domain.contains('/') {
             let rule =
                 "cannot be built from DSTACK_APP_ID and MUX_GATEWAY_DOMAIN, which are no parts of a host";
@@ -584,8 +584,8 @@ impl<'e> Reader<'e> {
         }
     }
 
-    /// Over http, whoever is on the way reads the register key and presigned URLs, and answers
-    /// in the other side's name.
+    /// Over http, an attacker on the network reads the register key and presigned URLs, and can answer in the
+    /// server's name.
     fn check_http(&mut self) {
         const NAME: &str = "ALLOW_HTTP";
         match (self.with_default(NAME, values::switch), self.unencrypted.is_empty()) {
@@ -686,9 +686,8 @@ impl<'e> Reader<'e> {
         }
     }
 
-    /// Names that the supervisor sets for the gateway. A token from outside would be a second
-    /// truth beside the one that every client derives, so it is refused; the others are not
-    /// worth a stopped boot.
+    /// Checks variables that the supervisor itself sets for the gateway. A token from outside is refused, because
+    /// clients derive another one from `MASTER_KEY`. The others are only a warning.
     fn check_supervisors_own(&mut self) {
         const TOKEN: &str = "OPENCLAW_GATEWAY_TOKEN";
         for name in [TOKEN.to_owned(), file_twin(TOKEN)] {
@@ -724,7 +723,7 @@ impl<'e> Reader<'e> {
         text
     }
 
-    /// A key as HTTP headers carry it. White space is what a careless paste adds.
+    /// A key for an HTTP header. White space at its ends comes from careless pasting.
     fn word(&mut self, name: &str) -> Option<Secret> {
         let value = self.bytes(name)?;
         if value.expose().iter().all(u8::is_ascii_graphic) {
@@ -772,10 +771,10 @@ impl<'e> Reader<'e> {
 
 const S3_CREDENTIALS: [&str; 2] = ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"];
 
-/// base64url without padding, longer than its initialisation vector. Which key it is obscured
-/// with is public, so this is a shape and no proof; an empty password has exactly 16 bytes.
+/// Whether a text has rclone's obscured form: base64url without padding, and longer than its initialisation vector,
+/// which is all that an empty password has. Anyone can obscure a text, so this checks the form only.
 fn is_obscured(text: &[u8]) -> bool {
-    // As lenient about the unused bits of the last character as Go's decoder.
+    // Like Go's decoder, this one ignores the unused bits of the last character.
     const RCLONE: GeneralPurpose =
         GeneralPurpose::new(&URL_SAFE, NO_PAD.with_decode_allow_trailing_bits(true));
     let room_len = text.len().div_ceil(4) * 3;

@@ -1,19 +1,19 @@
-//! A service, together with what it is told.
+//! An entry of a role is a service together with its specification.
 
 use cvm_machine::description::Service;
 use cvm_protocol::json_lines::line;
 use serde::Serialize;
 use zeroize::Zeroizing;
 
-/// A service of a role, and what it is told at each start.
+/// A service of a role, and the specification that it gets at each start.
 pub struct Entry {
     pub service: Service,
-    /// One line with secrets in it; wiped when dropped.
+    /// One JSON line, with secrets in it.
     pub specification: Option<Zeroizing<Vec<u8>>>,
 }
 
 impl Entry {
-    /// A program that knows nothing of us.
+    /// A program that is not ours, such as sshd.
     pub fn without_channel(service: Service) -> Self {
         Self { service, specification: None }
     }
@@ -24,5 +24,5 @@ impl Entry {
     }
 }
 
-/// A sealed line for each service that has one, by the service's name.
+/// The specifications of the services that have one, by name of the service.
 pub type Specifications = Vec<(&'static str, Zeroizing<Vec<u8>>)>;

@@ -1,11 +1,10 @@
-//! The environment: the one table of variables, and what was found of it.
+//! The environment of the container, and the table of all variables that the product knows.
 //!
-//! Every name that the product knows stands in [`VARIABLES`]; documentation, boot log and
-//! pass-through are made from it. Values are held wiped-on-drop, all of them, because a
-//! variable that is no secret of ours may well be one of the user's.
+//! Documentation, boot log and the variables for the gateway are made from the table, [`VARIABLES`]. All values are
+//! wiped when they are dropped, because any variable may hold a secret of the user.
 //!
-//! Refuses: to judge a value (`config` does), to read a file (the caller does), to say anything of
-//! a value, its length included.
+//! `config` judges the values, and the caller reads the files. No message tells anything about a value, not even its
+//! length.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
@@ -18,7 +17,7 @@ use zeroize::Zeroize;
 use cvm_protocol::text::shown;
 use cvm_secrets::secret::Secret;
 
-/// Who receives a variable. Whoever is not named here does not.
+/// The process that receives a variable. No other process gets it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Audience {
     /// PID 1 alone: it derives something from the value, or acts on it.
@@ -31,13 +30,13 @@ pub enum Audience {
     Mux,
 }
 
-/// One row of the table.
+/// One row of the table of variables.
 #[derive(Clone, Copy, Debug)]
 pub struct Variable {
     pub name: &'static str,
     /// A secret may also come as `NAME_FILE`, and its value is never printed.
     pub secret: bool,
-    /// What an unset variable means; `None` is "nothing".
+    /// The value that an unset variable has; with `None` it has none.
     pub default: Option<&'static str>,
     pub audience: Audience,
     /// One line for the documentation.
@@ -88,7 +87,7 @@ pub const VARIABLES: &[Variable] = &[
         Storage,
         "1 takes over a bucket without a manifest, or with one of an older version, unchecked",
     ),
-    // Long enough to cost nothing, short enough that a replacement need not wait long.
+    // Long enough to cost almost nothing, and short enough that a replacement starts soon.
     plain(
         "S3_HEARTBEAT",
         Some("60"),
@@ -113,7 +112,7 @@ pub const VARIABLES: &[Variable] = &[
         Supervisor,
         "base64 of a JSON object path -> text, written into the workspace on first boot only",
     ),
-    // The gateway's own command line tools look for it under this name, so it passes through.
+    // Passed to the gateway, because its own command line tools read this variable.
     plain("OPENCLAW_GATEWAY_PORT", Some("18789"), Gateway, "port of the gateway"),
     plain(
         "OPENCLAW_GATEWAY_USER",
@@ -134,24 +133,24 @@ pub const VARIABLES: &[Variable] = &[
         Supervisor,
         "how long a run must last for the wait to fall back to the first, in seconds",
     ),
-    // Ready takes about 10 s on two idle cores. Hundreds of agents, or a migration, take many minutes, in which
-    // the gateway works.
+    // The gateway is ready after about 10 s on two idle cores. With hundreds of agents or a migration it works for
+    // many minutes first.
     plain(
         "OPENCLAW_GATEWAY_START_TIMEOUT",
         Some("300"),
         Supervisor,
         "how long a starting gateway may show no sign of work, in seconds",
     ),
-    // Long enough for a synchronous SQLite migration or a host that stalls, short enough that
-    // a user notices a restart before a dead gateway.
+    // Long enough for a synchronous SQLite migration or a host that stalls, and short enough that a dead gateway is
+    // restarted before a user misses it.
     plain(
         "OPENCLAW_GATEWAY_LIVENESS_TIMEOUT",
         Some("120"),
         Supervisor,
         "how long a running gateway may leave /healthz unanswered before it is restarted, in seconds",
     ),
-    // The gateway itself would drain for up to 315 s, but dstack gives a whole machine 90 s. What the gateway was
-    // doing is interrupted then, and taken up at the next start.
+    // The gateway itself would drain for up to 315 s, but dstack gives a whole machine 90 s. Interrupted work goes on
+    // at the gateway's next start.
     plain(
         "OPENCLAW_GATEWAY_STOP_TIMEOUT",
         Some("30"),
@@ -167,7 +166,7 @@ pub const VARIABLES: &[Variable] = &[
     ),
     secret("MUX_REGISTER_KEY", Mux, "key with which the mux client registers"),
     plain("MUX_INBOUND_URL", None, Mux, "public URL of the mux client, ending in /v1/mux/inbound"),
-    // Below the 15 s after which the mux-server gives a delivery up.
+    // Below the 15 s after which the mux-server gives up a delivery.
     plain(
         "MUX_ACK_REPLICATION_WAIT",
         Some("10"),
@@ -197,10 +196,10 @@ pub const VARIABLES: &[Variable] = &[
     plain("LOG_SERVICES", Some("0"), Supervisor, "1 also copies the services' output to stdout"),
 ];
 
-/// Stands in the compose file itself or nowhere: a value from the environment could be forged.
+/// A variable that may be set only in the compose file itself, because a value from the environment could be forged.
 pub const SSH_TRUST_HOST_KEYS: &str = "SSH_TRUST_HOST_KEYS";
 
-/// What the supervisor sets for the gateway itself; a value from outside does not get through.
+/// Variables that the supervisor itself sets for the gateway. A value from outside is not passed on.
 pub const SET_BY_SUPERVISOR: &[&str] = &[
     "OPENCLAW_GATEWAY_TOKEN",
     "OPENCLAW_NO_RESPAWN",
@@ -211,25 +210,25 @@ pub const SET_BY_SUPERVISOR: &[&str] = &[
     "OPENCLAW_CONFIG_PATH",
 ];
 
-/// What describes the process that received it, not the one that would inherit it.
+/// Variables that are never passed on, because they describe the process that received them.
 pub const NEVER_PASSED: &[&str] =
     &["PATH", "HOME", "USER", "LOGNAME", "SHELL", "PWD", "OLDPWD", "HOSTNAME", "TERM", "_"];
 
-/// For the operator's `cvm pair`, which reads them by itself; nobody else gets them.
+/// Variables that only the operator's `cvm pair` reads. No service gets them.
 pub const OPERATORS: &[&str] = &["MUX_ADMIN_TOKEN", "MUX_ADMIN_TOKEN_FILE"];
 
 const FILE_SUFFIX: &str = "_FILE";
 
-/// Names longer than this may differ in two letters from a name of the table to count as a
-/// slip; in a short one, two letters make another word.
+/// A name longer than this counts as misspelt if it differs from a name of the table in at most two letters. In a
+/// shorter one, two letters make another word.
 const SHORT_NAME_LEN_MAX: usize = 8;
 
-/// How many names of variables that are not ours one line of the boot log lists.
+/// The most names of foreign variables that the boot log lists.
 const NAMES_SHOWN_MAX: usize = 64;
 
-/// A mistake that stops the boot: which variable, which rule it breaks, and what to do.
+/// A mistake that stops the boot: the variable, the rule that it breaks, and what to do.
 ///
-/// `rule` and `hint` are safe to be public: they hold no value of a secret.
+/// `rule` and `hint` may be public: they hold no value of a secret.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
     pub variable: String,
@@ -249,7 +248,7 @@ impl fmt::Display for Problem {
     }
 }
 
-/// Something the user may not have meant. The boot goes on.
+/// A setting that the user may not have meant. The boot goes on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Warning {
     /// The variable, escaped and shortened.
@@ -270,14 +269,14 @@ impl fmt::Display for Warning {
     }
 }
 
-/// What the environment says about one variable of the table.
+/// How one variable of the table was given.
 #[derive(Clone, Copy)]
 pub enum Given<'e> {
     /// Unset, or empty.
     Not,
     /// Set.
     As(&'e Secret),
-    /// Set, but unusable, which is already among the problems: not to be mistaken for unset.
+    /// Set, but unusable. That is among the problems already, and must not be treated as unset.
     Unusable,
 }
 
@@ -286,22 +285,21 @@ pub struct Environment {
     values: BTreeMap<Vec<u8>, Secret>,
     /// Secrets whose `NAME_FILE` the caller has yet to read.
     awaited: BTreeSet<&'static str>,
-    /// Secrets that were given in a way that cannot be used.
+    /// Secrets that were given in an unusable way.
     unusable: BTreeSet<&'static str>,
     problems: Vec<Problem>,
     warnings: Vec<Warning>,
 }
 
 impl Environment {
-    /// Takes the raw pairs over. An empty value means unset (compose passes `${VAR:-}`), also
-    /// for variables that are not ours. Of two pairs with one name the last wins, as in
-    /// `docker run -e`, and a warning says so.
+    /// Makes an environment from raw pairs. An empty value means unset (compose passes `${VAR:-}`), also for foreign
+    /// variables. If a name occurs twice the last value is used, as by `docker run -e`, with a warning.
     pub fn new(pairs: impl IntoIterator<Item = (Vec<u8>, Vec<u8>)>) -> Self {
         let mut values = BTreeMap::new();
         let mut warnings = Vec::new();
         for (name, value) in pairs {
             let value = Secret::from(value);
-            // Neither can be set through a shell or handed on by `execve`.
+            // Such names can neither be set by a shell nor passed by `execve`.
             if name.is_empty() || name.contains(&b'=') || name.contains(&0) {
                 continue;
             }
@@ -335,11 +333,11 @@ impl Environment {
             .collect()
     }
 
-    /// Hands in the content of the file of secret `name`, or the operating system's words for
-    /// why there is none. A name that was not wanted is ignored.
+    /// Takes the content of the file of secret `name`, or the operating system's reason why there is none. A name
+    /// that was not wanted is ignored.
     ///
-    /// All line breaks at the end are cut off, as `$(cat FILE)` does: editors and `echo` put
-    /// one there, and the same key must come out however it was written down.
+    /// All line breaks at the end are cut off, as by `$(cat FILE)`, because editors and `echo` add one, and the same
+    /// key has to result however it was written.
     ///
     /// No message shows the path: a user may have put the secret itself there.
     pub fn with_file(&mut self, name: &str, content: Result<Vec<u8>, String>) {
@@ -368,7 +366,7 @@ impl Environment {
                 "write the value into the file, or unset the variable",
             );
         } else if value.expose().contains(&0) {
-            // The old shell entrypoint dropped such bytes without a word.
+            // Not dropped in silence: the secret would be another one.
             self.refuse(
                 name,
                 &twin,
@@ -380,7 +378,7 @@ impl Environment {
         }
     }
 
-    /// Says of the file of secret `name` that the agent could read it, and why it cannot be hidden.
+    /// Takes note that the agent could read the file of secret `name`, and why the file cannot be hidden.
     pub fn with_exposed_file(&mut self, name: &str, cause: &str) {
         let Some(name) = self.awaited.take(name) else { return };
         let rule = format!(
@@ -391,7 +389,7 @@ impl Environment {
         self.refuse(name, &file_twin(name), rule, hint);
     }
 
-    /// A variable of the table.
+    /// How a variable of the table was given.
     pub fn given(&self, name: &str) -> Given<'_> {
         if self.unusable.contains(name) || self.awaited.contains(name) {
             return Given::Unusable;
@@ -399,12 +397,12 @@ impl Environment {
         self.values.get(name.as_bytes()).map_or(Given::Not, Given::As)
     }
 
-    /// Whether the user gave this variable, in whatever way and however badly.
+    /// Whether the user gave this variable, even in an unusable way.
     pub fn is_given(&self, name: &str) -> bool {
         !matches!(self.given(name), Given::Not)
     }
 
-    /// What is wrong with how the variables were given, files that nobody has read included.
+    /// The problems with how the variables were given, among them files that the caller has not read.
     pub fn problems(&self) -> Vec<Problem> {
         let unread = self.awaited.iter().map(|name| {
             Problem::new(
@@ -420,14 +418,14 @@ impl Environment {
         &self.warnings
     }
 
-    /// What the gateway receives besides what the supervisor sets for it: everything that is
-    /// not ours, and of ours what is meant for it.
+    /// The variables that the gateway receives from outside: all foreign ones, and those of the table that are for
+    /// the gateway.
     pub fn passthrough(&self) -> impl Iterator<Item = (&[u8], &Secret)> {
         self.values.iter().filter(|(name, _)| passes(name)).map(|(name, value)| (name.as_slice(), value))
     }
 
-    /// One line for the boot log: the names of all variables that are set, and nothing of their
-    /// values. Standard output may be public, and a length is a part of a secret.
+    /// One line for the boot log with the names of all variables that are set. It tells nothing about their values,
+    /// not even a length, because standard output may be public.
     pub fn inventory(&self) -> String {
         let known = VARIABLES.iter().filter_map(|variable| match self.given(variable.name) {
             Given::Not => None,
@@ -468,7 +466,7 @@ impl Environment {
             if !variable.secret {
                 self.warnings.push(Warning::new(&twin, "has no effect; only secrets can be given as a file"));
             } else if self.values.contains_key(variable.name.as_bytes()) {
-                // Guessing which one is meant could open the wrong bucket with the wrong key.
+                // Guessing which of the two is meant could open the wrong bucket with the wrong key.
                 let rule = format!("is set together with {twin}");
                 self.refuse(variable.name, variable.name, rule, "unset one of the two");
             } else {
@@ -487,12 +485,12 @@ impl Environment {
     }
 }
 
-/// The row of a variable, if it is ours.
+/// The row of a variable, if it is in the table.
 pub fn variable(name: &str) -> Option<&'static Variable> {
     lookup(name.as_bytes())
 }
 
-/// The name under which a secret is given as a path.
+/// The name of the variable that gives a secret as a path.
 pub fn file_twin(name: &str) -> String {
     format!("{name}{FILE_SUFFIX}")
 }
@@ -517,12 +515,12 @@ fn passes(name: &[u8]) -> bool {
     }
 }
 
-/// A secret under a misspelt name must not reach a process that the secret itself is kept from.
+/// Whether a variable with a misspelt name is kept from the gateway, because the secret that was meant is.
 fn withheld(meant: &Variable) -> bool {
     meant.secret && meant.audience != Gateway
 }
 
-/// The name of the table that `name` was probably meant to be.
+/// The variable of the table for which `name` is probably a misspelling.
 fn slip_of(name: &[u8]) -> Option<(String, &'static Variable)> {
     let known = lookup(name).is_some()
         || twin_of_secret(name).is_some()
@@ -548,7 +546,7 @@ fn slip_of(name: &[u8]) -> Option<(String, &'static Variable)> {
 /// Damerau-Levenshtein distance (optimal string alignment: insert, delete, replace, swap
 /// neighbours), if it is at most `limit`.
 fn distance(a: &[u8], b: &[u8], limit: usize) -> Option<usize> {
-    // Also bounds the work: a name may be 128 KiB long, the table's are below 40.
+    // Also limits the work: a name may be 128 KiB long, those of the table are shorter than 40 bytes.
     if a.len().abs_diff(b.len()) > limit {
         return None;
     }

@@ -1,10 +1,10 @@
-//! What runs: from the variables of the environment to the configuration, the steps of the boot and the services.
+//! Decides what runs: makes the configuration, the boot steps and the services from the environment.
 //!
 //! ```text
-//! environment -> config -> role -> plan of tasks and services, and what the services are told
+//! environment -> config -> role -> plan of tasks and services, and the services' specifications
 //! ```
 //!
-//! Data flows one way along that line. Pure functions and data: no I/O, no clock.
+//! The crate has data and pure functions only: no I/O, no clock.
 
 pub mod config;
 pub mod entry;

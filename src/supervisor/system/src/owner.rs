@@ -1,11 +1,11 @@
-//! Whether this environment was written by the owner of the compose file.
+//! Checks whether the owner of the compose file has written this environment.
 //!
-//! On dstack everybody can encrypt an environment for a machine, and nobody signs it. The compose
-//! file is measured. So a word in that file, `CVM_OWNER`, says who may write the environment: whoever
-//! has the `MASTER_KEY` (or the token) that the word is the hash of. This is asked before anything
-//! starts, sshd included.
+//! On dstack everybody can encrypt an environment for a machine, and environments are not signed. But the compose
+//! file is measured. So a word in that file, `CVM_OWNER`, is the hash of a secret that only the owner has: the
+//! `MASTER_KEY` or a token. The environment has to hold that secret. It is checked before anything starts, sshd
+//! included.
 //!
-//! Refuses to say by how much a word is wrong.
+//! A refusal does not tell how close a wrong word is.
 
 use crate::config::Config;
 use crate::env::Problem;
@@ -14,13 +14,13 @@ use cvm_secrets::keys;
 use cvm_secrets::owner::Epoch;
 use cvm_secrets::secret::Secret;
 
-/// That the environment is the owner's. Nobody else can make one.
+/// The proof that the owner has written the environment, which nobody else can give.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Proof {
     pub epoch: Epoch,
 }
 
-/// What `CVM_OWNER` says of this environment: nothing, when it is not set.
+/// Proves by `CVM_OWNER` that the owner has written this environment; none if it is not set.
 pub fn prove(config: &Config) -> Result<Option<Proof>, Problem> {
     let Some(owner) = &config.owner else { return Ok(None) };
     let (own, rule, hint) = match (&owner.token, &config.master_key) {
@@ -43,7 +43,7 @@ pub fn prove(config: &Config) -> Result<Option<Proof>, Problem> {
     }
 }
 
-/// What is open on dstack as long as there is no owner.
+/// The door that is open on dstack as long as `CVM_OWNER` is not set.
 pub fn unowned() -> Door {
     Door::new(
         "CVM_OWNER is not set",
@@ -67,7 +67,7 @@ mod tests {
         Config::parse(&Environment::new(pairs)).map(|(config, _)| config)
     }
 
-    /// The epoch that is proven, or the variable that is refused.
+    /// The proven epoch, or the name of the refused variable.
     fn outcome(given: &[(&str, &str)]) -> Result<Option<u32>, String> {
         let config = config(given).map_err(|problems| problems[0].variable.clone())?;
         prove(&config).map(|proof| proof.map(|proof| proof.epoch.get())).map_err(|problem| problem.variable)
@@ -90,11 +90,11 @@ mod tests {
             // another key, no key
             &[("CVM_OWNER", first.as_str()), ("MASTER_KEY", OTHER)][..],
             &[("CVM_OWNER", &first)],
-            // an environment of before with the compose file of now, and the other way round
+            // an older environment with the present compose file, and the reverse
             &[("CVM_OWNER", &third), ("MASTER_KEY", KEY)],
             &[("CVM_OWNER", &third), ("MASTER_KEY", KEY), ("CVM_OWNER_EPOCH", "2")],
             &[("CVM_OWNER", &first), ("MASTER_KEY", KEY), ("CVM_OWNER_EPOCH", "3")],
-            // the owner's own slip
+            // the owner's own mistake
             &[("CVM_OWNER", &first.replace('1', "2")), ("MASTER_KEY", KEY)],
             &[("CVM_OWNER", &first[1..]), ("MASTER_KEY", KEY)],
         ] {

@@ -1,4 +1,4 @@
-//! What runs in a machine, by its role.
+//! A role decides which tasks and services run in a machine.
 
 mod gateway;
 
@@ -7,23 +7,23 @@ use crate::entry::{Entry, Specifications};
 use cvm_machine::plan::{Plan, Step, Unplannable};
 use cvm_secrets::keys::KeyRing;
 
-/// All that a role is made from.
+/// Everything that a role is made from.
 pub struct Given<'a> {
     pub config: &'a Config,
-    /// None without `MASTER_KEY`.
+    /// The keys derived from `MASTER_KEY`, if it is set.
     pub keys: Option<&'a KeyRing>,
-    /// Of the proven owner, or 0.
+    /// The epoch of the proven owner, or 0.
     pub owner_epoch: u32,
-    /// Whether there is a [`cvm_protocol::paths::PRELOAD`].
+    /// Whether the file [`cvm_protocol::paths::PRELOAD`] exists.
     pub has_preload: bool,
 }
 
-/// The plan of the machine in which a gateway runs, and what its services are told.
+/// The plan of a machine in which a gateway runs, and the specifications of its services.
 pub fn gateway(given: &Given<'_>) -> Result<(Plan, Specifications), Unplannable> {
     plan_of(gateway::tasks(given.config), gateway::services(given))
 }
 
-/// The plan of boot steps and services, whatever role they make.
+/// Makes the plan of any role from its boot steps and services.
 pub fn plan_of(tasks: Vec<Step>, entries: Vec<Entry>) -> Result<(Plan, Specifications), Unplannable> {
     let mut specifications = Vec::new();
     let mut services = Vec::new();

@@ -1,7 +1,7 @@
-//! The services, one file each: how it is run, what it needs, what it provides, and what it is told.
+//! Each file describes one service: how it is run, which gates it needs and provides, and its specification.
 //!
-//! A new service is a file here and a line in its role. What is the same for all of them is in
-//! `cvm_machine::service`.
+//! A new service is a file here and a line in its role. `cvm_machine::service` holds the rules that are the same for
+//! all services.
 
 pub(crate) mod dockerd;
 pub(crate) mod gateway;

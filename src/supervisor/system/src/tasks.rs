@@ -5,7 +5,7 @@ use cvm_machine::gate::GateName;
 use cvm_machine::plan::{Step, Weight, Work};
 use std::time::Duration;
 
-/// Generous for work of milliseconds that may meet a dead volume.
+/// Long for work of milliseconds, which may meet a dead volume.
 const DEADLINE: Duration = Duration::from_secs(10);
 
 fn task(name: GateName, needs: &'static [GateName], weight: Weight) -> Step {
@@ -26,12 +26,12 @@ pub(crate) fn ssh() -> Step {
     Step { before_services: true, ..task(gates::SSH, &[], Weight::Degradable) }
 }
 
-/// Before sshd starts it must be known whose keys may open a shell.
+/// Runs before sshd, because its result decides whose keys may open a shell.
 pub(crate) fn volume() -> Step {
     Step { before_services: true, ..task(gates::VOLUME, &[], Weight::Required) }
 }
 
-/// `needs` is what makes /data the place where the state is.
+/// `needs` are the gates that are open once /data holds the state.
 pub(crate) fn home(needs: &'static [GateName]) -> Step {
     Step {
         after: &[gates::SSH],

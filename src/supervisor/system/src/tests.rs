@@ -1,5 +1,5 @@
-//! The whole machine in virtual time: boots, orders and shutdowns, with the real plan and with
-//! plans made by hand, and a world that reports whatever it likes.
+//! The whole machine runs in virtual time: boots, orders and shutdowns, with the real plan, with plans made by hand,
+//! and with random reports.
 
 use crate::config::Config;
 use crate::env::Environment;
@@ -53,7 +53,7 @@ fn machine(steps: Vec<Step>, services: Vec<Service>) -> Machine {
     Plan::new(steps, services).map_or_else(|why| panic!("{why}"), Machine::new)
 }
 
-/// Everything that a bucket needs.
+/// The variables that S3 mode needs.
 const S3: [(&str, &str); 5] = [
     ("MASTER_KEY", "0K9uLzQl7R8HwPAIEkdJI6NTMJt+D+GRInyU+Bbsl+M="),
     ("S3_BUCKET", "claws"),
@@ -75,12 +75,12 @@ impl Boot {
         Self { machine, now: Moment::from_millis(1_000) }
     }
 
-    /// The plan of a local volume, with all services.
+    /// The plan with a local volume and all services.
     fn local() -> Self {
         Self::of(machine_of(&config(&[DOCKER])))
     }
 
-    /// A plan without dockerd as far as SSH is up, and with the next step running.
+    /// A plan without dockerd: SSH is up, and the next step runs.
     fn with_ssh() -> Self {
         let mut boot = Self::of(machine_of(&config(&[])));
         boot.send(Event::Boot);
@@ -89,7 +89,7 @@ impl Boot {
         boot
     }
 
-    /// The plan of a local volume, with every service up and ready.
+    /// The plan with a local volume, all of whose services are ready.
     fn up() -> Self {
         let mut boot = Self::local();
         boot.send(Event::Boot);
@@ -108,7 +108,7 @@ impl Boot {
         self.machine.step(event, self.now)
     }
 
-    /// Lets time pass as the loop does.
+    /// Lets time pass, with a tick at each deadline, as the loop does.
     fn pass(&mut self, span: Duration) -> Vec<Action> {
         let until = self.now + span;
         let mut done = Vec::new();
@@ -130,7 +130,7 @@ impl Boot {
     }
 
     fn ended(&mut self, name: GateName, outcome: Result<(), Refusal>) -> Vec<Action> {
-        // The step beside it, which starts nothing as long as this one runs.
+        // Ends the parallel step too: no service starts before both have ended.
         let volume = self.machine.steps().iter().find(|r| r.step.name == gates::VOLUME);
         if name == gates::SSH && volume.is_some_and(|r| matches!(r.state, StepState::Running { .. })) {
             self.done(gates::VOLUME);
@@ -163,7 +163,7 @@ impl Boot {
         self.send(Event::Service { id: self.id(name), event })
     }
 
-    /// Takes a service from wherever it starts to running.
+    /// Takes a service from its start to running.
     fn runs(&mut self, name: &str) -> Vec<Action> {
         let run = self.run(name);
         let mut done = Vec::new();
@@ -175,7 +175,7 @@ impl Boot {
         done
     }
 
-    /// The service ends, and nothing of it is left.
+    /// The service ends with its whole tree.
     fn ends(&mut self, name: &str, end: End) -> Vec<Action> {
         let run = self.run(name);
         let mut done = self.answers(name, Happens::MainEnded { run, end: end.clone() });
@@ -203,7 +203,7 @@ impl Boot {
         self.status().services.into_iter().find(|shown| shown.name == name).unwrap()
     }
 
-    /// What is done, in words, without what is said.
+    /// The actions in words, without notes for the log.
     fn deeds(&self, actions: &[Action]) -> Vec<String> {
         actions.iter().filter_map(|action| self.deed(action)).collect()
     }
@@ -246,7 +246,7 @@ fn said(actions: &[Action]) -> Vec<(Level, &str)> {
     lines.collect()
 }
 
-// === The way up ===
+// === Boot ===
 
 #[test]
 fn nothing_at_all_is_started_before_the_ssh_step_has_ended() {
@@ -284,7 +284,8 @@ fn on_a_volume_of_somebody_elses_nothing_starts_but_sshd_until_an_operator_has_a
         assert_eq!(boot.pass(s(100_000)), [], "and nothing is tried by itself");
         assert_eq!(boot.status().phase, status::Phase::Degraded);
         assert_eq!(boot.shown("gateway").why.as_deref(), Some("boot step volume: no space left on device"));
-        // The order goes to the first cause. The worker would push a stranger's volume to his bucket.
+        // The order starts the step that is the first cause. The worker must not push this volume to a stranger's
+        // bucket.
         let done = boot.order("gateway", Order::Start);
         assert_eq!(boot.deeds(&done), ["run volume#2"]);
         let done = boot.done(gates::VOLUME);
@@ -675,7 +676,7 @@ fn a_crash_loop_and_a_parked_service_are_complaints_with_their_reasons() {
     assert_eq!(boot.shown("gateway").next_action.as_deref(), Some("mend it, then `cvm start gateway`"));
 }
 
-/// A machine in which all that dockerd needs is there, and the gateway is about to start.
+/// A machine in which dockerd has everything that it needs, and the gateway is about to start.
 fn before_the_gateway() -> Boot {
     let mut boot = Boot::local();
     boot.send(Event::Boot);
@@ -736,7 +737,7 @@ fn the_first_exec_and_the_first_readiness_are_kept_through_restarts() {
     assert_eq!((shown.restarts, shown.last_end.as_deref()), (1, Some("exited with code 1, after 0 ms")));
 }
 
-// === The way down ===
+// === Shutdown ===
 
 #[test]
 fn services_end_one_group_after_the_other_with_the_gateway_alone_first_and_sshd_last() {
@@ -759,7 +760,7 @@ fn services_end_one_group_after_the_other_with_the_gateway_alone_first_and_sshd_
 #[test]
 fn the_stop_budget_is_the_sum_of_the_groups_and_the_last_sweep_and_is_kept_when_nobody_answers() {
     let mut boot = Boot::up();
-    // Gateway 30, dockerd 10, sshd 2, for slow trees 5, everybody else 2 + 3.
+    // Gateway 30, dockerd 10, sshd 2, slow trees 5, all other processes 2 + 3.
     assert_eq!(boot.machine.stop_budget(), s(52));
     let began = boot.now;
     let mut done = boot.send(Event::Terminate);
@@ -772,7 +773,7 @@ fn the_stop_budget_is_the_sum_of_the_groups_and_the_last_sweep_and_is_kept_when_
     let expected = [
         "TERM gateway",
         "kill tree of gateway",
-        // Here the 5 s are used up: the rest of the gateway is left to the sweep.
+        // The 5 s are over: the last sweep ends the rest of the gateway.
         "kill keeper of gateway",
         "TERM dockerd",
         "sweep gateway",
@@ -941,7 +942,7 @@ fn a_stop_signal_during_a_backoff_wait_does_not_wait_for_it() {
     assert_eq!(boot.deeds(&done), ["TERM all"]);
 }
 
-/// What each group is told, one after the other, when each service ends in its own time.
+/// The actions of a whole stop, in which each service ends in time.
 fn stop_of(boot: &mut Boot, first: Vec<Action>) -> Vec<String> {
     let mut done = first;
     for name in ["gateway", "dockerd", "sshd"] {
@@ -1108,7 +1109,7 @@ fn a_hung_service_is_shown_with_what_will_be_done_about_it() {
     );
 }
 
-/// `missing_for` follows needs, and the loop that starts steps ends: both rely on this.
+/// Otherwise `missing_for`, which follows needs, and the loop that starts steps would not end.
 #[test]
 fn the_real_plans_need_only_what_comes_before_and_services_need_only_what_is_there() {
     for pairs in [&S3[..], &[], &[DOCKER]] {
@@ -1128,18 +1129,18 @@ fn the_real_plans_need_only_what_comes_before_and_services_need_only_what_is_the
     }
 }
 
-// === A world that reports whatever it likes ===
+// === Random events ===
 
 #[derive(Debug, Clone)]
 enum Move {
     Pass(u32),
     ToDeadline,
-    /// A step that runs ends, if there is one.
+    /// A running step ends, if there is one.
     Step(Result<(), bool>),
-    /// Something happens to a service, whether or not it makes sense.
+    /// A report of a service, even if it makes no sense in its state.
     Service(usize, Report),
     Order(usize, Order),
-    /// The storage worker says something, if there is one.
+    /// A report of the storage worker, if there is one.
     Storage(ServiceReport),
     Childless,
 }
@@ -1199,13 +1200,13 @@ fn moves(most: usize) -> impl Strategy<Value = Vec<Move>> {
     proptest::collection::vec(one, 0..most)
 }
 
-struct World {
+struct Simulation {
     boot: Boot,
     stopping: bool,
     exits: usize,
 }
 
-impl World {
+impl Simulation {
     fn feed(&mut self, event: Event) {
         let tick = event == Event::Tick;
         self.stopping |= matches!(event, Event::Terminate | Event::Defect);
@@ -1251,7 +1252,7 @@ impl World {
             Move::Pass(ms) => {
                 let mut until = self.boot.now + Duration::from_millis(u64::from(*ms));
                 if self.stopping {
-                    // The way down is measured with a loop that meets its deadlines.
+                    // The budget of a shutdown holds for a loop that meets its deadlines.
                     until = self.boot.machine.deadline().map_or(until, |due| due.min(until));
                 }
                 self.boot.now = until;
@@ -1308,8 +1309,8 @@ impl World {
 }
 
 proptest! {
-    /// In every phase of a boot and a life a stop signal or a defect leads out, once, within the budget that
-    /// was announced, also when nothing ever answers again; and after it nothing is started.
+    /// In every phase a stop signal or a defect leads to one exit within the announced budget, even if no process
+    /// ever answers again, and nothing is started after it.
     #[test]
     fn a_stop_in_any_phase_leads_out_once_and_within_the_budget(
         booted in prop::bool::weighted(0.95),
@@ -1320,79 +1321,80 @@ proptest! {
         second_after in proptest::option::of(0usize..40),
     ) {
         let boot = if with_bucket { Boot::of(machine_of(&config(&[&S3[..], &[DOCKER]].concat()))) } else { Boot::local() };
-        let mut world = World { boot, stopping: false, exits: 0 };
+        let mut simulation = Simulation { boot, stopping: false, exits: 0 };
         if booted {
-            world.feed(Event::Boot);
+            simulation.feed(Event::Boot);
             for what in &life {
-                world.happens(what);
+                simulation.happens(what);
             }
         }
-        let (began, budget) = (world.boot.now, world.boot.machine.stop_budget());
-        world.feed(if by_defect { Event::Defect } else { Event::Terminate });
+        let (began, budget) = (simulation.boot.now, simulation.boot.machine.stop_budget());
+        simulation.feed(if by_defect { Event::Defect } else { Event::Terminate });
         let mut hurried = None;
         for (index, what) in end.iter().enumerate() {
-            if second_after == Some(index) && world.exits == 0 {
-                world.feed(Event::Terminate);
-                hurried = (!by_defect).then_some(world.boot.now);
+            if second_after == Some(index) && simulation.exits == 0 {
+                simulation.feed(Event::Terminate);
+                hurried = (!by_defect).then_some(simulation.boot.now);
             }
-            if world.exits == 0 {
-                world.happens(what);
+            if simulation.exits == 0 {
+                simulation.happens(what);
             }
         }
-        // From here on nothing answers.
+        // From here on no process answers.
         let mut ticks = 0;
-        while world.exits == 0 {
-            prop_assert!(world.boot.machine.deadline().is_some(), "waits for ever: {:?}", world.boot.machine);
-            world.happens(&Move::ToDeadline);
+        while simulation.exits == 0 {
+            prop_assert!(simulation.boot.machine.deadline().is_some(), "waits for ever: {:?}", simulation.boot.machine);
+            simulation.happens(&Move::ToDeadline);
             ticks += 1;
-            prop_assert!(ticks < 100, "no end: {:?}", world.boot.machine);
+            prop_assert!(ticks < 100, "no end: {:?}", simulation.boot.machine);
         }
-        let took = world.boot.now.since(began);
+        let took = simulation.boot.now.since(began);
         prop_assert!(took <= budget, "took {took:?} of {budget:?}");
         if let Some(hurried) = hurried {
-            prop_assert!(world.boot.now.since(hurried) <= s(20), "{:?} after the second signal", world.boot.now.since(hurried));
+            let now = simulation.boot.now;
+            prop_assert!(now.since(hurried) <= s(20), "{:?} after the second signal", now.since(hurried));
         }
-        world.feed(Event::Childless);
-        world.boot.pass(s(1_000));
-        prop_assert_eq!(world.exits, 1);
+        simulation.feed(Event::Childless);
+        simulation.boot.pass(s(1_000));
+        prop_assert_eq!(simulation.exits, 1);
     }
 
-    /// However often steps fail and hang: when they succeed at last, the gateway comes up.
+    /// Once steps succeed that have failed and hung any number of times, the gateway comes up.
     #[test]
     fn after_any_trouble_a_boot_whose_steps_succeed_brings_up_everything(
         life in moves(120),
         with_bucket in any::<bool>(),
     ) {
         let boot = if with_bucket { Boot::of(machine_of(&config(&[&S3[..], &[DOCKER]].concat()))) } else { Boot::local() };
-        let mut world = World { boot, stopping: false, exits: 0 };
-        let count = world.boot.machine.services().len();
-        world.feed(Event::Boot);
+        let mut simulation = Simulation { boot, stopping: false, exits: 0 };
+        let count = simulation.boot.machine.services().len();
+        simulation.feed(Event::Boot);
         for what in &life {
-            world.happens(what);
+            simulation.happens(what);
         }
         for _ in 0..20 {
             for index in 0..count {
-                if !matches!(world.boot.machine.services()[index].unit.state(), State::Running { .. }) {
-                    world.happens(&Move::Order(index, Order::Start));
+                if !matches!(simulation.boot.machine.services()[index].unit.state(), State::Running { .. }) {
+                    simulation.happens(&Move::Order(index, Order::Start));
                 }
             }
             let tree = storage::gate(GateState::Open { outlives: true });
-            world.happens(&Move::Storage(tree));
-            world.happens(&Move::Step(Ok(())));
+            simulation.happens(&Move::Storage(tree));
+            simulation.happens(&Move::Step(Ok(())));
             for report in [Report::Swept, Report::Prepared(Ok(())), Report::Gone(End::Code(1)), Report::Exec] {
                 for index in 0..count {
-                    let state = world.boot.machine.services()[index].unit.state();
+                    let state = simulation.boot.machine.services()[index].unit.state();
                     let starting = matches!(state, State::Starting { .. } | State::Running { .. });
                     if !(starting && matches!(report, Report::Gone(_))) {
-                        world.happens(&Move::Service(index, report.clone()));
+                        simulation.happens(&Move::Service(index, report.clone()));
                     }
                 }
             }
         }
-        for record in world.boot.machine.services() {
+        for record in simulation.boot.machine.services() {
             let running = matches!(record.unit.state(), State::Running { .. });
             prop_assert!(running, "{} is {:?}", record.service.name, record.unit.state());
         }
-        prop_assert_eq!(world.boot.status().phase, status::Phase::Running);
+        prop_assert_eq!(simulation.boot.status().phase, status::Phase::Running);
     }
 }

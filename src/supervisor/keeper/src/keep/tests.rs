@@ -1,4 +1,4 @@
-//! The keeper's loop over a fake kernel.
+//! The keeper's loop runs over a fake kernel.
 
 use super::*;
 use cvm_secrets::base64_bytes::PackedEnvironment;
@@ -35,12 +35,12 @@ fn keeper(dir: &tempfile::TempDir, liveness: bool) -> (Keeper<Fake>, OwnedFd) {
         readiness: None,
         startup: None,
     };
-    let given = Given::to(&Channel::None).unwrap();
+    let given = ProgramInput::of(&Channel::None).unwrap();
     let mut kernel = Fake::default();
-    // Only what a test says happens.
+    // The program does nothing by itself.
     kernel.manners = vec![("program", Manners::IgnoresTerm)];
     let mut keeper = begin(kernel, &spec, &given, Reporter::new(theirs).unwrap()).expect("it starts");
-    // Its output and its exec pipe stay open as long as a process holds them; nobody does here.
+    // No process holds the program's ends of its output and exec pipes, so they are closed.
     keeper.kernel.started.clear();
     keeper.turn();
     (keeper, reports)
@@ -70,7 +70,7 @@ fn twenty_thousand_deaths_at_one_instant_are_all_reaped_by_one_signal() {
     for pid in orphans {
         keeper.kernel.dies(pid, killed_by(libc::SIGKILL));
     }
-    // The next thing to happen; nothing may be left to be done until then.
+    // One signal has to be enough: the next one is far away.
     keeper.kernel.signal_at(s(3600), libc::SIGCHLD);
     while keeper.kernel.elapsed < s(5) {
         keeper.turn();
@@ -134,7 +134,7 @@ fn last_words_that_nobody_reads_are_given_up_on() {
     fill(keeper.reporter.pipe());
     keeper.kernel.dies(keeper.main, exited(0));
     while matches!(keeper.turn(), Turn::Go) {}
-    assert_eq!(keeper.kernel.elapsed, LAST_WORDS);
+    assert_eq!(keeper.kernel.elapsed, LAST_REPORTS_WAIT);
 }
 
 #[test]

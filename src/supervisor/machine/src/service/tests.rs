@@ -1,5 +1,5 @@
 //! The life of one service: the complete table of states and events, stories in virtual time,
-//! and a simulated world that does to it whatever real processes may do.
+//! and a simulated simulation that does to it whatever real processes may do.
 
 use super::*;
 use cvm_protocol::exit_status::Stage;
@@ -1319,7 +1319,7 @@ fn nothing_starts_a_held_service() {
     }
 }
 
-// === A world that does what it likes ===
+// === A simulation that does what it likes ===
 
 /// What a keeper keeps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -1479,7 +1479,7 @@ fn rules() -> impl Strategy<Value = Rules> {
     )
 }
 
-struct World {
+struct Simulation {
     unit: Unit,
     now: Moment,
     /// The keepers that have not been reaped. More than one only when an old one is held by
@@ -1492,7 +1492,7 @@ struct World {
     launches: usize,
 }
 
-impl World {
+impl Simulation {
     fn new(rules: Rules) -> Self {
         Self {
             unit: Unit::new(rules),
@@ -1667,7 +1667,7 @@ impl World {
 
 proptest! {
     /// Two of one service never live at once, waits stay within their bounds, a tick leaves no
-    /// deadline behind it, and a close ends in its time, whatever the world does and whether or
+    /// deadline behind it, and a close ends in its time, whatever the simulation does and whether or
     /// not it ever answers again.
     #[test]
     fn whatever_the_world_does_one_run_lives_at_most_and_every_close_ends_in_time(
@@ -1677,27 +1677,27 @@ proptest! {
         hurry in any::<bool>(),
     ) {
         let grace = rules.grace;
-        let mut world = World::new(rules);
-        world.feed(Event::Start);
+        let mut simulation = Simulation::new(rules);
+        simulation.feed(Event::Start);
         for what in before {
-            world.happens(what);
+            simulation.happens(what);
         }
-        let closed_at = world.now;
-        world.feed(Event::Close);
+        let closed_at = simulation.now;
+        simulation.feed(Event::Close);
         if hurry {
-            world.feed(Event::Hurry);
+            simulation.feed(Event::Hurry);
         }
         for what in after {
-            world.happens(what);
+            simulation.happens(what);
         }
         // From here on nothing answers.
         let mut ticks = 0;
-        let mut finished_at = world.now;
-        while !world.unit.is_finished() {
-            let due = world.unit.deadline();
-            prop_assert!(due.is_some(), "waits for ever in {:?}", world.unit.state);
-            world.happens(Move::ToDeadline);
-            finished_at = world.now;
+        let mut finished_at = simulation.now;
+        while !simulation.unit.is_finished() {
+            let due = simulation.unit.deadline();
+            prop_assert!(due.is_some(), "waits for ever in {:?}", simulation.unit.state);
+            simulation.happens(Move::ToDeadline);
+            finished_at = simulation.now;
             ticks += 1;
             prop_assert!(ticks <= 4, "more phases than there are");
         }
@@ -1707,54 +1707,55 @@ proptest! {
         }
     }
 
-    /// The same with a world that never refuses to die: it ends down, and never stuck.
+    /// The same with a simulation that never refuses to die: it ends down, and never stuck.
     #[test]
     fn in_a_world_where_processes_die_a_close_leaves_nothing_alive(rules in rules(), before in moves()) {
-        let mut world = World::new(rules);
-        world.feed(Event::Start);
+        let mut simulation = Simulation::new(rules);
+        simulation.feed(Event::Start);
         for what in before.into_iter().filter(|m| !matches!(m, Move::Freeze(_) | Move::Stubborn(_))) {
-            world.happens(what);
+            simulation.happens(what);
         }
-        world.feed(Event::Close);
+        simulation.feed(Event::Close);
         for _ in 0..50 {
-            world.happens(Move::Deliver(5));
-            world.happens(Move::SweepEnds);
-            world.happens(Move::TreeEnds);
+            simulation.happens(Move::Deliver(5));
+            simulation.happens(Move::SweepEnds);
+            simulation.happens(Move::TreeEnds);
         }
-        prop_assert_eq!(&world.unit.state, &State::Down);
-        prop_assert!(world.kept.iter().all(|k| k.program == Program::Gone), "{:?}", world.kept);
+        prop_assert_eq!(&simulation.unit.state, &State::Down);
+        prop_assert!(simulation.kept.iter().all(|k| k.program == Program::Gone), "{:?}", simulation.kept);
     }
 
     /// Nobody is left behind: a service that is wanted and whose processes behave comes up again.
     #[test]
     fn after_any_past_an_operators_start_brings_the_service_up(rules in rules(), before in moves()) {
-        let mut world = World::new(rules);
-        world.feed(Event::Start);
+        let mut simulation = Simulation::new(rules);
+        simulation.feed(Event::Start);
         for what in before {
-            world.happens(what);
+            simulation.happens(what);
         }
-        (world.frozen, world.stubborn) = (false, false);
+        (simulation.frozen, simulation.stubborn) = (false, false);
         for _ in 0..100 {
-            if matches!(world.unit.state, State::Running { .. }) {
+            if matches!(simulation.unit.state, State::Running { .. }) {
                 break;
             }
-            if world.unit.is_at_rest() {
-                world.feed(Event::Start);
+            if simulation.unit.is_at_rest() {
+                simulation.feed(Event::Start);
             }
-            world.happens(Move::Deliver(5));
-            world.happens(Move::SweepEnds);
-            let starting = matches!(world.unit.state, State::Starting { .. });
-            match world.kept.last().map(|k| (k.part, k.program)) {
-                Some((Part::Main, Program::Forked)) if starting => world.happens(Move::Exec),
+            simulation.happens(Move::Deliver(5));
+            simulation.happens(Move::SweepEnds);
+            let starting = matches!(simulation.unit.state, State::Starting { .. });
+            match simulation.kept.last().map(|k| (k.part, k.program)) {
+                Some((Part::Main, Program::Forked)) if starting => simulation.happens(Move::Exec),
                 Some(_) => {
-                    world.happens(Move::MainEnds(End::Code(0)));
-                    world.happens(Move::TreeEnds);
+                    simulation.happens(Move::MainEnds(End::Code(0)));
+                    simulation.happens(Move::TreeEnds);
                 }
                 None => {}
             }
-            world.happens(Move::Deliver(5));
+            simulation.happens(Move::Deliver(5));
         }
-        let up = matches!(world.unit.state, State::Running { .. });
-        prop_assert!(up, "{:?} with {:?} after {} launches", world.unit.state, world.kept, world.launches);
+        let up = matches!(simulation.unit.state, State::Running { .. });
+        let Simulation { unit, kept, launches, .. } = &simulation;
+        prop_assert!(up, "{:?} with {:?} after {} launches", unit.state, kept, launches);
     }
 }

@@ -1,8 +1,7 @@
-//! What a fresh instance is given to begin with: a gateway configuration and workspace files.
+//! The files that a new instance begins with: a gateway configuration and workspace files.
 //!
-//! Refuses: to print any content, to accept a path that could leave the workspace, and to
-//! decode without a limit. Contents are held wiped-on-drop; only the JSON reader's own scratch
-//! buffer, which it frees before this module returns, is not wiped.
+//! No message shows a content, no path can lead out of the workspace, and decoding has a limit. Contents are wiped
+//! when they are dropped, except in the JSON reader's own buffer, which it frees before this module returns.
 
 use std::collections::btree_map::{BTreeMap, Entry};
 use std::fmt;
@@ -16,18 +15,18 @@ use super::values::Fault;
 use cvm_protocol::text::shown;
 use cvm_secrets::secret::Secret;
 
-/// Generous for a configuration that people write, small for PID 1.
+/// Large for a configuration that people write, and small for PID 1.
 const CONFIG_BYTES_MAX: usize = 1024 * 1024;
-/// More than an environment can carry today; a `_FILE` can.
+/// Larger than any environment can be, but not larger than a `_FILE` can be.
 const WORKSPACE_BYTES_MAX: usize = 16 * 1024 * 1024;
-/// What Linux file systems allow for one name.
+/// The longest name on Linux file systems.
 const SEGMENT_BYTES_MAX: usize = 255;
-/// Far below `PATH_MAX`, which the workspace's own path shares.
+/// Far below `PATH_MAX`, because the workspace's own path comes before it.
 const PATH_BYTES_MAX: usize = 1024;
-/// A generated list of files with one systematic mistake shall not fill the log.
+/// The most mistakes that are reported, because a generated list of files may repeat one mistake many times.
 const FAULTS_MAX: usize = 20;
 
-/// The text of an `openclaw.json`: a JSON object, as far as anyone can say without the gateway.
+/// The text of an `openclaw.json`. Only the gateway can check more of it than that it is a JSON object.
 pub struct InitialConfig(Secret);
 
 impl InitialConfig {
@@ -45,7 +44,7 @@ impl InitialConfig {
     }
 }
 
-/// Files for the workspace: relative paths that stay inside, with their texts.
+/// Files for the workspace: their texts, by relative paths that stay inside of it.
 pub struct WorkspaceFiles(BTreeMap<String, Secret>);
 
 impl WorkspaceFiles {
@@ -73,7 +72,7 @@ impl WorkspaceFiles {
         Err(faults)
     }
 
-    /// Path and content, sorted by path.
+    /// Paths and contents, sorted by path.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Secret)> {
         self.0.iter().map(|(path, content)| (path.as_str(), content))
     }
@@ -87,7 +86,7 @@ impl WorkspaceFiles {
     }
 }
 
-/// Standard base64, with or without its padding and in as many lines as `base64` makes.
+/// Decodes standard base64, with or without padding, and with line breaks such as `base64` makes.
 fn decode(base64: &[u8], bytes_max: usize) -> Result<Secret, Fault> {
     let kept = || base64.iter().copied().filter(|byte| !byte.is_ascii_whitespace());
     let compact_len = kept().count();
@@ -103,7 +102,7 @@ fn decode(base64: &[u8], bytes_max: usize) -> Result<Secret, Fault> {
     let room = Secret::filled(compact_len.div_ceil(4) * 3, |room| {
         written = STANDARD_PAD_INDIFFERENT.decode_slice(compact.expose(), room);
     });
-    // The decoder's own words would show a byte of the value.
+    // The decoder's own message would show a byte of the value.
     let written = written.map_err(|_| {
         Fault::new("is not standard base64", "encode it with: base64 -w0 FILE (not base64url)")
     })?;
@@ -127,7 +126,7 @@ fn object_text(json: &Secret) -> Result<&str, Fault> {
     Err(Fault::new("must be the base64 of a JSON object", "the decoded text begins with { and ends with }"))
 }
 
-/// Where the mistake is, not what stands there.
+/// Tells the position of the mistake, but not the text there.
 fn not_json(cause: &serde_json::Error) -> Fault {
     let rule = format!("is not JSON after decoding: line {}, column {}", cause.line(), cause.column());
     Fault::new(rule, "comments and trailing commas are not JSON; check it with: jq . FILE")
@@ -169,8 +168,8 @@ fn of_path(rule: &str, path: &str) -> Fault {
     )
 }
 
-/// Reads path -> text without an intermediate tree that nobody would wipe. The second list
-/// holds paths that came more than once.
+/// Reads a map from paths to texts, without an intermediate tree whose texts would not be wiped. The second list
+/// holds paths that occur more than once.
 struct FilesReader;
 
 type Files = (BTreeMap<String, Secret>, Vec<String>);

@@ -1,6 +1,6 @@
-//! Whether a secret can be guessed: a judgement of its shape, since nobody can see randomness.
+//! Judges by its form whether a secret can be guessed, because randomness itself cannot be seen.
 //!
-//! Refuses to say how long a secret is.
+//! No message tells the length of a secret.
 
 use base64::Engine as _;
 use base64::alphabet::{Alphabet, STANDARD, URL_SAFE};
@@ -13,7 +13,7 @@ const DISTINCT_MIN: usize = 16;
 
 /// The rule of [`is_strong`], as the end of a sentence that begins with the name of a variable.
 pub const STRONG: &str = "must be base64 of at least 32 random bytes, or at least 64 random hex digits";
-/// How to make a secret that keeps the rule.
+/// How to make a secret that meets the rule.
 pub const MAKE_STRONG: &str = "make one with: openssl rand -base64 32";
 
 /// Whether these bytes, the text of a secret as it was given, look like 32 random bytes or more: base64
@@ -26,7 +26,7 @@ pub fn is_strong(text: &[u8]) -> bool {
     })
 }
 
-/// Long enough to be meant as hex: shorter texts of hex digits may be base64.
+/// Decodes a text of hex digits that is long enough to be meant as hex. Shorter ones may be base64.
 fn from_hex(text: &[u8]) -> Option<Secret> {
     let digit = |byte: u8| char::from(byte).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
     if text.len() < 2 * BYTES_MIN || !text.iter().all(u8::is_ascii_hexdigit) {

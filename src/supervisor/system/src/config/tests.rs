@@ -53,7 +53,7 @@ fn warnings(pairs: &[(&str, &str)]) -> Vec<String> {
     }
 }
 
-/// The one problem that `pairs`, added to what is right, causes.
+/// The only problem of `base` with `pairs` in place of its own.
 fn problem(base: &[(&str, &str)], pairs: &[(&str, &str)]) -> String {
     let names: Vec<&str> = pairs.iter().map(|(name, _)| *name).collect();
     let all: Vec<_> = base.iter().filter(|(name, _)| !names.contains(name)).chain(pairs).copied().collect();
@@ -342,7 +342,7 @@ fn a_master_key_that_can_be_guessed_is_refused_unless_that_is_allowed() {
     let refused = problem(&[], &[PHRASE]);
     assert!(refused.starts_with("MASTER_KEY: must be base64 of at least 32 random bytes"), "{refused}");
     assert!(refused.contains("set ALLOW_WEAK_MASTER_KEY=1") && !refused.contains("horse"), "{refused}");
-    // Neither the key nor how long it is.
+    // The message shows neither the key nor its length.
     assert_eq!(refused, problem(&[], &[("MASTER_KEY", "short")]));
 
     let allowed = ("ALLOW_WEAK_MASTER_KEY", "1");
@@ -786,7 +786,7 @@ fn all_mistakes_are_reported_together() {
         ("OPENCLAW_GATEWAY_RESTART_DELAY", "x"),
         ("OPENCLAW_GATEWAY_TOKEN", "x"),
     ]);
-    // Three that S3 mode misses, one that mux misses, two lines of keys.
+    // Among them three missing variables of S3, one of mux, and two lines of keys.
     assert_eq!(problems.len(), 17, "{problems:#?}");
 }
 
@@ -800,8 +800,8 @@ fn a_secret_whose_file_failed_is_not_reported_as_missing_too() {
     assert_eq!(problems[0].variable, "MASTER_KEY_FILE");
 }
 
-/// Names of the table, their file twins, and what else has a meaning; values that are nearly
-/// right, and anything.
+/// A pair whose name is in the table, is a `_FILE` of it or has another meaning, and whose value is nearly right or
+/// anything.
 fn any_pair() -> impl Strategy<Value = (String, Vec<u8>)> {
     let mut names: Vec<String> = VARIABLES.iter().map(|variable| variable.name.to_owned()).collect();
     names.extend(VARIABLES.iter().map(|variable| file_twin(variable.name)));
@@ -860,7 +860,7 @@ proptest! {
         }
     }
 
-    /// The mux client asks with this library.
+    /// The mux client sends its requests with this library.
     #[test]
     fn whatever_passes_as_a_url_is_one_for_http(path in "[!-~]{0,12}", host in "[!-~]{1,6}", port in 1_u16..) {
         for text in [format!("https://{host}"), format!("http://h_1:{port}/{path}"), format!("https://[::1]/{path}")] {

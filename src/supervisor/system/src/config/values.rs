@@ -1,12 +1,11 @@
-//! Values that cannot be wrong: each type has one door, and the door checks.
+//! Types of checked values: each has one constructor, which checks its rule.
 //!
-//! Refuses: to name a variable (the caller knows which one it is), to show a value that may
-//! hold a credential, such as a URL.
+//! The caller adds the name of the variable. No message shows a value that may hold a credential, such as a URL.
 
 use cvm_protocol::text::shown;
 use cvm_secrets::owner::{Epoch, OwnerWord};
 
-/// A broken rule, without the variable that breaks it.
+/// A broken rule, without the name of the variable.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fault {
     pub(super) rule: String,
@@ -18,14 +17,14 @@ impl Fault {
         Self { rule: rule.into(), hint: hint.into() }
     }
 
-    /// For values that are no secret: the rule names what was given.
+    /// For values that are no secret: the message shows the value.
     fn with_value(rule: &str, value: &str, hint: impl Into<String>) -> Self {
         Self::new(format!("{rule}, not \"{}\"", shown(value)), hint)
     }
 }
 
-/// S3 itself allows less (3 to 63 lower-case letters, digits, dots, hyphens), other stores
-/// more, so this refuses only what no store takes and what would change a path.
+/// The name of a bucket. S3 itself allows less (3 to 63 lower-case letters, digits, dots, hyphens) and other stores
+/// more, so only names are refused that no store allows or that would change a path.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BucketName(String);
 
@@ -74,7 +73,7 @@ impl Prefix {
     }
 }
 
-/// A region as the store names it.
+/// A region in the store's own words.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Region(String);
 
@@ -103,12 +102,12 @@ impl Provider {
             let rule = "must be a word of letters and digits";
             return Err(Fault::with_value(rule, text, "for example AWS, Cloudflare, Minio or Other"));
         }
-        // rclone compares with case, and everyone writes "aws" once.
+        // rclone compares with case, but many people write "aws".
         let name = if text.eq_ignore_ascii_case("AWS") { "AWS" } else { text };
         Ok(Self(name.to_owned()))
     }
 
-    /// AWS has well-known endpoints for its regions; everyone else must name one.
+    /// Whether it is AWS, whose endpoints follow from the region. Other providers need an `S3_ENDPOINT`.
     pub fn is_aws(&self) -> bool {
         self.0 == "AWS"
     }
@@ -121,9 +120,9 @@ impl Provider {
 /// An `http` or `https` URL without credentials, query or fragment, and without slashes at
 /// its end, so that a path can be appended.
 ///
-/// Read by hand: nearly all of it is rules that are stricter than an URL's grammar, and would stay beside a
-/// library, for which process 1 would pay 15 kB (`http::Uri`) or 240 kB (`url`). Whatever passes is an address
-/// for `http::Uri` too, with which the mux client asks.
+/// Parsed by hand: nearly all rules are stricter than the grammar of URLs, and would be needed beside a library too,
+/// which would make PID 1 15 kB (`http::Uri`) or 240 kB (`url`) larger. Every accepted URL is valid for `http::Uri`,
+/// which the mux client uses.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HttpUrl(String);
 
@@ -136,7 +135,7 @@ impl HttpUrl {
             return Err(Fault::new("must be an http or https URL", hint));
         };
         let rest = &text[scheme.len()..];
-        // Checked first and never shown: this is where people put passwords.
+        // Checked first, and the value is never shown: people put passwords there.
         if rest.contains('@') {
             return Err(Fault::new("must not contain a user name or password", hint));
         }
@@ -164,7 +163,7 @@ impl HttpUrl {
         self.0.splitn(4, '/').count() == 4
     }
 
-    /// Whether what is sent there leaves this machine unencrypted.
+    /// Whether requests to this URL leave this machine unencrypted.
     pub fn is_exposed(&self) -> bool {
         let Some(rest) = self.0.strip_prefix("http://") else { return false };
         let authority = rest.split('/').next().unwrap_or(rest);
@@ -172,14 +171,13 @@ impl HttpUrl {
             Some(rest) => rest.split(']').next().unwrap_or(rest),
             None => authority.split(':').next().unwrap_or(authority),
         };
-        // A name such as 127.1 may mean the loopback to some resolver; only what cannot mean
-        // anything else counts.
+        // Only hosts that are loopback to every resolver count as loopback; 127.1 is one to some of them only.
         let is_loopback = host.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback());
         !is_loopback && !host.eq_ignore_ascii_case("localhost")
     }
 }
 
-/// Host name, IPv4 or bracketed IPv6 address, and perhaps a port.
+/// Whether a text is a host name, an IPv4 or a bracketed IPv6 address, with or without a port.
 fn is_authority(text: &str) -> bool {
     let (host, port) = match text.strip_prefix('[') {
         Some(rest) => {
@@ -194,7 +192,7 @@ fn is_authority(text: &str) -> bool {
             None => (Some(text), None),
         },
     };
-    // Underscores are no legal host names, but compose makes them.
+    // Underscores are not legal in host names, but compose makes such names.
     let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
     let host_ok = host.is_none_or(|host| {
         (1..=253).contains(&host.len())
@@ -224,7 +222,7 @@ impl Endpoint {
         Ok(Self(url))
     }
 
-    /// With scheme, without a slash at the end.
+    /// The URL with its scheme, without a slash at the end.
     pub fn as_str(&self) -> &str {
         self.0.as_str()
     }
@@ -234,13 +232,13 @@ impl Endpoint {
     }
 }
 
-/// The state of a bucket that a boot must not fall behind: a generation and its digest.
+/// The oldest state of a bucket that a boot accepts: a generation and its digest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Anchor {
     generation: u64,
-    /// Lower case.
+    /// In lower case.
     digest: String,
-    /// Which state it is of, in lower case. Older versions did not show it.
+    /// The name of the state, in lower case. Anchors of older versions lack it.
     state: Option<String>,
 }
 
@@ -278,7 +276,7 @@ impl std::fmt::Display for Anchor {
     }
 }
 
-/// What `cvm derive owner` prints.
+/// Parses a word that `cvm derive owner` has printed.
 pub(super) fn owner_word(text: &str) -> Result<OwnerWord, Fault> {
     let hint = "take what `cvm derive owner` prints, on your own machine";
     OwnerWord::from_hex(text).ok_or_else(|| Fault::new("must be 64 hex digits", hint))
@@ -300,7 +298,7 @@ impl InboundUrl {
 
     pub fn parse(text: &str) -> Result<Self, Fault> {
         let url = HttpUrl::parse(text)?;
-        // A slash at the end was trimmed, but the server would post to the URL as given.
+        // `HttpUrl` trims a slash at the end, but the server would post to the URL as given.
         if url.as_str().ends_with(Self::PATH) && text.ends_with(Self::PATH) {
             return Ok(Self(url));
         }
@@ -341,7 +339,7 @@ pub struct Seconds(u32);
 impl Seconds {
     pub const MAX: u32 = 86_400;
 
-    /// From `min` seconds up.
+    /// Parses a number of seconds that is at least `min`.
     pub fn parse(text: &str, min: u32) -> Result<Self, Fault> {
         Self::within(text, min, Self::MAX)
     }
@@ -359,7 +357,7 @@ impl Seconds {
     }
 }
 
-/// Digits and nothing else: `str::parse` would also take "+5".
+/// Parses a number of digits only: `str::parse` would also accept "+5".
 fn digits(text: &str) -> Option<u32> {
     let only_digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
     if only_digits { text.parse().ok() } else { None }
@@ -390,7 +388,7 @@ impl UserName {
     }
 }
 
-/// `0`, `1`, `true` or `false`.
+/// Parses `0`, `1`, `true` or `false`.
 pub(super) fn switch(text: &str) -> Result<bool, Fault> {
     match text {
         "1" | "true" => Ok(true),

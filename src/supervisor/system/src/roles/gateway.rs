@@ -1,4 +1,4 @@
-//! The role `gateway`: an OpenClaw gateway with its state, its operators and its helpers.
+//! The role `gateway` runs an OpenClaw gateway, with its storage, sshd, dockerd and mux client.
 
 use super::Given;
 use crate::config::{Config, Docker, Storage};
@@ -7,7 +7,7 @@ use crate::services::{dockerd, gateway, mux, sshd, standin, storage};
 use crate::{gates, tasks};
 use cvm_machine::plan::Step;
 
-/// In the order in which they may begin.
+/// The boot steps, in the order in which they may begin.
 pub(super) fn tasks(config: &Config) -> Vec<Step> {
     let tree = match config.storage {
         Storage::S3(_) => &[gates::STORAGE],
@@ -16,7 +16,7 @@ pub(super) fn tasks(config: &Config) -> Vec<Step> {
     vec![tasks::ssh(), tasks::volume(), tasks::home(tree), tasks::state()]
 }
 
-/// In the order in which `cvm status` shows them.
+/// The services, in the order in which `cvm status` shows them.
 pub(super) fn services(given: &Given<'_>) -> Vec<Entry> {
     let Given { config, keys, owner_epoch, has_preload } = *given;
     let mut all = vec![sshd::entry(config.ssh.port.get())];

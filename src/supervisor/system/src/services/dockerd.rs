@@ -7,19 +7,19 @@ use cvm_protocol::keeper::Probe;
 use cvm_protocol::paths;
 use std::time::Duration;
 
-/// A container that is not privileged sees the kernel's settings read-only, and dockerd would start none because
-/// it cannot turn IPv6 off in it.
+/// In a container that is not privileged the kernel's settings are read-only. dockerd cannot turn IPv6 off there, and
+/// without this variable it would then start no container.
 const ALLOW_IPV6: (&str, &str) = ("DOCKER_ALLOW_IPV6_ON_IPV4_INTERFACE", "1");
 
-/// The gateway is ready after about 8 s on two idle cores, and dockerd would take much of them. A gateway that needs
-/// longer than this, for a migration or a restore, leaves the agent without containers no longer.
+/// How long dockerd waits for the gateway, which is ready after about 8 s on two idle cores, and later if dockerd
+/// starts beside it. If the gateway takes longer, for a migration or a restore, the agent still gets its containers.
 const WAITS_AT_MOST: Duration = Duration::from_mins(1);
 
 pub(crate) fn entry() -> Entry {
     Entry::without_channel(Service {
-        // Of a volume that belongs to somebody else it starts no containers.
+        // So it starts no containers of a volume that belongs to somebody else.
         needs: &[gates::VOLUME],
-        // The iptables that works comes first in PATH.
+        // The directory with an iptables that works on this kernel.
         environment: Environment {
             path_first: Some(paths::DOCKERD_BIN),
             variables: &[ALLOW_IPV6],
@@ -28,7 +28,7 @@ pub(crate) fn entry() -> Entry {
         prepare: Some(Prepare::Dockerd),
         backoff: Backoff::seconds(5, 300, 600),
         stop_order: 5,
-        // As long as dockerd gives its containers. It would take 5 s more for itself, which it does not need:
+        // As long as dockerd waits for its containers. It would take 5 s more for cleaning up, which is not needed:
         // its stale files are removed before each start.
         grace: Duration::from_secs(10),
         readiness: Some(Probe::UnixHttp { socket: paths::DOCKER_SOCKET.into(), path: "/_ping".into() }),

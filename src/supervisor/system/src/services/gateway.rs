@@ -7,16 +7,16 @@ use cvm_protocol::keeper::{AGENT_LIMITS, Probe};
 use cvm_protocol::paths;
 use std::time::Duration;
 
-/// Starts of 17 minutes were seen, with hundreds of agents or a migration. One that still gives no answer
-/// after this long is in a loop.
+/// Starts of 17 minutes were seen, with hundreds of agents or a migration. A gateway that does not answer after this
+/// time is in a loop.
 const START_AT_MOST: Duration = Duration::from_hours(1);
 
 const SWITCHES: &[(&str, &str)] = &[
-    // Restarts stay in the process that is supervised.
+    // The gateway restarts itself inside of the supervised process.
     ("OPENCLAW_NO_RESPAWN", "1"),
-    // Its doctor leaves service files alone.
+    // The gateway's doctor leaves service files alone.
     ("OPENCLAW_SERVICE_REPAIR_POLICY", "external"),
-    // Neither updates itself nor manages services: both are the image's business.
+    // The gateway neither updates itself nor manages services: the image does both.
     ("OPENCLAW_SUPERVISOR_MODE", "external"),
     ("OPENCLAW_DISABLE_BONJOUR", "1"),
     ("OPENCLAW_STATE_DIR", paths::STATE),
@@ -30,8 +30,8 @@ pub(crate) fn entry(config: &Config, has_preload: bool) -> Entry {
     let port = settings.port.get();
     let seconds = |s: Seconds| Duration::from_secs(u64::from(s.get()));
     let http = |path: &str| Probe::Http { port, path: path.into() };
-    // Without --force: the port is free, see `prepare`, and in a container whose IPv6 is turned off
-    // that would take it for busy.
+    // Without --force: `prepare` has freed the port already, and --force would believe it busy in a container whose
+    // IPv6 is turned off.
     let port_word = port.to_string();
     let mut run = vec![paths::NODE];
     if has_preload {
@@ -58,7 +58,7 @@ pub(crate) fn entry(config: &Config, has_preload: bool) -> Entry {
         )),
         startup: Some(http("/startupz")),
         readiness: Some(http("/readyz")),
-        // The largest process by far, and the one that comes back without loss.
+        // The largest process by far, and its restart loses nothing.
         oom_score_adj: 300,
         limits: Some(AGENT_LIMITS),
         required: true,

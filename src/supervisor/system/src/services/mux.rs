@@ -11,7 +11,7 @@ use cvm_secrets::base64_bytes::PackedBytes;
 use cvm_secrets::keys::KeyRing;
 use std::time::Duration;
 
-/// It opens one small database. A disk that is slower than this is not one that messages are safe on.
+/// The mux client opens one small database. On a slower disk than this, messages are not safe.
 const START: Duration = Duration::from_mins(1);
 const SILENCE: Duration = Duration::from_mins(1);
 
@@ -20,15 +20,15 @@ pub(crate) fn entry(config: &Config, mux: &Mux, keys: Option<&KeyRing>, has_buck
     let health = Probe::Http { port: MUX_INBOUND_PORT, path: "/healthz".into() };
     let service = Service {
         has_channel: true,
-        // It starts as root, for as long as it takes to open its directory, and becomes `MUX_UID`.
+        // The mux client starts as root to open its directory, and then becomes `MUX_UID`.
         needs: &[gates::STATE],
         prepare: Some(Prepare::FreePort(MUX_INBOUND_PORT)),
         backoff: gateway.restart.backoff(),
-        // It stops with the gateway: what that still answers on its way down is still sent.
+        // The mux client stops together with the gateway, and still sends the gateway's last answers.
         grace: Duration::from_secs(u64::from(gateway.stop_timeout_s.get())),
         liveness: Some((Liveness { start: START, start_at_most: START, silence: SILENCE }, health.clone())),
         readiness: Some(health),
-        // Small, and what it was doing is done again.
+        // The process is small, and its interrupted work is repeated.
         oom_score_adj: 100,
         required: true,
         ..Service::new(MUX_CLIENT, "the mux client", &["cvm-mux"])

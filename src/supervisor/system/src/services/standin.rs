@@ -3,7 +3,7 @@ use cvm_machine::description::Service;
 
 pub(crate) fn entry() -> Entry {
     Entry::without_channel(Service {
-        // Outlives the server that it stands in for.
+        // Stops after the server that it replaces when that dies.
         stop_order: 8,
         ..Service::new("standin", "answers for the bucket mount if its server dies", &["cvm-standin"])
     })

@@ -8,22 +8,23 @@ use cvm_secrets::base64_bytes::PackedBytes;
 use cvm_secrets::keys::KeyRing;
 use std::time::Duration;
 
-/// What a stop may take beyond `S3_DRAIN_TIMEOUT`, at whose end the worker itself says what is missing and ends.
+/// How much longer than `S3_DRAIN_TIMEOUT` a stop may take. At that timeout the worker itself reports what is
+/// missing, and ends.
 const DRAIN_MARGIN: Duration = Duration::from_secs(5);
 const UNSAID: &str = "Perhaps not everything is in the bucket: the storage worker ended without saying what is \
                       missing; missing files, if any, are on the volume and are pushed at the next boot";
-/// For the Go in it, whose collector would let twice the memory in use grow, and for its many threads, each of
-/// which would keep what it once used.
+/// Limits for the Go runtime, whose collector would let the heap grow to twice its used size, and for malloc, which
+/// would keep freed memory for each of the many threads.
 const LIMITS_OF_MEMORY: &[(&str, &str)] =
     &[("GOGC", "50"), ("GOMEMLIMIT", "128MiB"), ("MALLOC_ARENA_MAX", "2")];
 
-/// The tree belongs to `user`; `owner_epoch` is the proven owner's.
+/// `user` owns the files of the tree; `owner_epoch` is the epoch of the proven owner.
 pub(crate) fn entry(s3: &S3, keys: Option<&KeyRing>, user: &str, owner_epoch: u32) -> Entry {
     let service = Service {
         has_channel: true,
-        // Nothing of the user's: a variable such as AWS_CA_BUNDLE would change what rclone does.
+        // Without the user's variables: one such as AWS_CA_BUNDLE would change what rclone does.
         environment: Environment { variables: LIMITS_OF_MEMORY, ..Environment::default() },
-        // To the bucket of somebody else it would push what is on the volume.
+        // Otherwise it could push the files of the volume to the bucket of somebody else.
         needs: &[gates::VOLUME],
         provides: vec![Provides {
             gate: gates::STORAGE,
@@ -36,9 +37,9 @@ pub(crate) fn entry(s3: &S3, keys: Option<&KeyRing>, user: &str, owner_epoch: u3
             )),
         }],
         must_drain: Some(UNSAID),
-        // After all that write into the tree.
+        // After all services that write into the tree.
         stop_order: 7,
-        // It ends its own push in time.
+        // The worker itself stops pushing at `S3_DRAIN_TIMEOUT`.
         grace: Duration::from_secs(u64::from(s3.drain_s.get())) + DRAIN_MARGIN,
         required: true,
         ..Service::new(STORAGE_WORKER, "the encrypted bucket", &["cvm-storage"])
@@ -46,7 +47,7 @@ pub(crate) fn entry(s3: &S3, keys: Option<&KeyRing>, user: &str, owner_epoch: u3
     Entry::with_specification(service, keys.map(|keys| specification(s3, keys, user, owner_epoch)).as_ref())
 }
 
-/// What the worker is told of a bucket.
+/// The specification of the storage worker.
 pub fn specification(s3: &S3, keys: &KeyRing, user: &str, owner_epoch: u32) -> StorageSpec {
     let crypt = match &s3.crypt_override {
         Some(given) => CryptSpec::Obscured {

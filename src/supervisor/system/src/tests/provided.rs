@@ -1,5 +1,5 @@
-//! Gates that any service may need and provide: a service that the machine has never heard of, dockerd behind the
-//! gate of another, and plans at random.
+//! Any service may need and provide gates: a service that the machine does not know provides one, dockerd needs the
+//! gate of another service, and random plans are run.
 
 use super::*;
 use crate::entry::Entry;
@@ -13,7 +13,7 @@ use std::collections::BTreeSet;
 
 const POLICY: GateName = GateName("docker policy");
 
-/// A toy: it needs the gateway's state, and opens a gate of its own.
+/// A service for tests, which needs the gateway's state and provides a gate.
 fn policy() -> Entry {
     let service = Service {
         has_channel: true,
@@ -30,7 +30,7 @@ fn policy() -> Entry {
     Entry::with_specification(service, Some(&["what it is told"]))
 }
 
-/// A role with one line for the toy, and a dockerd that waits for its gate.
+/// A role with that service, and a dockerd that needs its gate.
 fn role_with_policy() -> Boot {
     let mut docker = dockerd::entry();
     docker.service.needs = &[gates::VOLUME, POLICY];
@@ -97,7 +97,7 @@ fn dockerd_behind_the_gate_of_another_is_withdrawn_when_it_closes_and_comes_back
     let done = boot.opens("policy", "docker policy");
     assert_eq!(boot.deeds(&done), ["prepare dockerd"]);
     boot.runs("dockerd");
-    // The provider dies, and the gate with it.
+    // The provider dies, so its gate closes.
     let done = boot.ends("policy", End::Signal(11));
     assert_eq!(boot.deeds(&done), ["TERM dockerd"], "and no policy service before dockerd has ended");
     let done = boot.ends("dockerd", End::Code(0));
@@ -122,7 +122,7 @@ fn no_service_opens_the_gate_of_another() {
 fn facts_go_with_the_run_that_has_reported_them_and_may_come_before_its_exec() {
     let mut boot = role_with_policy();
     boot.done(gates::STATE);
-    // The service's pipe may be read before its keeper's.
+    // The service's report pipe may be read before its keeper's.
     boot.reports("policy", ServiceReport::Status { facts: vec![Fact::text("rules", "12")] });
     boot.runs("policy");
     assert_eq!(boot.shown("policy").facts.len(), 1);
@@ -138,7 +138,7 @@ fn a_flood_of_notes_is_cut_and_the_cut_is_said() {
     let note = || ServiceReport::Note { level: Level::Info, text: "again".into() };
     let said_now: usize = (0..1_000).map(|_| boot.reports("policy", note()).len()).sum();
     assert_eq!(said_now, 100);
-    // Errors are not lost in it.
+    // Errors are not dropped with the other notes.
     let error = ServiceReport::Note { level: Level::Error, text: "the disk is full".into() };
     assert_eq!(said(&boot.reports("policy", error)), [(Level::Error, "the disk is full")]);
     let done = boot.pass(s(1));
@@ -170,13 +170,13 @@ fn a_plan_that_could_never_start_cannot_be_built() {
     assert_eq!(plan(vec![], vec![service("a", &[], 1), service("a", &[], 1)]), Unplannable::Twice("a"));
 }
 
-// === Plans at random ===
+// === Random plans ===
 
 const NAMES: [&str; 6] = ["a", "b", "c", "d", "e", "f"];
 const GATES: [GateName; 6] =
     [GateName("g0"), GateName("g1"), GateName("g2"), GateName("g3"), GateName("g4"), GateName("g5")];
 
-/// Service number n provides gate number n, and needs those of its mask.
+/// Service number n provides gate number n, and needs the gates of its mask.
 fn random_plan(needs: &[u8]) -> Result<Plan, Unplannable> {
     let services = needs.iter().enumerate().map(|(n, mask)| {
         let gates = GATES.iter().take(needs.len()).enumerate().filter(|(bit, _)| mask >> bit & 1 == 1);
@@ -189,7 +189,7 @@ fn random_plan(needs: &[u8]) -> Result<Plan, Unplannable> {
     Plan::new(vec![], services.collect())
 }
 
-/// Whether following the needs from `n` leads back to a service on the way.
+/// Whether following the needs from service `n` leads to a service for a second time.
 fn leads_round(needs: &[u8], n: usize, way: &mut BTreeSet<usize>) -> bool {
     if !way.insert(n) {
         return true;
@@ -249,7 +249,7 @@ impl Boot {
         }
     }
 
-    /// What was started executes; whatever is being ended ends.
+    /// Started programs execute, and stopping ones end.
     fn obeys(&mut self) {
         for name in NAMES.into_iter().take(self.machine.services().len()) {
             match self.unit(name).state() {
@@ -260,7 +260,7 @@ impl Boot {
         }
     }
 
-    /// Nobody runs on, or is started, behind a closed gate.
+    /// No service runs on, or is started, while a gate that it needs is closed.
     fn nobody_is_behind_a_closed_gate(&self) {
         for record in self.machine.services() {
             let lives = !matches!(record.unit.state(), State::Ending { .. }) && record.unit.run().is_some();
@@ -282,7 +282,7 @@ proptest! {
         prop_assert_eq!(random_plan(&needs).is_err(), round);
     }
 
-    /// Needs go to lower numbers only, so that every plan can be built.
+    /// Services need gates with lower numbers only, so every plan can be built.
     #[test]
     fn who_needs_a_closed_gate_is_down_and_all_that_can_come_back_does(
         masks in proptest::collection::vec(any::<u8>(), 2..7),
@@ -298,7 +298,7 @@ proptest! {
             boot.obeys();
             boot.nobody_is_behind_a_closed_gate();
         }
-        // From here on every order is to start, and every provider opens its gate.
+        // From here on there are only start orders, and every provider opens its gate.
         for _ in 0..20 {
             for (n, name) in NAMES.into_iter().enumerate().take(needs.len()) {
                 if !matches!(boot.unit(name).state(), State::Running { .. }) {

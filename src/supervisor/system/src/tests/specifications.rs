@@ -1,4 +1,4 @@
-//! What the services of ours are told.
+//! The specifications of our services.
 
 use super::*;
 use cvm_protocol::mux::MuxSpec;

@@ -1,5 +1,5 @@
-//! With a bucket: the tree comes, goes and comes back, the worker dies in every way, and the
-//! last line says what is missing.
+//! The machine with a bucket: the storage gate opens, closes and opens again, the worker dies in every way, and the
+//! last log line says what is missing.
 
 use super::*;
 
@@ -27,7 +27,7 @@ impl Boot {
         Self::of(machine_of(&config(&[&S3[..], more].concat())))
     }
 
-    /// As far as the worker runs and has said nothing.
+    /// The worker runs, and has reported nothing.
     fn awaiting() -> Self {
         let mut boot = Self::s3(&[]);
         boot.send(Event::Boot);
@@ -38,7 +38,7 @@ impl Boot {
         boot
     }
 
-    /// Everything is up on the tree of a bucket.
+    /// The storage gate is open, and every service is up.
     fn on_a_tree(independent: bool) -> Self {
         let mut boot = Self::awaiting();
         boot.says(ready(independent));
@@ -46,7 +46,7 @@ impl Boot {
         boot
     }
 
-    /// What follows a tree that is good, until the gateway is ready.
+    /// All that follows once the storage gate is open, until the gateway is ready.
     fn gets_up(&mut self) {
         self.done(gates::HOME);
         self.done(gates::STATE);
@@ -69,7 +69,7 @@ impl Boot {
         step.state
     }
 
-    /// The whole way down; the worker says `last` before it ends.
+    /// A whole shutdown, in which the worker reports `last` before it ends.
     fn stopped_after(&mut self, last: Option<&ServiceReport>) -> Vec<Action> {
         let mut all = self.send(Event::Terminate);
         for name in ["gateway", "storage", "standin", "sshd"] {
@@ -86,7 +86,7 @@ impl Boot {
     }
 }
 
-// === The way up ===
+// === Boot ===
 
 #[test]
 fn with_a_bucket_home_state_and_gateway_wait_for_the_worker_and_nothing_else_does() {
@@ -101,7 +101,7 @@ fn with_a_bucket_home_state_and_gateway_wait_for_the_worker_and_nothing_else_doe
     assert_eq!(boot.state_of(gates::STORAGE), status::StepState::Running);
     let shown = boot.shown("gateway");
     assert_eq!(shown.why.as_deref(), Some("boot step storage is not done yet"));
-    // A restore may take days: no clock ends it.
+    // A restore may take days, so it has no deadline.
     assert_eq!(boot.pass(s(1_000_000)), []);
 }
 
@@ -186,7 +186,7 @@ fn words_of_an_earlier_worker_change_nothing() {
     assert_eq!(boot.state_of(gates::STORAGE), status::StepState::Failed);
 }
 
-// === The tree goes and comes back ===
+// === The storage gate closes and opens again ===
 
 #[test]
 fn a_tree_that_is_lost_takes_the_gateway_down_and_the_next_one_brings_it_back() {
@@ -268,7 +268,7 @@ fn an_operators_start_runs_no_step_without_the_tree_it_works_on() {
     let mut boot = Boot::awaiting();
     boot.says(ready(false));
     boot.says(not_ready(LOST, true));
-    // The kernel holds it.
+    // The kernel holds the process.
     boot.pass(s(10));
     assert_eq!(boot.state_of(gates::HOME), status::StepState::Failed);
     let done = boot.order("gateway", Order::Start);
@@ -310,11 +310,11 @@ fn an_outage_after_the_worker_died_stops_nobody_on_an_independent_tree() {
     );
     assert_eq!(boot.says(silent()), [], "said once");
     assert_eq!(boot.state_of(gates::STORAGE), status::StepState::Done);
-    // Again, after it was good.
+    // Once more, after a good report.
     boot.says(ready(true));
     assert_eq!(boot.says(silent()).len(), 1);
     assert_eq!(boot.run("gateway"), gateway);
-    // What is known against it counts as ever.
+    // A report that the tree is bad ends it nevertheless.
     let done = boot.says(not_ready(LOST, true));
     assert_eq!(boot.deeds(&done), ["TERM gateway"]);
 }
@@ -340,7 +340,7 @@ fn when_the_worker_dies_and_the_tree_with_it_the_next_one_waits_until_nobody_sta
         let done = boot.ends("storage", end);
         assert_eq!(boot.deeds(&done), ["TERM gateway"], "and no worker");
         assert!(said(&done).iter().any(|(_, text)| text.contains(ENDED)), "{done:?}");
-        // The gateway takes its time.
+        // The gateway ends slowly.
         let done = boot.pass(s(29));
         assert!(!boot.deeds(&done).contains(&"launch storage".to_owned()));
         assert_eq!(boot.shown("storage").state, ServiceState::Waiting);
@@ -422,7 +422,7 @@ fn a_start_of_the_gateway_starts_a_worker_that_was_stopped() {
     boot.gets_up();
 }
 
-// === The way down ===
+// === Shutdown ===
 
 #[test]
 fn the_worker_is_stopped_after_all_that_write_and_before_the_standin_and_sshd() {
