@@ -4,10 +4,12 @@
 //
 // The name of a compile cache contains the processor's features and the user's id, so that it is known only
 // here. The gateway chooses a directory of its own, and this makes the entry in it a link to the image's. Where
-// anything is different from what is expected, the gateway starts as it would have, with more to compile.
+// anything is different from what is expected, the gateway starts as it would have, with a cache of its own.
 //
-// Refuses to serve root: the agent may add to the image's cache (not change it), and root runs nothing
-// that the agent has written.
+// Refuses a Node with options, in NODE_OPTIONS or beside the ones that the supervisor gives: with many of them V8
+// rejects every entry, and then Node compiles all of it at each start, since nothing new is kept there.
+//
+// Refuses to serve root: the directory that the gateway chooses lies where the agent writes.
 const fs = require("node:fs");
 const path = require("node:path");
 const module_ = require("node:module");
@@ -16,6 +18,12 @@ const { cachedDataVersionTag } = require("node:v8");
 const CACHE = path.join(__dirname, "compile-cache", process.version);
 const enable = module_.enableCompileCache;
 
+/** Whether this Node has no options but `--require` with this file. */
+function isPlain() {
+  const [option, file, ...more] = process.execArgv;
+  return !process.env.NODE_OPTIONS && option === "--require" && file === __filename && more.length === 0;
+}
+
 function lead(directory) {
   const tag = (cachedDataVersionTag() >>> 0).toString(16).padStart(8, "0");
   const name = [process.version, process.arch, tag, process.getuid()].join("-");
@@ -23,7 +31,7 @@ function lead(directory) {
   fs.symlinkSync(CACHE, path.join(directory, name));
 }
 
-if (process.getuid() !== 0) {
+if (process.getuid() !== 0 && isPlain()) {
   module_.enableCompileCache = function (directory, ...rest) {
     // Once: the gateway asks a second time, and what comes after is not the gateway's start.
     module_.enableCompileCache = enable;

@@ -5,17 +5,15 @@
 // The modules that ENTRYPOINTS lists, and all that they import, are compiled without being run, by a V8 that does one
 // thing at a time and takes its random numbers from a fixed seed: the same files give the same bytes. Neither changes
 // what V8 takes a cache for, so that every other Node of this version takes it. CommonJS is compiled when it
-// runs, and left out: a few hundred small files.
+// runs, and left out: a few hundred small files, which the gateway compiles at each start.
 //
 // Refuses a list of another version of the gateway.
 import { spawnSync } from "node:child_process";
-import { chmodSync, chownSync, existsSync, mkdirSync, readFileSync, readdirSync, renameSync, rmSync, writeFileSync } from "node:fs";
+import { chmodSync, existsSync, mkdirSync, readFileSync, readdirSync, renameSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { pathToFileURL } from "node:url";
 import { crc32 } from "node:zlib";
 
-// The agent's, as in image/debian.
-const GATEWAY_ID = 990;
 // Always the same: what V8 compiles depends on the length of a path in a few bytes.
 const scratch = "/tmp/warm";
 
@@ -66,7 +64,7 @@ mkdirSync(join(root, "compile-cache"));
 for (const name of names) chmodSync(join(made, name), 0o644);
 renameSync(made, place);
 rmSync(scratch, { recursive: true });
-// The agent may add what it loads later, and neither change nor remove what is here.
-chownSync(place, 0, GATEWAY_ID);
-chmodSync(place, 0o1775);
+// Root's alone: where Node may write, a process that takes none of this leaves thousands of temporary files at
+// each end, since it cannot rename them to what is here.
+chmodSync(place, 0o755);
 console.log(`compile cache: ${names.size} modules`);

@@ -1,4 +1,4 @@
-//! The compile cache that the image brings: the gateway finds it, no other gateway takes it, and nobody changes it.
+//! The compile cache that the image brings: the gateway finds it, no other gateway takes it, and nobody but root writes to it.
 
 use crate::fixtures::turn;
 use cvm_harness::engine::IMAGE;
@@ -56,17 +56,36 @@ fn a_gateway_with_other_files_takes_nothing_of_the_compile_cache_for_them() {
 }
 
 #[test]
-fn the_agent_changes_nothing_of_the_compile_cache_and_root_does_not_read_what_it_adds() {
+fn the_agent_neither_changes_nor_adds_anything_in_the_compile_cache() {
     let Some(_turn) = turn() else { return };
     let said = said_by(
         "cd $cache/* && victim=$(ls | head -n 1) && ls >/tmp/names
-         sums() { xargs sha256sum </tmp/names 2>&1 | sha256sum; }
+         sums() { xargs sha256sum </tmp/names 2>&1 | sha256sum; ls -A . ..; }
          before=$(sums)
-         find . .. ! -user root
-         as_agent sh -c \"find . -type f -writable; echo poison >$victim; rm -f $victim; mv $victim moved
+         find . .. ! -user root -o -perm /022
+         as_agent sh -c \"find . .. -writable; echo poison >$victim; rm -f $victim; mv $victim moved; touch added
             echo poison >/tmp/poison; mv -f /tmp/poison $victim; mv ../v* ../away; touch ../new\" 2>/dev/null
-         [ \"$before\" = \"$(sums)\" ] && as_agent touch added && echo adds and changes nothing
-         openclaw env >/dev/null; ls -ld /tmp/node-compile-cache/openclaw/*/*/*-0 | cut -c 1",
+         [ \"$before\" = \"$(sums)\" ] && echo as it was
+         # V8 rejects all that was compiled without --expose-gc, and Node writes at its end what it compiled anew.
+         kinds() { find /tmp/node-compile-cache -name '*-990' -printf '%y\\n'; }
+         openclaw as_agent 'NODE_OPTIONS=--max-old-space-size=2048 --expose-gc' |
+            grep 'dist/entry.js was' | grep -o 'was [a-z]*' | sort -u; kinds
+         rm -r /tmp/node-compile-cache
+         openclaw as_agent | grep 'dist/entry.js was' | grep -o 'was [a-z]*' | sort -u; kinds
+         [ \"$before\" = \"$(sums)\" ] && echo as it was",
     );
-    assert_eq!(said, "adds and changes nothing\nd", "{said}");
+    assert_eq!(said, "as it was\nwas not\nd\nwas accepted\nl\nas it was", "{said}");
+}
+
+#[test]
+fn root_takes_no_compile_cache_from_where_the_agent_writes() {
+    let Some(_turn) = turn() else { return };
+    let said = said_by(
+        "made() { find /tmp -name '*-0' -path '*compile-cache*' -printf '%y\\n'; }
+         bash --login -c \"$(command -v node) $package/openclaw.mjs config get gateway.port\" >/dev/null 2>&1
+         echo of a login: $(made)
+         openclaw env >/dev/null
+         echo of a bare process: $(made)",
+    );
+    assert_eq!(said, "of a login:\nof a bare process: d", "{said}");
 }
