@@ -46,6 +46,8 @@ fn the_gateway_is_stopped_alone_before_its_children() {
         touch /data/openclaw/up; while :; do sleep 0.05; done\n";
     let mut machine = product(script).start();
     until("the gateway's trap stands", PATIENCE, || machine.path("/data/openclaw/up").exists().then_some(()));
+    // The script may run before PID 1 has heard that it executes, and what only starts gets no grace.
+    machine.service_in("gateway", &["up", "ready"]);
     let data = machine.data();
     assert_eq!(machine.stop(), 0);
     assert!(data.join("openclaw/alone").exists());
