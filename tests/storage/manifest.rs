@@ -14,14 +14,20 @@ use cvm_harness::{
     Cloud, Fault, Garage, Judge, Machine, Rule, flush, independent, restore_by_hand, storage, until,
 };
 
-#[test]
-fn a_bucket_that_was_rolled_back_is_refused_by_who_knows_better() {
+/// A bucket, and a machine that has pushed one file to it and does not need the mount any more.
+fn with_one_file() -> (Cloud, Machine) {
     let cloud = Cloud::new();
     let machine = cloud.machine().ready();
     write(&machine, &["openclaw/workspace/one"], "words");
     flush(&machine);
     independent(&machine);
     flush(&machine);
+    (cloud, machine)
+}
+
+#[test]
+fn a_bucket_that_was_rolled_back_is_refused_by_who_knows_better() {
+    let (cloud, machine) = with_one_file();
     let early = all(&cloud.garage);
     let earlier = anchor(&machine);
     write(&machine, &["openclaw/workspace/two"], "words");
@@ -205,12 +211,7 @@ fn anchor_parts(machine: &Machine) -> usize {
 
 #[test]
 fn a_write_that_was_given_up_and_arrives_late_changes_nothing() {
-    let cloud = Cloud::new();
-    let machine = cloud.machine().ready();
-    write(&machine, &["openclaw/workspace/one"], "words");
-    flush(&machine);
-    independent(&machine);
-    flush(&machine);
+    let (cloud, machine) = with_one_file();
     let bucket = cloud.judge();
     let segment = bucket.key(&bucket.segments()[0]);
     let manifest = segment.rsplit_once('/').expect("it is in a directory").0;

@@ -19,7 +19,7 @@ impl Reporter {
         Self { pipe: Mutex::new(Some(File::from(pipe))), facts: Mutex::default() }
     }
 
-    /// One that reports to nobody: for a program that a person started, and for tests.
+    /// A reporter without a pipe, for tests of what reports.
     pub fn nowhere() -> Self {
         Self { pipe: Mutex::default(), facts: Mutex::default() }
     }

@@ -221,7 +221,7 @@ impl Machine {
         out: &mut Vec<Action>,
     ) {
         use service::Event as Happens;
-        let Some(record) = self.services.get_mut(id.0) else { return };
+        let Some(record) = self.services.get(id.0) else { return };
         let is_current = |run: &Run| record.unit.run() == Some(*run);
         match event {
             Happens::MainEnded { run, .. } | Happens::Gone { run, .. } if is_current(run) => {

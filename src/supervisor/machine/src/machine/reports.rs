@@ -139,8 +139,8 @@ impl Machine {
         }
     }
 
-    /// What services leave undone at the end, a sentence each. A service that never opened a gate had nothing
-    /// to do.
+    /// What services leave undone at the end, a sentence each. A service that said nothing and never opened a gate
+    /// had nothing to do.
     pub(super) fn left_undone(&self) -> Vec<String> {
         let undone = |record: &ServiceRecord| match &record.last_word {
             LastWord::AllDone => None,
